@@ -1,0 +1,50 @@
+# Everything runs in .venv, which the first target that needs it makes. Where pip looks, and what holds it back
+# (PIP_CONSTRAINT and the like), is left to the environment.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := $(BIN)/python examples/noisy_labels.py
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:  # one pip at a time in one .venv
+.PHONY: help venv demo demo-short test lint docs clean
+
+help:  ## print this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+venv: .venv/.dev  ## make .venv with all that development needs
+
+demo: .venv/.demo  ## train on wrong labels with and without ELRCallback; prints a table, draws a plot
+	$(DEMO)
+
+demo-short: .venv/.demo  ## the same in a few seconds: one seed, 20 epochs
+	$(DEMO) --seeds 1 --epochs 20
+
+test: .venv/.dev  ## run the tests and the docstrings' examples
+	$(BIN)/python -m pytest
+
+lint: .venv/.dev  ## ruff check, ruff format --check, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: .venv/.dev  ## rewrite the generated files
+	$(BIN)/python -m lightning_reg generate
+
+clean:  ## remove .venv, caches and builds
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache checkpoints lightning_logs noisy_labels.png
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps lie in .venv, so removing it starts anew. A stamp is written last: what broke off is done again.
+.venv/.made:
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --upgrade pip
+	touch $@
+
+.venv/.demo: pyproject.toml | .venv/.made
+	$(BIN)/python -m pip install -e '.[examples]'
+	touch $@
+
+# The development set holds the examples' set.
+.venv/.dev: pyproject.toml | .venv/.made
+	$(BIN)/python -m pip install -e '.[dev]'
+	touch .venv/.demo $@

@@ -1,0 +1,64 @@
+"""Which techniques can stand together in one Trainer; decided before anything is attached."""
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+from lightning_reg.engine.errors import MisconfigurationException
+from lightning_reg.engine.technique import Technique, phases_of
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["check_composition"]
+
+# Phases in which the work of a second technique would undo that of the first.
+_EXCLUSIVE = {"change_targets": "replaces the targets of the loss"}
+
+
+def check_composition(techniques: Sequence[Technique], trainer: "Trainer", module: "LightningModule") -> None:
+    """Refuses what cannot hold together.
+
+    Args:
+        techniques: In the order of the Trainer's callbacks.
+        trainer: The Trainer that starts to fit.
+        module: The user's module.
+
+    Raises:
+        MisconfigurationException: Naming the two techniques, or the technique and the setup, and what to do instead.
+
+    """
+    for one, two in combinations(techniques, 2):
+        names = f"{type(one).__name__} and {type(two).__name__}"
+        if one.log_key == two.log_key:
+            raise MisconfigurationException(
+                f"Two instances of {type(one).__name__} in one Trainer share the log key {one.log_key!r}. Tell them"
+                ' apart by `name="..."`.'
+            )
+        for phase, what in _EXCLUSIVE.items():
+            if phase in phases_of(one) and phase in phases_of(two) and one.loss == two.loss:
+                raise MisconfigurationException(
+                    f"{names} cannot stand together: each {what}, so only the last would count. Remove one of them, or"
+                    " let them work on different loss calls with `loss=...`."
+                )
+        sentence = one.conflict_with(two) or two.conflict_with(one)
+        if sentence:
+            raise MisconfigurationException(f"{names} cannot stand together: {sentence}")
+    for technique in techniques:
+        if not module.automatic_optimization:
+            _check_manual(technique)
+        technique.check(trainer, module)
+
+
+def _check_manual(technique: Technique) -> None:
+    name = type(technique).__name__
+    if "penalty" in phases_of(technique):
+        raise MisconfigurationException(
+            f"{name} adds a penalty to the loss that `training_step` returns; with automatic_optimization=False nothing"
+            f" is returned that is trained on. Add `{name}.penalty(self)` to your loss before `manual_backward`."
+        )
+    if technique.loss == "last":
+        raise MisconfigurationException(
+            f'{name}(loss="last") is known only after `training_step` has returned; with automatic_optimization=False'
+            " that is too late. Name the call by its position, function or place in the code."
+        )

@@ -1,0 +1,104 @@
+"""Collectives over the data-parallel ranks; on one process each is a no-op."""
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import Work
+
+__all__ = ["RowExchange", "all_gather", "all_reduce_mean", "rank", "world_size"]
+
+
+def world_size() -> int:
+    """Number of processes, 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Global rank of this process, 0 without a process group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def all_gather(tensor: Tensor) -> Tensor:
+    """Tensors of the same shape from all ranks, stacked: ``(W, *shape)``, without gradient."""
+    if world_size() == 1:
+        return tensor.detach()[None]
+    gathered = tensor.new_empty((world_size(), *tensor.shape))
+    dist.all_gather_into_tensor(gathered, tensor.detach().contiguous())
+    return gathered
+
+
+def all_reduce_mean(tensor: Tensor) -> Tensor:
+    """Mean over the ranks, without gradient."""
+    tensor = tensor.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+        tensor /= world_size()
+    return tensor
+
+
+class RowExchange:
+    """Sends rows with their sample indices to all ranks, behind the back of the step.
+
+    :meth:`start` launches one collective and returns at once; :meth:`finish`, called before the rows are next needed,
+    waits for it. Every rank must start in the same steps. On one process nothing happens.
+
+    A step sends ``capacity * (width + 2)`` 32-bit words per rank, and waits for none of them.
+    """
+
+    def __init__(self) -> None:
+        self._gathered: Tensor | None = None
+        self._work: Work | None = None
+        self._widths: list[int] = []
+
+    def start(self, indices: Tensor, *fields: Tensor, capacity: int | None) -> None:
+        """Launches the exchange.
+
+        Args:
+            indices: Sample index of each row, ``(B,)`` int64; negative for a row that nobody shall keep.
+            *fields: What to send, each ``(B, width)`` in a 32-bit type.
+            capacity: Rows every rank sends, at least B and the same on all ranks (the nominal batch size); ``None`` if
+                it is not known, which costs a second collective and a host sync per step to agree on it.
+
+        Raises:
+            RuntimeError: If the previous exchange was not finished.
+
+        """
+        if world_size() == 1:
+            return
+        if self._gathered is not None:
+            raise RuntimeError("finish() must come before the next start().")
+        if capacity is None:
+            largest = indices.new_tensor(len(indices))
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+            capacity = int(largest)
+        # The 64 bits of an index travel as two float32 words: bytes are copied, no arithmetic touches them.
+        words = [
+            indices[:, None].contiguous().view(torch.float32),
+            *(f.contiguous().view(torch.float32) for f in fields),
+        ]
+        self._widths = [w.shape[1] for w in words]
+        nobody = indices.new_full((capacity, 1), -1).view(torch.float32)
+        packed = torch.cat([nobody, nobody.new_zeros(capacity, sum(self._widths[1:]))], dim=1)
+        packed[: len(indices)] = torch.cat(words, dim=1)
+        self._gathered = packed.new_empty(world_size() * capacity, packed.shape[1])
+        self._work = dist.all_gather_into_tensor(self._gathered, packed, async_op=True)
+
+    def finish(self) -> list[Tensor] | None:
+        """Waits for what was started.
+
+        Returns:
+            Indices ``(W * capacity,)`` in the order of the ranks, then each field as float32 words (``view`` it back);
+            ``None`` if nothing was started.
+
+        """
+        gathered, work = self._gathered, self._work
+        if gathered is None or work is None:
+            return None
+        work.wait()
+        self._gathered = self._work = None
+        words, *fields = torch.split(gathered, self._widths, dim=1)
+        return [words.contiguous().view(torch.int64)[:, 0], *(field.contiguous() for field in fields)]

@@ -1,0 +1,254 @@
+"""The engine: stands around ``Strategy.training_step`` and lets the techniques act on one batch after the other."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lightning_reg.engine import host, report
+from lightning_reg.engine.composition import check_composition
+from lightning_reg.engine.errors import MisconfigurationException
+from lightning_reg.engine.features import FeatureTap
+from lightning_reg.engine.hooks import EngineHooks
+from lightning_reg.engine.interception import Interception, call_site
+from lightning_reg.engine.loaders import TrainLoaders
+from lightning_reg.engine.lookup import ENGINES
+from lightning_reg.engine.loss_call import HandWrittenCall, LossCall
+from lightning_reg.engine.losses import bind
+from lightning_reg.engine.mixin import LossMixin
+from lightning_reg.engine.selection import Selection
+from lightning_reg.engine.step import Step
+from lightning_reg.engine.surgery import Surgery
+from lightning_reg.engine.technique import LOSS_PHASES, Technique, phases_of
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["Engine"]
+
+
+class Engine:
+    """Attached to a Trainer while it fits; there is one, however many techniques.
+
+    Args:
+        trainer: The Trainer.
+        module: The user's module.
+        techniques: In the order of the Trainer's callbacks.
+
+    """
+
+    def __init__(self, trainer: "Trainer", module: "LightningModule", techniques: Sequence[Technique]) -> None:
+        self.trainer, self.module, self.techniques = trainer, module, list(techniques)
+        self._stepping = host.Replacement(trainer.strategy, "training_step", self.training_step)
+        self._phases = {technique: frozenset(phases_of(technique)) for technique in techniques}
+        self._by_mixin = isinstance(module, LossMixin)
+        self._interception = Interception(self._intercept, compiled=host.is_compiled(module))
+        self._loaders = TrainLoaders(trainer, techniques)
+        self._features: FeatureTap | None = None
+        self._surgery: Surgery | None = None
+        self._step: Step | None = None
+        self._selection = Selection(())
+        self._last: tuple[LossCall, Tensor] | None = None
+        self._call_ever_seen = False
+
+    # -- attaching and detaching --------------------------------------------------------------------------------------
+
+    @classmethod
+    def attach(cls, trainer: "Trainer", module: "LightningModule") -> None:
+        """Attaches an engine for all techniques among the Trainer's callbacks, unless there is one."""
+        if trainer in ENGINES:
+            return
+        techniques = [callback for callback in host.callbacks(trainer) if isinstance(callback, Technique)]
+        check_composition(techniques, trainer, module)
+        engine = ENGINES[trainer] = cls(trainer, module, techniques)
+        # First the hooks, which detach on any exception. A new list leaves the one Lightning iterates over as it is.
+        host.set_callbacks(trainer, [EngineHooks(engine), *host.callbacks(trainer)])
+        engine._loaders.attach()
+
+    def detach(self) -> None:
+        """Puts everything back as it was; may be called twice."""
+        self.restore_weights()
+        if self._features is not None:
+            self._features.close()
+        self._loaders.detach()
+        self._stepping.undo()
+        kept = [callback for callback in host.callbacks(self.trainer) if not isinstance(callback, EngineHooks)]
+        host.set_callbacks(self.trainer, kept)
+        ENGINES.pop(self.trainer, None)
+
+    def prepare_module(self) -> None:
+        """Finds the named layers and parameters, once ``configure_model`` has made them."""
+        layers = [layer for technique in self.techniques for layer in technique.feature_layers]
+        self._features = FeatureTap(self.module, layers) if layers else None
+        editors = [t for t in self.techniques if "edit_weights" in self._phases[t]]
+        if editors:
+            self._surgery = Surgery(self.module, [(t.weights_to_edit(self.module), t.edit_weights) for t in editors])
+
+    def prepare_data(self) -> None:
+        """Says what is attached to what, once the loaders are there."""
+        report.show_table(self.trainer, self.techniques, self._loaders.sizes())
+
+    # -- weights ------------------------------------------------------------------------------------------------------
+
+    def apply_weights(self) -> None:
+        """Puts effective weights in place of the dense ones."""
+        if self._surgery is not None:
+            self._surgery.apply()
+
+    def restore_weights(self) -> None:
+        """Puts the dense weights back."""
+        if self._surgery is not None:
+            self._surgery.restore()
+
+    # -- the step -----------------------------------------------------------------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """What the Trainer calls in place of ``Strategy.training_step``."""
+        followed = self._loaders.advance()
+        step = Step(self.trainer, self.module, args[0] if args else None, followed, {})
+        active = [t for t in self.techniques if t.is_active(step)]
+        if not active:
+            return self._stepping.original(*args, **kwargs)
+        for technique in self._in(active, "transform_batch"):
+            step.batch = technique.transform_batch(step.batch, step)
+        if self._surgery is not None:
+            self._surgery.apply()
+        output = self._run(step, [t for t in active if self._phases[t] & LOSS_PHASES], args, kwargs)
+        output = self._add_penalties(self._in(active, "penalty"), output, step)
+        if step.scalars:
+            report.log_scalars(self.module, step.scalars, step.batch_size)
+        return output
+
+    def _run(self, step: Step, on_loss: list[Technique], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._step, self._selection, self._last = step, Selection(on_loss), None
+        if self._features is not None:
+            self._features.open, step.features = True, self._features.outputs
+        before = self.trainer.global_step if on_loss else 0
+        try:
+            with self._interception.watch() if on_loss and not self._by_mixin else nullcontext():
+                output = self._stepping.original(*(step.batch, *args[1:]), **kwargs)
+            if on_loss:
+                output = self._settle(
+                    output, made_loss=_loss_of(output) is not None or self.trainer.global_step > before
+                )
+        finally:
+            self._step = self._last = None
+            if self._features is not None:
+                self._features.open = False
+                self._features.outputs.clear()
+        return output
+
+    def _settle(self, output: Any, *, made_loss: bool) -> Any:
+        selection = self._selection
+        if not selection.seen:
+            if made_loss and not self._interception.missed(self.trainer.global_step):
+                if not self._call_ever_seen:
+                    raise selection.nothing_seen(by_mixin=self._by_mixin)
+                names = ", ".join(type(t).__name__ for t in selection.techniques)
+                rank_zero_warn(f"{names}: no loss call in the step after global step {self.trainer.global_step}.")
+            return output
+        self._call_ever_seen = True
+        selection.check()
+        late = selection.last()
+        if not late or self._last is None or _loss_of(output) is None:
+            return output
+        call, value = self._last
+        return _with_loss(output, _swap(_loss_of(output), value, self._value(call, late), call))
+
+    # -- the loss -----------------------------------------------------------------------------------------------------
+
+    def _intercept(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        arguments = bind(function, args, kwargs)
+        if self._step is None or not torch.is_grad_enabled() or not _has_gradient(arguments):
+            return function(*args, **kwargs)  # a teacher, a metric, a loss that is only logged
+        site = call_site() if self._selection.needs_site() or not self._call_ever_seen else ""
+        return self._take(LossCall(function, arguments, self._step, site))
+
+    def reduce_loss(
+        self, per_sample: Tensor, logits: Tensor | None, targets: Tensor | None, indices: Tensor | None
+    ) -> Tensor:
+        """What :meth:`LossMixin.reduce_loss` returns."""
+        if self._step is None or not per_sample.requires_grad:
+            return per_sample.mean()
+        site = call_site() if self._selection.needs_site() or not self._call_ever_seen else ""
+        return self._take(HandWrittenCall(per_sample, logits, targets, indices, self._step, site))
+
+    def _take(self, call: LossCall) -> Tensor:
+        takers = self._selection.take(call.name, call.site, str(call) if call.site else call.name)
+        value = self._value(call, takers) if takers else call.plain
+        if self._selection.last():
+            self._last = call, value
+        return value
+
+    def _value(self, call: LossCall, techniques: list[Technique]) -> Tensor:
+        step = call.step
+        given = call.plain if step.is_logging else None
+        for technique in self._in(techniques, "change_targets"):
+            target = technique.change_targets(call)
+            if target is not None:
+                call.replace_target(target)
+        weights: Tensor | None = None
+        for technique in self._in(techniques, "sample_weights"):
+            own = technique.sample_weights(call)
+            if own is not None:
+                weights = own if weights is None else weights * own
+        terms = []
+        for technique in self._in(techniques, "loss_term"):
+            term = technique.loss_term(call)
+            if term is not None:
+                terms.append(term)
+                if step.is_logging:
+                    step.log(technique, "term", term.mean())
+        value = call.value(weights, terms)
+        if given is not None:
+            step.scalars["reg/loss/base"] = given.detach().mean()
+            step.scalars["reg/loss/total"] = value.detach().mean()
+        return value
+
+    def _add_penalties(self, techniques: list[Technique], output: Any, step: Step) -> Any:
+        for technique in techniques:
+            penalty, loss = technique.penalty(self.module), _loss_of(output)
+            if penalty is None or loss is None:
+                continue
+            output = _with_loss(output, loss + penalty)
+            if step.is_logging:
+                step.log(technique, "penalty", penalty)
+                step.scalars.setdefault("reg/loss/base", loss.detach())
+                step.scalars["reg/loss/total"] = (loss + penalty).detach()
+        return output
+
+    def _in(self, techniques: list[Technique], phase: str) -> list[Technique]:
+        return [t for t in techniques if phase in self._phases[t]]
+
+
+def _has_gradient(arguments: dict[str, Any]) -> bool:
+    return any(isinstance(value, Tensor) and value.requires_grad for value in arguments.values())
+
+
+def _loss_of(output: Any) -> Tensor | None:
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    return loss if isinstance(loss, Tensor) else None
+
+
+def _with_loss(output: Any, loss: Tensor) -> Any:
+    if not isinstance(output, Mapping):
+        return loss
+    output = copy.copy(output)  # the user may keep the mapping
+    output["loss"] = loss
+    return output
+
+
+def _swap(total: Tensor | None, old: Tensor, new: Tensor, call: LossCall) -> Tensor:
+    """The total loss with one of its parts exchanged, for a total that is linear in that part."""
+    if total is None:
+        raise MisconfigurationException("`training_step` returned no loss.")
+    (factor,) = torch.autograd.grad(total, old, retain_graph=True, allow_unused=True)
+    if factor is None:
+        raise MisconfigurationException(
+            f'loss="last": the last loss call, {call}, does not contribute to the loss that `training_step` returns.'
+        )
+    return total + (factor * (new - old)).sum()

@@ -1,0 +1,62 @@
+"""Errors and argument checks, in one voice: class, argument, range, value."""
+
+import math
+from collections.abc import Sequence
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+__all__ = ["MisconfigurationException", "check_choice", "check_number"]
+
+
+def check_number(
+    owner: object,
+    name: str,
+    value: float,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    low_open: bool = False,
+    high_open: bool = False,
+    integer: bool = False,
+) -> None:
+    """Raises ``ValueError`` unless ``value`` is a finite number in the interval.
+
+    Args:
+        owner: The object whose argument it is; its class is named in the message.
+        name: Name of the argument.
+        value: What the user gave.
+        low: Lower end.
+        high: Upper end.
+        low_open: Whether the lower end itself is refused.
+        high_open: Whether the upper end itself is refused.
+        integer: Whether only whole numbers are taken.
+
+    Raises:
+        ValueError: If ``value`` is no number, not finite, or outside the interval.
+
+    """
+    kinds = int if integer else (int, float)
+    fine = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+    fine = fine and (value > low if low_open else value >= low) and (value < high if high_open else value <= high)
+    if not fine:
+        interval = f"{'(' if low_open else '['}{low}, {high}{')' if high_open or high == math.inf else ']'}"
+        kind = "a whole number" if integer else "a number"
+        raise ValueError(f"{type(owner).__name__}: `{name}` must be {kind} in {interval}, got {value!r}.")
+
+
+def check_choice(owner: object, name: str, value: object, choices: Sequence[object]) -> None:
+    """Raises ``ValueError`` unless ``value`` is one of ``choices``.
+
+    Args:
+        owner: The object whose argument it is; its class is named in the message.
+        name: Name of the argument.
+        value: What the user gave.
+        choices: What is allowed.
+
+    Raises:
+        ValueError: If ``value`` is not among them.
+
+    """
+    if value not in choices:
+        allowed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{type(owner).__name__}: `{name}` must be one of {allowed}, got {value!r}.")

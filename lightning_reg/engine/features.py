@@ -1,0 +1,67 @@
+"""Observing the outputs of layers that are named as in ``named_modules()``."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_reg.engine.errors import MisconfigurationException
+
+__all__ = ["FeatureTap", "named_layers", "near_names"]
+
+
+def near_names(name: str, names: Iterable[str]) -> str:
+    """A sentence part with the names most like ``name``."""
+    names = list(names)
+    near = difflib.get_close_matches(name, names, n=5, cutoff=0.4) or names[:5]
+    return ", ".join(repr(n) for n in near) or "none at all"
+
+
+def named_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """Layers by the names the user knows: without the ``_orig_mod.`` that ``torch.compile`` puts in between."""
+    return {name.replace("_orig_mod.", ""): layer for name, layer in module.named_modules() if name}
+
+
+class FeatureTap:
+    """Keeps the outputs of named layers while it is open.
+
+    Args:
+        module: The user's module.
+        names: Layer names.
+
+    Raises:
+        MisconfigurationException: If a name matches no layer; the message lists near ones.
+
+    """
+
+    def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
+        layers = named_layers(module)
+        self.outputs: dict[str, Any] = {}
+        self.open = False
+        self._handles: list[RemovableHandle] = []
+        for name in dict.fromkeys(names):
+            if name not in layers:
+                raise MisconfigurationException(
+                    f"No layer is named {name!r}. Near names: {near_names(name, layers)}. Layers are named as in"
+                    " `module.named_modules()`."
+                )
+        for name in dict.fromkeys(names):
+            self._handles.append(layers[name].register_forward_hook(_Keep(self, name)))
+
+    def close(self) -> None:
+        """Takes the hooks off and forgets the outputs."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.outputs.clear()
+
+
+class _Keep:
+    def __init__(self, tap: FeatureTap, name: str) -> None:
+        self.tap, self.name = tap, name
+
+    def __call__(self, layer: nn.Module, args: Any, output: Any) -> None:
+        if self.tap.open:
+            self.tap.outputs[self.name] = output

@@ -1,0 +1,58 @@
+"""The engine's own callback: the moments outside ``training_step`` at which the engine has something to do."""
+
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import override
+
+from lightning_reg.engine.host import Callback
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+    from torch.optim import Optimizer
+
+    from lightning_reg.engine.engine import Engine
+
+__all__ = ["EngineHooks"]
+
+
+class EngineHooks(Callback):
+    """Stands first among the Trainer's callbacks while the engine is attached, so that all others see dense weights."""
+
+    def __init__(self, engine: "Engine") -> None:
+        self._engine = engine
+
+    @override
+    def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        self._engine.prepare_module()
+
+    @override
+    def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        self._engine.prepare_data()
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: "Trainer", pl_module: "LightningModule", optimizer: "Optimizer"
+    ) -> None:
+        self._engine.restore_weights()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._engine.restore_weights()
+
+    @override
+    def on_validation_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        self._engine.apply_weights()
+
+    @override
+    def on_validation_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        self._engine.restore_weights()
+
+    @override
+    def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
+        self._engine.detach()
+
+    @override
+    def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
+        self._engine.detach()

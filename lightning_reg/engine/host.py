@@ -1,0 +1,94 @@
+"""Every touch of Lightning's non-public surface, in one place, each with the public fact it stands for."""
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+elif "pytorch_lightning" not in sys.modules:
+    from lightning.pytorch import Callback
+elif "lightning.pytorch" not in sys.modules:
+    # The two packages are twins that do not know each other's classes. A program of the older name need not pay for
+    # importing the other one, and its LightningCLI accepts only subclasses of its own Callback.
+    from pytorch_lightning import Callback
+else:
+    import lightning.pytorch
+    import pytorch_lightning
+
+    class Callback(lightning.pytorch.Callback, pytorch_lightning.Callback):
+        """A callback to both twins."""
+
+
+__all__ = [
+    "Callback",
+    "Replacement",
+    "batches_so_far",
+    "callbacks",
+    "combined_loader",
+    "is_compiled",
+    "is_logging_step",
+    "prints_summary",
+    "set_callbacks",
+]
+
+
+class Replacement:
+    """A method of one object replaced by a function, until :meth:`undo`.
+
+    Args:
+        owner: The object; its class is not touched.
+        name: The method.
+        function: What stands in for it.
+
+    """
+
+    def __init__(self, owner: object, name: str, function: Callable[..., Any]) -> None:
+        self.original: Callable[..., Any] = getattr(owner, name)
+        self._owner, self._name = owner, name
+        self._before = owner.__dict__.get(name)
+        setattr(owner, name, function)
+
+    def undo(self) -> None:
+        """Puts back what was there, an earlier replacement by somebody else included."""
+        if self._before is None:
+            self._owner.__dict__.pop(self._name, None)
+        else:
+            setattr(self._owner, self._name, self._before)
+
+
+def is_logging_step(trainer: "Trainer") -> bool:
+    """Whether Lightning writes ``on_step`` values after the present batch (every ``log_every_n_steps``)."""
+    return bool(trainer._logger_connector.should_update_logs)
+
+
+def batches_so_far(trainer: "Trainer") -> int:
+    """Training batches begun since the start of training, over resumes: the present one included."""
+    return int(trainer.fit_loop.epoch_loop.batch_progress.total.ready)
+
+
+def is_compiled(module: "LightningModule") -> bool:
+    """Whether the module, or one inside it, went through ``torch.compile``."""
+    if getattr(module, "_compiler_ctx", None) is not None:
+        return True
+    return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in module.modules())
+
+
+def prints_summary(trainer: "Trainer") -> bool:
+    """Whether the user lets Lightning print its model summary (``enable_model_summary``), our table's precedent."""
+    return any(type(callback).__name__.endswith("ModelSummary") for callback in callbacks(trainer))
+
+
+def combined_loader(trainer: "Trainer") -> Any:
+    """The CombinedLoader behind ``trainer.train_dataloader``, ``None`` before it is made."""
+    return trainer.fit_loop._combined_loader
+
+
+def callbacks(trainer: "Trainer") -> "list[Callback]":
+    """The Trainer's callbacks; the attribute is public, but Lightning does not declare it."""
+    return list(trainer.callbacks)  # type: ignore[attr-defined]  # set by the callback connector
+
+
+def set_callbacks(trainer: "Trainer", callbacks: "list[Callback]") -> None:
+    """Gives the Trainer a new list; the one that Lightning may be iterating over stays as it is."""
+    trainer.callbacks = callbacks  # type: ignore[attr-defined]  # set by the callback connector

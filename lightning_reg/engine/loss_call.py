@@ -1,0 +1,404 @@
+"""The loss call: what the user's ``training_step`` hands to its loss function, and what the techniques make of it."""
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_reg.engine import losses
+from lightning_reg.engine.errors import MisconfigurationException
+
+if TYPE_CHECKING:
+    from lightning_reg.engine.step import Samples, Step
+    from lightning_reg.engine.technique import Technique
+
+__all__ = ["HandWrittenCall", "LossCall"]
+
+SampleKind = Literal["row", "sequence", "map"]
+
+
+class LossCall:
+    r"""One call of a loss function, seen while the user's ``training_step`` runs.
+
+    A *sample* is what the data loader counts: a row; a sequence, when a flattened ``(B * T, ...)`` call is folded back
+    by the batch size; or a map, when a sample has several elements of its own (pixels, ``(B, V, T)`` tokens, outputs).
+    Its loss is :math:`L_i = \sum_{e \in i} \ell_e / n_i` with mass :math:`n_i = \sum_{e \in i} m_e`, so that the
+    user's mean is :math:`\sum_i n_i L_i / \sum_i n_i`. Ignored elements have mass 0.
+
+    Args:
+        function: The function of ``torch.nn.functional`` that was called.
+        arguments: Its arguments by name.
+        step: The training step that it happened in.
+        site: Where the user's code called it, as ``file.py:line``, or "".
+
+    """
+
+    def __init__(self, function: Callable[..., Any], arguments: dict[str, Any], step: "Step", site: str = "") -> None:
+        self.function = function
+        self.arguments = arguments
+        self.step = step
+        self.site = site
+        self.target_name = losses.target_name(function)
+        self.given_target: Tensor | None = self.target
+
+    @property
+    def name(self) -> str:
+        """The function's name, ``cross_entropy`` for example."""
+        return self.function.__name__
+
+    @property
+    def input(self) -> Tensor:
+        """The first argument: logits, log-probabilities or predictions, as the user's network made them."""
+        value: Tensor = next(iter(self.arguments.values()))
+        return value
+
+    @property
+    def target(self) -> Tensor | None:
+        """The target, already replaced if a technique has changed it; ``None`` where a loss has none."""
+        return None if self.target_name is None else self.arguments[self.target_name]
+
+    @property
+    def reduction(self) -> str:
+        """The user's reduction."""
+        return losses.reduction_of(self.arguments)
+
+    def replace_target(self, target: Tensor) -> None:
+        """Puts other targets into the call; what was computed from the old ones is forgotten.
+
+        Args:
+            target: The new targets, in a form that the loss function takes.
+
+        Raises:
+            MisconfigurationException: If the loss has no target.
+
+        """
+        if self.target_name is None:
+            raise MisconfigurationException(f"{self} has no target that could be replaced.")
+        self.arguments = {**self.arguments, self.target_name: target}
+        for name in ("decomposition", "sample_mass", "losses", "plain", "batch_size"):
+            self.__dict__.pop(name, None)
+
+    # -- samples ------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def batch_size(self) -> int:
+        """Number of samples B.
+
+        Raises:
+            MisconfigurationException: If the call's rows are no multiple of the batch size: no value per sample exists.
+
+        """
+        rows = self._rows()
+        samples = self.step.batch_size
+        if samples is None or rows == samples:
+            return rows
+        if rows % samples:
+            raise MisconfigurationException(
+                f"{self} has {rows} rows, which is no multiple of the batch size {samples}: there is no loss per"
+                " sample. Choose another call with `loss=...`, or write the loss with `LossMixin.reduce_loss`."
+            )
+        return samples
+
+    @property
+    def kind(self) -> SampleKind:
+        """What one sample is, see the class."""
+        if self._rows() != self.batch_size:
+            return "sequence"
+        return "row" if self.function in _ROW_LOSSES or self._element_dim() <= 1 else "map"
+
+    @cached_property
+    def decomposition(self) -> losses.Decomposition:
+        """Elements of the loss, with gradient."""
+        return losses.decompose(self.function, self.arguments)
+
+    @cached_property
+    def sample_mass(self) -> Tensor | None:
+        """Mass ``n_i`` of each sample, ``(B,)`` float32; ``None`` when all samples weigh the same."""
+        mass = losses.element_mass(self.function, self.arguments)
+        return None if mass is None else mass.reshape(self.batch_size, -1).sum(1)
+
+    @cached_property
+    def losses(self) -> Tensor:
+        """Loss of each sample ``L_i``, ``(B,)`` float32, without gradient; 0 where every element is ignored."""
+        elements = self.decomposition.elements.detach().float().reshape(self.batch_size, -1)
+        if self.sample_mass is None:
+            return elements.mean(1)
+        return elements.sum(1) / torch.where(self.sample_mass > 0, self.sample_mass, 1.0)
+
+    def samples(self, technique: "Technique") -> "Samples":
+        """Dataset indices of the samples, on the device of the input.
+
+        Args:
+            technique: Who asks: its ``index_key`` and ``dataloader`` say where they come from.
+
+        Returns:
+            Indices ``(B,)``, and what is known about them on the host.
+
+        Raises:
+            MisconfigurationException: If there are not as many indices as samples.
+
+        """
+        samples = self.step.samples(technique, self.input.device)
+        if len(samples.indices) != self.batch_size:
+            raise MisconfigurationException(
+                f"{self} has {self.batch_size} samples but the batch was made of {len(samples.indices)} dataset"
+                " indices (samples dropped or added by collate_fn or in training_step?). Say which entry of the batch"
+                f' holds the index of each sample: `{type(technique).__name__}(index_key="...")`.'
+            )
+        return samples
+
+    @property
+    def logits(self) -> Tensor:
+        """Class scores ``(B, C)`` of a single-label classification.
+
+        Log-probabilities (``nll_loss``) are logits too: their softmax gives them back.
+
+        Raises:
+            MisconfigurationException: If the call is no such classification.
+
+        """
+        if self.function not in (F.cross_entropy, F.nll_loss):
+            raise MisconfigurationException(
+                f"{self} has no class logits: a technique needs a single-label classification loss"
+                " (F.cross_entropy or F.nll_loss). If there is one too, choose it with `loss='cross_entropy'`."
+            )
+        if self.input.dim() != 2:
+            raise MisconfigurationException(
+                f"{self} is a prediction per pixel or per position; a technique needs one per sample, logits of"
+                " shape (B, C). Segmentation and token classification are not supported by it."
+            )
+        if self.input.shape[0] != self.batch_size:
+            raise MisconfigurationException(
+                f"{self} has {self.input.shape[0]} rows for a batch of {self.batch_size} samples (sequences flattened"
+                " to tokens?); a technique needs one row of logits per sample."
+            )
+        return self.input
+
+    @property
+    def labels(self) -> Tensor:
+        """Given class of each sample, ``(B,)`` int64; the largest entry where the targets are probabilities."""
+        target = self.given_target
+        if target is None:
+            raise MisconfigurationException(f"{self} has no labels.")
+        return target.argmax(1) if target.dim() == self.logits.dim() else target
+
+    def _rows(self) -> int:
+        if self.function is F.ctc_loss:
+            return self.input.shape[1] if self.input.dim() == 3 else 1
+        reference = self.input
+        if self.function in (F.cross_entropy, F.nll_loss) and reference.dim() == 1:
+            return 1
+        return reference.shape[0] if reference.dim() else 1
+
+    def _element_dim(self) -> int:
+        classes = self.function in (F.cross_entropy, F.nll_loss)
+        return self.input.dim() - 1 if classes else self.input.dim()
+
+    # -- the value ----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def plain(self) -> Tensor:
+        """The value the user's own call would return (for the present target)."""
+        if "decomposition" in self.__dict__:
+            return self.decomposition.plain
+        value: Tensor = self.function(**self.arguments)
+        return value
+
+    def value(self, weights: Tensor | None, terms: list[Tensor]) -> Tensor:
+        r"""What the call returns to the user's code.
+
+        A weight multiplies every element of its sample, a term is added to every element of its sample (a scalar term
+        to all elements), and then the user's own reduction is applied:
+
+        .. math:: \frac{\sum_e w_{i(e)}\,\ell_e}{\sum_e m_e} + \frac{\sum_i n_i\,r_i}{\sum_i n_i} \quad\text{for a mean}
+
+        With ``weights`` all 1 and no terms the value is the plain one to the last bit, whatever the reduction.
+
+        Args:
+            weights: Weight of each sample, ``(B,)``, neutral 1; ``None`` for no weighting.
+            terms: Terms per sample ``(B,)`` or scalars ``()``, in the order they are added.
+
+        Returns:
+            The loss, in the shape of the user's own value.
+
+        """
+        value = self.plain if weights is None else self._weighted(weights)
+        for term in terms:
+            value = value + self._reduced(term)
+        return value
+
+    def _weighted(self, weights: Tensor) -> Tensor:
+        elements, plain, reduction = self.decomposition
+        weighted = elements * self._per_element(weights.detach(), elements)
+        if reduction == "none":
+            return weighted
+        # One rounding apart: torch's fused mean and a mean of elements. The difference (without gradient) is carried
+        # over, so that weights of 1 give the user's value exactly.
+        value, unweighted = weighted.sum(), elements.detach().sum()
+        if reduction == "mean":
+            mass = elements.numel() if self.sample_mass is None else self.sample_mass.sum().to(elements.dtype)
+            value, unweighted = value / mass, unweighted / mass
+        return value + (plain.detach() - unweighted)
+
+    def _reduced(self, term: Tensor) -> Tensor:
+        per_sample = term.dim() > 0
+        if per_sample and term.shape != (self.batch_size,):
+            raise ValueError(f"A term must have shape () or ({self.batch_size},), got {tuple(term.shape)}.")
+        if self.reduction in ("mean", "batchmean"):
+            if not per_sample:
+                return term
+            mass = self.sample_mass
+            return term.mean() if mass is None else (term * mass).sum() / mass.sum()
+        elements = self.decomposition.elements
+        if self.reduction == "none":
+            return self._per_element(term, elements) if per_sample else term
+        mass = self.sample_mass
+        if mass is None:
+            return term.sum() * (elements.numel() // self.batch_size) if per_sample else term * elements.numel()
+        return (term * mass).sum() if per_sample else term * mass.sum()
+
+    def _per_element(self, per_sample: Tensor, elements: Tensor) -> Tensor:
+        if elements.numel() == per_sample.numel():
+            return per_sample.to(elements.dtype).reshape(elements.shape)
+        return (
+            per_sample.to(elements.dtype).repeat_interleave(elements.numel() // self.batch_size).reshape(elements.shape)
+        )
+
+    @override
+    def __str__(self) -> str:
+        shapes = ", ".join(str(tuple(v.shape)) for v in self.arguments.values() if isinstance(v, Tensor))
+        return f"F.{self.name}({shapes}, reduction={self.reduction!r})" + (f" at {self.site}" if self.site else "")
+
+
+# Losses whose elements are one number per row although their input is a matrix.
+_ROW_LOSSES = (
+    F.multilabel_margin_loss,
+    F.multilabel_soft_margin_loss,
+    F.multi_margin_loss,
+    F.cosine_embedding_loss,
+    F.triplet_margin_loss,
+    F.triplet_margin_with_distance_loss,
+    F.ctc_loss,
+)
+
+
+class HandWrittenCall(LossCall):
+    """A loss handed over by ``LossMixin.reduce_loss``: per sample, already computed.
+
+    Args:
+        per_sample: ``(B,)``, with gradient.
+        logits: ``(B, C)`` if the user gave them.
+        targets: Whatever the user gave.
+        indices: ``(B,)`` if the user gave them.
+        step: The training step that it happened in.
+        site: ``file.py:line`` or "".
+
+    """
+
+    def __init__(
+        self,
+        per_sample: Tensor,
+        logits: Tensor | None,
+        targets: Tensor | None,
+        indices: Tensor | None,
+        step: "Step",
+        site: str = "",
+    ) -> None:
+        self.target_name = None
+        self.arguments = {"per_sample_loss": per_sample}
+        self.step, self.site = step, site
+        self.given_target = targets
+        self._logits, self._indices = logits, indices
+
+    @property
+    @override
+    def name(self) -> str:
+        """``reduce_loss``."""
+        return "reduce_loss"
+
+    @property
+    @override
+    def target(self) -> Tensor | None:
+        """The targets as the user gave them."""
+        return self.given_target
+
+    @property
+    @override
+    def reduction(self) -> str:
+        """The mean, always."""
+        return "mean"
+
+    @property
+    @override
+    def kind(self) -> SampleKind:
+        """A row, always."""
+        return "row"
+
+    @cached_property
+    @override
+    def batch_size(self) -> int:
+        """Number of samples B."""
+        return len(self.input)
+
+    @cached_property
+    @override
+    def decomposition(self) -> losses.Decomposition:
+        """The losses as they were handed over."""
+        return losses.Decomposition(self.input, self.input.mean(), "mean")
+
+    @cached_property
+    @override
+    def sample_mass(self) -> Tensor | None:
+        """``None``: all samples weigh the same."""
+        return None
+
+    @cached_property
+    @override
+    def plain(self) -> Tensor:
+        """The mean of the losses."""
+        return self.decomposition.plain
+
+    @property
+    @override
+    def logits(self) -> Tensor:
+        """Class scores ``(B, C)`` as the user gave them.
+
+        Raises:
+            MisconfigurationException: If they were not given or have no such shape.
+
+        """
+        if self._logits is None or self._logits.dim() != 2 or len(self._logits) != self.batch_size:
+            shape = None if self._logits is None else tuple(self._logits.shape)
+            raise MisconfigurationException(
+                f"A technique needs logits of shape ({self.batch_size}, C), `reduce_loss` got {shape}: call"
+                " `self.reduce_loss(per_sample_loss, logits=logits, targets=targets)`."
+            )
+        return self._logits
+
+    @override
+    def samples(self, technique: "Technique") -> "Samples":
+        """Dataset indices: the user's own if given, see the base class."""
+        if self._indices is not None:
+            self.step.give_indices(self._indices)
+        return super().samples(technique)
+
+    @override
+    def replace_target(self, target: Tensor) -> None:
+        """Refused: the losses are computed already.
+
+        Raises:
+            MisconfigurationException: Always.
+
+        """
+        raise MisconfigurationException(
+            "A technique replaces the targets, but `reduce_loss` gets losses that are already computed. Compute the"
+            " loss with a function of torch.nn.functional and leave LossMixin out."
+        )
+
+    @override
+    def __str__(self) -> str:
+        return f"reduce_loss({tuple(self.input.shape)})" + (f" at {self.site}" if self.site else "")

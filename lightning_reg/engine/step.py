@@ -1,0 +1,133 @@
+"""One training step as the techniques see it: the batch, its samples, its features, where training stands."""
+
+from collections import Counter
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from lightning_reg.engine import host
+from lightning_reg.engine.indices import IndexSource, entry_of_batch
+from lightning_reg.engine.loaders import find_source
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lightning.pytorch import LightningModule, Trainer
+
+    from lightning_reg.engine.indices import BatchIndices
+    from lightning_reg.engine.technique import Technique
+
+__all__ = ["Samples", "Step"]
+
+
+class Samples(NamedTuple):
+    """Dataset indices of a batch.
+
+    Attributes:
+        indices: ``(B,)`` int64.
+        distinct: Whether they are known to be distinct (known on the host, so asking costs no sync).
+        capacity: Nominal batch size of the loader, the same on all ranks; ``None`` if not known.
+        size: Length of the dataset; ``None`` if not known.
+
+    """
+
+    indices: Tensor
+    distinct: bool
+    capacity: int | None
+    size: int | None
+
+
+class Step:
+    """One call of the user's ``training_step``.
+
+    Args:
+        trainer: The Trainer.
+        module: The user's module.
+        batch: What ``training_step`` gets (after the techniques' batch transforms).
+        followed: Indices of the batch from each followed loader, by the loader's key; the only one's key is "".
+        features: Outputs of the observed layers, by name; filled while the forward pass runs.
+
+    """
+
+    def __init__(
+        self,
+        trainer: "Trainer",
+        module: "LightningModule",
+        batch: Any,
+        followed: "Mapping[str, tuple[IndexSource, BatchIndices | None]]",
+        features: dict[str, Any],
+    ) -> None:
+        self.trainer, self.module, self.batch, self.features = trainer, module, batch, features
+        self.scalars: dict[str, Tensor] = {}
+        self._followed = followed
+        self._given: Tensor | None = None
+
+    @property
+    def epoch(self) -> int:
+        """Epochs finished."""
+        return self.trainer.current_epoch
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps finished."""
+        return self.trainer.global_step
+
+    @property
+    def batches_so_far(self) -> int:
+        """Batches begun since the start of training, over resumes, this one included."""
+        return host.batches_so_far(self.trainer)
+
+    @cached_property
+    def is_logging(self) -> bool:
+        """Whether scalars are wanted from this step; compute what is only for the log if so."""
+        return host.is_logging_step(self.trainer)
+
+    def log(self, technique: "Technique", name: str, value: Tensor) -> None:
+        """Logs a scalar under the technique's key.
+
+        Args:
+            technique: Whose it is.
+            name: Its name, behind ``reg/<key>/``.
+            value: A scalar on any device; not read before Lightning does.
+
+        """
+        self.scalars[f"{technique.log_key}/{name}"] = value.detach()
+
+    @cached_property
+    def batch_size(self) -> int | None:
+        """Number of samples B: of the followed loader if there is one, else what the tensors of the batch agree on."""
+        if len(self._followed) == 1:
+            ((_, drawn),) = self._followed.values()
+            if drawn is not None:
+                return len(drawn.host)
+        sizes = Counter(leaf.shape[0] for leaf in tree_leaves(self.batch) if isinstance(leaf, Tensor) and leaf.dim())
+        common = sizes.most_common(2)
+        if not common or (len(common) == 2 and common[0][1] == common[1][1]):
+            return None
+        return common[0][0]
+
+    def give_indices(self, indices: Tensor) -> None:
+        """Takes the indices from the user's code, for :meth:`samples`."""
+        self._given = indices
+
+    def samples(self, technique: "Technique", device: torch.device) -> Samples:
+        """Dataset indices of the batch, where the technique's arguments say they are.
+
+        Args:
+            technique: Who asks.
+            device: Where to.
+
+        Returns:
+            Indices ``(B,)``, and what is known about them on the host.
+
+        """
+        if self._given is not None:
+            return Samples(self._given.to(device).long(), False, None, None)
+        if technique.index_key is not None:
+            return Samples(entry_of_batch(self.batch, technique.index_key).to(device), False, None, None)
+        source, drawn = find_source(technique, self._followed)
+        drawn = drawn or source.missing()
+        return Samples(drawn.host.to(device, non_blocking=True), drawn.distinct, source.capacity, source.size)

@@ -1,0 +1,69 @@
+"""Effective weights in place of the dense ones, from the forward pass until the gradients are there.
+
+The optimizer, checkpoints and everything else between steps see the dense parameters under their own names: nothing is
+re-parametrized, no key is renamed. The gradient with respect to the effective value arrives at the dense parameter as
+it is (straight-through). Cost: two fused passes over the edited parameters per batch, and one copy of them in memory.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_reg.engine.errors import MisconfigurationException
+from lightning_reg.engine.features import near_names
+
+__all__ = ["Surgery", "named_weights"]
+
+Edit = Callable[[Mapping[str, Tensor]], None]
+
+
+def named_weights(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by the names the user knows, without ``_orig_mod.``."""
+    return {name.replace("_orig_mod.", ""): p for name, p in module.named_parameters()}
+
+
+class Surgery:
+    """Swaps parameters of a module for edited values and back.
+
+    Args:
+        module: The user's module.
+        edits: For each editor the names of its parameters and the function that edits their values in place.
+
+    Raises:
+        MisconfigurationException: If a name matches no parameter.
+
+    """
+
+    def __init__(self, module: nn.Module, edits: Sequence[tuple[Sequence[str], Edit]]) -> None:
+        parameters = named_weights(module)
+        for name in (name for names, _ in edits for name in names):
+            if name not in parameters:
+                raise MisconfigurationException(
+                    f"No parameter is named {name!r}. Near names: {near_names(name, parameters)}. Parameters are named"
+                    " as in `module.named_parameters()`."
+                )
+        self._edits = [({name: parameters[name] for name in names}, edit) for names, edit in edits]
+        self._weights = list(dict.fromkeys(p for weights, _ in self._edits for p in weights.values()))
+        self._dense: list[Tensor] = []
+        self.in_place = False
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Puts the effective values in, unless they are."""
+        if self.in_place:
+            return
+        weights: list[Tensor] = [p.detach() for p in self._weights]
+        if not self._dense:
+            self._dense = [torch.empty_like(w) for w in weights]
+        torch._foreach_copy_(self._dense, weights)
+        self.in_place = True
+        for named, edit in self._edits:
+            edit({name: p.detach() for name, p in named.items()})
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Puts the dense values back, unless they are in already."""
+        if self.in_place:
+            torch._foreach_copy_([p.detach() for p in self._weights], self._dense)
+            self.in_place = False

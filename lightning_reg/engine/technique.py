@@ -1,0 +1,184 @@
+"""The base class of all techniques: a callback whose methods are the phases of a training step."""
+
+import hashlib
+from typing import TYPE_CHECKING, Any, ClassVar, final
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_reg.engine import distributed
+from lightning_reg.engine.errors import check_number
+from lightning_reg.engine.host import Callback
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from lightning.pytorch import LightningModule, Trainer
+
+    from lightning_reg.engine.loss_call import LossCall
+    from lightning_reg.engine.step import Step
+
+__all__ = ["PHASES", "Technique", "phases_of"]
+
+# In the order of the step. Gradients and optimizer steps are Lightning's own hooks on_before_optimizer_step and
+# on_train_batch_end.
+PHASES = ("transform_batch", "edit_weights", "change_targets", "sample_weights", "loss_term", "penalty")
+LOSS_PHASES = frozenset(("change_targets", "sample_weights", "loss_term"))
+
+
+class Technique(Callback):
+    """A training technique, attached to a Trainer as a callback.
+
+    A technique takes part in a phase of the training step by overriding the phase's method; what it leaves alone costs
+    nothing. Within a phase techniques act in the order of the Trainer's callbacks. All other hooks of Lightning's
+    callbacks may be overridden too, except :meth:`setup`, where the engine is attached.
+
+    Args:
+        loss: Which loss call of the training step it works on, if there are several: the position of the call in the
+            step (``0`` is the first), ``"last"``, the name of the function (``"cross_entropy"``), or its place in the
+            code (``"model.py:42"``). ``None``: there must be just one.
+        index_key: Entry of the batch with the dataset index of each sample, a key or a position (``"index"``, ``"2"``).
+            ``None``: the indices are followed from the training DataLoader.
+        dataloader: With several training loaders in a CombinedLoader, the key or position of the one whose samples the
+            technique counts. ``None``: there must be just one.
+        name: Tells instances of the same class in one Trainer apart: part of the log keys and of the checkpoint key.
+        seed: Seed of the technique's own random draws.
+
+    """
+
+    needs_indices: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        *,
+        loss: int | str | None = None,
+        index_key: str | None = None,
+        dataloader: str | None = None,
+        name: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(loss, str | None):
+            check_number(self, "loss", loss, low=0, integer=True)
+        check_number(self, "seed", seed, low=0, integer=True)
+        self.loss = loss
+        self.index_key = index_key
+        self.dataloader = dataloader
+        self.name = name
+        self.seed = seed
+
+    @override
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "setup" in cls.__dict__:
+            raise TypeError(f"{cls.__name__} must not override `setup`; use `on_fit_start` or `check`.")
+
+    # -- identity -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def key(cls) -> str:
+        """The technique's key: the name of its file."""
+        return cls.__module__.rsplit(".", 1)[-1]
+
+    @property
+    def log_key(self) -> str:
+        """What its scalars are logged under: ``reg/<key>``, and the instance's name if it has one."""
+        return f"reg/{self.key()}" + (f"_{self.name}" if self.name else "")
+
+    @property
+    @override
+    def state_key(self) -> str:
+        """What its state is saved under; instances of one class need different names."""
+        return type(self).__qualname__ + (f"[{self.name}]" if self.name else "")
+
+    def describe(self) -> str:
+        """One line for the table at the start of the fit: settings, sizes, schedule."""
+        return ""
+
+    # -- composition --------------------------------------------------------------------------------------------------
+
+    def check(self, trainer: "Trainer", module: "LightningModule") -> None:
+        """Refuses a setup that the technique cannot work in; called before anything is attached."""
+
+    def conflict_with(self, other: "Technique") -> str | None:
+        """Why it cannot stand beside ``other`` in one Trainer, as a sentence; ``None`` if it can."""
+        return None
+
+    def is_active(self, step: "Step") -> bool:
+        """Whether it takes part in this step; an inactive technique costs this call and nothing else."""
+        return True
+
+    # -- phases, in the order of the step -----------------------------------------------------------------------------
+
+    @property
+    def feature_layers(self) -> "Sequence[str]":
+        """Layers whose outputs it reads from ``step.features``, named as in ``named_modules()``."""
+        return ()
+
+    def transform_batch(self, batch: Any, step: "Step") -> Any:
+        """Returns the batch that the user's ``training_step`` gets; the given one stays as it is."""
+        raise NotImplementedError
+
+    def weights_to_edit(self, module: nn.Module) -> "Sequence[str]":
+        """Names of the parameters that :meth:`edit_weights` changes, as in ``named_parameters()``."""
+        return ()
+
+    def edit_weights(self, weights: "Mapping[str, Tensor]") -> None:
+        """Turns dense values into effective ones, in place, before the forward pass; the engine puts them back."""
+        raise NotImplementedError
+
+    def change_targets(self, call: "LossCall") -> Tensor | None:
+        """Returns the targets for the loss function, ``None`` to keep the present ones."""
+        raise NotImplementedError
+
+    def sample_weights(self, call: "LossCall") -> Tensor | None:
+        """Returns a weight per sample ``(B,)``, neutral 1, without gradient; ``None`` for no weighting."""
+        raise NotImplementedError
+
+    def loss_term(self, call: "LossCall") -> Tensor | None:
+        """Returns a term that joins each sample's loss ``(B,)``, or the whole loss ``()``; ``None`` for none."""
+        raise NotImplementedError
+
+    def penalty(self, module: "LightningModule") -> Tensor | None:
+        """Returns a scalar that depends on parameters only and is added to the step's loss; ``None`` for none."""
+        raise NotImplementedError
+
+    # -- services -----------------------------------------------------------------------------------------------------
+
+    @final
+    @override
+    def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
+        """Attaches the engine to the Trainer, once for all techniques."""
+        if stage == "fit":
+            from lightning_reg.engine.engine import Engine  # the engine imports this module
+
+            Engine.attach(trainer, pl_module)
+
+    def generator(
+        self, step: "Step", device: torch.device | str = "cpu", *, same_on_ranks: bool = False
+    ) -> torch.Generator:
+        """A random generator for this step's draws.
+
+        Its state depends on nothing but the seed, the technique's name, the rank and the count of batches since the
+        start of training. So the global random state is never touched, a resumed run draws what the uninterrupted
+        one would have drawn, on every rank, and there is no state to save.
+
+        Args:
+            step: The present step.
+            device: Device to draw on.
+            same_on_ranks: Whether all ranks draw the same.
+
+        Returns:
+            A fresh generator; ask once per phase and draw from it in order.
+
+        """
+        where = 0 if same_on_ranks else distributed.rank()
+        text = f"{self.seed} {self.log_key} {where} {step.batches_so_far}"
+        seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+        return torch.Generator(device).manual_seed(seed)
+
+
+def phases_of(technique: Technique | type[Technique]) -> tuple[str, ...]:
+    """Phases that a technique takes part in: those whose methods it overrides, in the order of the step."""
+    cls = technique if isinstance(technique, type) else type(technique)
+    return tuple(phase for phase in PHASES if getattr(cls, phase) is not getattr(Technique, phase))

@@ -1,0 +1,428 @@
+r"""Early-learning regularization: keeps a network from memorising wrong labels."""
+
+import csv
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from rich.table import Table
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_reg.engine import host
+from lightning_reg.engine.distributed import RowExchange, world_size
+from lightning_reg.engine.errors import MisconfigurationException, check_choice, check_number
+from lightning_reg.engine.memory import SampleMemory, last_occurrences
+from lightning_reg.engine.technique import Technique
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+    from lightning_reg.engine.loss_call import LossCall
+    from lightning_reg.engine.step import Samples, Step
+
+__all__ = ["ELRCallback", "LabelErrors", "elr_loss", "elr_regularizer", "elr_targets", "elr_update_targets"]
+
+
+def elr_targets(targets_rows: Tensor, probabilities: Tensor, beta: float) -> Tensor:
+    r"""One step of the moving average of a network's own predictions.
+
+    .. math:: t \leftarrow \beta\, t + (1 - \beta)\, \hat p, \qquad \hat p_c = p_c / \textstyle\sum_k p_k
+
+    Args:
+        targets_rows: Targets of the batch before the step, ``(B, C)`` float32, initially 0.
+        probabilities: Clamped softmax outputs ``p``, ``(B, C)``; no gradient flows into them.
+        beta: Momentum, in [0, 1).
+
+    Returns:
+        The new targets ``(B, C)``, constant. After k visits a row sums to ``1 - beta ** k``: there is no bias
+        correction, which is what makes the regularizer weak early on.
+
+    """
+    p = probabilities.detach()
+    return beta * targets_rows + (1.0 - beta) * (p / p.sum(1, keepdim=True))
+
+
+def elr_update_targets(targets: Tensor, index: Tensor, logits: Tensor, beta: float, clamp: float = 1e-4) -> Tensor:
+    r"""Updates the targets of a batch in place, before its loss is computed.
+
+    .. math:: t_i \leftarrow \beta\, t_i + (1 - \beta)\, \hat p_i, \qquad
+        \hat p = p / \textstyle\sum_c p_c, \quad p = \operatorname{clamp}(\operatorname{softmax}(z), c, 1 - c)
+
+    Args:
+        targets: All targets, ``(N, C)``, initially 0. The rows in ``index`` are changed, the others are not.
+        index: Sample index of each row of the batch, ``(B,)`` int64. Of several rows for one sample the last counts.
+        logits: Logits of the batch, ``(B, C)``; no gradient flows into them.
+        beta: Momentum, in [0, 1).
+        clamp: Floor of the probabilities, in (0, 0.5).
+
+    Returns:
+        The updated rows, ``(B, C)``, constant.
+
+    Example:
+        >>> targets = torch.zeros(3, 2)
+        >>> elr_update_targets(targets, torch.tensor([2]), torch.zeros(1, 2), beta=0.7)
+        tensor([[0.1500, 0.1500]])
+
+    """
+    rows = elr_targets(targets[index].float(), _probabilities(logits, clamp), beta)
+    rows = rows[last_occurrences(index)]
+    targets.index_copy_(0, index, rows.to(targets.dtype))
+    return rows
+
+
+def elr_regularizer(
+    logits: Tensor, targets_rows: Tensor, clamp: float = 1e-4, reduction: Literal["mean", "none"] = "mean"
+) -> Tensor:
+    r"""The early-learning regularizer, without its weight.
+
+    .. math:: \frac1B \sum_i \log\bigl(1 - \langle t_i, p_i \rangle\bigr) \le 0, \qquad
+        p = \operatorname{clamp}(\operatorname{softmax}(z), c, 1 - c)
+
+    Args:
+        logits: ``(B, C)``. The gradient flows through the clamp: an entry at its floor has none.
+        targets_rows: Targets of the batch after their update, ``(B, C)``, constant.
+        clamp: Floor of the probabilities, in (0, 0.5).
+        reduction: ``"mean"`` over the batch, or ``"none"``.
+
+    Returns:
+        float32: a scalar, or ``(B,)``.
+
+    Example:
+        >>> elr_regularizer(torch.zeros(1, 2), torch.tensor([[0.15, 0.15]]))
+        tensor(-0.1625)
+
+    """
+    term = _log_disagreement(_probabilities(logits, clamp), targets_rows)
+    return term.mean() if reduction == "mean" else term
+
+
+def elr_loss(
+    logits: Tensor,
+    labels: Tensor,
+    index: Tensor,
+    targets: Tensor,
+    lam: float,
+    beta: float,
+    clamp: float = 1e-4,
+) -> Tensor:
+    r"""Cross-entropy with early-learning regularization; updates ``targets`` first.
+
+    .. math:: \frac1B \sum_i \operatorname{CE}(z_i, y_i) + \frac{\lambda}{B} \sum_i \log(1 - \langle t_i, p_i \rangle)
+
+    Args:
+        logits: ``(B, C)``.
+        labels: ``(B,)`` int64.
+        index: Sample index of each row, ``(B,)`` int64.
+        targets: All targets ``(N, C)``, initially 0; changed in place.
+        lam: Weight of the regularizer.
+        beta: Momentum of the targets, in [0, 1).
+        clamp: Floor of the probabilities, in (0, 0.5).
+
+    Returns:
+        A scalar; values far below zero are normal.
+
+    """
+    rows = elr_update_targets(targets, index, logits, beta, clamp)
+    return F.cross_entropy(logits, labels) + lam * elr_regularizer(logits, rows, clamp)
+
+
+def _probabilities(logits: Tensor, clamp: float) -> Tensor:
+    # Without autocast: in float16 and bfloat16 1 - 1e-4 rounds to 1, the clamp is void and log(0) follows.
+    with torch.autocast(logits.device.type, enabled=False):
+        return logits.float().softmax(1).clamp(clamp, 1.0 - clamp)
+
+
+def _log_disagreement(probabilities: Tensor, targets_rows: Tensor) -> Tensor:
+    with torch.autocast(probabilities.device.type, enabled=False):
+        return (1.0 - (targets_rows.float() * probabilities).sum(1)).log()
+
+
+class ELRCallback(Technique):
+    r"""Early-learning regularization (ELR) against wrong labels in single-label classification.
+
+    A network fits clean labels first. A moving average ``t`` of its own predictions, kept per training sample, points
+    at the true class by then; the term :math:`\lambda \log(1 - \langle t, p \rangle)` cancels the gradient of wrong
+    labels and keeps that of clean ones alive.
+
+    Per training step, in this order: :math:`p = \operatorname{clamp}(\operatorname{softmax}(z), c, 1-c)`;
+    :math:`t_i \leftarrow \beta t_i + (1-\beta)\, p / \sum p`; loss :math:`= \text{CE} + \lambda \log(1 - \langle t_i,
+    p\rangle)`, which joins each sample's own loss under the user's reduction. Steps of validation leave ``t`` alone.
+
+    Use it when 10-80 % of the training labels may be wrong and training runs for many epochs, or to find the wrong
+    labels (:meth:`suspected_label_errors`). Leave it when samples are seen once or twice, for multi-label or regression
+    losses, and where labels are clean.
+
+    Source:
+        Liu et al., "Early-Learning Regularization Prevents Memorization of Noisy Labels", NeurIPS 2020,
+        arXiv 2007.00151, eq. 6 and 9; the clamp and the renormalised target are the authors' code's, which made the
+        published numbers.
+
+    Differs:
+        A class index that is ignored (``ignore_index``) takes no part. With class weights the term is weighted as the
+        sample's loss is. Otherwise nothing.
+
+    Memory: N x C float32 (CIFAR-10 1.8 MB, ImageNet 5.1 GB) and N int32. Under DDP each step sends ``batch * (C + 3)``
+    32-bit words to the other ranks and waits for none of them until the next step; afterwards all ranks hold the same
+    targets. Two ranks of batch b train as one process of batch 2b does, unless both ranks draw the same sample in one
+    step.
+
+    Args:
+        lam: Weight of the regularizer (lambda), at least 0. Paper: 3 (CIFAR-10, symmetric noise; Clothing1M,
+            WebVision), 1 (CIFAR-10, asymmetric), 7 (CIFAR-100). Tune first. Neutral: 0.
+        beta: Momentum of the targets, in [0, 1). Paper: 0.7 (CIFAR-10 symmetric, Clothing1M, WebVision), 0.9
+            (CIFAR-10 asymmetric, CIFAR-100).
+        clamp: Floor c of the probabilities, in (0, 0.5). Authors' code: 1e-4.
+        warmup_epochs: Epochs in which the targets are gathered but the loss is left alone. Paper: 0.
+        num_samples: Number of training samples N; ``None`` for the length of the training dataset. Needed with
+            ``index_key``.
+        num_classes: Number of classes C; ``None`` to read it off the logits.
+        table_dtype: Type the targets are kept in, ``"float16"`` for half the memory. The loss is computed in float32.
+        table_device: ``"module"`` keeps the targets where the module is; ``"cpu"`` in host memory, for one host sync
+            per step.
+        top_k: Keep only the k largest targets of a sample (6 k bytes in float32 instead of 4 C); ``None`` keeps all.
+        sync: ``"gather"``: all ranks hold all targets. ``"local"``: no exchange; only right when each rank sees the
+            same samples in every epoch.
+        loss: Which loss call it works on, if there are several: position, ``"last"``, function name, or
+            ``"model.py:42"``.
+        index_key: Batch entry with the sample indices; ``None`` to follow them from the DataLoader.
+        dataloader: Key of the training loader in a CombinedLoader.
+        name: Tells several instances in one Trainer apart.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> elr = ELRCallback(lam=3.0, beta=0.7)
+        >>> trainer = Trainer(max_epochs=120, callbacks=[elr], logger=False, enable_checkpointing=False)
+
+    """
+
+    needs_indices: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        lam: float = 3.0,
+        beta: float = 0.7,
+        clamp: float = 1e-4,
+        warmup_epochs: int = 0,
+        num_samples: int | None = None,
+        num_classes: int | None = None,
+        table_dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+        table_device: Literal["module", "cpu"] = "module",
+        top_k: int | None = None,
+        sync: Literal["gather", "local"] = "gather",
+        loss: int | str | None = None,
+        index_key: str | None = None,
+        dataloader: str | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(loss=loss, index_key=index_key, dataloader=dataloader, name=name)
+        check_number(self, "lam", lam, low=0)
+        check_number(self, "beta", beta, low=0, high=1, high_open=True)
+        check_number(self, "clamp", clamp, low=0, high=0.5, low_open=True, high_open=True)
+        check_number(self, "warmup_epochs", warmup_epochs, low=0, integer=True)
+        for argument, value in (("num_samples", num_samples), ("num_classes", num_classes), ("top_k", top_k)):
+            if value is not None:
+                check_number(self, argument, value, low=1, integer=True)
+        check_choice(self, "table_dtype", table_dtype, ("float32", "float16", "bfloat16"))
+        check_choice(self, "table_device", table_device, ("module", "cpu"))
+        check_choice(self, "sync", sync, ("gather", "local"))
+        if index_key is not None and num_samples is None:
+            raise ValueError("ELRCallback: `num_samples` must be given with `index_key`, got None.")
+        self.lam, self.beta, self.clamp, self.warmup_epochs = lam, beta, clamp, warmup_epochs
+        self.num_samples, self.num_classes = num_samples, num_classes
+        self.table_dtype, self.table_device, self.top_k, self.sync = table_dtype, table_device, top_k, sync
+        self._targets: SampleMemory | None = None
+        self._labels: SampleMemory | None = None
+        self._exchange = RowExchange()
+
+    @override
+    def describe(self) -> str:
+        if not self.lam:
+            return "lam=0: inactive"
+        kept = f", top {self.top_k}" if self.top_k else ""
+        start = f", from epoch {self.warmup_epochs}" if self.warmup_epochs else ""
+        return f"lam={self.lam:g}, beta={self.beta:g}{start}; targets {self.table_dtype}{kept}"
+
+    @override
+    def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        if host.batches_so_far(trainer) == 0:  # a new training, not a resumed or continued one
+            self._targets = self._labels = None
+
+    @override
+    def is_active(self, step: "Step") -> bool:
+        return self.lam > 0
+
+    @override
+    def loss_term(self, call: "LossCall") -> Tensor | None:
+        logits, labels, samples = call.logits, call.labels, call.samples(self)
+        indices = samples.indices
+        if call.sample_mass is not None:  # ignored samples have no label to be wrong
+            indices = torch.where(call.sample_mass > 0, indices, -1)
+        targets, given = self._memories(samples, logits.shape[1])
+        self._receive()
+        probabilities = _probabilities(logits, self.clamp)
+        rows = elr_targets(targets.read(indices), probabilities, self.beta)
+        if not samples.distinct:
+            rows = rows[last_occurrences(indices)]
+        targets.write(indices, rows, distinct=True)
+        given.write(indices, labels[:, None], distinct=samples.distinct)
+        if self.sync == "gather" and world_size() > 1:
+            self._exchange.start(indices, rows, labels[:, None].int(), capacity=samples.capacity)
+        if call.step.is_logging:
+            self._log(call.step, rows, labels)
+        if call.step.epoch < self.warmup_epochs:
+            return None
+        return self.lam * _log_disagreement(probabilities, rows)
+
+    def suspected_label_errors(self, labels: Tensor | None = None) -> Tensor:
+        """Which training samples have a label that their target contradicts: ``argmax(t) != y``.
+
+        Args:
+            labels: Given labels ``(N,)``; ``None`` for those seen in training.
+
+        Returns:
+            bool ``(N,)`` on the CPU, by position in the training dataset. A sample never seen is not suspected.
+
+        Raises:
+            RuntimeError: If nothing was trained yet.
+
+        """
+        targets, given = self._table(labels)
+        return (targets.sum(1) > 0) & (given >= 0) & (targets.argmax(1) != given)
+
+    def label_errors(self, labels: Tensor | None = None) -> "LabelErrors":
+        """The suspected label errors with the suggested labels, most confident first.
+
+        Args:
+            labels: Given labels ``(N,)``; ``None`` for those seen in training.
+
+        Returns:
+            A report to print through rich or to write as CSV.
+
+        """
+        targets, given = self._table(labels)
+        (index,) = self.suspected_label_errors(labels).nonzero(as_tuple=True)
+        confidence, suggested = (targets[index] / targets[index].sum(1, keepdim=True)).max(1)
+        order = confidence.argsort(descending=True, stable=True)
+        return LabelErrors(index[order], given[index][order], suggested[order], confidence[order])
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        self._receive()
+        if self._targets is None or self._labels is None:
+            return {}
+        return {
+            "num_samples": self._targets.num_samples,
+            "num_classes": self._targets.width,
+            "targets": self._targets.state_dict(),
+            "labels": self._labels.state_dict(),
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict:
+            targets, labels = self._new_memories(state_dict["num_samples"], state_dict["num_classes"])
+            targets.load_state_dict(state_dict["targets"])
+            labels.load_state_dict(state_dict["labels"])
+
+    def _memories(self, samples: "Samples", num_classes: int) -> tuple[SampleMemory, SampleMemory]:
+        size = self.num_samples or samples.size
+        if size is None:
+            raise MisconfigurationException(
+                "ELRCallback: the indices come from `reduce_loss`, so the number of training samples is not known."
+                " Write `ELRCallback(num_samples=...)`."
+            )
+        if samples.size is not None and samples.size > size:
+            raise MisconfigurationException(
+                f"ELRCallback(num_samples={size}): the training dataset has {samples.size} samples."
+            )
+        if self.num_classes not in (None, num_classes):
+            raise MisconfigurationException(
+                f"ELRCallback(num_classes={self.num_classes}): the logits have {num_classes} classes."
+            )
+        targets, labels = self._targets, self._labels
+        if targets is None or labels is None:
+            return self._new_memories(size, num_classes)
+        if (targets.num_samples, targets.width) != (size, num_classes):
+            raise MisconfigurationException(
+                f"ELRCallback: the targets are for {targets.num_samples} samples of {targets.width} classes, the data"
+                f" now has {size} of {num_classes}. Sample indices must mean the same throughout a training."
+            )
+        return targets, labels
+
+    def _new_memories(self, num_samples: int, num_classes: int) -> tuple[SampleMemory, SampleMemory]:
+        on_cpu = self.table_device == "cpu"
+        self._targets = SampleMemory(num_samples, num_classes, dtype=self.table_dtype, top_k=self.top_k, on_cpu=on_cpu)
+        self._labels = SampleMemory(num_samples, 1, dtype="int32", on_cpu=on_cpu, fill=-1)
+        return self._targets, self._labels
+
+    def _receive(self) -> None:
+        received = self._exchange.finish()
+        if received is not None and self._targets is not None and self._labels is not None:
+            indices, rows, labels = received
+            self._targets.write(indices, rows)
+            self._labels.write(indices, labels.view(torch.int32))
+
+    def _log(self, step: "Step", rows: Tensor, labels: Tensor) -> None:
+        known = labels.clamp(0, rows.shape[1] - 1)
+        on_label = rows.gather(1, known[:, None])[:, 0] / rows.sum(1)
+        step.log(self, "agreement", on_label.mean())
+        step.log(self, "suspects", (rows.argmax(1) != labels).float().mean())
+
+    def _table(self, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        self._receive()
+        if self._targets is None or self._labels is None:
+            raise RuntimeError("ELRCallback: there are no targets yet; fit first, or load a checkpoint.")
+        targets = self._targets.all()
+        if labels is not None and labels.shape != (len(targets),):
+            raise ValueError(f"ELRCallback: `labels` must have shape ({len(targets)},), got {tuple(labels.shape)}.")
+        return targets, self._labels.all()[:, 0].long() if labels is None else labels.cpu()
+
+
+@dataclass(frozen=True)
+class LabelErrors:
+    """Suspected label errors, most confident first.
+
+    Args:
+        index: Position in the training dataset, ``(K,)``.
+        given: Label as given, ``(K,)``.
+        suggested: Class the network believes in, ``(K,)``.
+        confidence: Share of that class in the sample's target, in (0, 1], ``(K,)``.
+
+    """
+
+    index: Tensor
+    given: Tensor
+    suggested: Tensor
+    confidence: Tensor
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def rows(self) -> Iterator[tuple[int, int, int, float]]:
+        """Index, given label, suggested label, confidence."""
+        return zip(
+            self.index.tolist(), self.given.tolist(), self.suggested.tolist(), self.confidence.tolist(), strict=True
+        )
+
+    def to_csv(self, path: str | Path) -> None:
+        """Writes ``index,given,suggested,confidence`` with a header line."""
+        with Path(path).open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(("index", "given", "suggested", "confidence"))
+            writer.writerows((*row[:3], f"{row[3]:.4f}") for row in self.rows())
+
+    def __rich__(self) -> Table:
+        table = Table("index", "given", "suggested", "confidence", title=f"{len(self)} suspected label errors")
+        for position, (index, given, suggested, confidence) in enumerate(self.rows()):
+            if position == 20:
+                table.add_row("…", "", "", "")
+                break
+            table.add_row(str(index), str(given), str(suggested), f"{confidence:.2f}")
+        return table
