@@ -325,7 +325,7 @@ def rows_of(results: dict[str, list[dict[str, float]]]) -> list[list[str]]:
 def rich_table(rows: list[list[str]], title: str, caption: str) -> Table:
     table = Table(title=title, title_style="bold", caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
     for i, header in enumerate(HEADER):
-        table.add_column(header, justify="right" if i else "left")
+        table.add_column(header, justify="right" if i else "left", no_wrap=not i)
     for row in rows:
         table.add_row(*row)
     return table
@@ -344,9 +344,10 @@ def command_line(parser: argparse.ArgumentParser, args: argparse.Namespace) -> s
         value = getattr(args, action.dest, action.default)
         if action.dest in {"help", "data", "save"} or value == action.default:
             continue
-        words.append(action.option_strings[0])
-        if value is not True:
-            words.append(" ".join(value) if isinstance(value, list) else str(value))
+        if isinstance(value, bool):
+            words.append(action.option_strings[0 if value else 1])
+        else:
+            words += [action.option_strings[0], " ".join(value) if isinstance(value, list) else str(value)]
     return " ".join(words)
 
 
@@ -354,7 +355,7 @@ def facts(command: str, wrong: float, args: argparse.Namespace, device: torch.de
     try:
         ours = version("lightning-reg")
     except PackageNotFoundError:
-        ours = "(not installed)"
+        ours = "(source tree)"
     packages = f"lightning_reg {ours}, lightning {version('lightning')}, torch {torch.__version__}"
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     spread = f"mean ± standard deviation of {args.seeds} seeds" if args.seeds > 1 else "one seed"
@@ -387,7 +388,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--test-size", type=int, help="test images (the setting's)")
     parser.add_argument("--accelerator", choices=["auto", "cpu", "gpu"], default="auto", help="as in Trainer (auto)")
     parser.add_argument("--precision", choices=["32-true", "bf16-mixed"], default="32-true", help="as in Trainer")
-    parser.add_argument("--channels-last", action="store_true", help="memory format that suits tensor cores")
+    parser.add_argument(
+        "--channels-last", action=argparse.BooleanOptionalAction, default=True, help="the faster memory format (yes)"
+    )
     parser.add_argument("--save", type=Path, help="write the table to this markdown file too")
     return parser
 
@@ -434,7 +437,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict[str, float]]]:
                 progress.update(task, description=name)
                 runs.append(run(arm, args, seed, device, AccuracyCurve(progress, task)))
                 figures = ", ".join(f"{key} {value:.1f}" for key, value in runs[-1].items())
-                console.print(f"{name}: {figures}", highlight=False)
+                console.print(f"{name}: {figures}", highlight=False, soft_wrap=True)
         progress.update(task, description="trained")
 
     rows = rows_of(results)

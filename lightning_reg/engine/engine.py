@@ -6,7 +6,6 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_reg.engine import host, report
@@ -149,7 +148,7 @@ class Engine:
                 if not self._call_ever_seen:
                     raise selection.nothing_seen(by_mixin=self._by_mixin)
                 names = ", ".join(type(t).__name__ for t in selection.techniques)
-                rank_zero_warn(f"{names}: no loss call in the step after global step {self.trainer.global_step}.")
+                host.rank_zero_warn(f"{names}: no loss call in the step after global step {self.trainer.global_step}.")
             return output
         self._call_ever_seen = True
         selection.check()

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning_reg.engine.host import MisconfigurationException
 
 __all__ = ["MisconfigurationException", "check_choice", "check_number"]
 

@@ -1,27 +1,42 @@
-"""Every touch of Lightning's non-public surface, in one place, each with the public fact it stands for."""
+"""Every touch of Lightning's non-public surface in one place, and the choice between its two packages."""
 
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from lightning.pytorch import Callback, LightningModule, Trainer
-elif "pytorch_lightning" not in sys.modules:
+# `lightning.pytorch` and `pytorch_lightning` are twins that do not know each other's classes. A program of the older
+# name need not pay for importing the other one, and its LightningCLI accepts only subclasses of its own Callback.
+if TYPE_CHECKING or "pytorch_lightning" not in sys.modules:
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import Callback
+    from lightning.pytorch.utilities import rank_zero_warn
 elif "lightning.pytorch" not in sys.modules:
-    # The two packages are twins that do not know each other's classes. A program of the older name need not pay for
-    # importing the other one, and its LightningCLI accepts only subclasses of its own Callback.
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
     from pytorch_lightning import Callback
+    from pytorch_lightning.utilities import rank_zero_warn
 else:
+    import lightning.fabric.utilities.exceptions
     import lightning.pytorch
+    import lightning_fabric.utilities.exceptions
     import pytorch_lightning
+    from lightning.pytorch.utilities import rank_zero_warn
 
     class Callback(lightning.pytorch.Callback, pytorch_lightning.Callback):
         """A callback to both twins."""
 
+    class MisconfigurationException(
+        lightning.fabric.utilities.exceptions.MisconfigurationException,
+        lightning_fabric.utilities.exceptions.MisconfigurationException,
+    ):
+        """Caught as either twin's."""
+
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 __all__ = [
     "Callback",
+    "MisconfigurationException",
     "Replacement",
     "batches_so_far",
     "callbacks",
@@ -29,6 +44,7 @@ __all__ = [
     "is_compiled",
     "is_logging_step",
     "prints_summary",
+    "rank_zero_warn",
     "set_callbacks",
 ]
 

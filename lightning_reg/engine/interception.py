@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
+from lightning_reg.engine import host
 from lightning_reg.engine.losses import LOSS_FUNCTIONS
 
 __all__ = ["Interception", "call_site"]
@@ -155,7 +155,7 @@ class Interception:
         if not self.by_gate:
             return False
         self._stay_in_mode = True
-        rank_zero_warn(
+        host.rank_zero_warn(
             f"lightning_reg: the loss call seen until now was not seen in the step after global step {global_step} (a"
             " part of the model compiled since, or a loss on a tensor subclass?): that one step went without the"
             " techniques that need it. All calls are looked at from here on, which costs a little more per operation."

@@ -1,0 +1,52 @@
+"""What a technique's test file says about it, for the laws to run on."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from lightning_reg.engine.technique import Technique
+from tests.conformance.problems import KINDS, Problem
+
+__all__ = ["Case"]
+
+DataKind = Literal["classification", "images", "regression", "tokens"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A technique as the laws see it; ``CASE`` in ``tests/<folder>/test_<key>.py``.
+
+    Args:
+        make: Makes a small active instance, one that changes something from the first batches on; takes further
+            constructor arguments (``name``): ``partial(TailTrimmer, fraction=0.25)``.
+        neutral: Makes an instance at the neutral setting, in the same way; ``None`` if there is no such setting (the
+            law ``neutral_is_nothing`` then needs an exemption).
+        data: What it trains on: one of the harness's problems, or a :class:`Problem` of its own. The layers of the
+            former are ``net.first``, ``net.body`` and ``net.head``; every batch is ``(x, y, index)``.
+        variants: Further documented constructions; each must train, resume exactly and be plain data.
+        invalid: Constructor arguments that must be refused, and the argument that the error must name. Wrong types and
+            choices are tried by the law itself: what belongs here is every end of a range.
+        state_dtype: The least precise type that ``make()`` may keep floating state in.
+        exempt: Laws that it cannot keep, each with the reason.
+
+    """
+
+    make: Callable[..., Technique]
+    neutral: Callable[..., Technique] | None
+    data: DataKind | Problem = "classification"
+    variants: Sequence[Callable[..., Technique]] = ()
+    invalid: Sequence[tuple[Mapping[str, Any], str]] = ()
+    state_dtype: torch.dtype = torch.float32
+    exempt: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def cls(self) -> type[Technique]:
+        """The technique's class."""
+        return type(self.make())
+
+    @property
+    def problem(self) -> Problem:
+        """Network, data and loss to train on."""
+        return self.data if isinstance(self.data, Problem) else KINDS[self.data]

@@ -1,0 +1,65 @@
+"""Finds every technique of the package and the case that its test file declares."""
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import lightning_reg
+from lightning_reg.engine.technique import Technique
+from tests.conformance.case import Case
+
+__all__ = ["MissingCaseError", "case_of", "technique_classes"]
+
+_TESTS = Path(__file__).resolve().parents[1]
+
+
+class MissingCaseError(Exception):
+    """A technique that the laws cannot be run on."""
+
+
+def technique_classes(package: ModuleType = lightning_reg) -> Iterator[type[Technique]]:
+    """Every concrete Technique defined in a purpose folder, listed in its file's ``__all__`` or not."""
+    for folder in pkgutil.iter_modules(package.__path__):
+        if not folder.ispkg or folder.name == "engine":
+            continue
+        purpose = importlib.import_module(f"{package.__name__}.{folder.name}")
+        for file in pkgutil.walk_packages(purpose.__path__, f"{purpose.__name__}."):
+            module = importlib.import_module(file.name)
+            for _, value in sorted(vars(module).items()):
+                if inspect.isclass(value) and issubclass(value, Technique) and value.__module__ == module.__name__:
+                    if not inspect.isabstract(value):
+                        yield value
+
+
+def case_of(cls: type[Technique], tests: Path = _TESTS) -> Case:
+    """The case of a technique.
+
+    Args:
+        cls: The technique.
+        tests: Folder of the tests.
+
+    Returns:
+        ``CASE`` of ``tests/<folder>/test_<key>.py``.
+
+    Raises:
+        MissingCaseError: If there is no such file, or no fitting ``CASE`` in it; the message says what to write.
+
+    """
+    folder = cls.__module__.split(".")[-2]
+    path = tests / folder / f"test_{cls.key()}.py"
+    wanted = (
+        f"{cls.__name__}: write `CASE = Case(make=partial({cls.__name__}, ...), neutral=partial({cls.__name__}, ...))` in"
+        f" tests/{folder}/test_{cls.key()}.py, with `from tests.conformance.case import Case`; its docstring says what"
+        " else a case can hold."
+    )
+    if not path.exists():
+        raise MissingCaseError(f"There is no such file. {wanted}")
+    case = getattr(importlib.import_module(f"tests.{folder}.test_{cls.key()}"), "CASE", None)
+    if not isinstance(case, Case):
+        raise MissingCaseError(f"The file has no `CASE`. {wanted}")
+    if case.cls is not cls:
+        raise MissingCaseError(f"`CASE` is for {case.cls.__name__}. {wanted}")
+    return case

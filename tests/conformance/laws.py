@@ -1,0 +1,298 @@
+"""The laws that every technique keeps; each is a function that raises AssertionError with a sentence.
+
+What is compared "to the last bit" is compared without tolerance; where there is one, it stands at the comparison.
+"""
+
+import copy
+import inspect
+import pickle
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from tests.conformance.case import Case
+from tests.conformance.footprint import footprint, globals_of_torch
+from tests.conformance.harness import Interruption, Run, difference, fit, go, new_run, weights_of
+from tests.conformance.papers import check_docstrings
+from tests.conformance.problems import BATCHES, KINDS
+
+__all__ = ["LAWS"]
+
+# The laws in which a second technique takes part say how the two are told apart.
+_ONE, _TWO = "one", "two"
+
+
+# -- 1 ----------------------------------------------------------------------------------------------------------------
+
+
+def neutral_is_nothing(case: Case) -> None:
+    """The neutral instance trains as the plain run does, to the last bit; the active one does not."""
+    assert case.neutral is not None, f"{case.cls.__name__}: CASE has no neutral instance."
+    plain, neutral, active = (fit(t, case.problem) for t in ([], [case.neutral()], [case.make()]))
+    _same("the weights of the plain run and of the neutral instance", plain.weights, neutral.weights)
+    _same("the gradients of the plain run and of the neutral instance", plain.gradients, neutral.gradients)
+    _same("what the module logs, plain and neutral", _users(plain), _users(neutral))
+    changed = difference(plain.weights, active.weights) or active.own_scalars or _state(active)
+    assert changed, f"{case.cls.__name__}: `make()` changes nothing, so no law would test anything."
+
+
+# -- 2 ----------------------------------------------------------------------------------------------------------------
+
+
+def resume_is_exact(case: Case) -> None:
+    """A run resumed from an epoch's end or from its middle goes on as if it had never stopped, to the last bit."""
+    for make in (case.make, *case.variants):
+        with tempfile.TemporaryDirectory() as name:
+            _check_resume(case, make, Path(name))
+
+
+def _check_resume(case: Case, make: Callable[..., Any], folder: Path) -> None:
+    options = {"max_epochs": 3, "mid_epoch": BATCHES + 3}
+    whole = fit([make()], case.problem, folder=folder, **options)
+    for stop in ("epoch_end", "mid_epoch"):
+        checkpoint = folder / f"{stop}.ckpt"
+        torch.load(checkpoint, weights_only=True)
+        (folder / stop).mkdir()
+        # Another global seed: nothing but the checkpoint may lead on.
+        resumed = fit([make()], case.problem, folder=folder / stop, ckpt=checkpoint, seed=1, **options)
+        rest = whole.logged[-len(resumed.logged) :]
+        assert len(resumed.logged) > BATCHES, f"only {len(resumed.logged)} rows were logged after the resume"
+        _same(f"the log, resumed at {stop} and uninterrupted", resumed.logged, rest)
+        ends = [torch.load(place / "end.ckpt", weights_only=True) for place in (folder / stop, folder)]
+        for part in ("state_dict", "optimizer_states", "callbacks"):
+            _same(f"`{part}` of the last checkpoint, resumed at {stop} and uninterrupted", *(e[part] for e in ends))
+        extra = ends[0]["state_dict"].keys() ^ fit([], case.problem, max_epochs=1).weights.keys()
+        assert not extra, f"the checkpoint's `state_dict` has not the keys of the untouched model: {sorted(extra)}"
+
+
+# -- 3 ----------------------------------------------------------------------------------------------------------------
+
+
+def leaves_no_trace(case: Case) -> None:
+    """After a fit, a second one, and an exception anywhere in a step, all is as the plain run leaves it."""
+    before = globals_of_torch()
+    plain, run = (fit(t, case.problem) for t in ([], [case.make()]))
+    _same("what a plain fit leaves and what this one leaves", footprint(plain), footprint(run))
+    for one in (plain, run):
+        one.trainer.fit_loop.max_epochs += 1
+        go(one)
+    _same("what a second plain fit leaves and what this one leaves", footprint(plain), footprint(run))
+    for where in ("forward", "loss", "backward"):
+        plain, run = (fit(t, case.problem, fail=(where, 5)) for t in ([], [case.make()]))
+        assert isinstance(run.error, Interruption), f"the user's exception in {where} did not come through"
+        _same(f"what an exception in {where} leaves, plain and here", footprint(plain), footprint(run))
+        _same(f"the weights after an exception in {where} and after the batch before", run.weights, run.watch.weights[-1])
+        again = new_run(run.techniques, case.problem, model=run.model)
+        go(again)
+        assert len(again.watch.weights) == 2 * BATCHES, f"no second fit after an exception in {where}"
+    _same("torch and Lightning before and after", before, globals_of_torch())
+
+
+# -- 4 ----------------------------------------------------------------------------------------------------------------
+
+
+def ranks_agree(case: Case, pool: Any) -> None:
+    """Two processes of batch b train as one of batch 2b; the technique's state is the same on both, and on the one."""
+    one = _on_rank(case.make(), case.problem, {"batch": 8})
+    ranks = pool.run(_on_rank, case.make(), case.problem, {"batch": 4, "devices": 2, "strategy": "ddp"})
+    assert [r["world_size"] for r in ranks] == [2, 2], "the two processes did not find one another"
+    _same("the technique's state on rank 0 and rank 1", ranks[0]["state"], ranks[1]["state"])
+    _same("the weights on rank 0 and rank 1", ranks[0]["weights"], ranks[1]["weights"])
+    # float32, sums in another order, 12 steps: 1e-5 of each number, and of the largest ones where they cancel.
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    for part in ("gradients", "weights", "state"):
+        _same(f"the {part} of two processes and of one with the joined batch", ranks[0][part], one[part], **close)
+
+
+def _on_rank(technique: Any, problem: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    run = fit([technique], problem, size=32, shuffle=False, max_epochs=3, num_sanity_val_steps=0, **options)
+    weights = {name.removeprefix("module."): w for name, w in run.weights.items()}
+    parts = {"weights": weights, "gradients": run.gradients, "state": technique.state_dict()}
+    return {**parts, "world_size": run.trainer.world_size}
+
+
+# -- 5 ----------------------------------------------------------------------------------------------------------------
+
+# Of the gradient's norm. Half precision rounds to 2^-9 and 2^-12; the plain problems show 5e-3 and 6e-4.
+_PRECISIONS = {"32-true": 1e-5, "bf16-mixed": 3e-2, "16-mixed": 4e-3}
+
+
+def precision(case: Case) -> None:
+    """Gradients agree over precision x accumulation; the technique's state is kept in float32 at least."""
+    # A learning rate of 0: weights stay, so every step's gradient can be compared.
+    exact = fit([case.make()], case.problem, lr=0.0).gradients
+    for name, tolerance in _PRECISIONS.items():
+        for accumulate in (1, 4):
+            run = fit([case.make()], case.problem, lr=0.0, precision=name, accumulate_grad_batches=accumulate)
+            wanted = [_mean(exact[first:last]) for first, last in _groups(len(exact), accumulate)]
+            where = f"precision={name!r}, accumulate_grad_batches={accumulate}"
+            assert len(run.gradients) == len(wanted), f"{where}: {len(run.gradients)} steps in place of {len(wanted)}"
+            for step, (got, want) in enumerate(zip(run.gradients, wanted, strict=True)):
+                error = _distance(got, want)
+                assert error <= tolerance, f"{where}: the gradient of step {step} is off by {error:.1e} of its norm"
+            for at, tensor in _tensors(_state(run)):
+                if tensor.is_floating_point():
+                    least = torch.promote_types(tensor.dtype, case.state_dtype)
+                    assert tensor.dtype is least, f"{where}: state{at} is kept in {tensor.dtype}"
+
+
+def _groups(batches: int, accumulate: int) -> list[tuple[int, int]]:
+    # Lightning steps at the end of an epoch too, but there divides by the full number all the same.
+    assert batches % BATCHES == 0
+    return [(first, first + accumulate) for first in range(0, batches, accumulate)]
+
+
+def _mean(gradients: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: sum(g[name] for g in gradients) / len(gradients) for name in gradients[0]}
+
+
+def _distance(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> float:
+    assert one.keys() == two.keys(), f"gradients of {sorted(one.keys() ^ two.keys())} on one side only"
+    a, b = (torch.cat([g[name].double().flatten() for name in one]) for g in (one, two))
+    return float((a - b).norm() / b.norm())
+
+
+# -- 6 ----------------------------------------------------------------------------------------------------------------
+
+
+def works_or_is_refused(case: Case) -> None:
+    """Clipping, compiling and manual optimization with two optimizers give the eager run's gradients, or a refusal."""
+    exact = fit([case.make()], case.problem, lr=0.0).gradients
+    setups: dict[str, dict[str, Any]] = {
+        "gradient_clip_val=0.05": {"gradient_clip_val": 0.05},
+        "torch.compile of a network": {"compiled": "net"},
+        "torch.compile of the module": {"compiled": "module"},
+        "automatic_optimization=False, two optimizers": {"manual": True},
+    }
+    for name, options in setups.items():
+        torch.compiler.reset()
+        try:
+            run = fit([case.make()], case.problem, lr=0.0, **options)
+        except MisconfigurationException as error:
+            assert case.cls.__name__ in str(error), f"{name} is refused, but not by name: {error}"
+            continue
+        wanted = [_clipped(g, 0.05) for g in exact] if "gradient_clip_val" in options else exact
+        assert len(run.gradients) == len(wanted), f"{name}: {len(run.gradients)} steps in place of {len(wanted)}"
+        error = max(_distance(got, want) for got, want in zip(run.gradients, wanted, strict=True))
+        assert error <= 1e-5, f"{name}: a gradient is off by {error:.1e} of its norm"  # float32, another order
+    torch.compiler.reset()
+
+
+def _clipped(gradient: dict[str, Tensor], limit: float) -> dict[str, Tensor]:
+    norm = torch.cat([g.flatten() for g in gradient.values()]).norm()
+    return {name: g * (limit / (norm + 1e-6)).clamp(max=1.0) for name, g in gradient.items()}  # 1e-6 is torch's
+
+
+# -- 7 ----------------------------------------------------------------------------------------------------------------
+
+
+def instances(case: Case) -> None:
+    """Two of a class with other names keep apart; without names they are refused."""
+    first = fit([case.make(name=_ONE)], case.problem)
+    state = copy.deepcopy(_state(first))
+    fit([case.make(name=_TWO)], case.problem, lr=0.3)
+    _same("an instance's state before and after another one was trained", state, _state(first))
+    both = _pair(case, case.make(name=_ONE), case.make(name=_TWO), lr=0.0)
+    if both is not None:
+        one, two = both.techniques
+        assert one.state_key != two.state_key, f"both save their state under {one.state_key!r}"
+        assert one.log_key != two.log_key, f"both log under {one.log_key!r}"
+        shared = {t.data_ptr() for _, t in _tensors(vars(one))} & {t.data_ptr() for _, t in _tensors(vars(two))} - {0}
+        assert not shared, "the two instances hold the same tensor"
+    try:
+        fit([case.make(), case.make()], case.problem)
+    except (MisconfigurationException, RuntimeError) as error:  # Lightning's own check comes first
+        assert case.cls.__name__ in str(error), f"two without names are refused, but not by name: {error}"
+    else:
+        raise AssertionError(f"two {case.cls.__name__} without names were not refused")
+
+
+# -- 8 ----------------------------------------------------------------------------------------------------------------
+
+
+def plain_data(case: Case) -> None:
+    """Pickling and deep copying before and after a fit keep everything; state is tensors and plain values."""
+    for make in (case.make, *case.variants):
+        technique = make()
+        for copied in (_pickled(technique), copy.deepcopy(technique)):
+            _same("the arguments of a technique and of its copy", _arguments(technique), _arguments(copied))
+        run, second = fit([technique], case.problem), fit([_pickled(make())], case.problem)
+        _same("the weights trained with a technique and with its pickled copy", run.weights, second.weights)
+        _same("the state of a technique and of its pickled copy, after training", _state(run), _state(second))
+        for copied in (_pickled(technique), copy.deepcopy(technique)):
+            _same("the state of a trained technique and of its copy", _state(run), copied.state_dict())
+        odd = _not_plain(technique.state_dict(), "state")
+        assert not odd, f"{odd}: state is tensors and plain values only"
+
+
+def _pickled(technique: Any) -> Any:
+    try:
+        return pickle.loads(pickle.dumps(technique))
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise AssertionError(f"{type(technique).__name__} does not pickle: {error}") from error
+
+
+def _arguments(technique: Any) -> dict[str, Any]:
+    names = list(inspect.signature(type(technique).__init__).parameters)[1:]
+    missing = [name for name in names if not hasattr(technique, name)]
+    assert not missing, f"constructor arguments {missing} are no attributes of the same name"
+    return {name: getattr(technique, name) for name in names}
+
+
+def _not_plain(value: Any, where: str) -> str:
+    if isinstance(value, dict):
+        odd = [f"a key {k!r} in {where}" for k in value if type(k) not in (str, int)]
+        odd += [_not_plain(v, f"{where}[{k!r}]") for k, v in value.items()]
+    elif isinstance(value, list | tuple):
+        odd = [_not_plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
+    else:
+        odd = [] if type(value) in (Tensor, int, float, str, bool, type(None)) else [f"{where} is a {type(value)}"]
+    return next(filter(None, odd), "")
+
+
+# -- 10 ---------------------------------------------------------------------------------------------------------------
+
+
+def own_randomness(case: Case) -> None:
+    """The global random states are those of the plain run after every batch, and nothing depends on them."""
+    plain, run = (fit(t, case.problem) for t in ([], [case.make()]))
+    for batch, (wanted, got) in enumerate(zip(plain.watch.random, run.watch.random, strict=True)):
+        for name, one, two in zip(("torch", "numpy", "numpy's rest", "random"), wanted, got, strict=True):
+            assert not difference(one, two), f"after batch {batch} the global random state of {name} is not the plain run's"
+    other = fit([case.make()], case.problem, seed=1)
+    _same("the weights under two global seeds", run.weights, other.weights)
+
+
+# -- common -----------------------------------------------------------------------------------------------------------
+
+
+def _same(what: str, one: Any, two: Any, **tolerance: float) -> None:
+    found = difference(one, two, **tolerance)
+    assert not found, f"Not the same: {what}: {found}"
+
+
+def _state(run: Run) -> dict[str, Any]:
+    return {t.state_key: t.state_dict() for t in run.techniques}
+
+
+def _users(run: Run) -> list[tuple[int, dict[str, float]]]:
+    rows = [(step, {k: v for k, v in row.items() if not k.startswith("reg/")}) for step, row in run.logged]
+    return [(step, row) for step, row in rows if row]
+
+
+def _tensors(value: Any, where: str = "") -> list[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        return [(where, value)]
+    if isinstance(value, Mapping):
+        return [found for k, v in value.items() for found in _tensors(v, f"{where}[{k!r}]")]
+    if isinstance(value, list | tuple):
+        return [found for i, v in enumerate(value) for found in _tensors(v, f"{where}[{i}]")]
+    if type(value).__module__.startswith(("lightning_reg", "tests")) and hasattr(value, "__dict__"):
+        return _tensors(vars(value), where)
+    return []

@@ -1,0 +1,140 @@
+"""Tiny problems to train on, and a loader that can resume in the middle of an epoch."""
+
+import random
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler, TensorDataset
+from typing_extensions import override
+
+__all__ = ["BATCH", "BATCHES", "KINDS", "SIZE", "Problem", "make_loader", "seeded"]
+
+BATCH, SIZE = 4, 30  # the last batch of an epoch has 2 samples
+BATCHES = -(-SIZE // BATCH)
+CLASSES = 4
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is trained on what.
+
+    Args:
+        net: Makes the network; random draws in here are seeded. No dropout and no batch statistics, so that one
+            process of a joined batch and two processes agree.
+        data: Makes ``(x, y)`` with as many samples as asked for; random draws in here are seeded.
+        loss: Value from the network's output and ``y``.
+        serves: Names of the problems whose techniques train on this one too, besides its own.
+
+    """
+
+    net: Callable[[], nn.Module]
+    data: Callable[[int], tuple[Tensor, Tensor]]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    serves: Sequence[str] = ()
+
+
+def _layers(first: nn.Module, body: nn.Module, head: nn.Module) -> nn.Module:
+    # tanh: unlike relu it has no kink where a rounding error could flip a unit.
+    return nn.Sequential(OrderedDict(first=first, act=nn.Tanh(), body=body, act_body=nn.Tanh(), head=head))
+
+
+def _vectors() -> nn.Module:
+    return _layers(nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, CLASSES))
+
+
+def _images() -> nn.Module:
+    body = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    return _layers(nn.Conv2d(3, 8, 3, padding=1), body, nn.Linear(32, CLASSES))
+
+
+def _tokens() -> nn.Module:
+    return _layers(nn.Embedding(11, 16), nn.Linear(16, 16), nn.Linear(16, 11))
+
+
+def _labelled(*shape: int) -> Callable[[int], tuple[Tensor, Tensor]]:
+    def data(size: int) -> tuple[Tensor, Tensor]:
+        x = torch.randn(size, *shape)
+        return x, (x.flatten(1)[:, :CLASSES] + torch.randn(size, CLASSES)).argmax(1)
+
+    return data
+
+
+def _sequences(size: int) -> tuple[Tensor, Tensor]:
+    text = torch.randint(11, (size, 7))
+    return text[:, :-1], text[:, 1:]
+
+
+def _numbers(size: int) -> tuple[Tensor, Tensor]:
+    x = torch.randn(size, 8)
+    return x, x[:, :2] * x[:, 2:4] + 0.1 * torch.randn(size, 2)
+
+
+def _token_loss(logits: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+
+KINDS = {
+    "classification": Problem(_vectors, _labelled(8), F.cross_entropy),
+    "images": Problem(_images, _labelled(3, 8, 8), F.cross_entropy, serves=["classification"]),
+    "regression": Problem(lambda: _layers(nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 2)), _numbers, F.mse_loss),
+    "tokens": Problem(_tokens, _sequences, _token_loss),
+}
+
+
+# -- data -------------------------------------------------------------------------------------------------------------
+
+
+class _Resumable(Sampler[int]):
+    """Shuffles by epoch and knows its position."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.epoch, self.position, self.start = size, 0, 0, 0
+
+    def __len__(self) -> int:
+        return self.size
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    @override
+    def __iter__(self) -> Iterator[int]:
+        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.epoch)).tolist()
+        self.position, self.start = self.start, 0
+        for index in order[self.position :]:
+            self.position += 1
+            yield index
+
+
+class Loader(DataLoader):
+    """A DataLoader that goes on in the middle of an epoch; it iterates as every DataLoader does."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.sampler.position % len(self.sampler)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sampler.start = state["position"]
+
+
+def make_loader(problem: Problem, batch: int, size: int, *, shuffle: bool) -> DataLoader:
+    """Batches ``(x, y, index)``; shuffled anew in each epoch, and resumable, or else in order."""
+    with seeded(1):
+        dataset = TensorDataset(*problem.data(size), torch.arange(size))
+    return Loader(dataset, batch, sampler=_Resumable(size)) if shuffle else DataLoader(dataset, batch)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """All global random states at a known value, and back at their own afterwards."""
+    with isolate_rng():
+        torch.manual_seed(seed)
+        np.random.seed(seed)  # noqa: NPY002 # the global state is what techniques could disturb
+        random.seed(seed)
+        yield
