@@ -12,6 +12,7 @@ from lightning_reg import registry
 __all__ = ["main", "render"]
 
 _ROOT = Path(__file__).parent.parent
+_PUBLIC_IN_ENGINE = ("label_errors", "LabelErrors"), ("mixin", "LossMixin"), ("technique", "Technique")
 _MARKS = "<!-- techniques: generated -->", "<!-- techniques: end -->"
 
 
@@ -48,7 +49,7 @@ def render() -> dict[Path, str]:
 
 
 def _init() -> str:
-    names = [("lightning_reg.engine.mixin", "LossMixin"), ("lightning_reg.engine.technique", "Technique")]
+    names = [(f"lightning_reg.engine.{file}", name) for file, name in _PUBLIC_IN_ENGINE]
     names += [(file.module.__name__, cls.__name__) for file in registry.techniques() for cls in file.classes()]
     names += [("lightning_reg.version", "__version__")]
     return _module("Published training techniques as one-line additions to a PyTorch Lightning Trainer.", names)

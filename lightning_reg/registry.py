@@ -1,4 +1,4 @@
-"""Finds the techniques: every module in a purpose folder, by the public names it lists; nothing is registered by hand."""
+"""Finds the techniques: every module in a purpose folder, by the names it lists; nothing is registered by hand."""
 
 import importlib
 import inspect

@@ -10,7 +10,7 @@ from lightning_reg.engine.technique import Technique, phases_of
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["check_composition"]
+__all__ = ["check_composition", "check_editable"]
 
 # Phases in which the work of a second technique would undo that of the first.
 _EXCLUSIVE = {"change_targets": "replaces the targets of the loss"}
@@ -48,6 +48,24 @@ def check_composition(techniques: Sequence[Technique], trainer: "Trainer", modul
         if not module.automatic_optimization:
             _check_manual(technique)
         technique.check(trainer, module)
+
+
+def check_editable(technique: Technique, trainer: "Trainer") -> None:
+    """Refuses strategies that do not keep parameters whole.
+
+    Args:
+        technique: Who edits weights.
+        trainer: The Trainer that starts to fit.
+
+    Raises:
+        MisconfigurationException: Under FSDP, DeepSpeed and tensor parallelism.
+
+    """
+    strategy = type(trainer.strategy).__name__
+    if strategy.startswith(("FSDP", "DeepSpeed", "ModelParallel", "XLAFSDP")):
+        raise MisconfigurationException(
+            f"{type(technique).__name__} edits whole parameters, which {strategy} splits over the processes. Use DDP."
+        )
 
 
 def _check_manual(technique: Technique) -> None:

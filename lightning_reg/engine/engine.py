@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_reg.engine import host, report
-from lightning_reg.engine.composition import check_composition
+from lightning_reg.engine.composition import check_composition, check_editable
 from lightning_reg.engine.errors import MisconfigurationException
 from lightning_reg.engine.features import FeatureTap
 from lightning_reg.engine.hooks import EngineHooks
@@ -49,6 +49,7 @@ class Engine:
         self._loaders = TrainLoaders(trainer, techniques)
         self._features: FeatureTap | None = None
         self._surgery: Surgery | None = None
+        self._optimizing: host.Replacement | None = None
         self._step: Step | None = None
         self._selection = Selection(())
         self._last: tuple[LossCall, Tensor] | None = None
@@ -74,6 +75,8 @@ class Engine:
         if self._features is not None:
             self._features.close()
         self._loaders.detach()
+        if self._optimizing is not None:
+            self._optimizing.undo()
         self._stepping.undo()
         kept = [callback for callback in host.callbacks(self.trainer) if not isinstance(callback, EngineHooks)]
         host.set_callbacks(self.trainer, kept)
@@ -85,7 +88,9 @@ class Engine:
         self._features = FeatureTap(self.module, layers) if layers else None
         editors = [t for t in self.techniques if "edit_weights" in self._phases[t]]
         if editors:
+            check_editable(editors[0], self.trainer)
             self._surgery = Surgery(self.module, [(t.weights_to_edit(self.module), t.edit_weights) for t in editors])
+            self._optimizing = host.Replacement(self.trainer.strategy, "optimizer_step", self._optimizer_step)
 
     def prepare_data(self) -> None:
         """Says what is attached to what, once the loaders are there."""
@@ -102,6 +107,12 @@ class Engine:
         """Puts the dense weights back."""
         if self._surgery is not None:
             self._surgery.restore()
+
+    def _optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        result = self._optimizing.original(*args, **kwargs) if self._optimizing is not None else None
+        if self._step is not None:  # manual optimization: the rest of training_step sees effective weights again
+            self.apply_weights()
+        return result
 
     # -- the step -----------------------------------------------------------------------------------------------------
 

@@ -53,7 +53,7 @@ class LossCall:
     @property
     def input(self) -> Tensor:
         """The first argument: logits, log-probabilities or predictions, as the user's network made them."""
-        value: Tensor = next(iter(self.arguments.values()))
+        value: Tensor = self.arguments[losses.LOSS_FUNCTIONS[self.function][0]]
         return value
 
     @property
@@ -319,6 +319,13 @@ class HandWrittenCall(LossCall):
     def name(self) -> str:
         """``reduce_loss``."""
         return "reduce_loss"
+
+    @property
+    @override
+    def input(self) -> Tensor:
+        """The losses as they were handed over."""
+        value: Tensor = self.arguments["per_sample_loss"]
+        return value
 
     @property
     @override

@@ -1,20 +1,16 @@
 r"""Early-learning regularization: keeps a network from memorising wrong labels."""
 
-import csv
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from rich.table import Table
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_reg.engine import host
 from lightning_reg.engine.distributed import RowExchange, world_size
 from lightning_reg.engine.errors import MisconfigurationException, check_choice, check_number
+from lightning_reg.engine.label_errors import LabelErrors
 from lightning_reg.engine.memory import SampleMemory, last_occurrences
 from lightning_reg.engine.technique import Technique
 
@@ -24,7 +20,7 @@ if TYPE_CHECKING:
     from lightning_reg.engine.loss_call import LossCall
     from lightning_reg.engine.step import Samples, Step
 
-__all__ = ["ELRCallback", "LabelErrors", "elr_loss", "elr_regularizer", "elr_targets", "elr_update_targets"]
+__all__ = ["ELRCallback", "elr_loss", "elr_regularizer", "elr_targets", "elr_update_targets"]
 
 
 def elr_targets(targets_rows: Tensor, probabilities: Tensor, beta: float) -> Tensor:
@@ -131,8 +127,8 @@ def elr_loss(
 
 
 def _probabilities(logits: Tensor, clamp: float) -> Tensor:
-    # In float16 and bfloat16 1 - 1e-4 rounds to 1, the clamp is void and log(0) follows. Autocast lowers no element-wise
-    # operation, so float32 once is float32 throughout.
+    # In float16 and bfloat16 1 - 1e-4 rounds to 1, the clamp is void and log(0) follows. Autocast lowers none of the
+    # operations here, so float32 once is float32 throughout.
     return logits.float().softmax(1).clamp(clamp, 1.0 - clamp)
 
 
@@ -295,7 +291,7 @@ class ELRCallback(Technique):
         targets, given = self._table(labels)
         return (targets.sum(1) > 0) & (given >= 0) & (targets.argmax(1) != given)
 
-    def label_errors(self, labels: Tensor | None = None) -> "LabelErrors":
+    def label_errors(self, labels: Tensor | None = None) -> LabelErrors:
         """The suspected label errors with the suggested labels, most confident first.
 
         Args:
@@ -382,46 +378,3 @@ class ELRCallback(Technique):
         if labels is not None and labels.shape != (len(targets),):
             raise ValueError(f"ELRCallback: `labels` must have shape ({len(targets)},), got {tuple(labels.shape)}.")
         return targets, self._labels.all()[:, 0].long() if labels is None else labels.cpu()
-
-
-@dataclass(frozen=True)
-class LabelErrors:
-    """Suspected label errors, most confident first.
-
-    Args:
-        index: Position in the training dataset, ``(K,)``.
-        given: Label as given, ``(K,)``.
-        suggested: Class the network believes in, ``(K,)``.
-        confidence: Share of that class in the sample's target, in (0, 1], ``(K,)``.
-
-    """
-
-    index: Tensor
-    given: Tensor
-    suggested: Tensor
-    confidence: Tensor
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def rows(self) -> Iterator[tuple[int, int, int, float]]:
-        """Index, given label, suggested label, confidence."""
-        return zip(
-            self.index.tolist(), self.given.tolist(), self.suggested.tolist(), self.confidence.tolist(), strict=True
-        )
-
-    def to_csv(self, path: str | Path) -> None:
-        """Writes ``index,given,suggested,confidence`` with a header line."""
-        with Path(path).open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(("index", "given", "suggested", "confidence"))
-            writer.writerows((*row[:3], f"{row[3]:.4f}") for row in self.rows())
-
-    def __rich__(self) -> Table:
-        table = Table("index", "given", "suggested", "confidence", title=f"{len(self)} suspected label errors")
-        for position, (index, given, suggested, confidence) in enumerate(self.rows()):
-            if position == 20:
-                table.add_row("…", "", "", "")
-                break
-            table.add_row(str(index), str(given), str(suggested), f"{confidence:.2f}")
-        return table

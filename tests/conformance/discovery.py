@@ -29,9 +29,9 @@ def technique_classes(package: ModuleType = lightning_reg) -> Iterator[type[Tech
         for file in pkgutil.walk_packages(purpose.__path__, f"{purpose.__name__}."):
             module = importlib.import_module(file.name)
             for _, value in sorted(vars(module).items()):
-                if inspect.isclass(value) and issubclass(value, Technique) and value.__module__ == module.__name__:
-                    if not inspect.isabstract(value):
-                        yield value
+                is_technique = inspect.isclass(value) and issubclass(value, Technique)
+                if is_technique and value.__module__ == module.__name__ and not inspect.isabstract(value):
+                    yield value
 
 
 def case_of(cls: type[Technique], tests: Path = _TESTS) -> Case:
@@ -51,9 +51,9 @@ def case_of(cls: type[Technique], tests: Path = _TESTS) -> Case:
     folder = cls.__module__.split(".")[-2]
     path = tests / folder / f"test_{cls.key()}.py"
     wanted = (
-        f"{cls.__name__}: write `CASE = Case(make=partial({cls.__name__}, ...), neutral=partial({cls.__name__}, ...))` in"
-        f" tests/{folder}/test_{cls.key()}.py, with `from tests.conformance.case import Case`; its docstring says what"
-        " else a case can hold."
+        f"{cls.__name__}: write `CASE = Case(make=partial({cls.__name__}, ...), neutral=partial({cls.__name__}, ...))`"
+        f" in tests/{folder}/test_{cls.key()}.py, with `from tests.conformance.case import Case`; its docstring says"
+        " what else a case can hold."
     )
     if not path.exists():
         raise MissingCaseError(f"There is no such file. {wanted}")

@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from tests.conformance.problems import BATCH, SIZE, Problem, make_loader, seeded
 
-__all__ = ["Interruption", "Run", "difference", "fit", "go", "new_run", "quiet"]
+__all__ = ["Interruption", "Run", "demand", "difference", "fit", "go", "new_run", "quiet"]
 
 
 # -- the user's module ------------------------------------------------------------------------------------------------
@@ -75,7 +75,7 @@ class Model(LightningModule):
     @override
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         x, y, _ = batch
-        self.log("val_loss", self.loss(self.net(x), y))
+        self.log("val_loss", self.loss(self.net(x), y), sync_dist=True)
 
     @override
     def on_after_backward(self) -> None:
@@ -197,7 +197,7 @@ def new_run(
     lr: float = 0.1,
     batch: int = BATCH,
     size: int = SIZE,
-    shuffle: bool = True,
+    ranks: tuple[int, int] | None = None,
     precision: str = "32-true",
     manual: bool = False,
     compiled: str = "",
@@ -219,7 +219,7 @@ def new_run(
     fixed |= {"enable_model_summary": False, "logger": logger}
     with quiet():
         trainer = Trainer(callbacks=[*techniques, watch], **(fixed | options))
-    loader = make_loader(problem, batch, size, shuffle=shuffle)
+    loader = make_loader(problem, batch, size, ranks)
     run = Run(list(techniques), model, trainer, loader, watch, logger, fitted=model)
     if compiled == "net":
         model.net = torch.compile(model.net, backend="eager")
@@ -255,7 +255,11 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """No remarks of Lightning on a tiny fit; every other warning is what it was."""
-    remarks = ["does not have many workers", "GPU available but not used", "The .grad attribute of a Tensor that is not a leaf"]
+    remarks = [
+        "does not have many workers",
+        "GPU available but not used",
+        "The .grad attribute of a Tensor that is not a leaf",
+    ]
     log = logging.getLogger("lightning.pytorch")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -274,6 +278,12 @@ def _random_state() -> tuple[Any, ...]:
 
 
 # -- comparing --------------------------------------------------------------------------------------------------------
+
+
+def demand(condition: bool, sentence: str) -> None:
+    """An assertion that may stand where an exception is handled."""
+    if not condition:
+        raise AssertionError(sentence)
 
 
 def difference(one: Any, two: Any, *, rtol: float = 0.0, atol: float = 0.0, where: str = "") -> str:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, Sampler, TensorDataset
 from typing_extensions import override
 
 __all__ = ["BATCH", "BATCHES", "KINDS", "SIZE", "Problem", "make_loader", "seeded"]
@@ -123,11 +123,25 @@ class Loader(DataLoader):
         self.sampler.start = state["position"]
 
 
-def make_loader(problem: Problem, batch: int, size: int, *, shuffle: bool) -> DataLoader:
-    """Batches ``(x, y, index)``; shuffled anew in each epoch, and resumable, or else in order."""
+def make_loader(problem: Problem, batch: int, size: int, ranks: tuple[int, int] | None) -> DataLoader:
+    """Batches ``(x, y, index)``, shuffled anew in each epoch.
+
+    Args:
+        problem: Where the samples come from.
+        batch: Batch size.
+        size: Number of samples.
+        ranks: This process and the number of processes: all ranks' k-th batches together are the k-th batch of one
+            process with the joined batch size. ``None``: a loader that can resume in the middle of an epoch.
+
+    Returns:
+        The loader.
+
+    """
     with seeded(1):
         dataset = TensorDataset(*problem.data(size), torch.arange(size))
-    return Loader(dataset, batch, sampler=_Resumable(size)) if shuffle else DataLoader(dataset, batch)
+    if ranks is None:
+        return Loader(dataset, batch, sampler=_Resumable(size))
+    return DataLoader(dataset, batch, sampler=DistributedSampler(dataset, ranks[1], ranks[0], seed=0))
 
 
 @contextmanager

@@ -40,9 +40,7 @@ def by_hand_batch(module, batch):
 
 def halved(module):
     """Parameters whose weights are halved in value and whose gradient is that of the halved ones."""
-    return {
-        name: p + (0.5 * p - p).detach() if name.endswith("weight") else p for name, p in module.named_parameters()
-    }
+    return {name: p + (0.5 * p - p).detach() if name.endswith("weight") else p for name, p in module.named_parameters()}
 
 
 def by_hand_edit(module, batch):

@@ -4,9 +4,11 @@ import contextlib
 import io
 
 import pytest
+import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import DistributedSampler
+from typing_extensions import override
 
 from lightning_reg.engine.lookup import ENGINES
 from tests.toys import (
@@ -146,3 +148,29 @@ def test_an_exception_on_both_ranks_arrives_and_leaves_the_pool_usable(two_proce
     with pytest.raises(CollectiveError, match="in training"):
         two_processes.run(raise_in_second_step)
     assert [answers[1][2] for answers in two_processes.run(fit_twice)] == [4, 4]
+
+
+class Drawing(Term):
+    """Draws numbers of the rank's own, then numbers that all ranks share."""
+
+    def __init__(self):
+        super().__init__()
+        self.own, self.shared = [], []
+
+    @override
+    def loss_term(self, call):
+        self.own.append(torch.rand(2, generator=self.generator(call.step)).tolist())
+        self.shared.append(torch.rand(2, generator=self.generator(call.step, same_on_ranks=True)).tolist())
+
+
+def draw():
+    drawing = Drawing()
+    fit(Classifier(), drawing, **TWO_RANKS)
+    return drawing.own, drawing.shared
+
+
+def test_ranks_draw_their_own_numbers_unless_they_ask_for_the_same(two_processes):
+    (own, shared), (other_own, other_shared) = two_processes.run(draw)
+    assert shared == other_shared
+    assert len({tuple(pair) for pair in own + other_own}) == 8
+    assert own == shared  # rank 0 draws what one process would

@@ -13,7 +13,6 @@ from lightning_reg.engine.technique import Technique, phases_of
 from tests.engine.by_hand import CASES, by_hand_all, by_hand_term
 from tests.toys import (
     BATCH,
-    CLASSES,
     QUIET,
     BatchShift,
     Classifier,
@@ -99,6 +98,30 @@ def test_an_inactive_technique_is_not_asked():
     hand = Classifier(step=lambda m, b: by_hand_term(m, b) if m.global_step >= 4 else F.cross_entropy(m(b[0]), b[1]))
     fit(hand)
     assert same_weights(ours, hand)
+
+
+def test_an_inactive_editor_does_not_edit():
+    class LateHalve(Halve):
+        @override
+        def is_active(self, step):
+            return step.global_step >= 4
+
+    ours, plain, edited = Classifier(), Classifier(), Classifier()
+    fit(ours, LateHalve(), Term(), max_epochs=1)
+    fit(plain, Term(), max_epochs=1)
+    assert same_weights(ours, plain)
+    fit(ours, LateHalve(), Term())
+    fit(edited, Halve(), Term())
+    assert not same_weights(ours, edited, atol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{"fast_dev_run": 3}, {"log_every_n_steps": 0}, {"detect_anomaly": True}], ids=str)
+def test_smaller_options_of_the_trainer(options):
+    ours, hand = Classifier(), Classifier(step=by_hand_all)
+    fit(ours, *(kind() for kind in CASES["all"][0]), **options)
+    fit(hand, **options)
+    assert not same_weights(hand, Classifier(), atol=1e-3)
+    assert same_weights(ours, hand, atol=1e-6)  # float32, at most 8 steps
 
 
 def test_phases_are_read_off_the_overridden_methods():
@@ -210,13 +233,18 @@ def test_techniques_of_a_phase_act_in_the_order_of_the_list():
 
 
 def test_weights_multiply_and_terms_add():
-    ours, hand = Classifier(), Classifier(
-        step=lambda module, batch: (
-            (1 + 0.5 * batch[1])
-            * (1 + torch.arange(len(batch[1])) / len(batch[1]))
-            * F.cross_entropy(module(batch[0]), batch[1], reduction="none")
-        ).mean()
-        + (0.3 * module(batch[0]).square().mean(1)).mean()
+    ours, hand = (
+        Classifier(),
+        Classifier(
+            step=lambda module, batch: (
+                (
+                    (1 + 0.5 * batch[1])
+                    * (1 + torch.arange(len(batch[1])) / len(batch[1]))
+                    * F.cross_entropy(module(batch[0]), batch[1], reduction="none")
+                ).mean()
+                + (0.3 * module(batch[0]).square().mean(1)).mean()
+            )
+        ),
     )
     fit(ours, WeightsByLabel(), Term(0.1), WeightsByPosition(), Term(0.2, name="more"))
     fit(hand)
@@ -233,7 +261,7 @@ def test_two_that_change_the_targets_are_refused_by_name():
 
 
 def test_the_same_class_twice_needs_a_name():
-    text = 'Two instances of Term in one Trainer share the log key \'reg/term\'. Tell them apart by `name="..."`.'
+    text = "Two instances of Term in one Trainer share the log key 'reg/term'. Tell them apart by `name=\"...\"`."
     with pytest.raises(MisconfigurationException) as caught:
         fit(Classifier(), Term(name="a"), Term(), Term(name="b"), Term())
     assert str(caught.value) == text

@@ -168,15 +168,22 @@ def test_compiled_stays_in_mode():
 
 
 class Subclass(Tensor):
-    """Torch calls its ``__torch_function__`` for it, so the gate is not what decides."""
+    """As torch's own subclasses of Tensor: its operations are torch's."""
 
 
-def test_a_loss_that_the_gate_would_not_see_stays_in_mode():
+class Aloof(Tensor):
+    """As Parameter and torch's functional tensors: takes no part in overriding."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
+@pytest.mark.parametrize("kind", [Subclass, Aloof])
+def test_a_loss_that_the_gate_would_not_see_stays_in_mode(kind):
     watcher = Watcher()
     for _ in range(2):
-        names, value = watcher.watch(F.mse_loss, X.as_subclass(Subclass), Z)
+        names, value = watcher.watch(F.mse_loss, X.as_subclass(kind), Z)
         assert names == ["mse_loss"]
-        assert type(value) is Subclass
+        assert torch.equal(value.as_subclass(Tensor), 2 * F.mse_loss(X, Z))
         assert not watcher.interception.by_gate
 
 
@@ -186,11 +193,11 @@ def test_one_call_that_the_gate_would_not_see_keeps_the_mode_for_all():
     assert not watcher.interception.by_gate
 
 
-def test_a_subclass_is_treated_as_ever_while_the_gate_is_in():
-    names, value = Watcher().learned().watch(F.mse_loss, X.as_subclass(Subclass), Z)
-    assert names == []
-    assert type(value) is Subclass
-    assert torch.equal(value.as_subclass(Tensor), F.mse_loss(X, Z))
+@pytest.mark.parametrize(("kind", "factor"), [(Subclass, 2), (Aloof, 1)])
+def test_a_subclass_met_by_the_gate_is_seen_or_left_to_torch(kind, factor):
+    names, value = Watcher().learned().watch(F.mse_loss, X.as_subclass(kind), Z)
+    assert names == ["mse_loss"] * (factor - 1)
+    assert torch.equal(value.as_subclass(Tensor), factor * F.mse_loss(X, Z))
 
 
 def test_parameters_are_seen_by_the_gate():
@@ -288,7 +295,7 @@ def test_missed_warns_once_and_returns_to_the_mode():
         " calls are looked at from here on, which costs a little more per operation."
     ]
     assert not watcher.interception.by_gate
-    assert watcher.watch(F.mse_loss, X.as_subclass(Subclass), Z)[0] == ["mse_loss"]
+    assert watcher.watch(F.mse_loss, X.as_subclass(Aloof), Z)[0] == ["mse_loss"]
     assert watcher.watch(F.cross_entropy, X, Y)[0] == ["cross_entropy"]
     assert not watcher.interception.by_gate
     assert watcher.interception.missed(42) is False  # and no second warning, which would be an error here

@@ -1,5 +1,7 @@
 """Sample indices through every kind of loader: each sample carries its index in its first input."""
 
+from itertools import chain
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -71,7 +73,7 @@ def marked(samples=32, form="tuple", **kwargs):
 
 
 def epochs(indices, batches):
-    return [sum(indices[start : start + batches], []) for start in range(0, len(indices), batches)]
+    return [list(chain(*indices[start : start + batches])) for start in range(0, len(indices), batches)]
 
 
 def collate_pairs(samples):
@@ -105,7 +107,7 @@ def test_a_sampler_that_repeats_samples():
     weights = [1.0] * 4 + [0.0] * 28
     indices = record(marked(sampler=WeightedRandomSampler(weights, 24)))
     assert [len(batch) for batch in indices] == [8] * 6
-    assert set(sum(indices, [])) == {0, 1, 2, 3}
+    assert set(chain(*indices)) == {0, 1, 2, 3}
 
 
 def test_a_subset_has_indices_of_its_own():
@@ -114,7 +116,7 @@ def test_a_subset_has_indices_of_its_own():
     fit(module, recorder, loader=make_loader(Subset(Pairs(mark=True), positions), batch_size=4, shuffle=True))
     assert set(recorder.sizes) == {6}
     assert [[positions[i] for i in batch] for batch in recorder.indices] == module.marks
-    assert sorted(sum(recorder.indices[:2], [])) == list(range(6))
+    assert sorted(chain(*recorder.indices[:2])) == list(range(6))
 
 
 def test_batch_samplers():
@@ -222,7 +224,10 @@ def test_a_batch_that_is_none_is_passed_over():
     def collate(samples):
         return None if any(x[0] == 9 for x, _ in samples) else default_collate(samples)
 
-    assert record(marked(collate_fn=collate), max_epochs=1) == [list(range(8)), *map(list, (range(16, 24), range(24, 32)))]
+    assert record(marked(collate_fn=collate), max_epochs=1) == [
+        list(range(8)),
+        *map(list, (range(16, 24), range(24, 32))),
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:The strategy is not")
@@ -361,11 +366,19 @@ class OwnOrder(DataLoader):
         return reversed(list(super().__iter__()))
 
 
+class Batches:
+    def __iter__(self):
+        return iter(marked())
+
+    def __len__(self):
+        return 4
+
+
 @pytest.mark.parametrize(
     ("loader", "text"),
     [
         (lambda: DataLoader(Stream(), batch_size=4), "Stream is an IterableDataset and has no sample indices"),
-        (lambda: list(marked()), "a list is no torch DataLoader"),
+        (Batches, "a Batches is no torch DataLoader"),
         (lambda: OwnOrder(Pairs(), batch_size=8), "OwnOrder iterates in its own way"),
         (lambda: marked(in_order=False), "the DataLoader has in_order=False"),
     ],

@@ -1,14 +1,13 @@
 import csv
 import io
-import json
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringModel
 from rich.console import Console
 from sklearn.datasets import load_digits
 from torch import nn
@@ -83,7 +82,9 @@ def test_formulas_against_loops_in_double_precision(beta, clamp):
         labels = torch.randint(4, (3,), generator=generator)
         index = torch.randperm(5, generator=generator)[:3]
         loss = elr_loss(logits, labels, index, targets, lam=2.0, beta=beta, clamp=clamp)
-        reference = reference_step(expected, index.tolist(), logits.double().tolist(), labels.tolist(), 2.0, beta, clamp)
+        reference = reference_step(
+            expected, index.tolist(), logits.double().tolist(), labels.tolist(), 2.0, beta, clamp
+        )
         assert loss.item() == pytest.approx(reference, rel=2e-5)  # float32 near log(1 - 0.99...)
     torch.testing.assert_close(targets, torch.tensor(expected), atol=1e-6, rtol=1e-5)
 
@@ -120,8 +121,8 @@ def test_gradient_is_the_papers_lemma_where_nothing_is_clamped_and_zero_where_al
     (gradient,) = torch.autograd.grad(elr_regularizer(logits, t, clamp=1e-9, reduction="none").sum(), logits)
     p = logits.detach().double().softmax(1)
     tt = t.double()
-    lemma = p / (1 - (p * tt).sum(1, keepdim=True)) * torch.stack(
-        [((tt - tt[:, [c]]) * p).sum(1) for c in range(4)], dim=1
+    lemma = (
+        p / (1 - (p * tt).sum(1, keepdim=True)) * torch.stack([((tt - tt[:, [c]]) * p).sum(1) for c in range(4)], dim=1)
     )
     torch.testing.assert_close(gradient.double(), lemma, atol=1e-6, rtol=1e-5)  # float32 softmax
     saturated = torch.tensor([[30.0, 0.0, 0.0]], requires_grad=True)
@@ -382,28 +383,28 @@ def test_index_key_reads_the_indices_from_the_batch():
     assert torch.equal(named._targets.all(), followed._targets.all())
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_yaml_reaches_every_argument(tmp_path):
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI, of jsonargparse
+def test_yaml_reaches_every_argument(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py"])
     config = tmp_path / "config.yaml"
     config.write_text(
-        "trainer:\n  callbacks:\n    - class_path: lightning_reg.ELRCallback\n      init_args: {lam: 7, beta: 0.9}\n"
+        "trainer:\n  logger: false\n  callbacks:\n    - class_path: lightning_reg.ELRCallback\n      init_args: {lam: 7, beta: 0.9}\n"
     )
-    code = (
-        "from lightning.pytorch.cli import LightningCLI\n"
-        "from lightning.pytorch.demos.boring_classes import BoringModel\n"
-        "cli = LightningCLI(BoringModel, run=False, save_config_callback=None)\n"
-        "elr = cli.trainer.callbacks[0]\n"
-        "import json; print(json.dumps([type(elr).__name__, elr.lam, elr.beta, elr.clamp]))\n"
-    )
-    run = [sys.executable, "-W", "ignore", "-c", code, "--config", str(config)]
-    output = subprocess.run(run, capture_output=True, text=True, check=True).stdout
-    assert json.loads(output.splitlines()[-1]) == ["ELRCallback", 7.0, 0.9, 1e-4]
-    printed = subprocess.run([*run, "--print_config"], capture_output=True, text=True, check=True).stdout
+
+    def run(*arguments):
+        options = {"run": False, "save_config_callback": None, "seed_everything_default": 1}
+        return LightningCLI(BoringModel, args=list(arguments), **options)
+
+    elr = run("--config", str(config)).trainer.callbacks[0]
+    assert (type(elr), elr.lam, elr.beta, elr.clamp) == (ELRCallback, 7.0, 0.9, 1e-4)
+    with pytest.raises(SystemExit):
+        run("--config", str(config), "--print_config")
+    printed = capsys.readouterr().out
     assert "beta: 0.9" in printed
     assert "table_dtype: float32" in printed
-    help_call = [*run[:5], "--trainer.callbacks.help", "lightning_reg.ELRCallback"]
-    text = subprocess.run(help_call, capture_output=True, text=True, check=True).stdout
-    assert "Weight of the regularizer (lambda)" in text
+    with pytest.raises(SystemExit):
+        run("--trainer.callbacks.help", "lightning_reg.ELRCallback")
+    assert "Weight of the regularizer (lambda)" in capsys.readouterr().out
 
 
 def test_keeps_digits_from_being_memorised_and_finds_the_wrong_labels():

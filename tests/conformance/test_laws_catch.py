@@ -1,0 +1,81 @@
+"""Every law fails on techniques that break it in one place, and passes on the sound one: a law that never fails is none."""
+
+import pytest
+
+from lightning_reg.noisy_labels.elr import ELRCallback
+from tests.conformance import discovery
+from tests.conformance.broken import BROKEN, SOUND, Sound
+from tests.conformance.case import Case
+from tests.conformance.discovery import MissingCaseError, case_of, technique_classes
+from tests.conformance.harness import difference, fit
+from tests.conformance.laws import LAWS, NEED_TWO_PROCESSES
+from tests.conformance.problems import KINDS
+
+
+@pytest.fixture
+def pool(request):
+    return lambda law: [request.getfixturevalue("two_processes")] if law in NEED_TWO_PROCESSES else []
+
+
+def test_every_law_is_tried():
+    assert list(BROKEN) == list(LAWS)
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_sound(law, pool):
+    LAWS[law](SOUND, *pool(law))
+
+
+@pytest.mark.parametrize(
+    ("law", "case"), [pytest.param(law, c, id=f"{law}-{c.cls.__name__}") for law, cs in BROKEN.items() for c in cs]
+)
+def test_broken(law, case, pool):
+    with pytest.raises(AssertionError) as caught:
+        LAWS[law](case, *pool(law))
+    assert len(str(caught.value).split()) > 3, "the law fails without a sentence"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_problems_train(kind):
+    losses = [row["train_loss"] for _, row in fit([], KINDS[kind], max_epochs=8).logged if "train_loss" in row]
+    assert sum(losses[-8:]) < 0.97 * sum(losses[:8])
+
+
+def test_discovery_finds_what_is_in_no_list(tmp_path, monkeypatch):
+    package = tmp_path / "toy_suite"
+    for folder in ("engine", "noisy_labels"):
+        (package / folder).mkdir(parents=True)
+        (package / folder / "__init__.py").touch()
+        text = (
+            "from lightning_reg.engine.technique import Technique\n__all__ = []\nclass Unlisted(Technique):\n    pass\n"
+        )
+        (package / folder / "unlisted.py").write_text(text)
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    import toy_suite
+
+    assert [cls.__module__ for cls in technique_classes(toy_suite)] == ["toy_suite.noisy_labels.unlisted"]
+    assert ELRCallback in list(technique_classes())
+
+
+def test_a_technique_without_case_is_told_what_to_write(monkeypatch, tmp_path):
+    wanted = r"Sound: write `CASE = Case\(make=partial\(Sound, \.\.\.\).* in tests/conformance/test_broken.py"
+    with pytest.raises(MissingCaseError, match=f"There is no such file. {wanted}"):
+        case_of(Sound)
+    (tmp_path / "conformance").mkdir()
+    (tmp_path / "conformance" / "test_broken.py").touch()
+    for value, problem in ((None, "has no `CASE`"), (Case(ELRCallback, None), "`CASE` is for ELRCallback")):
+        module = type("module", (), {"CASE": value})
+        monkeypatch.setattr(discovery.importlib, "import_module", lambda name, module=module: module)
+        with pytest.raises(MissingCaseError, match=f"{problem}.*Sound: write"):
+            case_of(Sound, tmp_path)
+
+
+def test_difference():
+    same = {"a": [1, 2.0, None], "b": (float("nan"),)}
+    assert not difference(same, {"a": [1, 2.0, None], "b": (float("nan"),)})
+    assert difference({"a": [1.0]}, {"a": [1.0 + 1e-9]}) == "['a'][0]: 1.0 and 1.000000001"
+    assert not difference({"a": [1.0]}, {"a": [1.0 + 1e-9]}, rtol=1e-6)
+    assert difference({"a": 1}, {"b": 1}) == "the keys: ['a', 'b'] on one side only"
+    assert difference([1], [1, 2]) == "the lengths: 1 and 2 entries"
+    assert difference(1, 1.0) == ": 1 and 1.0"

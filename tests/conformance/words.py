@@ -1,0 +1,111 @@
+"""The laws about words: what a technique prints, logs and refuses, and what its docstrings say."""
+
+import inspect
+import io
+import re
+import sys
+import typing
+from collections.abc import Callable
+from typing import Any, Literal
+
+from rich.console import Console
+
+from lightning_reg import registry
+from lightning_reg.engine.report import techniques_table
+from tests.conformance.case import Case
+from tests.conformance.harness import demand, fit
+
+__all__ = ["cited", "says_what_it_does"]
+
+_VENUES = (
+    "AAAI|ACL|AISTATS|BMVC|COLM|COLT|CVPR|ECCV|ECML|EMNLP|ICASSP|ICCV|ICDM|ICLR|ICML|ICPR|IJCAI|IJCV|Interspeech|JMLR|KDD|"
+    "MICCAI|MLSys|NAACL|NIPS|Nature|NeurIPS|Neurocomputing|PAMI|PNAS|SIGGRAPH|TMLR|TNNLS|UAI|WACV"
+)
+
+
+def says_what_it_does(case: Case) -> None:
+    """One line in the table, scalars under its own key, and errors that name class and argument."""
+    technique = case.make(name="one")
+    _check_line(technique)
+    run = fit([technique], case.problem)
+    _check_line(technique)
+    own, shared = f"reg/{case.cls.key()}_one/", "reg/loss/"
+    astray = sorted(key for key in run.own_scalars if not key.startswith((own, shared)))
+    assert not astray, f"logged {astray}, which is not under {own}"
+    assert any(key.startswith(own) for key in run.own_scalars), f"no scalar is logged under {own}"
+    for kwargs, argument in (*case.invalid, *_wrong_kinds(case.cls)):
+        _check_refused(case.cls, dict(kwargs), argument)
+
+
+def _check_line(technique: Any) -> None:
+    line = technique.describe()
+    assert line.strip(), f"{type(technique).__name__}.describe() is empty"
+    assert "\n" not in line, f"{type(technique).__name__}.describe() has several lines: {line!r}"
+    console = Console(file=io.StringIO(), width=10_000)
+    console.print(techniques_table([technique], {}))
+    table = console.file.getvalue()
+    assert line in table, f"the table swallows a part of {line!r} (square brackets are markup: escape them)"
+
+
+def _wrong_kinds(cls: type[Any]) -> list[tuple[dict[str, Any], str]]:
+    """A value of the wrong kind for every argument that takes numbers or one of several words."""
+    try:
+        hints = typing.get_type_hints(cls.__init__)
+    except NameError as error:
+        raise AssertionError(
+            f"{cls.__name__}: the command line cannot read the constructor's types: {error}"
+        ) from error
+    wrong: list[tuple[dict[str, Any], str]] = []
+    for name, hint in hints.items():
+        kinds = typing.get_args(hint) or (hint,)
+        if typing.get_origin(hint) is Literal:
+            wrong.append(({name: "no such choice"}, name))
+        elif bool not in kinds and (int in kinds or float in kinds):
+            values = [float("nan")] if str in kinds else [float("nan"), "a word"]
+            wrong += [({name: value}, name) for value in values]
+    return wrong
+
+
+def _check_refused(cls: type[Any], kwargs: dict[str, Any], argument: str) -> None:
+    call = f"{cls.__name__}({', '.join(f'{k}={v!r}' for k, v in kwargs.items())})"
+    try:
+        cls(**kwargs)
+    except ValueError as error:
+        named = cls.__name__ in str(error) and f"`{argument}`" in str(error)
+        demand(named, f"{call}: the error does not name class and argument `{argument}`: {error}")
+    except Exception as error:
+        raise AssertionError(f"{call} raises {type(error).__name__} in place of ValueError: {error}") from error
+    else:
+        raise AssertionError(f"{call} is not refused")
+
+
+def cited(case: Case) -> None:
+    """The docstring gives paper, year and place, what differs, and every argument; public functions are documented."""
+    cls = case.cls
+    source = registry.section(cls, "Source")
+    assert source, f"{cls.__name__}: the docstring has no section `Source:`"
+    assert re.search(r"\b(19|20)\d\d\b", source), f"{cls.__name__}: `Source:` gives no year: {source}"
+    place = re.search(rf"arXiv[: ]\s*\d{{4}}\.\d{{4,5}}|doi|\b({_VENUES})\b", source)
+    assert place, f"{cls.__name__}: `Source:` gives no arXiv number, DOI or known venue: {source}"
+    assert registry.section(cls, "Differs"), f"{cls.__name__}: the docstring has no section `Differs:` (or `nothing`)"
+    _check_arguments(cls.__name__, cls, list(inspect.signature(cls.__init__).parameters)[1:])
+    functions = _public_functions(cls)
+    assert functions, f"{cls.__name__}: `__all__` of its file lists no function: where is the core in pure PyTorch?"
+    for function in functions:
+        _check_arguments(function.__name__, function, list(inspect.signature(function).parameters))
+        returns = inspect.signature(function).return_annotation not in (None, "None")
+        assert not returns or "\nReturns:" in inspect.getdoc(function), f"{function.__name__}: no `Returns:`"
+
+
+def _public_functions(cls: type[Any]) -> list[Callable[..., Any]]:
+    module = sys.modules[cls.__module__]
+    return [value for name in module.__all__ if inspect.isfunction(value := getattr(module, name))]
+
+
+def _check_arguments(name: str, owner: Any, arguments: list[str]) -> None:
+    text = inspect.getdoc(owner) or ""
+    section = re.search(r"^Args:\n((?:[ ]+.*\n|\n)+)", text + "\n", re.MULTILINE)
+    documented = re.findall(r"^    \*{0,2}(\w+):", section[1] if section else "", re.MULTILINE)
+    missing, ghosts = set(arguments) - set(documented), set(documented) - set(arguments)
+    assert not missing, f"{name}: `Args:` does not document {sorted(missing)}"
+    assert not ghosts, f"{name}: `Args:` documents {sorted(ghosts)}, which it does not take"
