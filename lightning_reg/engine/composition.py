@@ -32,8 +32,7 @@ def check_composition(techniques: Sequence[Technique], trainer: "Trainer", modul
         names = f"{type(one).__name__} and {type(two).__name__}"
         if one.log_key == two.log_key:
             raise MisconfigurationException(
-                f"Two instances of {type(one).__name__} in one Trainer share the log key {one.log_key!r}. Tell them"
-                ' apart by `name="..."`.'
+                f'{names} in one Trainer share the log key {one.log_key!r}. Tell them apart by `name="..."`.'
             )
         for phase, what in _EXCLUSIVE.items():
             if phase in phases_of(one) and phase in phases_of(two) and one.loss == two.loss:

@@ -12,6 +12,13 @@ if TYPE_CHECKING:
 __all__ = ["RowExchange", "all_gather", "all_reduce_mean", "rank", "world_size"]
 
 
+def _gather_into(gathered: Tensor, tensor: Tensor, *, async_op: bool = False) -> "Work | None":
+    # Renamed in torch 2.13, where the old name warns.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    work: Work | None = gather(gathered, tensor, async_op=async_op)
+    return work
+
+
 def world_size() -> int:
     """Number of processes, 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -27,7 +34,7 @@ def all_gather(tensor: Tensor) -> Tensor:
     if world_size() == 1:
         return tensor.detach()[None]
     gathered = tensor.new_empty((world_size(), *tensor.shape))
-    dist.all_gather_into_tensor(gathered, tensor.detach().contiguous())
+    _gather_into(gathered, tensor.detach().contiguous())
     return gathered
 
 
@@ -85,7 +92,7 @@ class RowExchange:
         packed = torch.cat([nobody, nobody.new_zeros(capacity, sum(self._widths[1:]))], dim=1)
         packed[: len(indices)] = torch.cat(words, dim=1)
         self._gathered = packed.new_empty(world_size() * capacity, packed.shape[1])
-        self._work = dist.all_gather_into_tensor(self._gathered, packed, async_op=True)
+        self._work = _gather_into(self._gathered, packed, async_op=True)
 
     def finish(self) -> list[Tensor] | None:
         """Waits for what was started.

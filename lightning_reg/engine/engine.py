@@ -1,7 +1,6 @@
 """The engine: stands around ``Strategy.training_step`` and lets the techniques act on one batch after the other."""
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +50,7 @@ class Engine:
         self._surgery: Surgery | None = None
         self._optimizing: host.Replacement | None = None
         self._step: Step | None = None
+        self._active: Sequence[Technique] = techniques
         self._selection = Selection(())
         self._last: tuple[LossCall, Tensor] | None = None
         self._call_ever_seen = False
@@ -86,7 +86,7 @@ class Engine:
         """Finds the named layers and parameters, once ``configure_model`` has made them."""
         layers = [layer for technique in self.techniques for layer in technique.feature_layers]
         self._features = FeatureTap(self.module, layers) if layers else None
-        editors = [t for t in self.techniques if "edit_weights" in self._phases[t]]
+        editors = self._in(self.techniques, "edit_weights")
         if editors:
             check_editable(editors[0], self.trainer)
             self._surgery = Surgery(self.module, [(t.weights_to_edit(self.module), t.edit_weights) for t in editors])
@@ -99,9 +99,10 @@ class Engine:
     # -- weights ------------------------------------------------------------------------------------------------------
 
     def apply_weights(self) -> None:
-        """Puts effective weights in place of the dense ones."""
+        """Puts in the effective weights of the techniques active now; in validation, of those of the last step."""
         if self._surgery is not None:
-            self._surgery.apply()
+            editors = self._in(self.techniques, "edit_weights")
+            self._surgery.apply([position for position, editor in enumerate(editors) if editor in self._active])
 
     def restore_weights(self) -> None:
         """Puts the dense weights back."""
@@ -119,18 +120,17 @@ class Engine:
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """What the Trainer calls in place of ``Strategy.training_step``."""
         followed = self._loaders.advance()
-        step = Step(self.trainer, self.module, args[0] if args else None, followed, {})
-        active = [t for t in self.techniques if t.is_active(step)]
+        step = Step(self.trainer, self.module, args[0] if args else None, followed, self._loaders.several)
+        active = self._active = [t for t in self.techniques if t.is_active(step)]
         if not active:
             return self._stepping.original(*args, **kwargs)
         for technique in self._in(active, "transform_batch"):
             step.batch = technique.transform_batch(step.batch, step)
-        if self._surgery is not None:
-            self._surgery.apply()
+        self.apply_weights()
         output = self._run(step, [t for t in active if self._phases[t] & LOSS_PHASES], args, kwargs)
         output = self._add_penalties(self._in(active, "penalty"), output, step)
         if step.scalars:
-            report.log_scalars(self.module, step.scalars, step.batch_size)
+            report.log_scalars(self.module, step.scalars, sum(step.batch_sizes))
         return output
 
     def _run(self, step: Step, on_loss: list[Technique], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -197,22 +197,16 @@ class Engine:
     def _value(self, call: LossCall, techniques: list[Technique]) -> Tensor:
         step = call.step
         given = call.plain if step.is_logging else None
-        for technique in self._in(techniques, "change_targets"):
-            target = technique.change_targets(call)
-            if target is not None:
-                call.replace_target(target)
+        for _, target in self._answers(techniques, "change_targets", call):
+            call.replace_target(target)
         weights: Tensor | None = None
-        for technique in self._in(techniques, "sample_weights"):
-            own = technique.sample_weights(call)
-            if own is not None:
-                weights = own if weights is None else weights * own
+        for _, own in self._answers(techniques, "sample_weights", call):
+            weights = own if weights is None else weights * own
         terms = []
-        for technique in self._in(techniques, "loss_term"):
-            term = technique.loss_term(call)
-            if term is not None:
-                terms.append(term)
-                if step.is_logging:
-                    step.log(technique, "term", term.mean())
+        for technique, term in self._answers(techniques, "loss_term", call):
+            terms.append(term)
+            if step.is_logging:
+                step.log(technique, "term", term.mean())
         value = call.value(weights, terms)
         if given is not None:
             step.scalars["reg/loss/base"] = given.detach().mean()
@@ -228,8 +222,21 @@ class Engine:
             if step.is_logging:
                 step.log(technique, "penalty", penalty)
                 step.scalars.setdefault("reg/loss/base", loss.detach())
-                step.scalars["reg/loss/total"] = (loss + penalty).detach()
+                total = step.scalars.setdefault("reg/loss/total", loss.detach())
+                step.scalars["reg/loss/total"] = total + penalty.detach()
         return output
+
+    def _answers(self, techniques: list[Technique], phase: str, call: LossCall) -> Iterator[tuple[Technique, Tensor]]:
+        for technique in self._in(techniques, phase):
+            try:
+                answer = getattr(technique, phase)(call)
+            except MisconfigurationException as error:
+                name = type(technique).__name__
+                if name in str(error):
+                    raise
+                raise MisconfigurationException(f"{name}: {error}") from error
+            if answer is not None:
+                yield technique, answer
 
     def _in(self, techniques: list[Technique], phase: str) -> list[Technique]:
         return [t for t in techniques if phase in self._phases[t]]
@@ -247,9 +254,7 @@ def _loss_of(output: Any) -> Tensor | None:
 def _with_loss(output: Any, loss: Tensor) -> Any:
     if not isinstance(output, Mapping):
         return loss
-    output = copy.copy(output)  # the user may keep the mapping
-    output["loss"] = loss
-    return output
+    return {**output, "loss": loss}  # the user may keep the mapping
 
 
 def _swap(total: Tensor | None, old: Tensor, new: Tensor, call: LossCall) -> Tensor:

@@ -39,7 +39,8 @@ def check_number(
     fine = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
     fine = fine and (value > low if low_open else value >= low) and (value < high if high_open else value <= high)
     if not fine:
-        interval = f"{'(' if low_open else '['}{low}, {high}{')' if high_open or high == math.inf else ']'}"
+        left, right = low_open or low == -math.inf, high_open or high == math.inf
+        interval = f"{'(' if left else '['}{low}, {high}{')' if right else ']'}"
         kind = "a whole number" if integer else "a number"
         raise ValueError(f"{type(owner).__name__}: `{name}` must be {kind} in {interval}, got {value!r}.")
 

@@ -21,7 +21,8 @@ def near_names(name: str, names: Iterable[str]) -> str:
 
 def named_layers(module: nn.Module) -> dict[str, nn.Module]:
     """Layers by the names the user knows: without the ``_orig_mod.`` that ``torch.compile`` puts in between."""
-    return {name.replace("_orig_mod.", ""): layer for name, layer in module.named_modules() if name}
+    layers = ((f"{name}.".replace("._orig_mod.", ".")[:-1], layer) for name, layer in module.named_modules())
+    return {name: layer for name, layer in layers if name and name != "_orig_mod"}
 
 
 class FeatureTap:

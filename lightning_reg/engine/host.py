@@ -74,11 +74,9 @@ class Replacement:
 
 
 def is_logging_step(trainer: "Trainer") -> bool:
-    """Whether Lightning writes ``on_step`` values after the present batch: every ``log_every_n_steps``.
-
-    Lightning also writes when ``trainer.should_stop`` is set, which may be so on one rank only; logging takes a
-    collective that all ranks must enter, so that is left out.
-    """
+    """Whether Lightning writes ``on_step`` values after the present batch: every ``log_every_n_steps``."""
+    # Lightning also writes when `trainer.should_stop` is set, which may be so on one rank only; logging takes a
+    # collective that all ranks must enter, so that is left out.
     steps = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by the logger connector
     return every > 0 and steps % every == 0

@@ -7,7 +7,7 @@ the k-th batch that leaves the loader has the k-th list. Nothing travels through
 
 import copy
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -147,7 +147,7 @@ class IndexSource:
         if not self.pending:
             return None
         draw = self.pending.popleft()
-        return BatchIndices([draw] if isinstance(draw, int) else [int(i) for i in draw])
+        return BatchIndices([int(draw)] if hasattr(draw, "__index__") else [int(i) for i in draw])
 
     def missing(self) -> BatchIndices:
         """Raises: somebody needs the indices of a batch that did not come from the loader.
@@ -196,18 +196,24 @@ def entry_of_batch(batch: Any, key: str) -> Tensor:
     entry = batch
     try:
         for part in key.split("."):
-            if isinstance(entry, Sequence):
-                entry = entry[int(part)]
-            elif hasattr(entry, "__getitem__") and not isinstance(entry, Tensor):
-                entry = entry[part]
-            else:
-                entry = getattr(entry, part)
+            entry = _part(entry, part)
     except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
         shape = f"keys {list(batch)}" if isinstance(batch, dict) else f"a {type(batch).__name__}"
         raise MisconfigurationException(f"index_key={key!r} names nothing in the batch, which is {shape}.") from error
-    if not isinstance(entry, Tensor) or entry.is_floating_point() or entry.dim() != 1:
+    if not isinstance(entry, Tensor) or entry.dtype not in _WHOLE_NUMBERS or entry.dim() != 1:
         found = (
             f"a tensor of {entry.dtype}, {tuple(entry.shape)}" if isinstance(entry, Tensor) else type(entry).__name__
         )
         raise MisconfigurationException(f"index_key={key!r} must name a tensor of whole numbers (B,), found {found}.")
     return entry.long()
+
+
+_WHOLE_NUMBERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def _part(entry: Any, name: str) -> Any:
+    if isinstance(entry, Mapping):
+        return entry[name] if name in entry else entry[int(name)]
+    if isinstance(entry, Sequence) and name not in getattr(entry, "_fields", ()):
+        return entry[int(name)]
+    return getattr(entry, name)

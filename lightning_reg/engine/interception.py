@@ -157,7 +157,7 @@ class Interception:
         self._stay_in_mode = True
         host.rank_zero_warn(
             f"lightning_reg: the loss call seen until now was not seen in the step after global step {global_step} (a"
-            " part of the model compiled since, or a loss on a tensor subclass?): that one step went without the"
+            " part of the model compiled since?): that one step went without the"
             " techniques that need it. All calls are looked at from here on, which costs a little more per operation."
         )
         return True

@@ -72,6 +72,11 @@ class TrainLoaders:
         sources = self._resolve()
         return {technique: find_source(technique, sources).size for technique in self._askers}
 
+    @property
+    def several(self) -> bool:
+        """Whether the batch is put together from several training loaders."""
+        return isinstance(self._trainer.train_dataloader, Mapping | list | tuple)
+
     def advance(self) -> Mapping[str, tuple[IndexSource, BatchIndices | None]]:
         """Indices of the present batch, for each followed loader."""
         if not self._askers:

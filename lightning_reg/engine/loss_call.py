@@ -89,19 +89,20 @@ class LossCall:
         """Number of samples B.
 
         Raises:
-            MisconfigurationException: If the call's rows are no multiple of the batch size: no value per sample exists.
+            MisconfigurationException: If the call's rows are no multiple of a batch size: no value per sample exists.
 
         """
-        rows = self._rows()
-        samples = self.step.batch_size
-        if samples is None or rows == samples:
+        rows, sizes = self._rows(), self.step.batch_sizes
+        if not sizes or rows in sizes:
             return rows
-        if rows % samples:
+        fitting = [size for size in sizes if rows % size == 0]
+        if len(fitting) != 1:
+            which = "could be samples of several loaders, of" if fitting else "is no multiple of the batch size"
             raise MisconfigurationException(
-                f"{self} has {rows} rows, which is no multiple of the batch size {samples}: there is no loss per"
+                f"{self} has {rows} rows, which {which} {', '.join(map(str, fitting or sizes))}: there is no loss per"
                 " sample. Choose another call with `loss=...`, or write the loss with `LossMixin.reduce_loss`."
             )
-        return samples
+        return fitting[0]
 
     @property
     def kind(self) -> SampleKind:
@@ -189,14 +190,12 @@ class LossCall:
     def _rows(self) -> int:
         if self.function is F.ctc_loss:
             return self.input.shape[1] if self.input.dim() == 3 else 1
-        reference = self.input
-        if self.function in (F.cross_entropy, F.nll_loss) and reference.dim() == 1:
+        if self.name in _CLASS_LOSSES and self.input.dim() == 1:
             return 1
-        return reference.shape[0] if reference.dim() else 1
+        return self.input.shape[0] if self.input.dim() else 1
 
     def _element_dim(self) -> int:
-        classes = self.function in (F.cross_entropy, F.nll_loss)
-        return self.input.dim() - 1 if classes else self.input.dim()
+        return self.input.dim() - 1 if self.name in _CLASS_LOSSES else self.input.dim()
 
     # -- the value ----------------------------------------------------------------------------------------------------
 
@@ -211,8 +210,8 @@ class LossCall:
     def value(self, weights: Tensor | None, terms: list[Tensor]) -> Tensor:
         r"""What the call returns to the user's code.
 
-        A weight multiplies every element of its sample, a term is added to every element of its sample (a scalar term
-        to all elements), and then the user's own reduction is applied:
+        A weight multiplies every element of its sample. A term is added to every element of its sample (a scalar term
+        to all elements) before that element's own mass, and then the user's own reduction is applied:
 
         .. math:: \frac{\sum_e w_{i(e)}\,\ell_e}{\sum_e m_e} + \frac{\sum_i n_i\,r_i}{\sum_i n_i} \quad\text{for a mean}
 
@@ -236,13 +235,15 @@ class LossCall:
         weighted = elements * self._per_element(weights.detach(), elements)
         if reduction == "none":
             return weighted
-        # One rounding apart: torch's fused mean and a mean of elements. The difference (without gradient) is carried
-        # over, so that weights of 1 give the user's value exactly.
-        value, unweighted = weighted.sum(), elements.detach().sum()
+        precise = torch.promote_types(elements.dtype, torch.float32)
+        value, unweighted = weighted.sum(dtype=precise), elements.detach().sum(dtype=precise)
         if reduction == "mean":
-            mass = elements.numel() if self.sample_mass is None else self.sample_mass.sum().to(elements.dtype)
+            mass = elements.numel() if self.sample_mass is None else self.sample_mass.sum()
             value, unweighted = value / mass, unweighted / mass
-        return value + (plain.detach() - unweighted)
+        # torch's fused mean and a mean of elements are one rounding apart. The difference (without gradient) is carried
+        # over, so that weights of 1 give the user's value exactly; there is none between infinities.
+        rounding = plain.detach().to(precise) - unweighted
+        return (value + torch.where(rounding.isfinite(), rounding, 0.0)).to(plain.dtype)
 
     def _reduced(self, term: Tensor) -> Tensor:
         per_sample = term.dim() > 0
@@ -255,7 +256,9 @@ class LossCall:
             return term.mean() if mass is None else (term * mass).sum() / mass.sum()
         elements = self.decomposition.elements
         if self.reduction == "none":
-            return self._per_element(term, elements) if per_sample else term
+            each = self._per_element(term, elements) if per_sample else term
+            counts = losses.element_mass(self.function, self.arguments) if self.sample_mass is not None else None
+            return each if counts is None else each * counts.to(elements.dtype).reshape(elements.shape)
         mass = self.sample_mass
         if mass is None:
             return term.sum() * (elements.numel() // self.batch_size) if per_sample else term * elements.numel()
@@ -274,6 +277,8 @@ class LossCall:
         return f"F.{self.name}({shapes}, reduction={self.reduction!r})" + (f" at {self.site}" if self.site else "")
 
 
+# Losses over classes: the input has one dimension more than the elements.
+_CLASS_LOSSES = ("cross_entropy", "nll_loss", "linear_cross_entropy")
 # Losses whose elements are one number per row although their input is a matrix.
 _ROW_LOSSES = (
     F.multilabel_margin_loss,

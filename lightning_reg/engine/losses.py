@@ -110,6 +110,8 @@ def _decompose_cross_entropy(arguments: dict[str, Any], reduction: str) -> Decom
     # torch computes cross_entropy as nll_loss(log_softmax(input)): sharing the log-probabilities gives both the
     # per-element losses and, bit for bit, the user's own value for one softmax over the vocabulary.
     logits, target = arguments["input"], arguments["target"]
+    if torch.is_autocast_enabled(logits.device.type) and logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()  # as autocast does for cross_entropy, but on the CPU not for log_softmax
     log_probs = F.log_softmax(logits, dim=1 if logits.dim() > 1 else 0)
     options = {"weight": arguments.get("weight"), "ignore_index": arguments.get("ignore_index", -100)}
     elements = F.nll_loss(log_probs, target, reduction="none", **options)
@@ -118,8 +120,8 @@ def _decompose_cross_entropy(arguments: dict[str, Any], reduction: str) -> Decom
 
 
 def _is_soft(arguments: dict[str, Any]) -> bool:
-    # The rule of torch's cross_entropy: class probabilities have the shape of the input.
-    return bool(arguments["target"].shape == arguments["input"].shape)
+    # The rule of torch's cross_entropy: class probabilities have the shape of the input, and are floating point.
+    return bool(arguments["target"].is_floating_point())
 
 
 def element_mass(function: Callable[..., Any], arguments: dict[str, Any]) -> Tensor | None:
@@ -135,7 +137,7 @@ def element_mass(function: Callable[..., Any], arguments: dict[str, Any]) -> Ten
     """
     weight: Tensor | None = arguments.get("weight")
     if "ignore_index" in LOSS_FUNCTIONS[function]:
-        if function is F.cross_entropy and _is_soft(arguments):
+        if _is_soft(arguments):
             return None
         target: Tensor = arguments["target"]
         ignore_index = arguments.get("ignore_index", -100)
@@ -143,6 +145,6 @@ def element_mass(function: Callable[..., Any], arguments: dict[str, Any]) -> Ten
         if weight is None:
             return counted.float()
         return weight.float()[target * counted] * counted
-    if weight is not None and function in (F.mse_loss, F.l1_loss, F.huber_loss):
+    if weight is not None and function in (F.mse_loss, F.l1_loss):  # torch's huber_loss divides by the count
         return weight.float().expand_as(arguments["input"])  # torch takes no other shape than the input's
     return None

@@ -59,7 +59,7 @@ class SampleMemory:
     ) -> None:
         self.num_samples, self.width, self.on_cpu = num_samples, width, on_cpu
         self._top_k = top_k if top_k is not None and top_k < width else None
-        # One row more than there are samples: rows that nobody shall keep are written there.
+        # One row more than there are samples, the first: rows that nobody shall keep are written there.
         shape = (num_samples + 1, self._top_k or width)
         self._values = torch.full(shape, fill, dtype=getattr(torch, dtype))
         column_dtype = torch.int16 if width <= 2**15 else torch.int32
@@ -119,9 +119,9 @@ class SampleMemory:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors on the CPU."""
-        state = {"values": self._values[:-1].cpu().clone()}
+        state: dict[str, Any] = {"width": self.width, "values": self._values[1:].cpu().clone()}
         if self._columns is not None:
-            state["columns"] = self._columns[:-1].cpu().clone()
+            state["columns"] = self._columns[1:].cpu().clone()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -131,18 +131,19 @@ class SampleMemory:
             ValueError: If the shapes differ.
 
         """
-        if state["values"].shape != self._values[:-1].shape or ("columns" in state) != (self._columns is not None):
+        theirs, ours = tuple(state["values"].shape), tuple(self._values[1:].shape)
+        same_columns = (state["width"], "columns" in state) == (self.width, self._columns is not None)
+        if theirs != ours or not same_columns:
             raise ValueError(
-                f"The checkpoint has rows {tuple(state['values'].shape)}, this run {tuple(self._values[:-1].shape)}:"
+                f"The checkpoint has rows {theirs} of width {state['width']}, this run {ours} of width {self.width}:"
                 " the training data, the number of classes or `top_k` changed."
             )
-        self._values[:-1].copy_(state["values"])
+        self._values[1:].copy_(state["values"])
         if self._columns is not None:
-            self._columns[:-1].copy_(state["columns"])
+            self._columns[1:].copy_(state["columns"])
 
     def _places(self, indices: Tensor) -> Tensor:
         if not self.on_cpu and self._values.device != indices.device:
             self._values = self._values.to(indices.device)
             self._columns = None if self._columns is None else self._columns.to(indices.device)
-        places = indices.to(self._values.device)
-        return torch.where(places < 0, self.num_samples, places)
+        return indices.to(self._values.device).clamp(min=-1) + 1

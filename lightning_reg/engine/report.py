@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -36,8 +37,8 @@ def techniques_table(techniques: Sequence[Technique], samples: Mapping[Technique
     for technique in techniques:
         count = f"{samples[technique]:,}" if technique in samples else "-"
         acts_on = ", ".join(phases_of(technique)) or "callback hooks"
-        name = type(technique).__name__ + (f" [{technique.name}]".replace("[", r"\[") if technique.name else "")
-        table.add_row(name, acts_on, count, technique.describe())
+        name = type(technique).__name__ + (f" [{technique.name}]" if technique.name else "")
+        table.add_row(escape(name), acts_on, count, escape(technique.describe()))
     return table
 
 
@@ -51,7 +52,7 @@ def show_table(trainer: "Trainer", techniques: Sequence[Technique], samples: Map
         log.info("%s: %s", type(technique).__name__, technique.describe())
 
 
-def log_scalars(module: "LightningModule", values: Mapping[str, Tensor], batch_size: int | None) -> None:
+def log_scalars(module: "LightningModule", values: Mapping[str, Tensor], batch_size: int) -> None:
     """Hands scalars to the user's loggers through the module's own ``log``, as means over the ranks."""
     module.log_dict(
         dict(values),

@@ -1,6 +1,7 @@
 """One training step as the techniques see it: the batch, its samples, its features, where training stands."""
 
 from collections import Counter
+from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,8 +14,6 @@ from lightning_reg.engine.indices import IndexSource, entry_of_batch
 from lightning_reg.engine.loaders import find_source
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from lightning.pytorch import LightningModule, Trainer
 
     from lightning_reg.engine.indices import BatchIndices
@@ -48,6 +47,9 @@ class Step:
         module: The user's module.
         batch: What ``training_step`` gets (after the techniques' batch transforms).
         followed: Indices of the batch from each followed loader, by the loader's key; the only one's key is "".
+        several: Whether the batch is a mapping or sequence of batches from several loaders.
+
+    Attributes:
         features: Outputs of the observed layers, by name; filled while the forward pass runs.
 
     """
@@ -58,9 +60,11 @@ class Step:
         module: "LightningModule",
         batch: Any,
         followed: "Mapping[str, tuple[IndexSource, BatchIndices | None]]",
-        features: dict[str, Any],
+        several: bool,
     ) -> None:
-        self.trainer, self.module, self.batch, self.features = trainer, module, batch, features
+        self.trainer, self.module, self.batch = trainer, module, batch
+        self.features: dict[str, Any] = {}
+        self._several = several
         self.scalars: dict[str, Tensor] = {}
         self._followed = followed
         self._given: Tensor | None = None
@@ -97,17 +101,15 @@ class Step:
         self.scalars[f"{technique.log_key}/{name}"] = value.detach()
 
     @cached_property
-    def batch_size(self) -> int | None:
-        """Number of samples B: of the followed loader if there is one, else what the tensors of the batch agree on."""
-        if len(self._followed) == 1:
-            ((_, drawn),) = self._followed.values()
-            if drawn is not None:
-                return len(drawn.host)
-        sizes = Counter(leaf.shape[0] for leaf in tree_leaves(self.batch) if isinstance(leaf, Tensor) and leaf.dim())
-        common = sizes.most_common(2)
-        if not common or (len(common) == 2 and common[0][1] == common[1][1]):
-            return None
-        return common[0][0]
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Number of samples of the batch: one number, or one for each of several loaders; empty if it is not known."""
+        if self._several:
+            batches = self.batch.values() if isinstance(self.batch, Mapping) else self.batch
+            sizes = [_agreed_size(batch) for batch in batches]
+            return tuple(dict.fromkeys(size for size in sizes if size is not None))
+        drawn = [indices for _, indices in self._followed.values() if indices is not None]
+        size = len(drawn[0].host) if drawn else _agreed_size(self.batch)
+        return () if size is None else (size,)
 
     def give_indices(self, indices: Tensor) -> None:
         """Takes the indices from the user's code, for :meth:`samples`."""
@@ -131,3 +133,12 @@ class Step:
         source, drawn = find_source(technique, self._followed)
         drawn = drawn or source.missing()
         return Samples(drawn.host.to(device, non_blocking=True), drawn.distinct, source.capacity, source.size)
+
+
+def _agreed_size(batch: Any) -> int | None:
+    """The first dimension that most tensors of a batch share."""
+    sizes = Counter(leaf.shape[0] for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim())
+    common = sizes.most_common(2)
+    if not common or (len(common) == 2 and common[0][1] == common[1][1]):
+        return None
+    return common[0][0]

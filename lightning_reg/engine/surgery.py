@@ -5,7 +5,7 @@ re-parametrized, no key is renamed. The gradient with respect to the effective v
 it is (straight-through). Cost: two fused passes over the edited parameters per batch, and one copy of them in memory.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -44,26 +44,37 @@ class Surgery:
                     " as in `module.named_parameters()`."
                 )
         self._edits = [({name: parameters[name] for name in names}, edit) for names, edit in edits]
-        self._weights = list(dict.fromkeys(p for weights, _ in self._edits for p in weights.values()))
-        self._dense: list[Tensor] = []
-        self.in_place = False
+        self._dense: dict[nn.Parameter, Tensor] = {}
+        self._edited: list[nn.Parameter] = []
+
+    @property
+    def in_place(self) -> bool:
+        """Whether effective values are in."""
+        return bool(self._edited)
 
     @torch.no_grad()
-    def apply(self) -> None:
-        """Puts the effective values in, unless they are."""
-        if self.in_place:
+    def apply(self, which: Collection[int] | None = None) -> None:
+        """Puts effective values in, unless they are.
+
+        Args:
+            which: Positions of the editors whose turn it is; ``None`` for all.
+
+        """
+        edits = [edit for position, edit in enumerate(self._edits) if which is None or position in which]
+        weights = list(dict.fromkeys(p for named, _ in edits for p in named.values()))
+        if self._edited or not weights:
             return
-        weights: list[Tensor] = [p.detach() for p in self._weights]
-        if not self._dense:
-            self._dense = [torch.empty_like(w) for w in weights]
-        torch._foreach_copy_(self._dense, weights)
-        self.in_place = True
-        for named, edit in self._edits:
+        for weight in weights:
+            if weight not in self._dense:
+                self._dense[weight] = torch.empty_like(weight)
+        torch._foreach_copy_([self._dense[p] for p in weights], [p.detach() for p in weights])
+        self._edited = weights
+        for named, edit in edits:
             edit({name: p.detach() for name, p in named.items()})
 
     @torch.no_grad()
     def restore(self) -> None:
         """Puts the dense values back, unless they are in already."""
-        if self.in_place:
-            torch._foreach_copy_([p.detach() for p in self._weights], self._dense)
-            self.in_place = False
+        if self._edited:
+            torch._foreach_copy_([p.detach() for p in self._edited], [self._dense[p] for p in self._edited])
+            self._edited = []

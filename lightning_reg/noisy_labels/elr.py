@@ -307,6 +307,11 @@ class ELRCallback(Technique):
         order = confidence.argsort(descending=True, stable=True)
         return LabelErrors(index[order], given[index][order], suggested[order], confidence[order])
 
+    @property
+    def targets_nbytes(self) -> int:
+        """Bytes that the targets take, 0 before the first step."""
+        return 0 if self._targets is None else self._targets.nbytes
+
     @override
     def state_dict(self) -> dict[str, Any]:
         self._receive()

@@ -59,8 +59,11 @@ class Model(LightningModule):
             self.net = problem.net()
 
     @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.batches += 1  # here, because a changing number in a compiled step is compiled anew
+
+    @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        self.batches += 1
         x, y, _ = batch
         output = self.net(x)
         self._interrupt("forward")
@@ -74,6 +77,7 @@ class Model(LightningModule):
 
     @override
     def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._interrupt("validation")
         x, y, _ = batch
         self.log("val_loss", self.loss(self.net(x), y), sync_dist=True)
 
@@ -99,7 +103,7 @@ class Model(LightningModule):
         self.gradients.append(first | second)
 
     def _interrupt(self, where: str) -> None:
-        if self.fail == (where, self.batches):
+        if self.fail is not None and self.fail == (where, self.batches):
             raise Interruption(where)
 
 
@@ -194,7 +198,7 @@ def new_run(
     techniques: Sequence[Callback],
     problem: Problem,
     *,
-    lr: float = 0.1,
+    lr: float = 0.05,
     batch: int = BATCH,
     size: int = SIZE,
     ranks: tuple[int, int] | None = None,

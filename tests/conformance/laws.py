@@ -4,6 +4,7 @@ What is compared "to the last bit" is compared without tolerance; where there is
 """
 
 import copy
+import dataclasses
 import inspect
 import pickle
 import tempfile
@@ -36,7 +37,7 @@ def neutral_is_nothing(case: Case) -> None:
     _same("the weights of the plain run and of the neutral instance", plain.weights, neutral.weights)
     _same("the gradients of the plain run and of the neutral instance", plain.gradients, neutral.gradients)
     _same("what the module logs, plain and neutral", _users(plain), _users(neutral))
-    changed = difference(plain.weights, active.weights) or active.own_scalars or _state(active)
+    changed = difference(plain.weights, active.weights) or active.own_scalars or any(_state(active).values())
     assert changed, f"{case.cls.__name__}: `make()` changes nothing, so no law would test anything."
 
 
@@ -81,23 +82,27 @@ def _load(checkpoint: Path) -> dict[str, Any]:
 
 def leaves_no_trace(case: Case) -> None:
     """After a fit, a second one, and an exception anywhere in a step, all is as the plain run leaves it."""
+    plain = fit([], case.problem)  # torch and Lightning set themselves up in the first one
     before = globals_of_torch()
-    plain, run = (fit(t, case.problem) for t in ([], [case.make()]))
+    run = fit([case.make()], case.problem)
     _same("what a plain fit leaves and what this one leaves", footprint(plain), footprint(run))
     for one in (plain, run):
         one.trainer.fit_loop.max_epochs += 1
         go(one)
     _same("what a second plain fit leaves and what this one leaves", footprint(plain), footprint(run))
-    for where in ("forward", "loss", "backward"):
-        plain, run = (fit(t, case.problem, fail=(where, 5)) for t in ([], [case.make()]))
+    for fail in (("forward", 5), ("loss", 5), ("backward", 5), ("validation", BATCHES)):
+        where = fail[0]
+        plain, run = (fit(t, case.problem, fail=fail) for t in ([], [case.make()]))
         assert isinstance(run.error, Interruption), f"the user's exception in {where} did not come through"
         _same(f"what an exception in {where} leaves, plain and here", footprint(plain), footprint(run))
         _same(
             f"the weights after an exception in {where} and after the batch before", run.weights, run.watch.weights[-1]
         )
+        run.model.fail = None
+        run.model.train()  # Lightning leaves it as the exception found it
         again = new_run(run.techniques, case.problem, model=run.model)
         go(again)
-        assert len(again.watch.weights) == 2 * BATCHES, f"no second fit after an exception in {where}"
+        assert len(again.watch.weights) == 2 * BATCHES, f"the fit after an exception in {where} is cut short"
     _same("torch and Lightning before and after", before, globals_of_torch())
 
 
@@ -132,7 +137,7 @@ def _on_rank(technique: Any, data: Any, world_size: int) -> dict[str, Any]:
 
 # -- 5 ----------------------------------------------------------------------------------------------------------------
 
-# Of the gradient's norm. Half precision rounds to 2^-9 and 2^-12; the plain problems show 5e-3 and 6e-4.
+# Of the gradient's norm. Half precision rounds to 2^-9 and 2^-12; the plain problems show up to 7e-3 and 9e-4.
 _PRECISIONS = {"32-true": 1e-5, "bf16-mixed": 3e-2, "16-mixed": 4e-3}
 
 
@@ -173,8 +178,8 @@ def works_or_is_refused(case: Case) -> None:
     exact = fit([case.make()], case.problem, lr=0.0).gradients
     setups: dict[str, dict[str, Any]] = {
         "gradient_clip_val=0.05": {"gradient_clip_val": 0.05},
-        "torch.compile of a network": {"compiled": "net"},
-        "torch.compile of the module": {"compiled": "module"},
+        "torch.compile of a network": {"compiled": "net", "limit_val_batches": 0},
+        "torch.compile of the module": {"compiled": "module", "limit_val_batches": 0},
         "automatic_optimization=False, two optimizers": {"manual": True},
     }
     for name, options in setups.items():
@@ -224,11 +229,13 @@ def instances(case: Case) -> None:
 
 
 def plain_data(case: Case) -> None:
-    """Pickling and deep copying before and after a fit keep everything; state is tensors and plain values."""
+    """Pickling and copying before and after a fit keep everything; arguments and state are plain values and tensors."""
     for make in (case.make, *case.variants):
         technique = make()
         for copied in (_pickled(technique), copy.deepcopy(technique)):
             _same("the arguments of a technique and of its copy", _arguments(technique), _arguments(copied))
+        odd = _not_plain(_arguments(technique), "arguments")
+        assert not odd, f"{odd}: YAML holds numbers, strings, lists and dataclasses only"
         run, second = fit([technique], case.problem), fit([_pickled(make())], case.problem)
         _same("the weights trained with a technique and with its pickled copy", run.weights, second.weights)
         _same("the state of a technique and of its pickled copy, after training", _state(run), _state(second))
@@ -253,6 +260,7 @@ def _arguments(technique: Any) -> dict[str, Any]:
 
 
 def _not_plain(value: Any, where: str) -> str:
+    value = vars(value) if dataclasses.is_dataclass(value) else value
     if isinstance(value, dict):
         odd = [f"a key {k!r} in {where}" for k in value if type(k) not in (str, int)]
         odd += [_not_plain(v, f"{where}[{k!r}]") for k, v in value.items()]

@@ -39,7 +39,7 @@ def says_what_it_does(case: Case) -> None:
 
 def _check_line(technique: Any) -> None:
     line = technique.describe()
-    assert line.strip(), f"{type(technique).__name__}.describe() is empty"
+    assert line.strip(), f"{type(technique).__name__}.describe() is an empty line"
     assert "\n" not in line, f"{type(technique).__name__}.describe() has several lines: {line!r}"
     console = Console(file=io.StringIO(), width=10_000)
     console.print(techniques_table([technique], {}))

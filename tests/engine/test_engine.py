@@ -261,7 +261,7 @@ def test_two_that_change_the_targets_are_refused_by_name():
 
 
 def test_the_same_class_twice_needs_a_name():
-    text = "Two instances of Term in one Trainer share the log key 'reg/term'. Tell them apart by `name=\"...\"`."
+    text = "Term and Term in one Trainer share the log key 'reg/term'. Tell them apart by `name=\"...\"`."
     with pytest.raises(MisconfigurationException) as caught:
         fit(Classifier(), Term(name="a"), Term(), Term(name="b"), Term())
     assert str(caught.value) == text

@@ -45,7 +45,6 @@ def test_numbers_that_pass(value, limits):
             2,
             {"high": 1},
             "a number in (-inf, 1], got 2.",
-            marks=pytest.mark.xfail(strict=True, reason="engine bug: the end at infinity is closed"),
         ),
     ],
 )

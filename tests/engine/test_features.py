@@ -87,7 +87,6 @@ def test_layers_behind_torch_compile_have_their_own_names():
     assert {"0", "0.0", "0.1", "1"} <= set(named_layers(compiled()))
 
 
-@pytest.mark.xfail(strict=True, reason="engine bug: the compiled layer's inside is listed as '0._orig_mod'")
 def test_layers_behind_torch_compile_have_no_other_names():
     assert list(named_layers(compiled())) == ["0", "0.0", "0.1", "1"]
 

@@ -21,7 +21,7 @@ class Step:
     """What a loss call asks of its step."""
 
     def __init__(self, batch_size: int | None = None, indices: tuple[int, ...] = ()) -> None:
-        self.batch_size = batch_size
+        self.batch_sizes = () if batch_size is None else (batch_size,)
         self.indices = torch.tensor(indices)
 
     def give_indices(self, indices: Tensor) -> None:
@@ -79,6 +79,7 @@ CALLS = {
 }
 ROWS = {f for f, (x, *_) in CALLS.items() if x.dim() == 1} | {
     "cross_entropy",
+    "linear_cross_entropy",
     "nll_loss",
     "multilabel_margin_loss",
     "multilabel_soft_margin_loss",
@@ -87,7 +88,6 @@ ROWS = {f for f, (x, *_) in CALLS.items() if x.dim() == 1} | {
     "triplet_margin_loss",
     "triplet_margin_with_distance_loss",
     "ctc_loss",
-    "linear_cross_entropy",
 }
 PRESENT = {function.__name__: function for function in LOSS_FUNCTIONS}  # older torch has fewer
 WEIGHTS = torch.tensor([0.5, 2.0, 0.0, 1.5])
@@ -158,9 +158,7 @@ def test_the_calls_cover_every_function():
 
 
 @every_function
-def test_four_samples_of_the_function_are_rows_or_maps(name, request):
-    if name == "linear_cross_entropy":
-        request.applymarker(pytest.mark.xfail(strict=True, reason="engine bug: linear_cross_entropy counts as a map"))
+def test_four_samples_of_the_function_are_rows_or_maps(name):
     call = call_of(name, batch_size=4)
     assert (call.name, call.batch_size) == (name, 4)
     assert call.kind == ("row" if name in ROWS else "map")
@@ -185,7 +183,6 @@ def test_kind_of_a_classification(form, kind):
         pytest.param(
             "linear_cross_entropy",
             (normal(3), normal(5, 3), torch.tensor(1)),
-            marks=pytest.mark.xfail(strict=True, reason="engine bug: its features are counted as rows"),
         ),
     ],
 )
@@ -285,13 +282,11 @@ def test_weights_of_one_under_batchmean():
     assert torch.equal(call.value(torch.ones(4), []), call.plain)
 
 
-@pytest.mark.xfail(strict=True, reason="engine bug: sums in half precision overflow where torch's mean does not")
 def test_weights_of_one_are_the_plain_value_in_half_precision():
     call = call_of("mse_loss", torch.full((8192,), 3.0).half(), torch.zeros(8192).half())
     assert torch.equal(call.value(torch.ones(8192), []), call.plain)
 
 
-@pytest.mark.xfail(strict=True, reason="engine bug: infinity minus infinity")
 def test_weights_of_one_keep_an_infinite_value():
     call = call_of("cross_entropy", torch.tensor([[0.0, -math.inf], [1.0, 2.0]]), torch.tensor([1, 0]))
     assert torch.equal(call.value(torch.ones(2), []), call.plain)
@@ -394,7 +389,6 @@ def test_terms_of_a_flattened_sequence_go_to_its_rows():
     assert call.value(None, [torch.tensor([1.0, 2.0, 3.0])]).tolist() == [1.0, 1.0, 2.0, 2.0, 3.0, 3.0]
 
 
-@pytest.mark.xfail(strict=True, reason="engine bug: under 'none' a term joins ignored elements, class weights or not")
 @pytest.mark.parametrize("term", [torch.tensor(0.5), torch.tensor([2.0, -1.0, 0.25])])
 @pytest.mark.parametrize("form", ["row", "map", "tokens", "sequence"])
 def test_terms_of_none_sum_up_to_those_of_sum(form, term):
@@ -504,7 +498,6 @@ def test_logits_are_refused_where_there_are_none(call, sentence):
     assert str(raised.value) == sentence
 
 
-@pytest.mark.xfail(strict=True, reason="engine bug: the first argument by name is not always the input")
 def test_arguments_by_name_in_any_order():
     logits, target = normal(4, 5), classes(5, 4)
     call = LossCall(F.cross_entropy, {"target": target, "input": logits}, Step(4))

@@ -148,16 +148,6 @@ FLAGS = {  # (size_average, reduce): what torch makes of them, whatever `reducti
 FLAGGED = [name for name, (function, _, _) in CASES.items() if "size_average" in LOSS_FUNCTIONS[function]]
 
 
-WRONG_MASS = {
-    name: pytest.mark.xfail(reason=f"engine bug: element_mass, {why}", strict=True)
-    for name, why in {
-        "huber_loss-weight": "torch's weighted huber_loss divides by the count, not by the weights",
-        "linear_cross_entropy-soft": "class probabilities are taken for class indices",
-        "linear_cross_entropy-soft-weight": "class probabilities are taken for class indices",
-    }.items()
-}
-
-
 def arguments_of(name: str, **options) -> tuple[object, dict]:
     """The case's function and arguments by name, with a first argument that wants a gradient."""
     function, args, kwargs = CASES[name]
@@ -210,7 +200,7 @@ def test_elements_are_torchs_own_and_carry_the_gradient(name, reduction):
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=WRONG_MASS.get(n, ())) for n in CASES])
+@pytest.mark.parametrize("name", CASES)
 def test_mean_is_elements_over_mass(name):
     function, arguments = arguments_of(name, reduction="mean")
     elements, plain, _ = decompose(function, arguments)

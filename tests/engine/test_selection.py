@@ -54,8 +54,9 @@ def test_techniques_take_in_their_order_and_apart():
 
 
 def test_several_calls_without_a_choice_are_listed():
-    selection, takers = run([Smoother(loss=1), Trimmer()])
-    assert len(takers[0]) == 1  # the first is taken until it is known that there are more
+    techniques = [Smoother(loss=1), Trimmer()]
+    selection, takers = run(techniques)
+    assert takers == [techniques[1:], techniques[:1], []]  # until it is known that there are more
     with pytest.raises(MisconfigurationException) as raised:
         selection.check()
     assert str(raised.value) == (
@@ -66,6 +67,11 @@ def test_several_calls_without_a_choice_are_listed():
         '\nChoose with `Trimmer(loss=...)`: a position as listed, "last", the name of the function, or its place in the'
         ' code ("model.py:42").'
     )
+
+
+def test_two_calls_are_several():
+    with pytest.raises(MisconfigurationException, match=r"^Trimmer: the training step calls 2 losses"):
+        run([Trimmer()], CALLS[:2])[0].check()
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,6 @@ def test_names_behind_torch_compile():
     assert values(net) == [10, 2, 3, 4]
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="engine bug: torch copies no empty list of tensors")
 def test_nothing_to_edit():
     net = network()
     surgery = Surgery(net, [([], times(10))])

@@ -1,4 +1,4 @@
-"""``pytorch_lightning``, the twin of ``lightning.pytorch``; in processes of their own, because an import is for good."""
+"""``pytorch_lightning``, the twin of ``lightning.pytorch``; in processes of their own: an import is for good."""
 
 import subprocess
 import sys
