@@ -75,35 +75,6 @@ def test_import_adds_little_to_that_of_lightning_and_touches_no_device():
     assert ours < 0.05 * theirs  # measured 0.2 % to 0.4 %
 
 
-PYTORCH_LIGHTNING = """
-import sys, torch, torch.nn.functional as F
-import pytorch_lightning as pl
-{first}
-from lightning_reg import ELRCallback
-from torch.utils.data import DataLoader, TensorDataset
-class Model(pl.LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.net = torch.nn.Linear(4, 3)
-    def training_step(self, batch, batch_idx):
-        return F.cross_entropy(self.net(batch[0]), batch[1])
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.1)
-elr = ELRCallback(beta=0.5)
-trainer = pl.Trainer(max_epochs=1, callbacks=[elr], logger=False, enable_checkpointing=False, accelerator="cpu")
-trainer.fit(Model(), DataLoader(TensorDataset(torch.randn(8, 4), torch.arange(8) % 3), 4))
-assert isinstance(elr, pl.Callback)
-print(elr._targets.all().sum(1).tolist(), "lightning.pytorch" in sys.modules)
-"""
-
-
-@pytest.mark.parametrize("first", ["", "import lightning.pytorch"])
-def test_serves_pytorch_lightning_without_importing_its_twin(first):
-    code = PYTORCH_LIGHTNING.format(first=first)
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.splitlines()[-1] == f"{[0.5] * 8} {bool(first)}"
-
-
 def test_demo_runs_in_a_short_mode(tmp_path, capsys):
     sys.path.insert(0, str(ROOT / "examples"))
     try:

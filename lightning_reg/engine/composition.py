@@ -1,5 +1,6 @@
 """Which techniques can stand together in one Trainer; decided before anything is attached."""
 
+import inspect
 from collections.abc import Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING
@@ -43,7 +44,13 @@ def check_composition(techniques: Sequence[Technique], trainer: "Trainer", modul
         sentence = one.conflict_with(two) or two.conflict_with(one)
         if sentence:
             raise MisconfigurationException(f"{names} cannot stand together: {sentence}")
+    fetches_itself = "dataloader_iter" in inspect.signature(module.training_step).parameters
     for technique in techniques:
+        if fetches_itself and technique.needs_indices:
+            raise MisconfigurationException(
+                f"{type(technique).__name__} needs the indices of the batch, but `training_step(dataloader_iter)`"
+                " fetches batches itself, so they are not known. Write `training_step(batch, batch_idx)`."
+            )
         if not module.automatic_optimization:
             _check_manual(technique)
         technique.check(trainer, module)

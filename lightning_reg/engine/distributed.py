@@ -33,9 +33,9 @@ def all_gather(tensor: Tensor) -> Tensor:
     """Tensors of the same shape from all ranks, stacked: ``(W, *shape)``, without gradient."""
     if world_size() == 1:
         return tensor.detach()[None]
-    gathered = tensor.new_empty((world_size(), *tensor.shape))
-    _gather_into(gathered, tensor.detach().contiguous())
-    return gathered
+    gathered = tensor.new_empty(world_size() * tensor.numel())
+    _gather_into(gathered, tensor.detach().flatten())
+    return gathered.reshape(world_size(), *tensor.shape)
 
 
 def all_reduce_mean(tensor: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ class Engine:
         self._active: Sequence[Technique] = techniques
         self._selection = Selection(())
         self._last: tuple[LossCall, Tensor] | None = None
-        self._call_ever_seen = False
+        self._call_ever_seen = self._said_nothing_seen = False
 
     # -- attaching and detaching --------------------------------------------------------------------------------------
 
@@ -158,8 +158,7 @@ class Engine:
             if made_loss and not self._interception.missed(self.trainer.global_step):
                 if not self._call_ever_seen:
                     raise selection.nothing_seen(by_mixin=self._by_mixin)
-                names = ", ".join(type(t).__name__ for t in selection.techniques)
-                host.rank_zero_warn(f"{names}: no loss call in the step after global step {self.trainer.global_step}.")
+                self._say_nothing_seen(", ".join(type(t).__name__ for t in selection.techniques))
             return output
         self._call_ever_seen = True
         selection.check()
@@ -168,6 +167,14 @@ class Engine:
             return output
         call, value = self._last
         return _with_loss(output, _swap(_loss_of(output), value, self._value(call, late), call))
+
+    def _say_nothing_seen(self, names: str) -> None:
+        if not self._said_nothing_seen:
+            host.rank_zero_warn(
+                f"{names}: the step after global step {self.trainer.global_step} made a loss without a call that could"
+                " be seen, unlike steps before it: it went without. This is said once."
+            )
+        self._said_nothing_seen = True
 
     # -- the loss -----------------------------------------------------------------------------------------------------
 

@@ -163,7 +163,7 @@ class ELRCallback(Technique):
     Memory: N x C float32 (CIFAR-10 1.8 MB, ImageNet 5.1 GB) and N int32. Under DDP each step sends ``batch * (C + 3)``
     32-bit words to the other ranks and waits for none of them until the next step; afterwards all ranks hold the same
     targets. Two ranks of batch b train as one process of batch 2b does, unless both ranks draw the same sample in one
-    step.
+    step. Every rank must make a loss in every step.
 
     Args:
         lam: Weight of the regularizer (lambda), at least 0. Paper: 3 (CIFAR-10, symmetric noise; Clothing1M,
@@ -248,6 +248,7 @@ class ELRCallback(Technique):
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         if host.batches_so_far(trainer) == 0:  # a new training, not a resumed or continued one
             self._targets = self._labels = None
+            self._exchange = RowExchange()
 
     @override
     def is_active(self, step: "Step") -> bool:
@@ -311,6 +312,11 @@ class ELRCallback(Technique):
     def targets_nbytes(self) -> int:
         """Bytes that the targets take, 0 before the first step."""
         return 0 if self._targets is None else self._targets.nbytes
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        self._receive()  # a collective under way cannot be pickled
+        return self.__dict__.copy()
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -338,3 +338,15 @@ def test_a_loader_without_indices_is_refused_when_the_fit_starts(loader, text):
     # A technique that needs no indices does not mind.
     fit(module, Term(), loader=loader(), max_epochs=1)
     assert module.marks
+
+
+class FetchesItself(Noting):
+    def training_step(self, dataloader_iter):
+        batch, _, _ = next(dataloader_iter)
+        return super().training_step(batch, 0)
+
+
+@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
+def test_a_step_that_fetches_its_own_batches_has_no_indices():
+    with pytest.raises(MisconfigurationException, match=r"IndexRecorder needs the indices .* fetches batches itself"):
+        fit(FetchesItself(), IndexRecorder(), loader=marked())
