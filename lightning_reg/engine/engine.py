@@ -66,7 +66,8 @@ class Engine:
         check_composition(techniques, trainer, module)
         engine = ENGINES[trainer] = cls(trainer, module, techniques)
         # First the hooks, which detach on any exception. A new list leaves the one Lightning iterates over as it is.
-        host.set_callbacks(trainer, [EngineHooks(engine), *host.callbacks(trainer)])
+        hooks = EngineHooks(engine, edits_weights=bool(engine._in(techniques, "edit_weights")))
+        host.set_callbacks(trainer, [hooks, *host.callbacks(trainer)])
         engine._loaders.attach()
 
     def detach(self) -> None:
@@ -137,14 +138,14 @@ class Engine:
         self._step, self._selection, self._last = step, Selection(on_loss), None
         if self._features is not None:
             self._features.open, step.features = True, self._features.outputs
-        before = self.trainer.global_step if on_loss else 0
+        by_hand = not self.module.automatic_optimization
+        before = self.trainer.global_step if by_hand else 0
         try:
             with self._interception.watch() if on_loss and not self._by_mixin else nullcontext():
                 output = self._stepping.original(*(step.batch, *args[1:]), **kwargs)
             if on_loss:
-                output = self._settle(
-                    output, made_loss=_loss_of(output) is not None or self.trainer.global_step > before
-                )
+                stepped = by_hand and self.trainer.global_step > before
+                output = self._settle(output, made_loss=stepped or _loss_of(output) is not None)
         finally:
             self._step = self._last = None
             if self._features is not None:

@@ -15,11 +15,24 @@ if TYPE_CHECKING:
 __all__ = ["EngineHooks"]
 
 
-class EngineHooks(Callback):
-    """Stands first among the Trainer's callbacks while the engine is attached, so that all others see dense weights."""
+_NEVER = ("on_train_batch_start", "on_before_backward", "on_after_backward", "on_before_zero_grad")
 
-    def __init__(self, engine: "Engine") -> None:
+
+class EngineHooks(Callback):
+    """Stands first among the Trainer's callbacks while the engine is attached, so that all others see dense weights.
+
+    Args:
+        engine: Whose hooks these are.
+        edits_weights: Whether there are weights to restore.
+
+    """
+
+    def __init__(self, engine: "Engine", *, edits_weights: bool) -> None:
         self._engine = engine
+        # Lightning calls the hooks that are callable; nothing to do is not even a call.
+        idle = _NEVER if edits_weights else (*_NEVER, "on_before_optimizer_step", "on_train_batch_end")
+        for hook in idle:
+            setattr(self, hook, None)
 
     @override
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:

@@ -8,6 +8,7 @@ the k-th batch that leaves the loader has the k-th list. Nothing travels through
 import copy
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -28,13 +29,27 @@ class BatchIndices:
     """The dataset indices of one batch.
 
     Args:
-        indices: One index per sample, in batch order.
+        draw: What the sampler drew: one index, or one per sample in batch order. Read when somebody asks.
 
     """
 
-    def __init__(self, indices: Sequence[int]) -> None:
-        self.host = torch.tensor(indices, dtype=torch.int64)
-        self.distinct = len(set(indices)) == len(indices)
+    def __init__(self, draw: Any) -> None:
+        self._draw = draw
+
+    @cached_property
+    def list(self) -> list[int]:
+        """One index per sample."""
+        return [int(self._draw)] if hasattr(self._draw, "__index__") else [int(index) for index in self._draw]
+
+    @cached_property
+    def host(self) -> Tensor:
+        """``(B,)`` int64 on the CPU."""
+        return torch.tensor(self.list, dtype=torch.int64)
+
+    @cached_property
+    def distinct(self) -> bool:
+        """Whether no index occurs twice."""
+        return len(set(self.list)) == len(self.list)
 
 
 class _Tap:
@@ -146,8 +161,7 @@ class IndexSource:
         """The indices of the batch that the present step works on; ``None`` if this loader gave none to it."""
         if not self.pending:
             return None
-        draw = self.pending.popleft()
-        return BatchIndices([int(draw)] if hasattr(draw, "__index__") else [int(i) for i in draw])
+        return BatchIndices(self.pending.popleft())
 
     def missing(self) -> BatchIndices:
         """Raises: somebody needs the indices of a batch that did not come from the loader.

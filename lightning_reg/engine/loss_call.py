@@ -120,7 +120,9 @@ class LossCall:
     def sample_mass(self) -> Tensor | None:
         """Mass ``n_i`` of each sample, ``(B,)`` float32; ``None`` when all samples weigh the same."""
         mass = losses.element_mass(self.function, self.arguments)
-        return None if mass is None else mass.reshape(self.batch_size, -1).sum(1)
+        if mass is None or mass.shape == (self.batch_size,):
+            return mass
+        return mass.reshape(self.batch_size, -1).sum(1)
 
     @cached_property
     def losses(self) -> Tensor:
@@ -185,7 +187,7 @@ class LossCall:
         target = self.given_target
         if target is None:
             raise MisconfigurationException(f"{self} has no labels.")
-        return target.argmax(1) if target.dim() == self.logits.dim() else target
+        return target.argmax(1) if target.dim() == 2 else target
 
     def _rows(self) -> int:
         if self.function is F.ctc_loss:
@@ -253,7 +255,7 @@ class LossCall:
             if not per_sample:
                 return term
             mass = self.sample_mass
-            return term.mean() if mass is None else (term * mass).sum() / mass.sum()
+            return term.mean() if mass is None else torch.dot(term, mass.to(term.dtype)) / mass.sum()
         elements = self.decomposition.elements
         if self.reduction == "none":
             each = self._per_element(term, elements) if per_sample else term

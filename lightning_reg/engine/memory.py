@@ -71,11 +71,12 @@ class SampleMemory:
         """Bytes in use."""
         return self._values.nbytes + (0 if self._columns is None else self._columns.nbytes)
 
-    def read(self, indices: Tensor) -> Tensor:
+    def read(self, indices: Tensor, places: Tensor | None = None) -> Tensor:
         """Rows of the samples, ``(B, width)`` on the device of ``indices``.
 
         Args:
             indices: ``(B,)`` int64; negative ones give a row without meaning.
+            places: What :meth:`places` says of ``indices``, if it was asked before.
 
         Returns:
             float32 for floating memories, else the memory's own type. A copy.
@@ -84,7 +85,8 @@ class SampleMemory:
             IndexError: If an index is beyond the memory (on a GPU: its device-side assertion).
 
         """
-        places = self._places(indices)
+        places = self.places(indices) if places is None else places
+        self._follow(places.device)
         try:
             values = self._values.index_select(0, places)
         except (IndexError, RuntimeError) as error:
@@ -95,16 +97,18 @@ class SampleMemory:
             values = values.new_zeros(len(places), self.width).scatter_(1, columns, values)
         return values.to(indices.device)
 
-    def write(self, indices: Tensor, rows: Tensor, *, distinct: bool = False) -> None:
+    def write(self, indices: Tensor, rows: Tensor, *, places: Tensor | None = None, distinct: bool = False) -> None:
         """Replaces the rows of the samples; of several rows for one sample the last stays.
 
         Args:
             indices: ``(B,)`` int64; a row with a negative index is dropped.
             rows: ``(B, width)``.
+            places: What :meth:`places` says of ``indices``, if it was asked before.
             distinct: Whether the indices are known to be distinct, which saves a sort.
 
         """
-        places = self._places(indices)
+        places = self.places(indices) if places is None else places
+        self._follow(places.device)
         rows = rows.detach().to(self._values.device)
         if not distinct:
             rows = rows[last_occurrences(places)]
@@ -142,8 +146,11 @@ class SampleMemory:
         if self._columns is not None:
             self._columns[1:].copy_(state["columns"])
 
-    def _places(self, indices: Tensor) -> Tensor:
-        if not self.on_cpu and self._values.device != indices.device:
-            self._values = self._values.to(indices.device)
-            self._columns = None if self._columns is None else self._columns.to(indices.device)
-        return indices.to(self._values.device).clamp(min=-1) + 1
+    def places(self, indices: Tensor) -> Tensor:
+        """Where the rows of the samples lie; the same in every memory that is kept in the same place."""
+        return (indices.cpu() if self.on_cpu else indices).clamp(min=-1) + 1
+
+    def _follow(self, device: torch.device) -> None:
+        if self._values.device != device:
+            self._values = self._values.to(device)
+            self._columns = None if self._columns is None else self._columns.to(device)

@@ -108,7 +108,7 @@ class Step:
             sizes = [_agreed_size(batch) for batch in batches]
             return tuple(dict.fromkeys(size for size in sizes if size is not None))
         drawn = [indices for _, indices in self._followed.values() if indices is not None]
-        size = len(drawn[0].host) if drawn else _agreed_size(self.batch)
+        size = len(drawn[0].list) if drawn else _agreed_size(self.batch)
         return () if size is None else (size,)
 
     def give_indices(self, indices: Tensor) -> None:

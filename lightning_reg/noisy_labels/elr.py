@@ -263,11 +263,12 @@ class ELRCallback(Technique):
         targets, given = self._memories(samples, logits.shape[1])
         self._receive()
         probabilities = _probabilities(logits, self.clamp)
-        rows = elr_targets(targets.read(indices), probabilities, self.beta)
+        places = targets.places(indices)
+        rows = elr_targets(targets.read(indices, places), probabilities, self.beta)
         if not samples.distinct:
             rows = rows[last_occurrences(indices)]
-        targets.write(indices, rows, distinct=True)
-        given.write(indices, labels[:, None], distinct=samples.distinct)
+        targets.write(indices, rows, places=places, distinct=True)
+        given.write(indices, labels[:, None], places=places, distinct=samples.distinct)
         if self.sync == "gather" and world_size() > 1:
             self._exchange.start(indices, rows, labels[:, None].int(), capacity=samples.capacity)
         if call.step.is_logging:

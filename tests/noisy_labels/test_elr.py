@@ -418,7 +418,8 @@ def test_yaml_reaches_every_argument(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["train.py"])
     config = tmp_path / "config.yaml"
     config.write_text(
-        "trainer:\n  logger: false\n  callbacks:\n    - class_path: lightning_reg.ELRCallback\n      init_args: {lam: 7, beta: 0.9}\n"
+        "trainer:\n  logger: false\n  callbacks:\n    - class_path: lightning_reg.ELRCallback\n"
+        "      init_args: {lam: 7, beta: 0.9}\n"
     )
 
     def run(*arguments):
