@@ -74,7 +74,7 @@ class _Tap:
 
 def _noting(draws: Iterator[Any], drawn: deque[Any]) -> Iterator[Any]:
     for draw in draws:
-        drawn.append(draw)
+        drawn.append([*draw] if isinstance(draw, list) else draw)  # a sampler may fill the same list again
         yield draw
 
 

@@ -397,3 +397,19 @@ def test_an_entry_that_is_no_index(entry, found):
     with pytest.raises(MisconfigurationException) as raised:
         entry_of_batch({"index": entry}, "index")
     assert str(raised.value) == f"index_key='index' must name a tensor of whole numbers (B,), found {found}."
+
+
+def test_a_sampler_that_fills_the_same_list_again():
+    def again():
+        batch = [0, 0]
+        for start in (0, 2, 4):
+            batch[:] = [start, start + 1]
+            yield batch
+
+    class Again:
+        def __iter__(self):
+            return again()
+
+    source = IndexSource()
+    assert len(list(source.attach(DataLoader(range(6), batch_sampler=Again())))) == 3  # all fetched ahead of the steps
+    assert [source.advance().list for _ in range(3)] == [[0, 1], [2, 3], [4, 5]]
