@@ -7,3 +7,9 @@ from lightning_reg.noisy_labels.elr import elr_loss as elr_loss
 from lightning_reg.noisy_labels.elr import elr_regularizer as elr_regularizer
 from lightning_reg.noisy_labels.elr import elr_targets as elr_targets
 from lightning_reg.noisy_labels.elr import elr_update_targets as elr_update_targets
+from lightning_reg.reweighting.loss_reweighting import apply_strategy as apply_strategy
+from lightning_reg.reweighting.loss_reweighting import normalize_losses as normalize_losses
+from lightning_reg.reweighting.loss_reweighting import reweight as reweight
+from lightning_reg.reweighting.loss_reweighting import scheduled_temperature as scheduled_temperature
+from lightning_reg.reweighting.loss_reweighting import sequence_losses as sequence_losses
+from lightning_reg.reweighting.loss_reweighting import weighted_loss as weighted_loss

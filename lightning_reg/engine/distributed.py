@@ -7,44 +7,87 @@ import torch.distributed as dist
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from torch.distributed import Work
+    from torch.distributed import ProcessGroup, Work
 
-__all__ = ["RowExchange", "all_gather", "all_reduce_mean", "rank", "world_size"]
+__all__ = [
+    "RowExchange",
+    "all_gather",
+    "all_gather_padded",
+    "all_reduce_max",
+    "all_reduce_mean",
+    "all_reduce_sum",
+    "rank",
+    "world_size",
+]
 
 
-def _gather_into(gathered: Tensor, tensor: Tensor, *, async_op: bool = False) -> "Work | None":
+def _gather_into(
+    gathered: Tensor, tensor: Tensor, *, group: "ProcessGroup | None" = None, async_op: bool = False
+) -> "Work | None":
     # Renamed in torch 2.13, where the old name warns.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    work: Work | None = gather(gathered, tensor, async_op=async_op)
+    work: Work | None = gather(gathered, tensor, group=group, async_op=async_op)
     return work
 
 
-def world_size() -> int:
-    """Number of processes, 1 without a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+def world_size(group: "ProcessGroup | None" = None) -> int:
+    """Number of processes of a group, of all without one; 1 where nothing is distributed."""
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
-def rank() -> int:
-    """Global rank of this process, 0 without a process group."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+def rank(group: "ProcessGroup | None" = None) -> int:
+    """Rank of this process in a group, global without one; 0 where nothing is distributed."""
+    return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
 
 
-def all_gather(tensor: Tensor) -> Tensor:
+def all_gather(tensor: Tensor, group: "ProcessGroup | None" = None) -> Tensor:
     """Tensors of the same shape from all ranks, stacked: ``(W, *shape)``, without gradient."""
-    if world_size() == 1:
+    ranks = world_size(group)
+    if ranks == 1:
         return tensor.detach()[None]
-    gathered = tensor.new_empty(world_size() * tensor.numel())
-    _gather_into(gathered, tensor.detach().flatten())
-    return gathered.reshape(world_size(), *tensor.shape)
+    gathered = tensor.new_empty(ranks * tensor.numel())
+    _gather_into(gathered, tensor.detach().flatten(), group=group)
+    return gathered.reshape(ranks, *tensor.shape)
+
+
+def all_gather_padded(tensor: Tensor, group: "ProcessGroup | None" = None) -> tuple[Tensor, Tensor]:
+    """Vectors of differing lengths from all ranks, padded with zeros to the longest.
+
+    One host sync: the ranks have to agree on the length.
+
+    Args:
+        tensor: ``(n,)``, another n on each rank.
+        group: The ranks, all without one.
+
+    Returns:
+        The values ``(W, n_max)`` without gradient, and bool ``(W, n_max)``: what is no padding.
+
+    """
+    lengths = all_gather(torch.tensor(len(tensor), device=tensor.device), group)
+    padded = tensor.new_zeros(int(lengths.max()))
+    padded[: len(tensor)] = tensor.detach()
+    return all_gather(padded, group), torch.arange(len(padded), device=tensor.device) < lengths[:, None]
+
+
+def all_reduce_max(tensor: Tensor, group: "ProcessGroup | None" = None) -> Tensor:
+    """Elementwise maximum over the ranks, without gradient."""
+    tensor = tensor.detach().clone()
+    if world_size(group) > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
+    return tensor
+
+
+def all_reduce_sum(tensor: Tensor, group: "ProcessGroup | None" = None) -> Tensor:
+    """Elementwise sum over the ranks, without gradient."""
+    tensor = tensor.detach().clone()
+    if world_size(group) > 1:
+        dist.all_reduce(tensor, group=group)
+    return tensor
 
 
 def all_reduce_mean(tensor: Tensor) -> Tensor:
     """Mean over the ranks, without gradient."""
-    tensor = tensor.detach().clone()
-    if world_size() > 1:
-        dist.all_reduce(tensor)
-        tensor /= world_size()
-    return tensor
+    return all_reduce_sum(tensor) / world_size()
 
 
 class RowExchange:

@@ -209,7 +209,7 @@ class Engine:
             call.replace_target(target)
         weights: Tensor | None = None
         for _, own in self._answers(techniques, "sample_weights", call):
-            weights = own if weights is None else weights * own
+            weights = call.combined(weights, own)
         terms = []
         for technique, term in self._answers(techniques, "loss_term", call):
             terms.append(term)

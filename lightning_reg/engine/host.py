@@ -4,6 +4,10 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
+
+from lightning_reg.engine import distributed
+
 # `lightning.pytorch` and `pytorch_lightning` are twins that do not know each other's classes. A program of the older
 # name need not pay for importing the other one, and its LightningCLI accepts only subclasses of its own Callback.
 if TYPE_CHECKING or "pytorch_lightning" not in sys.modules:
@@ -33,6 +37,7 @@ else:
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+    from torch.distributed import ProcessGroup
 
 __all__ = [
     "Callback",
@@ -41,6 +46,7 @@ __all__ = [
     "batches_so_far",
     "callbacks",
     "combined_loader",
+    "data_parallel_group",
     "is_compiled",
     "is_logging_step",
     "prints_summary",
@@ -102,6 +108,18 @@ def prints_summary(trainer: "Trainer") -> bool:
 def combined_loader(trainer: "Trainer") -> Any:
     """The CombinedLoader behind ``trainer.train_dataloader``, ``None`` before it is made."""
     return trainer.fit_loop._combined_loader
+
+
+def data_parallel_group(trainer: "Trainer") -> "ProcessGroup | None":
+    """The ranks that see different samples and average their gradients; ``None`` where there is one process."""
+    if distributed.world_size() == 1:
+        return None
+    # With tensor parallelism (ModelParallelStrategy) the ranks of one row of the device mesh hold the same samples.
+    mesh = getattr(trainer.strategy, "_device_mesh", None)
+    if mesh is not None and "data_parallel" in (mesh.mesh_dim_names or ()):
+        group: ProcessGroup = mesh["data_parallel"].get_group()
+        return group
+    return dist.group.WORLD
 
 
 def callbacks(trainer: "Trainer") -> "list[Callback]":

@@ -132,6 +132,19 @@ class LossCall:
             return elements.mean(1)
         return elements.sum(1) / torch.where(self.sample_mass > 0, self.sample_mass, 1.0)
 
+    @property
+    def element_losses(self) -> Tensor:
+        """Loss of each element per mass, ``(E,)`` float32, without gradient; 0 where the element is ignored."""
+        elements = self.decomposition.elements.detach().float().flatten()
+        mass = self.element_mass
+        return elements if mass is None else elements / torch.where(mass > 0, mass, 1.0)
+
+    @property
+    def element_mass(self) -> Tensor | None:
+        """Mass ``m_e`` of each element, ``(E,)`` float32; ``None`` when all weigh the same."""
+        mass = losses.element_mass(self.function, self.arguments)
+        return None if mass is None else mass.flatten()
+
     def samples(self, technique: "Technique") -> "Samples":
         """Dataset indices of the samples, on the device of the input.
 
@@ -220,7 +233,7 @@ class LossCall:
         With ``weights`` all 1 and no terms the value is the plain one to the last bit, whatever the reduction.
 
         Args:
-            weights: Weight of each sample, ``(B,)``, neutral 1; ``None`` for no weighting.
+            weights: Weight of each sample ``(B,)`` or of each element ``(E,)``, neutral 1; ``None`` for no weighting.
             terms: Terms per sample ``(B,)`` or scalars ``()``, in the order they are added.
 
         Returns:
@@ -232,19 +245,26 @@ class LossCall:
             value = value + self._reduced(term)
         return value
 
+    def combined(self, weights: Tensor | None, more: Tensor) -> Tensor:
+        """Product of weights, each per sample ``(B,)`` or per element ``(E,)``."""
+        if weights is None or weights.shape == more.shape:
+            return more if weights is None else weights * more
+        elements = self.decomposition.elements
+        return self._per_element(weights, elements).flatten() * self._per_element(more, elements).flatten()
+
     def _weighted(self, weights: Tensor) -> Tensor:
         elements, plain, reduction = self.decomposition
+        elements = elements.to(torch.promote_types(elements.dtype, torch.float32))
         weighted = elements * self._per_element(weights.detach(), elements)
         if reduction == "none":
-            return weighted
-        precise = torch.promote_types(elements.dtype, torch.float32)
-        value, unweighted = weighted.sum(dtype=precise), elements.detach().sum(dtype=precise)
+            return weighted.to(plain.dtype)
+        value, unweighted = weighted.sum(), elements.detach().sum()
         if reduction == "mean":
             mass = elements.numel() if self.sample_mass is None else self.sample_mass.sum()
             value, unweighted = value / mass, unweighted / mass
         # torch's fused mean and a mean of elements are one rounding apart. The difference (without gradient) is carried
         # over, so that weights of 1 give the user's value exactly; there is none between infinities.
-        rounding = plain.detach().to(precise) - unweighted
+        rounding = plain.detach().to(value.dtype) - unweighted
         return (value + torch.where(rounding.isfinite(), rounding, 0.0)).to(plain.dtype)
 
     def _reduced(self, term: Tensor) -> Tensor:
@@ -368,6 +388,12 @@ class HandWrittenCall(LossCall):
     @override
     def sample_mass(self) -> Tensor | None:
         """``None``: all samples weigh the same."""
+        return None
+
+    @property
+    @override
+    def element_mass(self) -> Tensor | None:
+        """``None``: each sample is one element."""
         return None
 
     @cached_property

@@ -132,7 +132,10 @@ class Technique(Callback):
         raise NotImplementedError
 
     def sample_weights(self, call: "LossCall") -> Tensor | None:
-        """Returns a weight per sample ``(B,)``, neutral 1, without gradient; ``None`` for no weighting."""
+        """Returns a weight per sample ``(B,)``, or per element of the loss ``(E,)`` (token, pixel), neutral 1.
+
+        No gradient flows through it. ``None``: no weighting.
+        """
         raise NotImplementedError
 
     def loss_term(self, call: "LossCall") -> Tensor | None:

@@ -1,0 +1,1 @@
+"""Weights per sample: which samples of a batch count how much."""

@@ -1,0 +1,398 @@
+r"""Loss-based sample reweighting: samples of a batch count by where their loss stands among the others."""
+
+import math
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_reg.engine import host
+from lightning_reg.engine.distributed import all_gather, all_reduce_max, world_size
+from lightning_reg.engine.errors import check_choice, check_number
+from lightning_reg.engine.technique import Technique
+from lightning_reg.engine.weights import cap_weights, weight_statistics
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+    from torch.distributed import ProcessGroup
+
+    from lightning_reg.engine.loss_call import LossCall
+    from lightning_reg.engine.step import Step
+
+__all__ = [
+    "LossReweighting",
+    "apply_strategy",
+    "normalize_losses",
+    "reweight",
+    "scheduled_temperature",
+    "sequence_losses",
+    "weighted_loss",
+]
+
+Strategy = Literal["linupper", "quadratic", "extremes", "uniform"]
+
+
+def normalize_losses(
+    losses: Tensor,
+    delta: float = 1.0,
+    eps: float = 1e-6,
+    counted: Tensor | None = None,
+    group: "ProcessGroup | None" = None,
+) -> Tensor:
+    r"""Where each loss stands between the smallest and the largest.
+
+    .. math:: h_i = \delta\, \frac{(L_i - L_{\min}) - (L_{\max} - L_i)}{\max(L_{\max} - L_{\min}, \epsilon)}
+        \in [-\delta, \delta]
+
+    Args:
+        losses: ``(M,)``; no gradient flows into them.
+        delta: Half the width of the interval, above 0.
+        eps: Floor of the range, above 0. Losses that are all equal stand at 0.
+        counted: bool ``(M,)``, which losses count; ``None`` for all. What comes out for the others has no meaning.
+        group: Ranks whose losses count too, each with its own; ``None``: these losses are all there are.
+
+    Returns:
+        ``h``, ``(M,)`` float32. Both differences are exact where losses are close, so that a tiny range does not cancel
+        as :math:`2 L_i - (L_{\max} + L_{\min})` does.
+
+    Example:
+        >>> normalize_losses(torch.tensor([1.0, 2.0, 5.0]))
+        tensor([-1.0000, -0.5000,  1.0000])
+
+    """
+    losses = losses.detach().float()
+    low, high = losses, losses
+    if counted is not None:
+        low, high = losses.masked_fill(~counted, math.inf), losses.masked_fill(~counted, -math.inf)
+    ends = torch.stack([-low.min(), high.max()])
+    ends = ends if group is None else all_reduce_max(ends, group)
+    smallest, largest = -ends[0], ends[1]
+    return delta * ((losses - smallest) - (largest - losses)) / (largest - smallest).clamp(min=eps)
+
+
+def apply_strategy(h: Tensor, strategy: Strategy, delta: float = 1.0) -> Tensor:
+    r"""What a loss is worth by its place ``h`` between the smallest and the largest.
+
+    .. math:: f = \min(h + \delta, \delta) \;\text{(linupper)}, \quad 1 - h^2/\delta^2 \;\text{(quadratic)},
+        \quad |h| \;\text{(extremes)}, \quad 0 \;\text{(uniform)}
+
+    Args:
+        h: ``(M,)`` in [-delta, delta], see :func:`normalize_losses`.
+        strategy: The shape. ``"linupper"`` rises from 0 at the smallest loss to ``delta`` in the middle of the range
+            (which is not the median) and stays there.
+        delta: Half the width of the interval.
+
+    Returns:
+        ``f``, ``(M,)``.
+
+    Raises:
+        ValueError: If the strategy is none of these.
+
+    Example:
+        >>> apply_strategy(torch.tensor([-1.0, -0.5, 0.0, 1.0]), "linupper")
+        tensor([0.0000, 0.5000, 1.0000, 1.0000])
+
+    """
+    if strategy == "linupper":
+        return (h + delta).clamp(max=delta)
+    if strategy == "quadratic":
+        return 1.0 - (h / delta).square()
+    if strategy == "extremes":
+        return h.abs()
+    if strategy == "uniform":
+        return torch.zeros_like(h)
+    raise ValueError(
+        f"apply_strategy: `strategy` must be 'linupper', 'quadratic', 'extremes' or 'uniform', got {strategy!r}."
+    )
+
+
+def reweight(
+    losses: Tensor,
+    strategy: Strategy = "linupper",
+    r: float = 0.4,
+    delta: float = 1.0,
+    eps: float = 1e-6,
+    max_weight: float | None = None,
+    counted: Tensor | None = None,
+    group: "ProcessGroup | None" = None,
+) -> Tensor:
+    r"""Weights of the samples of a batch, from their losses.
+
+    .. math:: w = \operatorname{softmax}(f(h) / r)
+        = \arg\max_{w} \textstyle\sum_i w_i f_i - r\, \mathrm{KL}(w \,\|\, \text{uniform})
+
+    Args:
+        losses: Loss of each sample, ``(M,)``; no gradient flows into them.
+        strategy: The shape ``f``, see :func:`apply_strategy`.
+        r: Temperature, above 0. Large: uniform. Small: all weight on the largest ``f``. For ``f`` in [0, 1] two weights
+            differ by at most the factor :math:`e^{1/r}`.
+        delta: Half the width of ``h``.
+        eps: Floor of the range of the losses.
+        max_weight: Cap in units of 1/M, at least 1; what is cut off goes to the others in proportion to their weights,
+            the solution of the problem above under that bound. ``None`` for none. A host sync under several ranks.
+        counted: bool ``(M,)``, which samples count; ``None`` for all. The others get weight 0 and change nothing.
+        group: Ranks whose samples count too, each with its own losses, in any number; ``None``: these are all.
+
+    Returns:
+        Weights ``(M,)`` float32 that sum to 1, over all ranks of the group.
+
+    Example:
+        >>> reweight(torch.tensor([1.0, 1.1, 0.9, 1.05, 12.0]))
+        tensor([0.0638, 0.0668, 0.0610, 0.0653, 0.7432])
+
+    """
+    with torch.no_grad():
+        scores = apply_strategy(normalize_losses(losses, delta, eps, counted, group), strategy, delta) / r
+        if counted is not None:
+            scores = scores.masked_fill(~counted, -math.inf)
+        total = scores.logsumexp(0)
+        if group is not None:
+            total = all_gather(total, group).logsumexp(0)
+        weights = (scores - total).exp()
+        if counted is not None:  # where nothing counts, the total is that of no sample
+            weights = weights.masked_fill(~counted, 0.0)
+        if max_weight is None:
+            return weights
+        return cap_weights(weights, max_weight, counted, group)
+
+
+def sequence_losses(
+    logits: Tensor, labels: Tensor, ignore_index: int = -100, shift: bool = True
+) -> tuple[Tensor, Tensor]:
+    r"""Mean cross-entropy of each sequence.
+
+    .. math:: L_i = \frac{1}{n_i} \sum_{t:\ y_{it} \ne \text{ignore\_index}} -\log p_{it}(y_{it})
+
+    Args:
+        logits: ``(B, T, V)``.
+        labels: ``(B, T)`` int64.
+        ignore_index: Label of positions that do not count.
+        shift: Whether the logits at ``t`` predict the label at ``t + 1``.
+
+    Returns:
+        Losses ``(B,)`` float32 with gradient, 0 where no position counts, and the number of counted positions ``n``,
+        ``(B,)`` int64, after the shift.
+
+    """
+    if shift:  # the labels move, because slicing the logits would copy them
+        labels = F.pad(labels[:, 1:], (0, 1), value=ignore_index)
+    flat = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=ignore_index, reduction="none")
+    counts = (labels != ignore_index).sum(1)
+    return flat.reshape(labels.shape).sum(1) / counts.clamp(min=1), counts
+
+
+def weighted_loss(losses: Tensor, weights: Tensor, counts: Tensor | None = None, world_size: int = 1) -> Tensor:
+    r"""The loss to go backward from on one rank; the mean over the ranks is the objective of the global batch.
+
+    .. math:: W \sum_i w_i L_i \quad\text{or, with counts,}\quad W b \sum_i w_i \frac{n_i}{\sum_j n_j} L_i
+
+    Args:
+        losses: Losses of this rank's samples, ``(B,)`` with gradient.
+        weights: Their weights ``(B,)``, which sum to 1 over all ranks.
+        counts: Numbers of tokens ``n``, ``(B,)``: samples count by their share of the rank's tokens, as they do in a
+            mean over tokens; ``None``: by their weight alone. ``b`` is the number of samples with a token.
+        world_size: Number of ranks ``W`` whose gradients are averaged.
+
+    Returns:
+        A scalar. With uniform weights and ranks of equal size it is the mean over samples or, with counts, over tokens.
+
+    """
+    weights = weights.detach() * world_size
+    if counts is None:
+        return (weights * losses).sum()
+    return (counts > 0).sum() * (weights * losses * counts).sum() / counts.sum().clamp(min=1)
+
+
+def scheduled_temperature(
+    step: int, r: float, r_start: float, num_steps: int, schedule: Literal["constant", "linear", "cosine"]
+) -> float:
+    r"""Temperature on its way from ``r_start`` to ``r``.
+
+    .. math:: r + (r_\text{start} - r)\,(1 - s) \;\text{(linear)}, \quad
+        r + (r_\text{start} - r)\,\tfrac12 (1 + \cos \pi s) \;\text{(cosine)}, \qquad s = \min(\text{step} / N, 1)
+
+    Args:
+        step: Steps since the way began; before it, the temperature is ``r_start``.
+        r: Temperature at the end.
+        r_start: Temperature at the beginning.
+        num_steps: Length ``N`` of the way.
+        schedule: Its shape; ``"constant"`` is at the end from the beginning.
+
+    Returns:
+        The temperature.
+
+    """
+    if step < 0:
+        return r_start
+    if schedule == "constant" or step >= num_steps:
+        return r
+    way = step / num_steps
+    return r + (r_start - r) * (1 - way if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * way)))
+
+
+class LossReweighting(Technique):
+    r"""Dynamic loss-based reweighting of the samples of each batch (LinUpper and its kin), for pretraining.
+
+    The losses of the global batch are placed between the smallest and the largest (``h`` in [-delta, delta]), a shape
+    turns the place into a score ``f``, and the samples' weights are :math:`\operatorname{softmax}(f / r)`, without
+    gradient. ``"linupper"`` gives little weight to samples that are learned already and bounds that of very hard ones.
+
+    A sample is what the loader counts: a row, a sequence of a flattened ``(B * T, V)`` or a ``(B, V, T)`` call, a map
+    of pixels. Its loss is the mean over its elements; ignored ones do not count, and a sample that has no others gets
+    weight 0 and does not disturb the range. The global batch is that of all data-parallel ranks, which may hold
+    different numbers of samples; every rank must make a loss in every step. With ``accumulate_grad_batches`` each
+    micro-batch is weighted on its own, as in the authors' code. Other terms of the loss, validation and test are left
+    alone. With ``reduction="none"`` a mask that your code applies afterwards is not seen: use ``ignore_index``.
+
+    Use it when heterogeneous, redundant data are seen about once and labels are right, with a global batch of a few
+    dozen samples at least. Leave it when labels are noisy (a wrong label has a high loss and gets full weight), when
+    the batch is tiny or losses have heavy outliers (one outlier presses all others to the low end), and where a sure
+    gain on a small model is needed: LIMITS.
+
+    Source:
+        Sow et al., "Dynamic Loss-Based Sample Reweighting for Improved Large Language Model Pretraining", ICLR 2025,
+        arXiv 2502.06733; formulas and constants are those of the authors' two code bases.
+
+    Differs:
+        Samples without a counted token are left out (0/0 there), the range is computed without cancellation, ranks are
+        numbered globally (one code base takes the local rank), and no value is read on the host. ``max_weight`` and
+        ``level="token"`` are additions: the paper's theory assumes weights of at most 2/M, which its code does not
+        enforce.
+
+    Memory: one float32 per element of the loss. Two collectives of two and one float per rank in each step.
+
+    Args:
+        strategy: Shape of the score. Paper: ``"linupper"`` recommended; ``"quadratic"`` prefers middle losses,
+            ``"extremes"`` both ends (a contrast). Neutral: ``"uniform"``.
+        r: Temperature, above 0 (``r``; ``kl_reg`` in the code). Paper: 0.4 (GPT-2 210M, 684M), 1.0 (124M). Sensible:
+            0.2 to 2. Large is uniform.
+        warmup_steps: Optimizer steps before reweighting begins, at least 0. Paper: 1000 of 20000 (GPT-2), 2000 (1.4B
+            and 7B). A run that is no longer than that is warned of.
+        warmup: What happens in these steps: ``"plain"``, the user's own loss to the last bit (GPT-2 runs), or
+            ``"high_r"``, weights at the temperature ``r_start`` (1.4B and 7B runs).
+        r_start: Temperature of ``warmup="high_r"`` and at the start of a schedule, above 0. Paper: 100.
+        schedule: How the temperature goes from ``r_start`` to ``r`` after the warm-up. Paper: ``"constant"``, at once.
+        schedule_steps: Optimizer steps that this takes; 0 with ``"constant"``.
+        delta: Half the width of ``h``, above 0. Paper: 1.
+        eps: Floor of the range of the losses, above 0. Paper: 1e-6.
+        objective: ``"token_share"``: samples keep their share of your own mean (by number of tokens, or class weight),
+            so uniform weights give your own loss (GPT-2 runs). ``"sample_mean"``: samples count by their weight alone,
+            :math:`\sum_i w_i L_i` (1.4B and 7B runs). The same where all samples are of one length.
+        level: What is weighted: ``"sample"`` (paper), or ``"token"``: each element of the loss by itself, token or
+            pixel, against all others of the global batch.
+        max_weight: Cap of the weights in units of 1/M, at least 1; what is cut off goes to the others in proportion to
+            their weights. ``None``: no cap (paper). Under several ranks a cap costs one host sync per step.
+        loss: Which loss call it works on, if there are several: position, ``"last"``, function name, or
+            ``"model.py:42"``.
+        name: Tells several instances in one Trainer apart.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> reweighting = LossReweighting(strategy="linupper", r=0.4, warmup_steps=1000)
+        >>> trainer = Trainer(max_steps=20_000, callbacks=[reweighting], logger=False, enable_checkpointing=False)
+
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy = "linupper",
+        r: float = 0.4,
+        warmup_steps: int = 1000,
+        warmup: Literal["plain", "high_r"] = "plain",
+        r_start: float = 100.0,
+        schedule: Literal["constant", "linear", "cosine"] = "constant",
+        schedule_steps: int = 0,
+        delta: float = 1.0,
+        eps: float = 1e-6,
+        objective: Literal["token_share", "sample_mean"] = "token_share",
+        level: Literal["sample", "token"] = "sample",
+        max_weight: float | None = None,
+        loss: int | str | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(loss=loss, name=name)
+        check_choice(self, "strategy", strategy, ("linupper", "quadratic", "extremes", "uniform"))
+        for argument, value in (("r", r), ("r_start", r_start), ("delta", delta), ("eps", eps)):
+            check_number(self, argument, value, low=0, low_open=True)
+        check_number(self, "warmup_steps", warmup_steps, low=0, integer=True)
+        check_choice(self, "warmup", warmup, ("plain", "high_r"))
+        check_choice(self, "schedule", schedule, ("constant", "linear", "cosine"))
+        constant = schedule == "constant"
+        check_number(
+            self,
+            "schedule_steps",
+            schedule_steps,
+            low=int(not constant),
+            high=0 if constant else math.inf,
+            integer=True,
+        )
+        check_choice(self, "objective", objective, ("token_share", "sample_mean"))
+        check_choice(self, "level", level, ("sample", "token"))
+        if max_weight is not None:
+            check_number(self, "max_weight", max_weight, low=1)
+        self.strategy, self.r, self.warmup_steps, self.warmup, self.r_start = strategy, r, warmup_steps, warmup, r_start
+        self.schedule, self.schedule_steps, self.delta, self.eps = schedule, schedule_steps, delta, eps
+        self.objective, self.level, self.max_weight = objective, level, max_weight
+        self._attached = False
+
+    @override
+    def describe(self) -> str:
+        if self.strategy == "uniform":
+            return "uniform: inactive"
+        moving = self.schedule != "constant"
+        way = f" from {self.r_start:g}, {self.schedule} in {self.schedule_steps} steps" if moving else ""
+        before = "plain" if self.warmup == "plain" else f"r={self.r_start:g}"
+        warmup = f"; first {self.warmup_steps} steps {before}" if self.warmup_steps else ""
+        cap = "" if self.max_weight is None else f", weights <= {self.max_weight:g}/M"
+        return f"{self.strategy} per {self.level}, r={self.r:g}{way}{cap}{warmup}; {self.objective}"
+
+    @override
+    def conflict_with(self, other: Technique) -> str | None:
+        if isinstance(other, LossReweighting) and other.loss == self.loss:
+            return "the product of two weightings does not sum to 1. Let them work on different calls with `loss=...`."
+        return None
+
+    @override
+    def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        never = self.warmup == "plain" and trainer.estimated_stepping_batches <= self.warmup_steps
+        if never and self.strategy != "uniform":
+            host.rank_zero_warn(
+                "LossReweighting: nothing is reweighted: the run ends after"
+                f" {trainer.estimated_stepping_batches} optimizer steps, lower `warmup_steps`={self.warmup_steps}."
+            )
+
+    @override
+    def is_active(self, step: "Step") -> bool:
+        return self.strategy != "uniform" and (self.warmup == "high_r" or step.global_step >= self.warmup_steps)
+
+    @override
+    def sample_weights(self, call: "LossCall") -> Tensor | None:
+        losses, mass = call.losses, call.sample_mass
+        if self.level == "token":
+            losses, mass = call.element_losses, call.element_mass
+        group = host.data_parallel_group(call.step.trainer)
+        ranks = 1 if group is None else world_size(group)
+        if not self._attached and len(losses) * ranks == 1:
+            host.rank_zero_warn(
+                "LossReweighting: the global batch is one sample, whose weight is always 1, so nothing is reweighted."
+                ' Raise the batch size, or weight tokens with `level="token"`.'
+            )
+        self._attached = True
+        step = call.step.global_step - self.warmup_steps
+        r = scheduled_temperature(step, self.r, self.r_start, self.schedule_steps, self.schedule)
+        counted = None if mass is None else mass > 0
+        weights = reweight(losses, self.strategy, r, self.delta, self.eps, self.max_weight, counted, group)
+        if call.step.is_logging:
+            call.step.log(self, "r", weights.new_tensor(r))
+            for statistic, value in weight_statistics(weights, losses, counted, group).items():
+                call.step.log(self, statistic, value)
+        if mass is None or counted is None:
+            return weights * (ranks * len(weights))
+        if self.objective == "token_share":
+            return weights * (ranks * counted.sum())
+        return weights * (ranks * mass.sum()) / torch.where(counted, mass, 1.0)
