@@ -147,12 +147,14 @@ def reweight(
         scores = apply_strategy(normalize_losses(losses, delta, eps, counted, group), strategy, delta) / r
         if counted is not None:
             scores = scores.masked_fill(~counted, -math.inf)
-        total = scores.logsumexp(0)
-        if group is not None:
-            total = all_gather(total, group).logsumexp(0)
-        weights = (scores - total).exp()
-        if counted is not None:  # where nothing counts, the total is that of no sample
-            weights = weights.masked_fill(~counted, 0.0)
+        # A rank on which nothing counts has a largest score of -inf, whose difference from itself would be NaN.
+        top = scores.max().clamp(min=torch.finfo(scores.dtype).min)
+        weights = (scores - top).exp()
+        own = torch.stack([top, weights.sum()])
+        tops, sums = (own[None] if group is None else all_gather(own, group)).unbind(1)
+        weights = weights * (top - tops.max()).exp() / (sums * (tops - tops.max()).exp()).sum()
+        if counted is not None:
+            weights = weights.masked_fill(~counted, 0.0)  # 0/0 where nothing counts at all
         if max_weight is None:
             return weights
         return cap_weights(weights, max_weight, counted, group)
@@ -261,7 +263,7 @@ class LossReweighting(Technique):
         ``level="token"`` are additions: the paper's theory assumes weights of at most 2/M, which its code does not
         enforce.
 
-    Memory: one float32 per element of the loss. Two collectives of two and one float per rank in each step.
+    Memory: a float32 or two per element of the loss. Two collectives of two floats per rank in each step.
 
     Args:
         strategy: Shape of the score. Paper: ``"linupper"`` recommended; ``"quadratic"`` prefers middle losses,

@@ -8,7 +8,16 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_reg import ELRCallback
-from lightning_reg.engine.distributed import RowExchange, all_gather, all_reduce_mean, rank, world_size
+from lightning_reg.engine.distributed import (
+    RowExchange,
+    all_gather,
+    all_gather_padded,
+    all_reduce_max,
+    all_reduce_mean,
+    all_reduce_sum,
+    rank,
+    world_size,
+)
 from tests.toys import QUIET, TWO_RANKS, Classifier, fit
 
 pytestmark = QUIET
@@ -19,8 +28,12 @@ def test_one_process_is_a_no_op():
     assert (world_size(), rank()) == (1, 0)
     assert all_gather(tensor).tolist() == [[1.0, 2.0]]
     assert not all_gather(tensor).requires_grad
-    mean = all_reduce_mean(tensor)
-    mean += 1
+    for reduce in (all_reduce_mean, all_reduce_max, all_reduce_sum):
+        reduced = reduce(tensor)
+        assert not reduced.requires_grad
+        reduced += 1
+    values, real = all_gather_padded(tensor)
+    assert (values.tolist(), real.tolist()) == ([[1.0, 2.0]], [[True, True]])
     assert tensor.tolist() == [1.0, 2.0]
     exchange = RowExchange()
     exchange.start(torch.tensor([3]), torch.ones(1, 2), capacity=4)
@@ -39,6 +52,26 @@ def test_gather_and_mean(two_processes):
         assert gathered == [[1.0, 5.0], [2.0, 5.0]]
         assert mean == [1.5, 5.0]
         assert mine == [1.0 + number, 5.0]
+
+
+def collect_unequal():
+    import torch.distributed as dist
+
+    values, real = all_gather_padded(torch.arange(1.0, 3 - rank()))
+    alone = dist.new_group([0]), dist.new_group([1])
+    own = alone[rank()]
+    mine = torch.tensor([1.0 + rank(), 5.0 - rank()])
+    sizes = [world_size(own), rank(own), all_gather(mine, own).tolist(), all_reduce_max(mine, own).tolist()]
+    return values.tolist(), real.tolist(), all_reduce_max(mine).tolist(), all_reduce_sum(mine).tolist(), sizes
+
+
+def test_unequal_lengths_extremes_and_groups(two_processes):
+    for number, (values, real, largest, total, own) in enumerate(two_processes.run(collect_unequal)):
+        assert values == [[1.0, 2.0], [1.0, 0.0]]
+        assert real == [[True, True], [True, False]]
+        assert (largest, total) == ([2.0, 5.0], [3.0, 9.0])
+        mine = [1.0 + number, 5.0 - number]
+        assert own == [1, 0, [mine], mine]
 
 
 def exchange_rows(capacity):

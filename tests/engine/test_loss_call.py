@@ -215,10 +215,20 @@ def test_losses_and_masses_of_the_samples(form, options):
     assert call.losses.dtype == torch.float32
 
 
+@every_option
+@every_form
+def test_losses_and_masses_of_the_elements(form, options):
+    call, (elements, masses) = classification(form, options), elements_by_hand(form, options)
+    pairs = [(e, m) for es, ms in zip(elements, masses, strict=True) for e, m in zip(es, ms, strict=True)]
+    assert call.element_losses.tolist() == pytest.approx([e / m if m else 0.0 for e, m in pairs], rel=1e-5)
+    assert call.element_mass.tolist() == pytest.approx([m for _, m in pairs], rel=1e-6)
+
+
 def test_losses_of_outputs_are_their_mean():
     call = call_of("l1_loss", torch.tensor([[1.0, 3.0], [0.0, 8.0]]), torch.zeros(2, 2), batch_size=2)
     assert call.losses.tolist() == [2.0, 4.0]
-    assert call.sample_mass is None
+    assert call.element_losses.tolist() == [1.0, 3.0, 0.0, 8.0]
+    assert (call.sample_mass, call.element_mass) == (None, None)
 
 
 def test_samples_are_read_from_the_step():
@@ -415,9 +425,29 @@ def test_a_term_of_another_shape_is_refused():
         call_of("cross_entropy").value(None, [torch.zeros(3)])
 
 
-def test_weights_keep_the_type_of_the_loss():
-    call = call_of("mse_loss", normal(4, 3).bfloat16(), normal(4, 3).bfloat16())
-    assert call.value(WEIGHTS, []).dtype == torch.bfloat16
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_weights_per_element_and_their_product_with_weights_per_sample(reduction):
+    call = call_of("mse_loss", normal(4, 3), normal(4, 3), reduction=reduction)
+    each = torch.arange(12) / 4
+    elements = call.decomposition.elements.flatten() * each
+    wanted = {"mean": elements.mean(), "sum": elements.sum(), "none": elements.reshape(4, 3)}[reduction]
+    torch.testing.assert_close(call.value(each, []), wanted)
+    both = WEIGHTS[:, None].expand(4, 3).flatten() * each
+    torch.testing.assert_close(call.combined(WEIGHTS, each), both)
+    torch.testing.assert_close(call.combined(each, WEIGHTS), both)
+    assert call.combined(None, each) is each
+    assert torch.equal(call.combined(WEIGHTS, WEIGHTS), WEIGHTS * WEIGHTS)
+    hand = HandWrittenCall(normal(3), None, None, None, Step(3))
+    assert (hand.element_losses.tolist(), hand.element_mass) == (hand.input.tolist(), None)
+
+
+def test_weights_keep_the_type_of_the_loss_and_are_not_rounded_to_it():
+    call = call_of("mse_loss", torch.ones(384).bfloat16(), torch.zeros(384).bfloat16(), reduction="sum")
+    weights = torch.full((384,), 1.0035)  # rounded to bfloat16 it is 1, and the sum 384
+    assert call.value(weights, []).item() == 386.0  # 385.3 in bfloat16
+    for reduction in REDUCTIONS:
+        call = call_of("mse_loss", normal(4, 3).bfloat16(), normal(4, 3).bfloat16(), reduction=reduction)
+        assert call.value(WEIGHTS, []).dtype == torch.bfloat16
 
 
 # -- targets, logits, labels ------------------------------------------------------------------------------------------
