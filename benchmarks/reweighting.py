@@ -333,10 +333,10 @@ def main(argv=None):
         if function is lm:
             command.add_argument("--data", type=Path, required=True, help="a text file")
             command.add_argument("--seeds", type=int, default=3)
-            command.add_argument("--steps", type=int, default=600)
-            command.add_argument("--every", type=int, default=50, help="steps between validations")
-            command.add_argument("--length", type=int, default=64)
-            command.add_argument("--thin", type=int, default=3, help="validate on every k-th held-out window")
+            command.add_argument("--steps", type=int, default=500)
+            command.add_argument("--every", type=int, default=25, help="steps between validations")
+            command.add_argument("--length", type=int, default=48)
+            command.add_argument("--thin", type=int, default=8, help="validate on every k-th held-out window")
         if function is cost:
             command.add_argument("--size", choices=("small", "gpt2"), default="small")
             command.add_argument("--steps", type=int, default=300)

@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.strategies import ModelParallelStrategy
 from sklearn.datasets import load_digits
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
@@ -144,8 +146,8 @@ def test_linupper_rises_to_mid_range_and_quadratic_is_symmetric_about_it():
 
 def test_a_tiny_range_does_not_cancel():
     # 2 L - (high + low), computed in float32 around 1000, is wrong by whole steps of the range.
-    losses = 1000 + torch.arange(5) * 2.0**-14
-    assert normalize_losses(losses).tolist() == [-1.0, -0.5, 0.0, 0.5, 1.0]
+    losses = 1000 + torch.arange(4) * 2.0**-14
+    assert normalize_losses(losses).tolist() == pytest.approx([-1.0, -1 / 3, 1 / 3, 1.0])
     # Under the floor only a part of the interval is taken.
     assert normalize_losses(torch.tensor([0.0, 2.5e-7, 5e-7])).tolist() == pytest.approx([-0.5, 0.0, 0.5])
     assert normalize_losses(torch.full((3,), 5.0)).tolist() == [0.0, 0.0, 0.0]
@@ -724,25 +726,36 @@ def test_token_shares_are_those_of_each_rank(two_processes):
             torch.testing.assert_close(gradients[name], parameter.grad, atol=2e-6, rtol=1e-4)
 
 
-class WithMesh:
-    """A Trainer whose strategy splits the two processes as ``ModelParallelStrategy`` does."""
+class Meshed(Classifier):
+    """Under ``ModelParallelStrategy``, sharded as FSDP does where there are several data-parallel ranks."""
 
-    def __init__(self, data_parallel):
-        shape = (data_parallel, 2 // data_parallel)
-        self._device_mesh = init_device_mesh("cpu", shape, mesh_dim_names=("data_parallel", "tensor_parallel"))
-        self.strategy = self
+    def configure_model(self):
+        mesh = self.device_mesh["data_parallel"]
+        if mesh.size() > 1:
+            fully_shard(self.net, mesh=mesh)
 
-
-def groups_of_a_mesh():
-    sizes = [dist.get_world_size(host.data_parallel_group(WithMesh(data_parallel))) for data_parallel in (1, 2)]
-    losses = torch.tensor([1.0, 2.0, 5.0])  # the same samples on both ranks
-    return sizes, reweight(losses, group=host.data_parallel_group(WithMesh(1))).tolist()
+    def on_train_start(self):
+        self.ranks = dist.get_world_size(host.data_parallel_group(self.trainer))
 
 
-def test_tensor_parallel_ranks_hold_the_same_samples(two_processes):
-    for sizes, weights in two_processes.run(groups_of_a_mesh):
-        assert sizes == [1, 2]
-        assert weights == pytest.approx(by_hand([1.0, 2.0, 5.0]), rel=1e-5)
+def on_mesh(data_parallel):
+    strategy = ModelParallelStrategy(data_parallel_size=data_parallel, tensor_parallel_size=2 // data_parallel)
+    module, returned, loader = Meshed(lr=1.0), StepLosses(), loader_of(rows(), ROWS // data_parallel)
+    fit(module, LossReweighting(warmup_steps=0), returned, loader=loader, max_epochs=1, strategy=strategy, devices=2)
+    whole = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in module.named_parameters()}
+    return module.ranks, {name: weight.detach() for name, weight in whole.items()}, returned.losses
+
+
+@pytest.mark.parametrize("data_parallel", [1, 2])  # tensor parallelism: both ranks hold the same samples; FSDP
+def test_tensor_parallel_and_sharded_ranks(two_processes, data_parallel):
+    module, returned = Classifier(lr=1.0), StepLosses()
+    fit(module, LossReweighting(warmup_steps=0), returned, loader=loader_of(rows(), ROWS), max_epochs=1)
+    answers = two_processes.run(on_mesh, data_parallel)
+    assert sum(losses[0] for _, _, losses in answers) / 2 == pytest.approx(returned.losses[0], rel=1e-5)
+    for ranks, weights, _ in answers:
+        assert ranks == data_parallel
+        for name, weight in module.named_parameters():
+            torch.testing.assert_close(weights[name], weight.detach(), atol=1e-6, rtol=1e-5)
 
 
 # -- in use -----------------------------------------------------------------------------------------------------------
