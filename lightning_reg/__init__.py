@@ -7,4 +7,6 @@ from lightning_reg.engine.label_errors import LabelErrors as LabelErrors
 from lightning_reg.engine.mixin import LossMixin as LossMixin
 from lightning_reg.engine.technique import Technique as Technique
 from lightning_reg.noisy_labels.elr import ELRCallback as ELRCallback
+from lightning_reg.sparsity.nm_sparsity import NMSparsity as NMSparsity
+from lightning_reg.sparsity.nm_sparsity import SparsityReport as SparsityReport
 from lightning_reg.version import __version__ as __version__
