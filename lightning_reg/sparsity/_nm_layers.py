@@ -139,10 +139,11 @@ def check_apart(owner: str, mine: Sequence[Weight], others: Sequence[Weight]) ->
         )
 
 
-def weights_table(weights: Sequence[Weight], choice: Choice) -> Table:
+def weights_table(weights: Sequence[Weight], choice: Choice, settings: str) -> Table:
     """The table at the start of the fit: each weight with its pattern, or with the reason why it stays dense."""
     sparse = sum(not w.why_dense for w in weights)
     table = Table(title=f"N:M sparsity: {sparse} of {len(weights)} weights", title_justify="left")
+    table.caption, table.caption_justify = escape(settings), "left"
     for column in ("weight", "shape", "pattern"):
         table.add_column(column, overflow="fold")
     for weight in weights:

@@ -54,6 +54,8 @@ __all__ = [
 
 _RECIPES = ("mdgf_linear", "mdgf_exp", "sdgf_stepwise", "sdgf_geometric", "srste", "ste", "one_shot")
 
+_DENSE = Schedule("ste", NEVER, None, 0.0)
+
 
 class NMSparsity(Technique):
     r"""N:M sparsity: of every M consecutive weights of the chosen layers N are left when training ends.
@@ -177,7 +179,7 @@ class NMSparsity(Technique):
             n, m, dim, layers, list(exclude or []), dict(patterns or {}), recipe, geometric_k, on_indivisible
         )
         self._network = SparseNetwork(self._choice, type(self).__name__)
-        self._schedule = Schedule(recipe, NEVER, None, 0.0)
+        self._schedule = _DENSE
         self._reset()
 
     def _reset(self) -> None:
@@ -192,7 +194,7 @@ class NMSparsity(Technique):
         said = f"{self.n}:{self.m} {self.recipe}, layers {self.layers}, dim={self.dim}"
         weights, schedule = self._network.weights, self._schedule
         said += f"; {len(self._network.sparse)} of {len(weights)} weights" if weights else ""
-        if schedule.dense != NEVER:
+        if schedule != _DENSE:
             final = "the end" if schedule.final is None else f"step {schedule.final}"
             said += f"; dense until step {schedule.dense}, final mask from {final}"
             said += f", beta={schedule.beta:.3g}" if self.recipe.startswith("mdgf") else ""
@@ -215,6 +217,15 @@ class NMSparsity(Technique):
         for other in host.callbacks(trainer):
             if isinstance(other, NMSparsity) and other is not self:
                 check_apart(type(self).__name__, self._network.sparse, other._network.sparse)
+        self._schedule = _DENSE  # in the sanity check
+
+    @override
+    def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        if host.batches_so_far(trainer) == 0:  # a new training, not a resumed or continued one
+            self._reset()
+        elif self._steps == 0:  # joined a training under way
+            self._steps = trainer.global_step
+        # Not before: asking for the length sets up the loaders, and a loader that resumes must not be set up too early.
         self._schedule = make_schedule(
             self.recipe,
             trainer.estimated_stepping_batches,
@@ -222,16 +233,8 @@ class NMSparsity(Technique):
             (self.dense_fraction, self.dense_steps),
             (self.finetune_fraction, self.finetune_steps),
         )
-
-    @override
-    def on_sanity_check_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        self._start(trainer)
-
-    @override
-    def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        self._start(trainer)
         if trainer.is_global_zero and host.prints_summary(trainer):
-            Console().print(weights_table(self._network.weights, self._choice))
+            Console().print(weights_table(self._network.weights, self._choice, self.describe()))
 
     @override
     def is_active(self, step: "Step") -> bool:
@@ -366,12 +369,6 @@ class NMSparsity(Technique):
             put_back_pruned_(pruned, named_weights(pl_module))
 
     # -- within -------------------------------------------------------------------------------------------------------
-
-    def _start(self, trainer: "Trainer") -> None:
-        if host.batches_so_far(trainer) == 0:  # a new training, not a resumed or continued one
-            self._reset()
-        elif self._steps == 0:  # joined a training under way
-            self._steps = trainer.global_step
 
     def _pattern(self, weight: Weight) -> tuple[int, int]:
         return self._schedule.pattern(weight.patterns(self._choice), self._step)
