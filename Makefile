@@ -31,7 +31,7 @@ docs: .venv/.dev  ## rewrite the generated files
 	$(BIN)/python -m lightning_reg generate
 
 clean:  ## remove .venv, caches and builds
-	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache checkpoints lightning_logs noisy_labels.png
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache checkpoints lightning_logs nm_sparsity.png noisy_labels.png
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps lie in .venv, so removing it starts anew. A stamp is written last: what broke off is done again.
