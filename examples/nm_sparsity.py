@@ -120,7 +120,7 @@ def plot(
     axes.set(xlabel="weights that are zero", ylabel="test accuracy")
     axes.set_xticks(places, [f"{100 * (1 - n / m):.3g} %\n({n}:{m})" for n, m in patterns])
     axes.set_title(title, loc="left", fontsize=11)
-    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0, symbol=" %"))
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=" %"))
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -131,7 +131,7 @@ def plot(
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Digits with N:M sparsity: four recipes, four patterns.")
     parser.add_argument("--seeds", type=int, default=1, help="number of runs of each (default: 1)")
-    parser.add_argument("--epochs", type=int, default=40, help="epochs of each run (default: 40)")
+    parser.add_argument("--epochs", type=int, default=25, help="epochs of each run (default: 25)")
     parser.add_argument(
         "--patterns", type=int, default=4, help="how many of the patterns, from the sparsest (default: 4)"
     )

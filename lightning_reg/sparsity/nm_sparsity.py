@@ -12,6 +12,7 @@ from lightning_reg.engine.errors import check_choice, check_number
 from lightning_reg.engine.surgery import named_weights
 from lightning_reg.engine.technique import Technique
 from lightning_reg.sparsity._nm_arguments import check_patterns, check_phases
+from lightning_reg.sparsity._nm_export import semi_structured_refusal, to_semi_structured
 from lightning_reg.sparsity._nm_layers import Choice, Weight, check_apart, weights_table
 from lightning_reg.sparsity._nm_masks import (
     apply_mask_,
@@ -24,6 +25,7 @@ from lightning_reg.sparsity._nm_masks import (
     unpack_mask,
 )
 from lightning_reg.sparsity._nm_network import SparseNetwork
+from lightning_reg.sparsity._nm_permute import best_channel_permutation, permute_network_
 from lightning_reg.sparsity._nm_report import SparsityReport
 from lightning_reg.sparsity._nm_schedule import NEVER, Schedule, make_schedule
 from lightning_reg.sparsity._nm_weights import (
@@ -42,12 +44,15 @@ if TYPE_CHECKING:
 __all__ = [
     "NMSparsity",
     "SparsityReport",
+    "best_channel_permutation",
     "check_nm",
     "decay_factor",
     "nm_mask",
     "pack_mask",
     "pattern_at",
+    "semi_structured_refusal",
     "sparsify_weight",
+    "to_semi_structured",
     "unpack_mask",
 ]
 
@@ -112,6 +117,8 @@ class NMSparsity(Technique):
         geometric_k: First multiple of ``sdgf_geometric``, a power of two; halved for layers it does not fit. Paper: 16.
         grad: ``"ste"`` as published; ``"masked"`` multiplies gradients by :math:`\Phi + D\,(1 - \Phi)`.
         on_indivisible: ``"skip"`` leaves layers dense that the groups do not fit, and says so; or ``"error"``.
+        permute: Whether input channels are permuted before training so that the masks keep more magnitude, where the
+            layers allow it without changing the function. For pretrained networks.
         harden_at_end: Whether pruned weights are set to zero in the module when training ends.
         exclude: Regular expressions of layers that stay dense.
         patterns: Other N and M for some layers: regular expression to ``[n, m]``; the first that matches counts.
@@ -146,6 +153,7 @@ class NMSparsity(Technique):
         geometric_k: int = 16,
         grad: Literal["ste", "masked"] = "ste",
         on_indivisible: Literal["error", "skip"] = "skip",
+        permute: bool = False,
         harden_at_end: bool = True,
         exclude: list[str] | None = None,
         patterns: dict[str, list[int]] | None = None,
@@ -169,10 +177,12 @@ class NMSparsity(Technique):
         shares = {"dense_fraction": dense_fraction, "finetune_fraction": finetune_fraction}
         check_phases(self, shares, {"dense_steps": dense_steps, "finetune_steps": finetune_steps})
         check_patterns(self, n, m, patterns or {}, recipe, geometric_k)
+        if permute and dim == "out":
+            raise ValueError('NMSparsity: `permute` must be False with dim="out", got True.')
         self.n, self.m, self.recipe, self.layers, self.dim = n, m, recipe, layers, dim
         self.beta, self.dense_fraction, self.finetune_fraction = beta, dense_fraction, finetune_fraction
         self.lambda_w, self.geometric_k, self.grad = lambda_w, geometric_k, grad
-        self.on_indivisible, self.harden_at_end = on_indivisible, harden_at_end
+        self.on_indivisible, self.permute, self.harden_at_end = on_indivisible, permute, harden_at_end
         self.exclude, self.patterns = exclude, patterns
         self.dense_steps, self.finetune_steps, self.refresh_every = dense_steps, finetune_steps, refresh_every
         self._choice = Choice(
@@ -223,6 +233,8 @@ class NMSparsity(Technique):
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         if host.batches_so_far(trainer) == 0:  # a new training, not a resumed or continued one
             self._reset()
+            if self.permute:
+                permute_network_(pl_module, self._network.sparse, type(self).__name__)
         elif self._steps == 0:  # joined a training under way
             self._steps = trainer.global_step
         # Not before: asking for the length sets up the loaders, and a loader that resumes must not be set up too early.
@@ -296,8 +308,6 @@ class NMSparsity(Technique):
     def on_fit_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         self._end(pl_module)  # another callback may have put its average in meanwhile
 
-    # -- the sparse network -------------------------------------------------------------------------------------------
-
     def harden(self, module: nn.Module) -> None:
         """Sets pruned weights to zero, in place; once the final mask is in force this does not change the function.
 
@@ -367,8 +377,6 @@ class NMSparsity(Technique):
         pruned = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("pruned", {})
         if trainer.state.fn == "fit":  # whoever tests or predicts wants the sparse weights
             put_back_pruned_(pruned, named_weights(pl_module))
-
-    # -- within -------------------------------------------------------------------------------------------------------
 
     def _pattern(self, weight: Weight) -> tuple[int, int]:
         return self._schedule.pattern(weight.patterns(self._choice), self._step)

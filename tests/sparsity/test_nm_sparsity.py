@@ -21,14 +21,18 @@ import lightning_reg
 from lightning_reg import NMSparsity
 from lightning_reg.engine.errors import MisconfigurationException
 from lightning_reg.functional import (
+    best_channel_permutation,
     check_nm,
     decay_factor,
     nm_mask,
     pack_mask,
     pattern_at,
+    semi_structured_refusal,
     sparsify_weight,
+    to_semi_structured,
     unpack_mask,
 )
+from lightning_reg.sparsity._nm_permute import permute_network_
 from tests.conformance.case import Case
 from tests.conformance.harness import difference, fit
 from tests.toys import QUIET, make_trainer
@@ -133,7 +137,7 @@ def test_extreme_values():
 def test_pieces_do_not_show(monkeypatch):
     weight = with_ties(7, 48)
     whole = [nm_mask(weight, n, m) for n, m in ((2, 4), (1, 8), (3, 8), (1, 16), (5, 24))]
-    monkeypatch.setattr("lightning_reg.sparsity._nm_select._PIECE", 40)
+    monkeypatch.setitem(nm_mask.__wrapped__.__globals__["select_largest"].__globals__, "_PIECE", 40)
     assert all(
         torch.equal(nm_mask(weight, n, m), mask)
         for (n, m), mask in zip(((2, 4), (1, 8), (3, 8), (1, 16), (5, 24)), whole, strict=True)
@@ -798,3 +802,142 @@ def test_the_example_runs_in_a_short_mode(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "Groups with too many weights: 0" in printed
     assert "net.0.weight" in printed
+
+
+# -- permutation ------------------------------------------------------------------------------------------------------
+
+
+def kept(weight, n, m):
+    return float((weight.detach().abs() * nm_mask(weight, n, m)).sum())
+
+
+def test_a_permutation_keeps_what_the_best_order_keeps():
+    weight = torch.tensor([[9.0, 8.0, 7.0, 6.0, 1.0, 1.0, 1.0, 1.0]])
+    order = best_channel_permutation(weight)
+    assert sorted(order.tolist()) == list(range(8))
+    assert kept(weight, 2, 4) == 19.0
+    assert kept(weight[:, order], 2, 4) == 30.0
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 8)])
+def test_a_permutation_closes_a_part_of_the_gap_and_the_last_one_is_a_local_optimum(n, m):
+    weight = torch.randn(128, 64, generator=torch.Generator().manual_seed(0))
+    permuted = weight[:, best_channel_permutation(weight, n, m)]
+    per_row = float(weight.abs().topk(64 * n // m, dim=1).values.sum())
+    assert (kept(permuted, n, m) - kept(weight, n, m)) / (per_row - kept(weight, n, m)) > 0.15
+    for _ in range(20):
+        i, j = torch.randint(64, (2,)).tolist()
+        other = permuted.clone()
+        other[:, [i, j]] = other[:, [j, i]]
+        assert kept(other, n, m) <= kept(permuted, n, m) * (1 + 1e-6)
+
+
+def permutable():
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        convs = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3)]
+        ends = [nn.Flatten(), nn.Linear(8, 16), nn.BatchNorm1d(16), nn.GELU(), nn.Linear(16, 8)]
+        net = nn.Sequential(*convs, *ends)
+        for norm in (net[1], net[7]):
+            for value in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+                value.data.uniform_(0.5, 1.5)
+    return net
+
+
+def test_permuted_networks_compute_the_same():
+    net, x = permutable(), torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    sparse = NMSparsity(1, 4, layers=".", exclude=["^0$"])
+    sparse.weights_to_edit(net)
+    before, weights = net.eval()(x), [net[4].weight.clone(), net[6].weight.clone(), net[9].weight.clone()]
+    gains = permute_network_(net, sparse._network.sparse, "NMSparsity")
+    torch.testing.assert_close(net(x), before, atol=1e-5, rtol=1e-5)
+    # Flatten stands before 6.weight: its input channels are not those of the convolution.
+    assert list(gains) == ["4.weight", "9.weight"]
+    assert all(after > old for old, after in gains.values())
+    for new, old, n in ((net[4].weight, weights[0], 4), (net[9].weight, weights[2], 4)):
+        assert kept(new, 1, n) > kept(old, 1, n)
+    assert torch.equal(net[6].weight.sort(0).values, weights[1].sort(0).values)
+
+
+def test_feed_forward_blocks_of_torch_are_permuted():
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+        x = torch.randn(2, 5, 8)
+    sparse = NMSparsity(1, 8, layers="linear2")
+    sparse.weights_to_edit(nn.ModuleDict({"layer": layer}))
+    before = layer(x)
+    gains = permute_network_(nn.ModuleDict({"layer": layer}), sparse._network.sparse, "NMSparsity")
+    torch.testing.assert_close(layer(x), before, atol=1e-5, rtol=1e-5)
+    assert gains["layer.linear2.weight"][1] > gains["layer.linear2.weight"][0]
+
+
+def test_training_permutes_once_at_its_start_or_refuses_by_name():
+    plain, permuted = Watch(), Watch()
+    train(NMSparsity(1, 8), callbacks=[plain])
+    train(NMSparsity(1, 8, permute=True), callbacks=[permuted])
+    assert kept(permuted.effective[0], 1, 8) > kept(plain.effective[0], 1, 8)
+    assert torch.equal(permuted.effective[0].abs().sum((0, 1)).round(decimals=3),
+                       plain.effective[0].abs().sum((0, 1)).round(decimals=3))  # fmt: skip
+
+    class Alone(Digits):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.ModuleList(self.net)
+
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            for layer in self.net:
+                x = layer(x)
+            return F.cross_entropy(x, y)
+
+    with pytest.raises(
+        MisconfigurationException, match=r"NMSparsity\(permute=True\): of net.2.weight, net.4.weight none"
+    ):
+        train(NMSparsity(1, 8, permute=True), module=Alone())
+    with pytest.raises(ValueError, match='`permute` must be False with dim="out"'):
+        NMSparsity(permute=True, dim="out")
+
+
+# -- export -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "backend", "reason"),
+    [
+        ((32, 64), torch.float16, "cusparselt", ""),
+        ((16, 16), torch.bfloat16, "cusparselt", ""),
+        ((24, 64), torch.float16, "cusparselt", "shape (24, 64): must be multiples of 16 and 16"),
+        ((32, 64), torch.float32, "cusparselt", "cusparselt does not take float32"),
+        ((32, 64), torch.float16, "cutlass", ""),
+        ((32, 32), torch.float16, "cutlass", "shape (32, 32): must be multiples of 32 and 64"),
+        ((32, 32), torch.float64, "cutlass", "cutlass does not take float64"),
+        ((32, 64, 3), torch.float16, "cutlass", "3 dimensions"),
+    ],
+)
+def test_what_can_be_compressed(shape, dtype, backend, reason):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    weight = (weight * nm_mask(weight, 2, 4)).to(dtype)
+    assert semi_structured_refusal(weight, backend) == reason
+
+
+def test_a_wrong_pattern_is_refused_and_sparser_aligned_ones_are_not():
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0)).half()
+    assert semi_structured_refusal(weight) == "not 2:4: 512 of 512 groups have more"
+    for n, m in ((1, 4), (1, 8), (2, 8), (1, 16)):
+        assert semi_structured_refusal(weight * nm_mask(weight, n, m)) == ""
+    assert semi_structured_refusal(weight * nm_mask(weight, 4, 8)).startswith("not 2:4")
+    single = weight.float() * nm_mask(weight, 2, 4)
+    assert semi_structured_refusal(single, "cutlass").startswith("not 1:2")
+    assert semi_structured_refusal(single * nm_mask(single, 1, 2), "cutlass") == ""
+
+
+def test_compression_is_refused_on_a_cpu_and_changes_nothing():
+    net = nn.Sequential(nn.Linear(64, 64))
+    before = net[0].weight.clone()
+    with pytest.raises(RuntimeError, match="the model is on cpu; compressed 2:4 weights exist on CUDA devices only"):
+        to_semi_structured(net)
+    assert torch.equal(net[0].weight, before)
+    assert net[0].weight.dtype is torch.float32
+    with pytest.raises(ValueError, match="no such `dtype` or `backend`: 'int8', 'cusparselt'"):
+        to_semi_structured(net, dtype="int8")
