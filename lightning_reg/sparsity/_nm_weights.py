@@ -93,12 +93,16 @@ class Masks:
             self._patterns[name] = (mask["pattern"][0], mask["pattern"][1])
 
 
-def prune_state_dict(state_dict: dict[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+def prune_state_dict(
+    state_dict: dict[str, Tensor], masks: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+) -> dict[str, dict[str, Any]]:
     """Exchanges dense weights in a state dict for sparse ones; the tensors themselves stay as they are.
 
     Args:
-        state_dict: Of the module, perhaps behind ``_orig_mod.``; entries are exchanged.
+        state_dict: Of the module, perhaps behind ``_orig_mod.``; entries are exchanged. One that is not the parameter
+            itself was put there by another callback (an average, say), which will want it back: it stays.
         masks: Which weights are kept, by name of the parameter.
+        parameters: By name.
 
     Returns:
         What was left out: by name the packed mask and the pruned values in row order. Nothing for weights that were
@@ -108,7 +112,7 @@ def prune_state_dict(state_dict: dict[str, Tensor], masks: Mapping[str, Tensor])
     pruned = {}
     for key, value in list(state_dict.items()):
         name = key.replace("_orig_mod.", "")
-        if name not in masks:
+        if name not in masks or value.data_ptr() != parameters[name].data_ptr():
             continue
         mask = masks[name].to(value.device)
         rest = value.detach()[~mask]

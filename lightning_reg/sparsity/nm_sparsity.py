@@ -84,7 +84,7 @@ class NMSparsity(Technique):
 
     When training ends the weights are hardened: pruned ones are exactly zero in the module. From the moment that the
     final mask is in force, checkpoints hold N:M weights too, and beside them what is needed to go on exactly. Files
-    written with ``save_weights_only=True`` during training hold dense weights.
+    written during training with ``save_weights_only=True``, or with averages of weights in them, hold dense weights.
 
     Use it for 1:8 to 1:128 in feed-forward layers (MdGf) or 2:4 (SR-STE and plain STE do as well there). Training does
     not become faster; at inference some GPUs are faster with 2:4, and with no other pattern.
@@ -194,6 +194,7 @@ class NMSparsity(Technique):
 
     def _reset(self) -> None:
         self._network.forget()
+        self._pruned: dict[str, Any] = {}
         self._steps = self._step = 0
         self._counted = self._measures = False
 
@@ -231,6 +232,9 @@ class NMSparsity(Technique):
 
     @override
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        # Only now: callbacks that average load weights when they are restored.
+        put_back_pruned_(self._pruned, named_weights(pl_module))
+        self._pruned = {}
         if host.batches_so_far(trainer) == 0:  # a new training, not a resumed or continued one
             self._reset()
             if self.permute:
@@ -364,19 +368,14 @@ class NMSparsity(Technique):
         self._reset()
         self._steps = self._step = state_dict["steps"]
         self._network.masks.load_state_dict(state_dict)
+        self._pruned = state_dict.get("pruned", {})
 
     @override
     def on_save_checkpoint(self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]) -> None:
         if self._network.sparse and self._is_final():
             masks = {weight.name: mask for weight, _, mask in self._network.final_masks(pl_module)}
-            pruned = prune_state_dict(checkpoint["state_dict"], masks)
+            pruned = prune_state_dict(checkpoint["state_dict"], masks, named_weights(pl_module))
             checkpoint["callbacks"].setdefault(self.state_key, self.state_dict())["pruned"] = pruned
-
-    @override
-    def on_load_checkpoint(self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]) -> None:
-        pruned = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("pruned", {})
-        if trainer.state.fn == "fit":  # whoever tests or predicts wants the sparse weights
-            put_back_pruned_(pruned, named_weights(pl_module))
 
     def _pattern(self, weight: Weight) -> tuple[int, int]:
         return self._schedule.pattern(weight.patterns(self._choice), self._step)

@@ -655,6 +655,19 @@ def test_checkpoints_of_the_final_phase_hold_the_pattern_and_load_anywhere(tmp_p
     assert torch.equal(run.model.net.body.weight, masked)
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["average first", "sparsity first"])
+def test_resume_beside_an_average_is_exact(tmp_path, first):
+    def callbacks():
+        sparse = NMSparsity(1, 4, recipe="srste", dense_steps=5)
+        return [WeightAveraging(), sparse] if first else [sparse, WeightAveraging()]
+
+    whole = fit(callbacks(), CASE.problem, folder=tmp_path, mid_epoch=19, max_epochs=3)
+    resumed = fit(callbacks(), CASE.problem, ckpt=tmp_path / "mid_epoch.ckpt", seed=1, max_epochs=3)
+    assert not difference(resumed.watch.weights, whole.watch.weights[19:])
+    assert not difference(resumed.weights, whole.weights)
+    assert check_nm(whole.weights["net.body.weight"], 1, 4) == 0
+
+
 def test_whoever_only_tests_gets_the_sparse_weights(tmp_path):
     class Tested(Digits):
         def test_step(self, batch, batch_idx):
