@@ -2,8 +2,8 @@
 
     python benchmarks/sparsity.py digits --save benchmarks/results/sparsity_digits.md
     python benchmarks/sparsity.py vit --data FOLDER --save benchmarks/results/sparsity_vit.md
-    python benchmarks/sparsity.py refresh --save benchmarks/results/sparsity_speed.txt
-    python benchmarks/sparsity.py step --save benchmarks/results/sparsity_speed.txt
+    python benchmarks/sparsity.py refresh --save benchmarks/results/sparsity_speed.md
+    python benchmarks/sparsity.py step --save benchmarks/results/sparsity_speed.md
 
 ``digits``: MLP 64-128-128-10, both hidden layers sparse. ``vit``: a small vision transformer on 10,000 images of
 CIFAR-10 (``FOLDER`` with ``train.parquet`` and ``test.parquet``), both layers of its feed-forward blocks sparse.
