@@ -8,4 +8,6 @@ from lightning_reg.engine.mixin import LossMixin as LossMixin
 from lightning_reg.engine.technique import Technique as Technique
 from lightning_reg.noisy_labels.elr import ELRCallback as ELRCallback
 from lightning_reg.reweighting.loss_reweighting import LossReweighting as LossReweighting
+from lightning_reg.sparsity.nm_sparsity import NMSparsity as NMSparsity
+from lightning_reg.sparsity.nm_sparsity import SparsityReport as SparsityReport
 from lightning_reg.version import __version__ as __version__

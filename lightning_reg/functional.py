@@ -13,3 +13,13 @@ from lightning_reg.reweighting.loss_reweighting import reweight as reweight
 from lightning_reg.reweighting.loss_reweighting import scheduled_temperature as scheduled_temperature
 from lightning_reg.reweighting.loss_reweighting import sequence_losses as sequence_losses
 from lightning_reg.reweighting.loss_reweighting import weighted_loss as weighted_loss
+from lightning_reg.sparsity.nm_sparsity import best_channel_permutation as best_channel_permutation
+from lightning_reg.sparsity.nm_sparsity import check_nm as check_nm
+from lightning_reg.sparsity.nm_sparsity import decay_factor as decay_factor
+from lightning_reg.sparsity.nm_sparsity import nm_mask as nm_mask
+from lightning_reg.sparsity.nm_sparsity import pack_mask as pack_mask
+from lightning_reg.sparsity.nm_sparsity import pattern_at as pattern_at
+from lightning_reg.sparsity.nm_sparsity import semi_structured_refusal as semi_structured_refusal
+from lightning_reg.sparsity.nm_sparsity import sparsify_weight as sparsify_weight
+from lightning_reg.sparsity.nm_sparsity import to_semi_structured as to_semi_structured
+from lightning_reg.sparsity.nm_sparsity import unpack_mask as unpack_mask

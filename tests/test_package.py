@@ -46,7 +46,9 @@ def test_layering_and_length(path):
     ]
     purposes = {file.folder for file in registry.techniques()}
     if folder == "engine" or folder in purposes:  # the engine knows no technique, and no technique another one
-        assert [name for name in imported if name.split(".")[1] != "engine"] == []
+        # A technique too long for one file has its parts beside it, in modules with an underscore.
+        parts = f"lightning_reg.{folder}._"
+        assert [name for name in imported if name.split(".")[1] != "engine" and not name.startswith(parts)] == []
 
 
 def test_readme_speaks_of_commands_that_exist():

@@ -1,0 +1,1 @@
+"""Techniques that leave out weights: networks that are sparse in a pattern when training ends."""

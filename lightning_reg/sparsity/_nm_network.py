@@ -1,0 +1,122 @@
+"""A network with N:M sparsity: its weights, their masks, and what can be asked of it in training and afterwards."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_reg.engine.surgery import named_weights
+from lightning_reg.sparsity._nm_layers import Choice, Weight, choose_weights
+from lightning_reg.sparsity._nm_masks import check_nm, nm_mask, pack_mask
+from lightning_reg.sparsity._nm_report import SparsityReport, SparsityRow
+from lightning_reg.sparsity._nm_weights import Masks
+
+__all__ = ["SparseNetwork"]
+
+
+class SparseNetwork:
+    """The weights that a technique chose, and their masks.
+
+    Args:
+        choice: What the user asked for.
+        owner: Class to name in errors.
+
+    Attributes:
+        weights: All candidates of the module in training, dense ones with the reason why.
+        masks: Those in force.
+
+    """
+
+    def __init__(self, choice: Choice, owner: str) -> None:
+        self.weights: list[Weight] = []
+        self._choice, self._owner = choice, owner
+        self.forget()
+
+    def forget(self) -> None:
+        """Starts a new training."""
+        self.masks = Masks(self._choice.dim)
+        self._magnitudes: dict[str, float] = {}
+
+    @property
+    def sparse(self) -> list[Weight]:
+        """The weights that become sparse."""
+        return [weight for weight in self.weights if not weight.why_dense]
+
+    def choose(self, module: nn.Module) -> list[str]:
+        """Chooses the weights of a module and returns the names of those that become sparse."""
+        self.weights = self._chosen(module)
+        return [weight.name for weight in self.sparse]
+
+    def final_masks(self, module: nn.Module) -> list[tuple[Weight, nn.Parameter, Tensor]]:
+        """Masks of the target pattern, from the module's weights; of one-shot pruning the one chosen once."""
+        parameters, masks = named_weights(module), []
+        for weight in self._weights_of(module):
+            if not weight.why_dense:
+                value, pattern = parameters[weight.name], (weight.n, weight.m)
+                held = self.masks.held(weight.name, pattern, value) if self._choice.recipe == "one_shot" else None
+                masks.append((weight, value, nm_mask(value, *pattern, self._choice.dim) if held is None else held))
+        return masks
+
+    @torch.no_grad()
+    def harden_(self, module: nn.Module) -> None:
+        """Sets pruned weights to zero."""
+        for weight, parameter, mask in self.final_masks(module):
+            kept = _kept_magnitude(parameter, mask)
+            if kept < 1.0:  # what was pruned before says nothing about how much it was
+                self._magnitudes[weight.name] = kept
+            parameter.masked_fill_(~mask, 0.0)
+
+    def verify(self, module: nn.Module) -> dict[str, tuple[float, int]]:
+        """Share of weights that are not zero and number of violations, by name."""
+        parameters, found = named_weights(module), {}
+        for weight in self._weights_of(module):
+            if not weight.why_dense:
+                value = parameters[weight.name]
+                violations = check_nm(value, weight.n, weight.m, self._choice.dim)
+                found[weight.name] = int(value.count_nonzero()) / value.numel(), violations
+        return found
+
+    def packed_masks(self, module: nn.Module) -> dict[str, dict[str, Any]]:
+        """Shape and packed mask, by name."""
+        masks = self.final_masks(module)
+        return {weight.name: {"shape": list(weight.shape), "bits": pack_mask(mask)} for weight, _, mask in masks}
+
+    def report(self, module: nn.Module) -> SparsityReport:
+        """A row for every weight."""
+        parameters = named_weights(module)
+        masks = {weight.name: mask for weight, _, mask in self.final_masks(module)}
+        weights = [weight for weight in self._weights_of(module) if weight.shape]
+        return SparsityReport([self._row(w, parameters[w.name].detach(), masks.get(w.name)) for w in weights])
+
+    def _row(self, weight: Weight, value: Tensor, mask: Tensor | None) -> SparsityRow:
+        nonzero = int(value.count_nonzero())
+        kept = 1.0 if mask is None else _kept_magnitude(value, mask)
+        return SparsityRow(
+            name=weight.name,
+            shape="x".join(map(str, weight.shape)),
+            pattern="dense" if mask is None else f"{weight.n}:{weight.m}",
+            why_dense=weight.why_dense,
+            kept_magnitude=self._magnitudes.get(weight.name, 1.0) if kept == 1.0 else kept,
+            zeros=1.0 - nonzero / value.numel(),
+            flops_dense=2 * value.numel(),
+            flops=2 * nonzero,
+        )
+
+    def _weights_of(self, module: nn.Module) -> list[Weight]:
+        """The weights chosen in training, if it is that module or one like it; else those that would be chosen."""
+        parameters = named_weights(module)
+        shapes = [parameters[w.name].shape if w.name in parameters else () for w in self.sparse]
+        same = bool(shapes) and all(shape == w.shape for shape, w in zip(shapes, self.sparse, strict=True))
+        return [w for w in self.weights if not w.shape or w.name in parameters] if same else self._chosen(module)
+
+    def _chosen(self, module: nn.Module) -> list[Weight]:
+        if self._choice.n == self._choice.m and not self._choice.patterns:
+            return []
+        return choose_weights(module, self._choice, self._owner)
+
+
+def _kept_magnitude(weight: Tensor, mask: Tensor) -> float:
+    """Share of the sum of magnitudes that a mask keeps; 1 if all are zero."""
+    magnitudes = weight.detach().abs().double()
+    total = float(magnitudes.sum())
+    return float((magnitudes * mask).sum()) / total if total else 1.0

@@ -1,0 +1,131 @@
+"""When an N:M constraint comes in: dense, sparsifying, fine-tuning; the decay and the frames between."""
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning_reg.engine.errors import MisconfigurationException
+from lightning_reg.sparsity._nm_masks import decay_factor
+
+__all__ = ["NEVER", "Schedule", "make_schedule", "solved_beta"]
+
+NEVER = 1 << 62  # a step that no training gets to
+_DONE_AT = 0.7  # share of the training at which the decay is over: the paper's advice
+_NEGLIGIBLE = 1e-3
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Phases of a training, in optimizer steps.
+
+    Args:
+        recipe: The recipe.
+        dense: First step that is not dense.
+        final: First step of fine-tuning with the target pattern; ``None`` if the length of training is not known and
+            not needed.
+        beta: Rate of the decay per step; infinite for none.
+
+    """
+
+    recipe: str
+    dense: int
+    final: int | None
+    beta: float
+
+    def phase(self, step: int) -> Literal["dense", "sparsify", "finetune"]:
+        """Phase of the step with this number, from 0."""
+        if step < self.dense:
+            return "dense"
+        return "finetune" if self.final is not None and step >= self.final else "sparsify"
+
+    def factor(self, step: int) -> float:
+        """What pruned weights are multiplied by in this step (D)."""
+        phase = self.phase(step)
+        if phase == "dense":
+            return 1.0
+        if phase == "finetune" or not self.recipe.startswith("mdgf") or math.isinf(self.beta):
+            return 0.0
+        return decay_factor("linear" if self.recipe == "mdgf_linear" else "exp", step - self.dense, self.beta)
+
+    def frame(self, step: int, frames: int) -> int:
+        """Which of so many equally long frames the step is in; the last one goes on through fine-tuning."""
+        if self.final is None or frames == 1:
+            return 0
+        length = (self.final - self.dense) / frames
+        starts = [self.dense + int(frame * length) for frame in range(1, frames)]
+        return bisect_right(starts, step)
+
+    def pattern(self, patterns: Sequence[tuple[int, int]], step: int) -> tuple[int, int]:
+        """N and M in this step of a weight that goes through these patterns."""
+        return patterns[self.frame(step, len(patterns))]
+
+    def is_final(self, frames: Iterable[Sequence[tuple[int, int]]], step: int) -> bool:
+        """Whether weights that go through these patterns have reached the last one, and pruned weights are zero."""
+        return self.factor(step) == 0.0 and all(self.pattern(p, step) == p[-1] for p in frames)
+
+
+def solved_beta(recipe: str, total: int, dense: int, final: int) -> float:
+    """The rate at which D is 1e-3 (exponential) or 0 (linear) after 70 % of the training, or earlier if that is final.
+
+    Args:
+        recipe: The recipe.
+        total: Optimizer steps of the training.
+        dense: First step that is not dense.
+        final: First step of fine-tuning.
+
+    Returns:
+        The rate per step; infinite if there is no step left to decay in.
+
+    """
+    steps = min(round(_DONE_AT * total), final) - dense
+    if steps <= 0:
+        return math.inf
+    # The next float up, so that 1 - beta * steps is not a rounding error above 0.
+    return math.nextafter(1.0 / steps, math.inf) if recipe == "mdgf_linear" else -math.log(_NEGLIGIBLE) / steps
+
+
+def make_schedule(
+    recipe: str,
+    total: float,
+    beta: float | None,
+    dense_phase: tuple[float, int | None],
+    last_phase: tuple[float, int | None],
+) -> Schedule:
+    """The phases of a training.
+
+    Args:
+        recipe: The recipe.
+        total: Optimizer steps of the training; infinite or negative if not known.
+        beta: Rate of the decay per step; ``None`` to solve it.
+        dense_phase: Length of the dense phase as a share, and in steps, which count if they are given.
+        last_phase: Length of fine-tuning in the same way.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        MisconfigurationException: If the length is needed and not known, or too short.
+
+    """
+    known = 0 < total < math.inf
+    needs_total = recipe.startswith(("mdgf", "sdgf")) or (dense_phase[1] is None and dense_phase[0] > 0)
+    if not known and needs_total:
+        raise MisconfigurationException(
+            f"NMSparsity(recipe={recipe!r}) counts its phases from the length of the training, which is not known. Give"
+            " the Trainer `max_steps`, or `max_epochs` with a loader that has a length."
+        )
+    steps = int(total) if known else 0
+    dense, last = (round(share * steps) if given is None else given for share, given in (dense_phase, last_phase))
+    if not known:
+        return Schedule(recipe, dense, None, math.inf)
+    if dense + last > steps:
+        raise MisconfigurationException(
+            f"NMSparsity: {dense} dense steps and {last} of fine-tuning are more than the {steps} of the training."
+            " Write smaller `dense_steps` and `finetune_steps`."
+        )
+    final = steps - last
+    if beta is None:
+        beta = solved_beta(recipe, steps, dense, final) if recipe.startswith("mdgf") else math.inf
+    return Schedule(recipe, dense, final, beta)

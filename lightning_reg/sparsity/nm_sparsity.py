@@ -1,0 +1,396 @@
+"""N:M sparsity whose constraint comes in gradually: MdGf and SdGf, with SR-STE, STE and one-shot pruning."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.console import Console
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_reg.engine import host
+from lightning_reg.engine.errors import check_choice, check_number
+from lightning_reg.engine.surgery import named_weights
+from lightning_reg.engine.technique import Technique
+from lightning_reg.sparsity._nm_arguments import check_patterns, check_phases
+from lightning_reg.sparsity._nm_export import semi_structured_refusal, to_semi_structured
+from lightning_reg.sparsity._nm_layers import Choice, Weight, check_apart, weights_table
+from lightning_reg.sparsity._nm_masks import (
+    apply_mask_,
+    check_nm,
+    decay_factor,
+    nm_mask,
+    pack_mask,
+    pattern_at,
+    sparsify_weight,
+    unpack_mask,
+)
+from lightning_reg.sparsity._nm_network import SparseNetwork
+from lightning_reg.sparsity._nm_permute import best_channel_permutation, permute_network_
+from lightning_reg.sparsity._nm_report import SparsityReport
+from lightning_reg.sparsity._nm_schedule import NEVER, Schedule, make_schedule
+from lightning_reg.sparsity._nm_weights import (
+    change_gradient_,
+    pattern_scalars,
+    prune_state_dict,
+    put_back_pruned_,
+)
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+    from torch.optim import Optimizer
+
+    from lightning_reg.engine.step import Step
+
+__all__ = [
+    "NMSparsity",
+    "SparsityReport",
+    "best_channel_permutation",
+    "check_nm",
+    "decay_factor",
+    "nm_mask",
+    "pack_mask",
+    "pattern_at",
+    "semi_structured_refusal",
+    "sparsify_weight",
+    "to_semi_structured",
+    "unpack_mask",
+]
+
+
+_RECIPES = ("mdgf_linear", "mdgf_exp", "sdgf_stepwise", "sdgf_geometric", "srste", "ste", "one_shot")
+
+_DENSE = Schedule("ste", NEVER, None, 0.0)
+
+
+class NMSparsity(Technique):
+    r"""N:M sparsity: of every M consecutive weights of the chosen layers N are left when training ends.
+
+    Training is dense at first, then the constraint comes in by the recipe, then the final mask is fine-tuned. In each
+    step :math:`W_\text{eff} = W \odot (\Phi + D\,(1 - \Phi))` stands in the parameter from the forward pass until the
+    gradients are there; the mask :math:`\Phi` keeps the N largest magnitudes of each group of the dense W. The gradient
+    with respect to :math:`W_\text{eff}` goes to W as it is, for kept and pruned entries alike (straight-through); the
+    optimizer, clipping, weight decay and averages work on W. Groups lie along the reduction dimension: input features,
+    or input channels at a fixed kernel position.
+
+    ========================  ==========================================================================
+    ``mdgf_linear``           :math:`D(j) = \max(1 - \beta j, 0)`, j in steps since the dense phase
+    ``mdgf_exp``              :math:`D(j) = e^{-\beta j}`; the fine-tuning phase then has D = 0
+    ``sdgf_stepwise``         D = 0; patterns M-1:M, M/2:M, M/4:M, ... N:M, for equally many steps each
+    ``sdgf_geometric``        D = 0; patterns kN:kM, kN/2:kM/2, ... N:M
+    ``srste``                 D = 0 and the pull :math:`\lambda_w (1 - \Phi) \odot W` on the gradient
+    ``ste``                   D = 0
+    ``one_shot``              the mask is chosen once, after the dense phase; pruned weights get no gradient
+    ========================  ==========================================================================
+
+    When training ends the weights are hardened: pruned ones are exactly zero in the module. From the moment that the
+    final mask is in force, checkpoints hold N:M weights too, and beside them what is needed to go on exactly. Files
+    written during training with ``save_weights_only=True``, or with averages of weights in them, hold dense weights.
+
+    Use it for 1:8 to 1:128 in feed-forward layers (MdGf) or 2:4 (SR-STE and plain STE do as well there). Training does
+    not become faster; at inference some GPUs are faster with 2:4, and with no other pattern.
+
+    Source:
+        Bambhaniya et al., "Progressive Gradient Flow for Robust N:M Sparsity Training in Transformers", CPAL 2025,
+        arXiv 2402.04744; and the authors' code; SR-STE: Zhou et al., ICLR 2021; one-shot: NVIDIA's ASP.
+
+    Differs:
+        D falls to 1e-3 (exponential) or 0 (linear) after 70 % of the training unless ``beta`` is given. Phases are
+        counted in optimizer steps and begin on time (the authors' fine-tuning begins an epoch late). Groups never reach
+        into another row, and biases stay. SR-STE's pull joins once per optimizer step, whatever the accumulation.
+        One-shot masks gradients before clipping, and multiplies by the mask where ASP overwrites the weights.
+
+    Memory: a dense copy and one byte per sparse weight; in the checkpoint one bit. Masks are functions of the weights:
+    all ranks hold the same without communication.
+
+    Args:
+        n: Weights kept in each group (N), 1 to ``m``. Neutral: ``m``.
+        m: Length of a group (M). Paper: 4 to 128, a power of two.
+        recipe: How the constraint comes in, see the table.
+        layers: Regular expressions, searched in the names of layers as in ``named_modules()`` and of their weights.
+            ``"auto"``: all linear, convolution and attention layers but the first layer and the head, in the order in
+            which the module registers them.
+        dim: ``"in"``: groups along input features or channels; ``"out"``: along output features or channels.
+        beta: Rate of the decay per step, above 0. Paper: 2e-4 (linear), 1e-4 (exponential). ``None``: solved.
+        dense_fraction: Share of the training that is dense, in [0, 1). Paper: 0.0125 to 0.1.
+        finetune_fraction: Share of the training with the final mask, in [0, 1). Paper: 0.1 to 0.2.
+        lambda_w: Pull of SR-STE on pruned weights, at least 0. Paper: 2e-4.
+        geometric_k: First multiple of ``sdgf_geometric``, a power of two; halved for layers it does not fit. Paper: 16.
+        grad: ``"ste"`` as published; ``"masked"`` multiplies gradients by :math:`\Phi + D\,(1 - \Phi)`.
+        on_indivisible: ``"skip"`` leaves layers dense that the groups do not fit, and says so; or ``"error"``.
+        permute: Whether input channels are permuted before training so that the masks keep more magnitude, where the
+            layers allow it without changing the function. For pretrained networks.
+        harden_at_end: Whether pruned weights are set to zero in the module when training ends.
+        exclude: Regular expressions of layers that stay dense.
+        patterns: Other N and M for some layers: regular expression to ``[n, m]``; the first that matches counts.
+        dense_steps: Length of the dense phase in optimizer steps, in place of ``dense_fraction``.
+        finetune_steps: Length of the last phase in optimizer steps, in place of ``finetune_fraction``.
+        refresh_every: Optimizer steps between two choices of the masks, at least 1. Paper: 1.
+        name: Tells several instances in one Trainer apart; they must not share a layer.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> sparse = NMSparsity(1, 16, recipe="mdgf_exp", layers=r"mlp\.fc[12]")
+        >>> trainer = Trainer(max_epochs=350, callbacks=[sparse], logger=False, enable_checkpointing=False)
+
+    """
+
+    def __init__(
+        self,
+        n: int = 2,
+        m: int = 4,
+        recipe: Literal[
+            "mdgf_linear", "mdgf_exp", "sdgf_stepwise", "sdgf_geometric", "srste", "ste", "one_shot"
+        ] = "mdgf_exp",
+        layers: str | list[str] = "auto",
+        dim: Literal["in", "out"] = "in",
+        beta: float | None = None,
+        dense_fraction: float = 0.05,
+        finetune_fraction: float = 0.15,
+        lambda_w: float = 2e-4,
+        geometric_k: int = 16,
+        grad: Literal["ste", "masked"] = "ste",
+        on_indivisible: Literal["error", "skip"] = "skip",
+        permute: bool = False,
+        harden_at_end: bool = True,
+        exclude: list[str] | None = None,
+        patterns: dict[str, list[int]] | None = None,
+        dense_steps: int | None = None,
+        finetune_steps: int | None = None,
+        refresh_every: int = 1,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name=name)
+        for argument, value, choices in (
+            ("recipe", recipe, _RECIPES),
+            ("dim", dim, ("in", "out")),
+            ("grad", grad, ("ste", "masked")),
+            ("on_indivisible", on_indivisible, ("error", "skip")),
+        ):
+            check_choice(self, argument, value, choices)
+        if beta is not None:
+            check_number(self, "beta", beta, low=0, low_open=True)
+        check_number(self, "lambda_w", lambda_w, low=0)
+        check_number(self, "refresh_every", refresh_every, low=1, integer=True)
+        shares = {"dense_fraction": dense_fraction, "finetune_fraction": finetune_fraction}
+        check_phases(self, shares, {"dense_steps": dense_steps, "finetune_steps": finetune_steps})
+        check_patterns(self, n, m, patterns or {}, recipe, geometric_k)
+        if permute and dim == "out":
+            raise ValueError('NMSparsity: `permute` must be False with dim="out", got True.')
+        self.n, self.m, self.recipe, self.layers, self.dim = n, m, recipe, layers, dim
+        self.beta, self.dense_fraction, self.finetune_fraction = beta, dense_fraction, finetune_fraction
+        self.lambda_w, self.geometric_k, self.grad = lambda_w, geometric_k, grad
+        self.on_indivisible, self.permute, self.harden_at_end = on_indivisible, permute, harden_at_end
+        self.exclude, self.patterns = exclude, patterns
+        self.dense_steps, self.finetune_steps, self.refresh_every = dense_steps, finetune_steps, refresh_every
+        self._choice = Choice(
+            n, m, dim, layers, list(exclude or []), dict(patterns or {}), recipe, geometric_k, on_indivisible
+        )
+        self._network = SparseNetwork(self._choice, type(self).__name__)
+        self._schedule = _DENSE
+        self._reset()
+
+    def _reset(self) -> None:
+        self._network.forget()
+        self._pruned: dict[str, Any] = {}
+        self._steps = self._step = 0
+        self._counted = self._measures = False
+
+    @override
+    def describe(self) -> str:
+        if self.n == self.m and not self.patterns:
+            return f"{self.n}:{self.m} keeps all weights: inactive"
+        said = f"{self.n}:{self.m} {self.recipe}, layers {self.layers}, dim={self.dim}"
+        weights, schedule = self._network.weights, self._schedule
+        said += f"; {len(self._network.sparse)} of {len(weights)} weights" if weights else ""
+        if schedule != _DENSE:
+            final = "the end" if schedule.final is None else f"step {schedule.final}"
+            said += f"; dense until step {schedule.dense}, final mask from {final}"
+            said += f", beta={schedule.beta:.3g}" if self.recipe.startswith("mdgf") else ""
+        return said
+
+    @override
+    def check(self, trainer: "Trainer", module: "LightningModule") -> None:
+        if any(getattr(callback, "save_weights_only", False) for callback in host.callbacks(trainer)):
+            host.rank_zero_warn(
+                "NMSparsity: a checkpoint callback has save_weights_only=True. Files written during training hold"
+                " dense weights then; `NMSparsity.harden(module)` makes them sparse after loading."
+            )
+
+    @override
+    def weights_to_edit(self, module: nn.Module) -> list[str]:
+        return self._network.choose(module)
+
+    @override
+    def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        for other in host.callbacks(trainer):
+            if isinstance(other, NMSparsity) and other is not self:
+                check_apart(type(self).__name__, self._network.sparse, other._network.sparse)
+        self._schedule = _DENSE  # in the sanity check
+
+    @override
+    def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        # Only now: callbacks that average load weights when they are restored.
+        put_back_pruned_(self._pruned, named_weights(pl_module))
+        self._pruned = {}
+        if host.batches_so_far(trainer) == 0:  # a new training, not a resumed or continued one
+            self._reset()
+            if self.permute:
+                permute_network_(pl_module, self._network.sparse, type(self).__name__)
+        elif self._steps == 0:  # joined a training under way
+            self._steps = trainer.global_step
+        # Not before: asking for the length sets up the loaders, and a loader that resumes must not be set up too early.
+        self._schedule = make_schedule(
+            self.recipe,
+            trainer.estimated_stepping_batches,
+            self.beta,
+            (self.dense_fraction, self.dense_steps),
+            (self.finetune_fraction, self.finetune_steps),
+        )
+        if trainer.is_global_zero and host.prints_summary(trainer):
+            Console().print(weights_table(self._network.weights, self._choice, self.describe()))
+
+    @override
+    def is_active(self, step: "Step") -> bool:
+        self._step, self._counted, self._measures = self._steps, False, step.is_logging
+        return bool(self._network.sparse) and self._schedule.factor(self._step) < 1.0
+
+    @override
+    def edit_weights(self, weights: Mapping[str, Tensor]) -> None:
+        factor = self._schedule.factor(self._step)
+        if factor == 1.0:
+            return
+        refresh = self._network.masks.age >= self.refresh_every and self.recipe != "one_shot"
+        patterns = {weight.name: self._pattern(weight) for weight in self._network.sparse}
+        masks = self._network.masks.choose(weights, patterns, refresh=refresh, measure=self._measures)
+        for name, mask in masks.items():
+            apply_mask_(weights[name], mask, factor)
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: "Trainer", pl_module: "LightningModule", optimizer: "Optimizer"
+    ) -> None:
+        if not self._counted:
+            self._steps += 1
+            self._counted = True
+        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        parameters = named_weights(pl_module)
+        sparse = [w for w in self._network.sparse if id(parameters[w.name]) in owned]
+        if not sparse or self._schedule.factor(self._step) == 1.0:
+            return
+        self._network.masks.age += 1
+        masked = self.recipe == "one_shot" or self.grad == "masked"
+        for weight in sparse if masked or self.recipe == "srste" else ():
+            change_gradient_(
+                parameters[weight.name],
+                self._network.masks[weight.name],
+                factor=self._schedule.factor(self._step) if masked else 1.0,
+                pull=self.lambda_w if self.recipe == "srste" else 0.0,
+            )
+
+    @override
+    def on_train_batch_end(
+        self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if host.is_logging_step(trainer) and self._network.sparse:
+            self._log(pl_module)
+        self._step = self._steps
+
+    @override
+    def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        if self._network.sparse and self.harden_at_end and not self._is_final():
+            host.rank_zero_warn(
+                f"NMSparsity: training ended after {self._steps} steps, before the final mask was in force"
+                f" (D = {self._schedule.factor(self._steps):.3g}): hardening now changes the network's function."
+                " Train on, or write harden_at_end=False."
+            )
+        self._end(pl_module)
+
+    @override
+    def on_fit_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        self._end(pl_module)  # another callback may have put its average in meanwhile
+
+    def harden(self, module: nn.Module) -> None:
+        """Sets pruned weights to zero, in place; once the final mask is in force this does not change the function.
+
+        Args:
+            module: The module, trained with this technique or not.
+
+        """
+        self._network.harden_(module)
+
+    def verify(self, module: nn.Module) -> dict[str, tuple[float, int]]:
+        """Whether the weights have the pattern.
+
+        Args:
+            module: The module.
+
+        Returns:
+            By name of the weight: share of weights that are not zero, number of groups with more than N of them.
+
+        """
+        return self._network.verify(module)
+
+    def report(self, module: nn.Module) -> SparsityReport:
+        """Shape, pattern, kept magnitude, zeros and FLOPs of every weight of a linear, convolution or attention layer.
+
+        Args:
+            module: The module.
+
+        Returns:
+            A report to print through rich or to write as CSV.
+
+        """
+        return self._network.report(module)
+
+    def packed_masks(self, module: nn.Module) -> dict[str, dict[str, Any]]:
+        """The N:M masks of the module's weights, one bit per weight; see :func:`unpack_mask`.
+
+        Args:
+            module: The module.
+
+        Returns:
+            By name of the weight ``{"shape": [...], "bits": uint8}``.
+
+        """
+        return self._network.packed_masks(module)
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self._steps, **self._network.masks.state_dict()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._reset()
+        self._steps = self._step = state_dict["steps"]
+        self._network.masks.load_state_dict(state_dict)
+        self._pruned = state_dict.get("pruned", {})
+
+    @override
+    def on_save_checkpoint(self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]) -> None:
+        if self._network.sparse and self._is_final():
+            masks = {weight.name: mask for weight, _, mask in self._network.final_masks(pl_module)}
+            pruned = prune_state_dict(checkpoint["state_dict"], masks, named_weights(pl_module))
+            checkpoint["callbacks"].setdefault(self.state_key, self.state_dict())["pruned"] = pruned
+
+    def _pattern(self, weight: Weight) -> tuple[int, int]:
+        return self._schedule.pattern(weight.patterns(self._choice), self._step)
+
+    def _is_final(self) -> bool:
+        return self._schedule.is_final((w.patterns(self._choice) for w in self._network.sparse), self._steps)
+
+    def _end(self, module: "LightningModule") -> None:
+        if self.harden_at_end:
+            self.harden(module)
+
+    def _log(self, module: "LightningModule") -> None:
+        patterns = {weight: self._pattern(weight) for weight in self._network.sparse}
+        values = pattern_scalars(self._schedule.factor(self._step), patterns)
+        if self._network.masks.flips is not None:
+            values["flips"] = self._network.masks.flips.float()
+        # The same on all ranks, so there is nothing to reduce.
+        module.log_dict({f"{self.log_key}/{k}": v for k, v in values.items()}, on_step=True, on_epoch=False)
