@@ -8,7 +8,9 @@ from lightning_reg.averaging.model_soups import SoupResult as SoupResult
 from lightning_reg.averaging.model_soups import ancestry as ancestry
 from lightning_reg.averaging.model_soups import average_state_dicts as average_state_dicts
 from lightning_reg.averaging.model_soups import dare_merge as dare_merge
+from lightning_reg.averaging.model_soups import ema_decay as ema_decay
 from lightning_reg.averaging.model_soups import greedy_soup as greedy_soup
+from lightning_reg.averaging.model_soups import load_averaged as load_averaged
 from lightning_reg.averaging.model_soups import reestimate_batchnorm as reestimate_batchnorm
 from lightning_reg.averaging.model_soups import slerp_merge as slerp_merge
 from lightning_reg.averaging.model_soups import ties_merge as ties_merge

@@ -62,7 +62,7 @@ def ancestry(
 
     """
     labels = list(names) if names is not None else [f"state dict {i}" for i in range(len(state_dicts))]
-    members = aligned([*state_dicts, *([start] if start is not None else [])], [*labels, "start"])
+    members = aligned([*state_dicts, *([start] if start is not None else [])], labels + ["start"] * (start is not None))
     gram, to_start, norm = _products(members[: len(state_dicts)], members[-1] if start is not None else None)
     distances = [math.sqrt(max(d, 0.0)) / math.sqrt(norm) if norm > 0 else math.inf for d in to_start]
     lengths = gram.diagonal().clamp(min=0).sqrt()
