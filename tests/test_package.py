@@ -40,9 +40,10 @@ def test_layering_and_length(path):
     folder = path.parent.name
     assert len(path.read_text().splitlines()) <= LINES.get(folder, 400)
     imported = [
-        node.module or ""
+        name
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightning_reg.")
+        for name in [f"{node.module}.{alias.name}" for alias in node.names]
     ]
     purposes = {file.folder for file in registry.techniques()}
     # Files `_part.py` belong to the techniques of their folder, and may name them.

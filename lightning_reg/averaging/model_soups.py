@@ -8,10 +8,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_reg.averaging import _in_fit, _setup
-from lightning_reg.averaging._across_runs import load_averaged
+from lightning_reg.averaging._across_runs import load_averaged, make_soup
 from lightning_reg.averaging._ancestry import ancestry
 from lightning_reg.averaging._batch_norm import reestimate_batchnorm
 from lightning_reg.averaging._collectors import Exchange, Ingredient, Shelf, averaged_tensors, ema_decay
+from lightning_reg.averaging._evaluation import TrainerEvaluation
 from lightning_reg.averaging._greedy import Candidate, SoupResult, greedy_soup
 from lightning_reg.averaging._learned import LearnedSoup
 from lightning_reg.averaging._merging import dare_merge, slerp_merge, ties_merge, wise_ft
@@ -30,12 +31,14 @@ __all__ = [
     "LearnedSoup",
     "SoupAverager",
     "SoupResult",
+    "TrainerEvaluation",
     "ancestry",
     "average_state_dicts",
     "dare_merge",
     "ema_decay",
     "greedy_soup",
     "load_averaged",
+    "make_soup",
     "reestimate_batchnorm",
     "slerp_merge",
     "ties_merge",

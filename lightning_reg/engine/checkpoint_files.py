@@ -213,7 +213,7 @@ def open_checkpoint(path: str | Path, key: str | None = None) -> CheckpointFile:
             return _SafetensorsFile(path)
         except SafetensorError as error:
             raise ValueError(f"{path}: no whole safetensors file: {error}") from error
-    content, mapped = _load(path)
+    content, mapped = _load_whole(path)
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: holds a {type(content).__name__}, no mapping from names to tensors.")
     inner = key or ("state_dict" if isinstance(content.get("state_dict"), Mapping) else None)
@@ -224,6 +224,15 @@ def open_checkpoint(path: str | Path, key: str | None = None) -> CheckpointFile:
         raise ValueError(f"{path}: holds no tensor on its first level; it has {sorted(map(str, content))[:10]}.")
     extra = {} if inner is None else {name: value for name, value in content.items() if name != inner}
     return _TorchFile(path, weights, extra, mapped=mapped)
+
+
+def _load_whole(path: Path) -> tuple[Any, bool]:
+    # torch opens a file twice to map it: one that was replaced in between would be a mix of two.
+    while True:
+        before = path.stat()
+        loaded = _load(path)
+        if os.path.samestat(before, path.stat()):
+            return loaded
 
 
 def _load(path: Path) -> tuple[Any, bool]:
@@ -306,7 +315,7 @@ def save_weights(
                 continue
             shared = value.untyped_storage().data_ptr() in storages  # the format knows no tied tensors
             storages.add(value.untyped_storage().data_ptr())
-            tensors[key] = value.detach().clone() if shared else value.detach().contiguous()
+            tensors[key] = value.detach().clone().contiguous() if shared else value.detach().contiguous()
         save_file(tensors, place, metadata={RECORD: json.dumps(dict(record)), "format": "pt"})
 
     write_atomically(path, write)
