@@ -88,3 +88,15 @@ def test_demo_runs_in_a_short_mode(tmp_path, capsys):
     assert len(results["plain"][0]["curve"]) == len(results["elr"][0]["curve"]) == 3
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert "Suspected labels" in capsys.readouterr().out
+
+
+def test_soup_example_runs_in_a_short_mode(tmp_path, capsys):
+    sys.path.insert(0, str(ROOT / "examples"))
+    try:
+        import soups
+    finally:
+        sys.path.pop(0)
+    results = soups.main(["--epochs", "2", "--output", str(tmp_path / "plot.png")])
+    assert len(results) == 6
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert "greedy soup: candidate" in capsys.readouterr().out

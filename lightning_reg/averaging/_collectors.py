@@ -94,6 +94,7 @@ class MovingAverage:
         self.decay, self.warmup_steps, self.taken = decay, warmup_steps, 0
         self.ingredients: list[Ingredient] = []
         self._average: dict[str, Tensor] = {}
+        self._lists: _Lists | None = None
 
     @property
     def names(self) -> list[str]:
@@ -106,14 +107,22 @@ class MovingAverage:
         if not self._average:
             self._average = {name: _widened(w.detach(), torch.float32) for name, w in weights.items()}
         else:
+            lists = self._lists = _lists(self._lists, self._average, weights)
             weight = 1.0 - ema_decay(self.taken, self.decay, self.warmup_steps)
-            averages = list(self._average.values())
-            torch._foreach_lerp_(averages, _as_type_of(averages, list(weights.values())), weight)
+            torch._foreach_lerp_(lists.own, lists.values(), weight)
         self.taken += 1
 
     def average(self) -> dict[str, Tensor]:
         """The average itself, not a copy."""
         return self._average
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lists": None}
+
+    def let_go(self) -> None:
+        """Holds on to nothing of the module."""
+        self._lists = None
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain values."""
@@ -121,10 +130,12 @@ class MovingAverage:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Takes over a state."""
+        self._lists = None
         self.taken, self._average = state["count"], {name: t.clone() for name, t in state["average"].items()}
 
     def follow(self, live: Weights) -> None:
         """Moves to the device of the weights."""
+        self._lists = None
         self._average = {name: t.to(live[name].device) for name, t in self._average.items()}
 
 
@@ -143,6 +154,7 @@ class RunningMean:
         self.on_cpu, self.with_names, self.taken = on_cpu, with_names, 0
         self.ingredients: list[Ingredient] = []
         self._sums: dict[str, Tensor] = {}
+        self._lists: _Lists | None = None
 
     @property
     def names(self) -> list[str]:
@@ -152,15 +164,16 @@ class RunningMean:
     @torch.no_grad()
     def take(self, ingredient: Ingredient, weights: Weights, *, write: bool = True) -> None:
         """Takes the present weights in."""
-        values = [w.detach().cpu() if self.on_cpu else w.detach() for w in weights.values()]
         if not self._sums:
+            values = [w.detach().cpu() if self.on_cpu else w.detach() for w in weights.values()]
             # Apple's GPUs know no float64.
             self._sums = {
                 name: value.to(torch.float32 if value.device.type == "mps" else torch.float64, copy=True)
                 for name, value in zip(weights, values, strict=True)
             }
         else:
-            torch._foreach_add_(list(self._sums.values()), values)
+            lists = self._lists = _lists(self._lists, self._sums, weights)
+            torch._foreach_add_(lists.own, [w.cpu() for w in lists.theirs] if self.on_cpu else lists.theirs)
         self.taken += 1
         if self.with_names:
             self.ingredients.append(ingredient)
@@ -171,6 +184,14 @@ class RunningMean:
             return {name: total / self.taken for name, total in self._sums.items()}
         return {name: (total + more[name].detach().to(total)) / (self.taken + 1) for name, total in self._sums.items()}
 
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lists": None}
+
+    def let_go(self) -> None:
+        """Holds on to nothing of the module."""
+        self._lists = None
+
     def state(self) -> dict[str, Any]:
         """Tensors and plain values."""
         names = [asdict(ingredient) for ingredient in self.ingredients]
@@ -178,11 +199,13 @@ class RunningMean:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Takes over a state."""
+        self._lists = None
         self.taken, self._sums = state["count"], {name: t.clone() for name, t in state["sums"].items()}
         self.ingredients = [Ingredient(**ingredient) for ingredient in state["ingredients"]]
 
     def follow(self, live: Weights) -> None:
         """Moves to the device of the weights, unless it stays on the CPU."""
+        self._lists = None
         if not self.on_cpu:
             self._sums = {name: t.to(live[name].device) for name, t in self._sums.items()}
 
@@ -191,11 +214,28 @@ def _widened(value: Tensor, least: torch.dtype) -> Tensor:
     return value.to(torch.promote_types(value.dtype, least), copy=True)
 
 
-def _as_type_of(averages: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
-    # Fused kernels take one type; half-precision weights are widened, all others pass as they are.
-    if all(a.dtype is w.dtype for a, w in zip(averages, weights, strict=True)):
-        return weights
-    return [w.to(a.dtype) for a, w in zip(averages, weights, strict=True)]
+@dataclass
+class _Lists:
+    """The lists for the fused update, made once: a loop over the tensors in each step would cost more than it."""
+
+    of: Weights
+    own: list[Tensor]
+    theirs: list[Tensor]
+    widen: bool
+
+    def values(self) -> list[Tensor]:
+        """The weights, in the average's type."""
+        if not self.widen:
+            return self.theirs
+        return [w.to(a.dtype) for a, w in zip(self.own, self.theirs, strict=True)]
+
+
+def _lists(known: _Lists | None, own: Weights, weights: Weights) -> _Lists:
+    if known is not None and known.of is weights:
+        return known
+    theirs = [weights[name] for name in own]  # not detached: validation exchanges what lies behind them
+    widen = any(a.dtype is not w.dtype for a, w in zip(own.values(), theirs, strict=True))
+    return _Lists(weights, list(own.values()), theirs, widen)
 
 
 class Shelf(Sequence[dict[str, Tensor]]):
@@ -253,6 +293,9 @@ class Shelf(Sequence[dict[str, Tensor]]):
 
     def follow(self, live: Weights) -> None:
         """Snapshots stay where they are."""
+
+    def let_go(self) -> None:
+        """Holds on to nothing of the module."""
 
     def clean_up(self) -> None:
         """Removes the files."""

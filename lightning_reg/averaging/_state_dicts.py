@@ -25,7 +25,7 @@ Entry: TypeAlias = Any  # a tensor, or whatever a module's `get_extra_state` giv
 StateDict = Mapping[str, Any]
 Release = Callable[[Tensor], None]
 
-_CHUNK = 1 << 18  # elements at a time: the float64 accumulator (2 MB) stays in the cache
+_CHUNK = 1 << 16  # elements at a time: the float64 accumulators (1 MB) stay in the cache
 _ROWS = 20  # of the table of differences
 
 
@@ -84,6 +84,7 @@ def average_state_dicts(
     result: dict[str, Any] = {}
     done: dict[tuple[Any, ...], Tensor] = {}
     releases = [member.release for member in members]
+    scratch: dict[Any, Tensor] = {}
     for key, first in members[0].items():
         if not (is_averaged(first) and selects(key, include, exclude)):
             result[key] = first.detach().clone() if isinstance(first, Tensor) else first
@@ -91,7 +92,7 @@ def average_state_dicts(
         places = tuple(member.place(key) for member in members)
         if places not in done:
             tensors = [first, *(member[key] for member in members[1:])]
-            done[places] = mean_into(None, tensors, shares, accumulate_dtype, releases)
+            done[places] = mean_into(None, tensors, shares, accumulate_dtype, releases, scratch)
         result[key] = done[places]
     return result
 
@@ -117,6 +118,7 @@ def mean_into(
     shares: Sequence[float],
     accumulate_dtype: torch.dtype,
     releases: Sequence[Release | None] | None = None,
+    scratch: dict[Any, Tensor] | None = None,
 ) -> Tensor:
     """Mean of tensors of one shape, a chunk at a time, so that nothing but ``out`` grows with them.
 
@@ -126,6 +128,8 @@ def mean_into(
         shares: Weight of each, with a positive sum.
         accumulate_dtype: Type of the sums.
         releases: For each member what to call with a chunk that is not needed any more.
+        scratch: Keeps the accumulators from one call to the next: made anew for each tensor they would leave holes in
+            the heap as large as themselves.
 
     Returns:
         ``out``.
@@ -142,28 +146,28 @@ def mean_into(
     result = out.view(-1)
     wide = torch.promote_types(accumulate_dtype, torch.complex64) if out.is_complex() else accumulate_dtype
     total = sum(shares)
-    buffer = torch.empty(min(_CHUNK, result.numel()), dtype=wide, device=out.device)
+    key = (wide, out.device)
+    buffers = {} if scratch is None else scratch
+    if key not in buffers:
+        buffers[key] = torch.empty(2, _CHUNK, dtype=wide, device=out.device)
     for start in range(0, result.numel(), _CHUNK):
         end = min(start + _CHUNK, result.numel())
-        accumulator = buffer[: end - start]
+        accumulator, widened = buffers[key][:, : end - start]
         for position, (tensor, share, release) in enumerate(flat):
             part = tensor[start:end]
-            _accumulate(accumulator, part.to(out.device), share, first=position == 0)
+            # Widened by a copy and then added: a sum of two types would make a temporary tensor each time.
+            target = accumulator if position == 0 else widened
+            target.copy_(part)
+            if position > 0:
+                accumulator.add_(widened, alpha=share)
+            elif share != 1:
+                accumulator.mul_(share)
             if release is not None:
                 release(part)
         if total != 1:
             accumulator.div_(total)
         result[start:end].copy_(accumulator)
     return out
-
-
-def _accumulate(accumulator: Tensor, part: Tensor, share: float, *, first: bool) -> None:
-    if first:
-        accumulator.copy_(part)
-        if share != 1:
-            accumulator.mul_(share)
-    else:  # 8-bit floats have no arithmetic of their own
-        accumulator.add_(part if part.dtype.itemsize > 1 else part.to(accumulator.dtype), alpha=share)
 
 
 def is_averaged(value: object) -> bool:

@@ -280,11 +280,13 @@ class SoupAverager(Technique):
     @override
     def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
         self._exchange.undo()
+        self._gathered.let_go()
         self._live = {}
 
     @override
     def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
         self._exchange.undo()
+        self._gathered.let_go()
         self._live = {}
 
     # -- what came of it ----------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +20,7 @@ from typing_extensions import override
 
 __all__ = ["CheckpointFile", "UntrustedFileError", "open_checkpoint", "save_weights", "write_atomically"]
 
+_T = TypeVar("_T")
 RECORD = "lightning_reg"  # what a file of ours says about itself stands under this key
 
 _DTYPES = {
@@ -210,10 +211,10 @@ def open_checkpoint(path: str | Path, key: str | None = None) -> CheckpointFile:
         return _Shards(path)
     if path.suffix == ".safetensors":
         try:
-            return _SafetensorsFile(path)
+            return _settled(path, _SafetensorsFile)
         except SafetensorError as error:
             raise ValueError(f"{path}: no whole safetensors file: {error}") from error
-    content, mapped = _load_whole(path)
+    content, mapped = _settled(path, _load)
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: holds a {type(content).__name__}, no mapping from names to tensors.")
     inner = key or ("state_dict" if isinstance(content.get("state_dict"), Mapping) else None)
@@ -226,13 +227,13 @@ def open_checkpoint(path: str | Path, key: str | None = None) -> CheckpointFile:
     return _TorchFile(path, weights, extra, mapped=mapped)
 
 
-def _load_whole(path: Path) -> tuple[Any, bool]:
-    # torch opens a file twice to map it: one that was replaced in between would be a mix of two.
+def _settled(path: Path, read: Callable[[Path], _T]) -> _T:
+    """Reads again if the file was replaced meanwhile: both libraries open it twice, which would mix two files."""
     while True:
         before = path.stat()
-        loaded = _load(path)
+        result = read(path)
         if os.path.samestat(before, path.stat()):
-            return loaded
+            return result
 
 
 def _load(path: Path) -> tuple[Any, bool]:
