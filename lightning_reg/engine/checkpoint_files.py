@@ -74,7 +74,10 @@ class CheckpointFile(Mapping[str, Any]):
     def release(self, part: Tensor) -> None:
         """Gives the memory under a part of a tensor back; it is read from the file again if it is needed."""
         if _LIBC is not None and part.is_contiguous() and part.numel():
-            start = part.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+            # The system maps pages around the one that is read. Those before a part were given back already and came
+            # again with its first page, so a margin before it goes too; without it they pile up.
+            first = max(part.untyped_storage().data_ptr(), part.data_ptr() - _MARGIN)
+            start = first // mmap.PAGESIZE * mmap.PAGESIZE
             end = part.data_ptr() + part.numel() * part.itemsize
             _LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _DONTNEED)
 
@@ -83,6 +86,7 @@ class CheckpointFile(Mapping[str, Any]):
 # contents; elsewhere the system takes the pages when it needs them.
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _DONTNEED = 4
+_MARGIN = 4 << 20
 
 
 class _TorchFile(CheckpointFile):
