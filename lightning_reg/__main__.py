@@ -27,7 +27,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="show all techniques and what they act on")
     commands.add_parser("generate", help="rewrite __init__.py, functional.py, docs/techniques.md and README's table")
-    if parser.parse_args(arguments).command == "list":
+    for module in registry.commands():
+        module.add_command(commands)
+    options = parser.parse_args(arguments)
+    if hasattr(options, "run"):
+        options.run(options)
+        return
+    if options.command == "list":
         Console().print(_table())
         return
     if not (_ROOT / "pyproject.toml").exists():
@@ -56,7 +62,7 @@ def _init() -> str:
 
 
 def _functional() -> str:
-    names = [(file.module.__name__, name) for file in registry.techniques() for name in file.functions()]
+    names = [(file.module.__name__, name) for file in registry.techniques() for name in file.cores()]
     return _module("The pure PyTorch cores of all techniques, for any training loop.", names)
 
 
@@ -97,7 +103,7 @@ def _gallery() -> str:
                 f"- Acts on: {registry.acts_on(cls)}",
                 f"- Source: {registry.section(cls, 'Source')}",
                 f"- Differs: {registry.section(cls, 'Differs')}",
-                f"- Functional core: {', '.join(f'`{name}`' for name in file.functions())}",
+                f"- Functional core: {', '.join(f'`{name}`' for name in file.cores())}",
                 "",
             ]
     return "\n".join(lines)

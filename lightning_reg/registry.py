@@ -12,7 +12,7 @@ from typing import Any
 import lightning_reg
 from lightning_reg.engine.technique import Technique, phases_of
 
-__all__ = ["TechniqueFile", "techniques"]
+__all__ = ["TechniqueFile", "commands", "techniques"]
 
 _NOT_A_PURPOSE = ("engine",)
 
@@ -33,12 +33,16 @@ class TechniqueFile:
     module: ModuleType
 
     def classes(self) -> list[type[Any]]:
-        """Public classes defined in the file, in the order of its ``__all__``."""
+        """Public classes of the file, in the order of its ``__all__``."""
         return [value for value in self._public() if inspect.isclass(value)]
 
     def functions(self) -> list[str]:
-        """Names of the public functions defined in the file."""
+        """Names of the public functions of the file."""
         return [value.__name__ for value in self._public() if inspect.isfunction(value)]
+
+    def cores(self) -> list[str]:
+        """Names of what works in any training loop: the functions, and the classes that are no callbacks."""
+        return [value.__name__ for value in self._public() if value not in self.techniques()]
 
     def techniques(self) -> list[type[Technique]]:
         """The callbacks among the classes."""
@@ -49,16 +53,25 @@ class TechniqueFile:
 
 
 def techniques() -> Iterator[TechniqueFile]:
-    """All technique files, by folder and key."""
+    """All technique files, by folder and key; a file ``_<part>.py`` is a part of the techniques of its folder."""
+    for folder, file in _files():
+        if not file.startswith("_"):
+            yield TechniqueFile(folder, file, importlib.import_module(f"lightning_reg.{folder}.{file}"))
+
+
+def commands() -> Iterator[ModuleType]:
+    """The files ``_command.py``: each adds commands to ``lightning-reg`` by its ``add_command(subparsers)``."""
+    for folder, file in _files():
+        if file == "_command":
+            yield importlib.import_module(f"lightning_reg.{folder}.{file}")
+
+
+def _files() -> Iterator[tuple[str, str]]:
     for folder in pkgutil.iter_modules(lightning_reg.__path__):
-        if not folder.ispkg or folder.name in _NOT_A_PURPOSE:
-            continue
-        package = importlib.import_module(f"lightning_reg.{folder.name}")
-        for file in pkgutil.iter_modules(package.__path__):
-            if file.name.startswith("_"):  # a part of a technique that is too long for one file
-                continue
-            module = importlib.import_module(f"{package.__name__}.{file.name}")
-            yield TechniqueFile(folder.name, file.name, module)
+        if folder.ispkg and folder.name not in _NOT_A_PURPOSE:
+            package = importlib.import_module(f"lightning_reg.{folder.name}")
+            for file in pkgutil.iter_modules(package.__path__):
+                yield folder.name, file.name
 
 
 def summary(cls: type[Any]) -> str:

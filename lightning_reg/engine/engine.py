@@ -1,13 +1,13 @@
 """The engine: stands around ``Strategy.training_step`` and lets the techniques act on one batch after the other."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lightning_reg.engine import host, report
+from lightning_reg.engine import extra_passes, host, report
 from lightning_reg.engine.composition import check_composition, check_editable
 from lightning_reg.engine.errors import MisconfigurationException
 from lightning_reg.engine.features import FeatureTap
@@ -176,6 +176,14 @@ class Engine:
                 " be seen, unlike steps before it: it went without. This is said once."
             )
         self._said_nothing_seen = True
+
+    # -- passes of their own ------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def training_batches(self) -> Iterator[Iterator[Any]]:
+        """A pass over the training batches that training does not notice: neither samplers nor indices nor draws."""
+        with extra_passes.training_batches(self.trainer, self._loaders.original) as batches:
+            yield batches
 
     # -- the loss -----------------------------------------------------------------------------------------------------
 

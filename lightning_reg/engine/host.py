@@ -1,9 +1,14 @@
 """Every touch of Lightning's non-public surface in one place, and the choice between its two packages."""
 
+import inspect
+import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 import torch.distributed as dist
 
 from lightning_reg.engine import distributed
@@ -13,16 +18,19 @@ from lightning_reg.engine import distributed
 if TYPE_CHECKING or "pytorch_lightning" not in sys.modules:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import Callback
+    from lightning.pytorch.loggers.logger import DummyLogger
     from lightning.pytorch.utilities import rank_zero_warn
 elif "lightning.pytorch" not in sys.modules:
     from lightning_fabric.utilities.exceptions import MisconfigurationException
     from pytorch_lightning import Callback
+    from pytorch_lightning.loggers.logger import DummyLogger
     from pytorch_lightning.utilities import rank_zero_warn
 else:
     import lightning.fabric.utilities.exceptions
     import lightning.pytorch
     import lightning_fabric.utilities.exceptions
     import pytorch_lightning
+    from lightning.pytorch.loggers.logger import DummyLogger
     from lightning.pytorch.utilities import rank_zero_warn
 
     class Callback(lightning.pytorch.Callback, pytorch_lightning.Callback):
@@ -43,15 +51,18 @@ __all__ = [
     "Callback",
     "MisconfigurationException",
     "Replacement",
+    "arguments_of_training_step",
     "batches_so_far",
     "callbacks",
     "combined_loader",
     "data_parallel_group",
     "is_compiled",
     "is_logging_step",
+    "isolated_randomness",
     "prints_summary",
     "rank_zero_warn",
     "set_callbacks",
+    "silenced_metrics",
 ]
 
 
@@ -130,3 +141,38 @@ def callbacks(trainer: "Trainer") -> "list[Callback]":
 def set_callbacks(trainer: "Trainer", callbacks: "list[Callback]") -> None:
     """Gives the Trainer a new list; the one that Lightning may be iterating over stays as it is."""
     trainer.callbacks = callbacks  # type: ignore[attr-defined]  # set by the callback connector
+
+
+@contextmanager
+def isolated_randomness() -> Iterator[None]:
+    """Puts the global random states of torch, numpy and Python back at the end, after an exception as well."""
+    on_devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]  # torch's
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002 # users draw from it
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002 # as above
+        random.setstate(states[2])
+        if on_devices:
+            torch.cuda.set_rng_state_all(on_devices)
+
+
+@contextmanager
+def silenced_metrics(trainer: "Trainer") -> Iterator[None]:
+    """Metrics start empty, go to no logger, and are what they were at the end."""
+    connector = trainer._logger_connector
+    before, loggers = dict(vars(connector)), trainer.loggers
+    connector.reset_metrics()
+    trainer.loggers = [DummyLogger() for _ in loggers]
+    try:
+        yield
+    finally:
+        trainer.loggers = loggers
+        vars(connector).clear()
+        vars(connector).update(before)
+
+
+def arguments_of_training_step(module: "LightningModule") -> int:
+    """How many of ``(batch, batch_idx)`` the module's ``training_step`` takes."""
+    return min(2, len(inspect.signature(module.training_step).parameters))

@@ -55,7 +55,7 @@ class TrainLoaders:
         self._processing = None
         combined = host.combined_loader(self._trainer)
         if combined is not None:
-            combined.flattened = [self._own(loader) for loader in combined.flattened]
+            combined.flattened = [self.original(loader) for loader in combined.flattened]
         self._followed.clear()
         self._sources = None
 
@@ -99,7 +99,8 @@ class TrainLoaders:
         self._followed.append(_Followed(twin, processed, source, refusal))
         return twin
 
-    def _own(self, loader: Any) -> Any:
+    def original(self, loader: Any) -> Any:
+        """The loader behind a followed one; any other as it is."""
         return next((f.original for f in self._followed if f.twin is loader), loader)
 
     def _resolve(self) -> dict[str, IndexSource]:

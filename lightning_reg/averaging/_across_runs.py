@@ -1,0 +1,219 @@
+"""Averages of the files of several runs, and out of the files of one."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_reg.averaging._ancestry import ancestry
+from lightning_reg.averaging._greedy import Candidate, SoupResult, greedy_soup
+from lightning_reg.averaging._in_fit import average_of_state, exchange_in_checkpoint
+from lightning_reg.averaging._state_dicts import aligned, average_state_dicts, unique
+from lightning_reg.engine.checkpoint_files import RECORD, CheckpointFile, open_checkpoint, save_weights
+
+__all__ = ["load_averaged", "make_soup", "save_soup"]
+
+# Entries of a Lightning checkpoint that `load_from_checkpoint` needs to build the module.
+_CARRIED = ("pytorch-lightning_version", "epoch", "global_step", "hyper_parameters", "hparams_name", "hparams_type")
+
+
+def make_soup(
+    checkpoints: Sequence[str | Path],
+    method: Literal["uniform", "greedy"] = "uniform",
+    evaluate: Callable[[dict[str, Any]], float] | None = None,
+    *,
+    out: str | Path | None = None,
+    start: str | Path | None = None,
+    key: str | None = None,
+    weights: Sequence[float] | None = None,
+    mode: Literal["max", "min"] = "max",
+    strict: bool = True,
+    min_delta: float = 0.0,
+    max_ingredients: int | None = None,
+    accumulate_dtype: torch.dtype = torch.float64,
+    check_ancestry: bool = True,
+    progress: bool = False,
+) -> SoupResult:
+    r"""Averages the checkpoints of several runs from one start.
+
+    Files are Lightning checkpoints, plain state dicts, safetensors, or indices of shards. No code in them is run. A
+    uniform soup reads them a piece of a tensor at a time: memory for one model and a few MB.
+
+    Source: Wortsman et al., "Model soups", ICML 2022, arXiv 2203.05482, recipe 1 and its uniform version.
+
+    Args:
+        checkpoints: The files, at least one.
+        method: ``"uniform"`` for all, ``"greedy"`` for those that improve the held-out score.
+        evaluate: Held-out score of a state dict, :class:`TrainerEvaluation` for one. Needed for ``"greedy"``; for
+            ``"uniform"`` it is asked about each file and the soup. Choose on data that neither trained a member nor
+            will be reported.
+        out: Where to write the soup, atomically: ``.safetensors``, or a file in the form of a Lightning checkpoint.
+        start: File that all runs started from, to check that they did; ``None`` if there is none.
+        key: Entry with the weights in files that hold several things.
+        weights: Weights of a uniform soup, positive in sum; ``None`` for equal ones.
+        mode: Whether larger or smaller scores are better.
+        strict: Whether a candidate must beat the best score, or may equal it.
+        min_delta: By how much, at least 0.
+        max_ingredients: Largest number in a greedy soup; ``None`` for no limit.
+        accumulate_dtype: Type of a uniform soup's sums.
+        check_ancestry: Whether to measure if the files share a basin and to warn if not; costs a pass over the files.
+        progress: Whether to show a bar with bytes per second.
+
+    Returns:
+        The soup; ingredients are named by their paths.
+
+    Raises:
+        ValueError: If ``evaluate`` is missing, an argument is out of its range, or the files differ.
+        UntrustedFileError: If a file holds more than tensors and plain values.
+
+    """
+    if not checkpoints:
+        raise ValueError("make_soup: `checkpoints` must name at least one file, got none.")
+    if method not in ("uniform", "greedy"):
+        raise ValueError(f"make_soup: `method` must be 'uniform' or 'greedy', got {method!r}.")
+    if method == "greedy" and (evaluate is None or weights is not None):
+        raise ValueError("make_soup: method='greedy' needs `evaluate`, the held-out score, and takes no `weights`.")
+    names = unique(str(path) for path in checkpoints)
+    files = [open_checkpoint(path, key) for path in checkpoints]
+    if check_ancestry and len(files) > 1:
+        ancestry(files, None if start is None else open_checkpoint(start, key), names=names)
+    scores = [] if evaluate is None else [float(evaluate(dict(aligned([file])[0]))) for file in files]
+    if method == "greedy" and evaluate is not None:
+        result = greedy_soup(
+            files,
+            scores,
+            evaluate,
+            strict=strict,
+            min_delta=min_delta,
+            mode=mode,
+            names=names,
+            max_ingredients=max_ingredients,
+        )
+    else:
+        with _counted(files, shown=progress) as members:
+            mean = average_state_dicts(members, weights, accumulate_dtype, names=names)
+        own: list[float | None] = [*scores] or [None] * len(names)
+        trace = [Candidate(name, score, None, True) for name, score in zip(names, own, strict=True)]
+        result = SoupResult(mean, names, trace, None if evaluate is None else float(evaluate(mean)))
+    settle = getattr(evaluate, "settle", None)
+    if settle is not None:  # of a single ingredient too: its score was taken with new statistics
+        result.state_dict = settle(result.state_dict)
+        result.scores_before_batch_norm = list(getattr(evaluate, "scores_before_batch_norm", []))
+    if out is not None:
+        save_soup(out, result, method, files[0].extra)
+    return result
+
+
+def save_soup(path: str | Path, result: SoupResult, method: str, extra: Mapping[str, Any]) -> None:
+    """Writes a soup, atomically, with a record of what it is.
+
+    Args:
+        path: ``.safetensors``, or a file in the form of a Lightning checkpoint.
+        result: The soup.
+        method: How it was made.
+        extra: Entries of an ingredient, of which those go along that ``load_from_checkpoint`` needs.
+
+    """
+    record = {
+        "holds": f"{method} soup of {len(result.ingredients)} checkpoints",
+        "averaged": True,
+        "method": method,
+        "ingredients": [str(name) for name in result.ingredients],
+        "score": result.score,
+        "trace": [asdict(candidate) for candidate in result.trace],
+    }
+    carried = {name: extra[name] for name in _CARRIED if name in extra}
+    save_weights(path, result.state_dict, {"make_soup": record}, carried)
+
+
+@contextmanager
+def _counted(files: Sequence[CheckpointFile], *, shown: bool) -> Iterator[Sequence[CheckpointFile]]:
+    if not shown:
+        yield files
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns) as bar:
+        task = bar.add_task(f"averaging {len(files)} files", total=sum(file.nbytes for file in files))
+        yield [_CountedFile(file, lambda read: bar.advance(task, read)) for file in files]
+
+
+class _CountedFile(CheckpointFile):
+    """A file that tells how much of it has been used."""
+
+    def __init__(self, file: CheckpointFile, advance: Callable[[int], None]) -> None:
+        super().__init__(file.path, file.extra)
+        self._file, self._advance = file, advance
+
+    @override
+    def __getitem__(self, key: str) -> Any:
+        return self._file[key]
+
+    @override
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file)
+
+    @override
+    def __len__(self) -> int:
+        return len(self._file)
+
+    @override
+    def shape_and_dtype(self, key: str) -> tuple[tuple[int, ...], torch.dtype] | None:
+        return self._file.shape_and_dtype(key)
+
+    @override
+    def place(self, key: str) -> tuple[Any, ...]:
+        return self._file.place(key)
+
+    @override
+    def release(self, part: Tensor) -> None:
+        self._file.release(part)
+        self._advance(part.numel() * part.itemsize)
+
+
+def load_averaged(path: str | Path, name: str | None = None) -> dict[str, Any]:
+    """The averaged weights in a file of ours: a checkpoint of a fit with ``SoupAverager``, or a soup of several runs.
+
+    It needs no Trainer. A checkpoint from the middle of a fit holds the raw weights and the state of the average, one
+    from its end the average itself; both give the average.
+
+    Args:
+        path: The file.
+        name: Which average, if there are several: the state key of the callback (``"SoupAverager[fast]"``).
+
+    Returns:
+        A complete state dict, to load with ``strict=True``.
+
+    Raises:
+        ValueError: If the file says nothing of an average, or of several.
+        RuntimeError: If there is no average yet.
+
+    """
+    file = open_checkpoint(path)
+    records = file.extra.get(RECORD) or {}
+    if not records:
+        raise ValueError(
+            f"{path} says nothing of an average. Its weights may be one or not: files written with"
+            " `save_weights_only=True` hold no callback's word. Read them with `torch.load(path, weights_only=True)`."
+        )
+    if name is None and len(records) > 1:
+        raise ValueError(f"{path} has several averages; give `name`, one of {sorted(records)}.")
+    chosen = next(iter(records)) if name is None else name
+    if chosen not in records:
+        raise ValueError(f"{path} has no average {chosen!r}, but {sorted(records)}.")
+    weights = {"state_dict": dict(file)}
+    if not records[chosen]["averaged"]:
+        exchange_in_checkpoint(weights, average_of_state(file.extra["callbacks"][chosen]))
+    copies: dict[int, Tensor] = {}
+    result: dict[str, Any] = {}
+    for key, value in weights["state_dict"].items():
+        if isinstance(value, Tensor):  # tied weights are one tensor still, and no file stays mapped
+            result[key] = copies.setdefault(id(value), value.clone())
+        else:
+            result[key] = value
+    return result

@@ -1,0 +1,166 @@
+"""Learned soup: mixing weights by gradient descent on held-out data."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from typing_extensions import override
+
+from lightning_reg.averaging._state_dicts import StateDict, aligned, is_averaged
+
+__all__ = ["LearnedSoup"]
+
+
+class LearnedSoup(nn.Module):
+    r"""A model whose parameters are a learned mix of those of several models, and an inverse temperature.
+
+    .. math:: \beta\, f\Bigl(x, \textstyle\sum_i a_i \theta_i\Bigr), \qquad a = \operatorname{softmax}(r)
+
+    with one :math:`r \in \mathbb{R}^k` for the model, or one for each parameter tensor. It starts as the uniform soup:
+    r is 1 everywhere. Only r and :math:`\beta` are parameters; the model handed in is not changed.
+
+    Source:
+        Wortsman et al., "Model soups", ICML 2022, arXiv 2203.05482, appendix I; settings of the released script (which
+        learns per tensor): AdamW, learning rate 0.05, no weight decay, batch 256, 5 epochs.
+
+    Differs:
+        Tensors are matched by name, not by position. Floating-point buffers are the uniform mean; other buffers are the
+        first model's. The settings of the paper's version with one weight per model are not known.
+
+    Memory: all k models, stacked in their own type, on the device of this module.
+
+    Args:
+        module: Gives the forward pass. Its parameters must be among the keys of the state dicts.
+        state_dicts: The k models.
+        per: ``"tensor"`` for a mix per parameter tensor, ``"model"`` for one mix.
+
+    Raises:
+        ValueError: If ``per`` is something else, a parameter is missing, or the state dicts differ.
+
+    Example:
+        >>> module = nn.Linear(2, 2, bias=False)
+        >>> soup = LearnedSoup(module, [{"weight": torch.zeros(2, 2)}, {"weight": torch.ones(2, 2)}])
+        >>> soup(torch.ones(1, 2)), soup.mixing_weights()
+        (tensor([[1., 1.]], grad_fn=<MulBackward0>), tensor([[0.5000, 0.5000]]))
+
+    """
+
+    def __init__(
+        self, module: nn.Module, state_dicts: Sequence[StateDict], per: Literal["tensor", "model"] = "tensor"
+    ) -> None:
+        super().__init__()
+        if per not in ("tensor", "model"):
+            raise ValueError(f"LearnedSoup: `per` must be 'tensor' or 'model', got {per!r}.")
+        if not state_dicts:
+            raise ValueError("LearnedSoup: `state_dicts` must hold at least one state dict, got none.")
+        self.per = per
+        members = aligned(state_dicts)
+        self._module = [module]  # in a list: its parameters are not this module's
+        self._names = [name for name, _ in module.named_parameters()]
+        self._keys = {name: name.replace("_orig_mod.", "") for name in self._names}
+        missing = [key for key in self._keys.values() if key not in members[0]]
+        if missing:
+            raise ValueError(f"LearnedSoup: the state dicts lack parameters of `module`: {missing[:5]}.")
+        self._first = {key: value for key, value in members[0].items() if key not in self._keys.values()}
+        for position, name in enumerate(self._names):
+            stacked = torch.stack([member[self._keys[name]].detach() for member in members])
+            self.register_buffer(f"stacked_{position}", stacked, persistent=False)
+        for key, value in self._first.items():
+            if is_averaged(value):
+                self._first[key] = torch.stack([m[key].detach().double() for m in members]).mean(0).to(value.dtype)
+        rows = len(self._names) if per == "tensor" else 1
+        self.raw = nn.Parameter(torch.ones(rows, len(state_dicts)))
+        self.beta = nn.Parameter(torch.ones(()))
+
+    def mixing_weights(self) -> Tensor:
+        """The weights ``a``: ``(tensors, k)`` in the order of ``named_parameters()``, or ``(1, k)``; rows sum to 1."""
+        return self.raw.detach().softmax(1)
+
+    @override
+    def forward(self, *args: object, **kwargs: object) -> Tensor:
+        """The module's output under the mixed parameters, times ``beta``; arguments go to the module."""
+        output: Tensor = functional_call(self._module[0], self._mixed() | self._buffers_of_soup(), args, kwargs)
+        return self.beta * output
+
+    def fit(
+        self,
+        batches: Iterable[Any],
+        loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+        lr: float = 0.05,
+        epochs: int = 5,
+    ) -> list[float]:
+        """Learns the mixing weights and ``beta`` by AdamW without weight decay.
+
+        Args:
+            batches: Held-out pairs ``(inputs, targets)``, iterated once per epoch.
+            loss: Of the outputs and the targets.
+            lr: Learning rate, positive.
+            epochs: Number of passes, at least 1.
+
+        Returns:
+            Mean loss of each epoch.
+
+        Raises:
+            ValueError: If ``lr`` or ``epochs`` are not positive.
+
+        """
+        if not lr > 0:
+            raise ValueError(f"LearnedSoup: `lr` must be positive, got {lr!r}.")
+        if epochs < 1:
+            raise ValueError(f"LearnedSoup: `epochs` must be at least 1, got {epochs!r}.")
+        optimizer = torch.optim.AdamW([self.raw, self.beta], lr=lr, weight_decay=0.0)
+        history = []
+        for _ in range(epochs):
+            losses = []
+            for inputs, targets, *_ in batches:
+                value = loss(self(inputs.to(self.raw.device)), targets.to(self.raw.device))
+                gradients = torch.autograd.grad(value, [self.raw, self.beta])
+                self.raw.grad, self.beta.grad = gradients
+                optimizer.step()
+                losses.append(value.detach())
+            history.append(float(torch.stack(losses).mean()))
+        self.raw.grad = self.beta.grad = None
+        return history
+
+    def soup(self) -> dict[str, Any]:
+        """State dict of the present mix, without ``beta``, which does not change which class is largest.
+
+        Returns:
+            A new state dict with the keys of the first model.
+
+        """
+        weights = self.mixing_weights().double()
+        result: dict[str, Any] = {}
+        by_key = {self._keys[name]: position for position, name in enumerate(self._names)}
+        for key in (*by_key, *self._first):
+            if key in by_key:
+                stacked = self._stacked(by_key[key])
+                row = weights[by_key[key] if self.per == "tensor" else 0]
+                result[key] = torch.tensordot(row, stacked.double(), 1).to(stacked.dtype)
+            else:
+                value = self._first[key]
+                result[key] = value.clone() if isinstance(value, Tensor) else value
+        return result
+
+    def _mixed(self) -> dict[str, Tensor]:
+        weights = self.raw.softmax(1)
+        mixed = {}
+        for position, name in enumerate(self._names):
+            row = weights[position if self.per == "tensor" else 0]
+            stacked = self._stacked(position)
+            mixed[name] = torch.tensordot(row.to(stacked.dtype), stacked, 1)
+        return mixed
+
+    def _buffers_of_soup(self) -> dict[str, Tensor]:
+        # Clones: in train mode batch norm would write into them.
+        return {
+            name: self._first[name.replace("_orig_mod.", "")].to(self.raw.device).clone()
+            for name, _ in self._module[0].named_buffers()
+            if name.replace("_orig_mod.", "") in self._first
+        }
+
+    def _stacked(self, position: int) -> Tensor:
+        return self.get_buffer(f"stacked_{position}")

@@ -1,0 +1,122 @@
+"""Passes over validation and training data in the middle of a fit, of which the fit notices nothing."""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader
+
+from lightning_reg.engine import host
+from lightning_reg.engine.hooks import EngineHooks
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["replay_step", "training_batches", "validation_metrics"]
+
+
+def validation_metrics(trainer: "Trainer") -> dict[str, float]:
+    """Runs the user's validation loop once more on the module as it is.
+
+    Metrics, loggers, progress, random states and all callbacks but the engine's stay as they are.
+
+    Args:
+        trainer: A Trainer that fits, outside of its validation.
+
+    Returns:
+        What the module logged, by name.
+
+    """
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    progress, seen = copy.deepcopy(loop.batch_progress), copy.copy(loop._seen_batches_per_dataloader)
+    callbacks = host.callbacks(trainer)
+    stage = trainer.state.stage
+    with ExitStack() as undo:
+        undo.enter_context(host.isolated_randomness())
+        undo.enter_context(host.silenced_metrics(trainer))
+        undo.callback(host.set_callbacks, trainer, callbacks)
+        undo.callback(setattr, trainer.state, "stage", stage)
+        undo.callback(setattr, loop, "batch_progress", progress)
+        undo.callback(setattr, loop, "_seen_batches_per_dataloader", seen)
+        host.set_callbacks(trainer, [callback for callback in callbacks if isinstance(callback, EngineHooks)])
+        trainer.validating = True
+        loop.run()
+        return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+@contextmanager
+def training_batches(trainer: "Trainer", original: Callable[[Any], Any]) -> Iterator[Iterator[Any]]:
+    """A pass over the training loaders; batches are on the module's device.
+
+    Args:
+        trainer: A Trainer that fits.
+        original: Gives the loader behind one that is followed.
+
+    Yields:
+        The batches. Generators and samplers are put back at the end.
+
+    """
+    combined = host.combined_loader(trainer)
+    loaders = [original(loader) for loader in combined.flattened]
+    generators = {id(g): g for loader in loaders for g in _generators(loader)}.values()
+    states = [(generator, generator.get_state()) for generator in generators]
+    twins = dict(zip(map(id, combined.flattened), map(_fresh, loaders), strict=True))
+    fresh = type(combined)(
+        tree_map(lambda loader: twins[id(loader)], combined.iterables, is_leaf=lambda x: id(x) in twins), combined._mode
+    )
+    with host.isolated_randomness():
+        try:
+            fresh.limits = combined.limits
+            yield (_on_device(trainer, batch) for batch, *_ in fresh)
+        finally:
+            for generator, state in states:
+                generator.set_state(state)
+
+
+def _on_device(trainer: "Trainer", batch: Any) -> Any:
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def _fresh(loader: Any) -> Any:
+    if not isinstance(loader, DataLoader):
+        return loader
+    twin = copy.copy(loader)
+    changes: dict[str, Any] = {"_iterator": None, "persistent_workers": False}
+    for name in ("sampler", "batch_sampler"):
+        changes[name] = copy.copy(getattr(loader, name))
+    if hasattr(changes["batch_sampler"], "sampler"):
+        changes["batch_sampler"].sampler = copy.copy(changes["batch_sampler"].sampler)
+    twin.__dict__.update(changes)  # torch forbids to set them
+    return twin
+
+
+def _generators(loader: Any) -> Sequence[torch.Generator]:
+    sampler = getattr(loader, "sampler", None)
+    behind = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
+    owners = (loader, sampler, behind)
+    return [g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)]
+
+
+def replay_step(trainer: "Trainer", module: "LightningModule", batch: Any, batch_idx: int) -> None:
+    """Sends a training batch through the module's own ``training_step``, without gradient, logging or techniques.
+
+    Under manual optimization, where the step would train, it is ``module(batch[0])``.
+    """
+    with ExitStack() as undo:
+        undo.enter_context(torch.no_grad())
+        undo.enter_context(trainer.precision_plugin.train_step_context())
+        for name in ("log", "log_dict"):
+            undo.callback(host.Replacement(module, name, _ignore).undo)
+        if not module.automatic_optimization:
+            module(batch[0] if isinstance(batch, tuple | list) else batch)
+        else:
+            module.training_step(*((batch, batch_idx)[: host.arguments_of_training_step(module)]))
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    pass
