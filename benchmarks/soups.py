@@ -3,17 +3,14 @@
     python benchmarks/soups.py updates --timm-ema PATH/model_ema.py --save benchmarks/results/soups_updates.txt
     python benchmarks/soups.py files --save benchmarks/results/soups_files.txt
     python benchmarks/soups.py digits --save benchmarks/results/soups_digits.txt
-    python benchmarks/soups.py cifar --data PATH --save benchmarks/results/soups_cifar.txt
 
 All ratios are of one process or one run, in turns. ``--timm-ema`` is ``timm/utils/model_ema.py`` of
-pytorch-image-models, which need not be installed. ``--data`` names a folder with ``train.parquet`` and
-``test.parquet`` (columns ``image``, encoded, and ``label``).
+pytorch-image-models, which need not be installed.
 """
 
 import argparse
 import copy
 import importlib.util
-import io
 import os
 import statistics
 import subprocess
@@ -35,7 +32,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lightning_reg import LearnedSoup, SoupAverager
+from lightning_reg import SoupAverager
 from lightning_reg.averaging._collectors import averaged_tensors
 from lightning_reg.functional import average_state_dicts, greedy_soup, reestimate_batchnorm
 
@@ -282,101 +279,23 @@ def accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
     return (logits_of(net, x).argmax(1) == y).float().mean().item()
 
 
-# -- CIFAR-10 ---------------------------------------------------------------------------------------------------------
-
-
-def cifar(options: argparse.Namespace) -> Table:
-    x, y = cifar_images(options.data / "train.parquet", 13_000)
-    test_x, test_y = cifar_images(options.data / "test.parquet", 4_000)
-    start, tune = slice(0, 5_000), slice(5_000, 11_000)
-    val_x, val_y = x[11_000:], y[11_000:]
-    torch.manual_seed(0)
-    net = cifar_net()
-    train(net, x[start], y[start], 0.05, options.start_epochs, 100, 5e-4)
-    at_start = accuracy(net, test_x, test_y)
-    members, recipes = [], [(lr, decay) for lr in (0.003, 0.01, 0.02, 0.05) for decay in (5e-4, 5e-3)]
-    for seed, (lr, decay) in enumerate(recipes):
-        torch.manual_seed(seed + 1)
-        member = copy.deepcopy(net)
-        train(member, x[tune], y[tune], lr, options.epochs, 100, decay)
-        members.append(copy.deepcopy(member.state_dict()))
-
-    def load(state: dict[str, Any], *, new_statistics: bool) -> nn.Module:
-        net.load_state_dict(state)
-        if new_statistics:
-            reestimate_batchnorm(net, x[tune].split(100))
-        return net
-
-    on_val = [accuracy(load(m, new_statistics=False), val_x, val_y) for m in members]
-    all_logits = [logits_of(load(m, new_statistics=False), test_x) for m in members]
-    on_test = [(z.argmax(1) == test_y).float().mean().item() for z in all_logits]
-    uniform = average_state_dicts(members)
-    greedy = greedy_soup(members, on_val, lambda s: accuracy(load(s, new_statistics=True), val_x, val_y))
-    module = cifar_net().eval()
-    learned = LearnedSoup(module, members)
-    learned.fit(list(zip(val_x.split(256), val_y.split(256), strict=True)))
-    ensemble = (torch.stack(all_logits).mean(0).argmax(1) == test_y).float().mean().item()
-    best = max(range(8), key=lambda i: on_val[i])
-    table = Table(
-        "way", "validation", "test", title=f"CIFAR-10, 8 fine-tunings of {options.epochs} epochs from one start"
-    )
-    table.add_row("start", "-", f"{at_start:.4f}")
-    for (lr, decay), a, b in zip(recipes, on_val, on_test, strict=True):
-        table.add_row(f"learning rate {lr:g}, weight decay {decay:g}", f"{a:.4f}", f"{b:.4f}")
-    table.add_section()
-    table.add_row("best single", f"{on_val[best]:.4f}", f"{on_test[best]:.4f}")
-    for name, state in (
-        ("uniform", uniform),
-        (f"greedy ({len(greedy.ingredients)} in)", greedy.state_dict),
-        ("learned", learned.soup()),
-    ):
-        load(state, new_statistics=True)
-        table.add_row(name, f"{accuracy(net, val_x, val_y):.4f}", f"{accuracy(net, test_x, test_y):.4f}")
-    table.add_row("ensemble of 8 (logits)", "-", f"{ensemble:.4f}")
-    return table
-
-
-def cifar_images(path: Path, count: int) -> tuple[Tensor, Tensor]:
-    import numpy as np
-    import pyarrow.parquet as pq
-    from PIL import Image
-
-    columns = pq.read_table(path, columns=["image", "label"])
-    rows = torch.randperm(len(columns), generator=torch.Generator().manual_seed(0))[:count].tolist()
-    images, labels = columns["image"].take(rows).to_pylist(), columns["label"].take(rows).to_pylist()
-    encoded = [image["bytes"] if isinstance(image, dict) else image for image in images]
-    pixels = np.stack([np.asarray(Image.open(io.BytesIO(e)).convert("RGB")) for e in encoded])
-    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
-    return (x - x.mean((0, 2, 3), keepdim=True)) / 0.25, torch.tensor(labels).long()
-
-
-def cifar_net() -> nn.Module:
-    layers: list[nn.Module] = []
-    for into, out in ((3, 32), (32, 64), (64, 128)):
-        layers += [nn.Conv2d(into, out, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(2048, 10))
-
-
 # -- main -------------------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("updates", "files", "digits", "cifar"))
+    parser.add_argument("what", choices=("updates", "files", "digits"))
     parser.add_argument("--save", type=Path)
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--timm-ema", type=Path)
     parser.add_argument("--files", type=int, default=8)
     parser.add_argument("--megabytes", type=int, default=400)
     parser.add_argument("--repeats", type=int, default=6)
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--start-epochs", type=int, default=15)
-    parser.add_argument("--epochs", type=int, default=8)
     options = parser.parse_args()
     options.rounds = options.rounds or {"updates": 203, "files": 3}.get(options.what, 1)
     warnings.filterwarnings("ignore")
     started = time.perf_counter()
-    table = {"updates": updates, "files": files, "digits": digits, "cifar": cifar}[options.what](options)
+    table = {"updates": updates, "files": files, "digits": digits}[options.what](options)
     threads, seconds = torch.get_num_threads(), time.perf_counter() - started
     table.caption = f"{os.cpu_count()} CPU cores, {threads} threads, torch {torch.__version__}; {seconds:.0f} s in all"
     Console().print(table)
