@@ -1,0 +1,90 @@
+"""Techniques together, against loops written by hand; the conformance suite trains every pair, and checks less."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_reg import LossReweighting, NMSparsity, SoupAverager
+from lightning_reg.functional import nm_mask, reweight
+from tests.toys import QUIET, Callback, Classifier, fit
+
+pytestmark = QUIET
+
+
+class Net(Classifier):
+    """Three layers; the one in the middle can become sparse."""
+
+    def __init__(self):
+        super().__init__(lr=0.2)
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.net = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3))
+
+
+class Dense(Callback):
+    """Weights after every step, as the optimizer has them."""
+
+    def __init__(self):
+        self.weights = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.weights.append(pl_module.net[2].weight.detach().clone())
+
+
+def data():
+    generator = torch.Generator().manual_seed(2)
+    x = torch.rand(24, 6, generator=generator)
+    return TensorDataset(x, (x[:, :3] + 0.2 * torch.rand(24, 3, generator=generator)).argmax(1))
+
+
+def train(*callbacks, module=None):
+    module = module or Net()
+    fit(module, *callbacks, loader=DataLoader(data(), 8), max_epochs=2)
+    return module
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["average first", "sparsity first"])
+def test_an_average_of_different_masks_is_masked_anew(first):
+    dense, sparse = Dense(), NMSparsity(1, 4, recipe="srste", dense_fraction=0.0)
+    soup = SoupAverager(method="ema", decay=0.5)
+    module = train(*([soup, dense, sparse] if first else [sparse, dense, soup]))
+    masks = {tuple(nm_mask(weight, 1, 4).flatten().tolist()) for weight in dense.weights}
+    assert len(masks) > 1
+    # The average starts as the weights after the first step.
+    mean = dense.weights[0]
+    for weight in dense.weights[1:]:
+        mean = 0.5 * mean + 0.5 * weight
+    torch.testing.assert_close(module.net[2].weight, mean * nm_mask(mean, 1, 4))
+    assert sparse.verify(module) == {"net.2.weight": (0.25, 0)}
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["reweighting first", "sparsity first"])
+def test_reweighting_reads_the_losses_of_the_sparse_network(first):
+    techniques = [LossReweighting(warmup_steps=0), NMSparsity(1, 4, recipe="ste", dense_fraction=0.0)]
+    module = train(*(techniques if first else techniques[::-1]))
+    reference = Net()
+    optimizer = torch.optim.SGD(reference.parameters(), 0.2)
+    for _ in range(2):
+        for x, y in DataLoader(data(), 8):
+            weight = reference.net[2].weight
+            kept = weight.detach().clone()
+            weight.data.mul_(nm_mask(kept, 1, 4))
+            losses = F.cross_entropy(reference(x), y, reduction="none")
+            optimizer.zero_grad()
+            (reweight(losses) * losses).sum().backward()
+            weight.data.copy_(kept)
+            optimizer.step()
+    reference.net[2].weight.data.mul_(nm_mask(reference.net[2].weight, 1, 4))
+    for one, two in zip(module.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)
+
+
+def test_a_soup_of_reweighted_training_is_the_mean_of_its_snapshots():
+    dense = Dense()
+    module = train(LossReweighting(warmup_steps=0), dense, SoupAverager(method="uniform"))
+    torch.testing.assert_close(module.net[2].weight, (dense.weights[2] + dense.weights[5]) / 2)
+    plain = Dense()
+    train(plain)
+    assert not torch.equal(plain.weights[-1], dense.weights[-1])
