@@ -206,7 +206,7 @@ def lm(options):
         differences = [b - a for a, b in zip(last["uniform"], last["linupper"], strict=True)]
         shares = [share_of_tokens(curves["linupper", s], curves["uniform", s][-1][1]) for s in range(options.seeds)]
         reached = [share for share in shares if share < math.inf]
-        ratio_text = interval(reached) if len(reached) > 1 else ", ".join(f"{share:.3f}" for share in reached)
+        ratio_text = interval(reached, sign="") if reached else ""
         missed = f"{len(shares) - len(reached)} of {len(shares)} not reached"
         table.add_row(
             name,
@@ -224,15 +224,14 @@ def mean_sd(values, digits):
     )
 
 
-def interval(values):
+def interval(values, sign="+"):
     """Mean and 95 % interval by Student's t, of few paired values."""
+    mean = statistics.mean(values)
     if len(values) < 2:
-        return f"{values[0]:+.4f}"
+        return f"{mean:{sign}.4f}"
     quantile = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}.get(len(values), 2.571)
     half = quantile * statistics.stdev(values) / math.sqrt(len(values))
-    return (
-        f"{statistics.mean(values):+.4f} [{statistics.mean(values) - half:+.4f}, {statistics.mean(values) + half:+.4f}]"
-    )
+    return f"{mean:{sign}.4f} [{mean - half:{sign}.4f}, {mean + half:{sign}.4f}]"
 
 
 # -- cost -------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Fixtures for all tests."""
 
+import os
+
 import pytest
 import torch.nn.functional as F
 from torch.overrides import _get_current_function_mode_stack
@@ -23,3 +25,13 @@ def torch_stays_as_it_is():
     yield
     assert {name: getattr(F, name) for name in _ASKED_BY_TORCH} == _ASKED_BY_TORCH
     assert not _get_current_function_mode_stack()
+
+
+@pytest.fixture(autouse=True)
+def environment_stays_as_it_is():
+    """Lightning notes seeds in the environment, and ``PL_SEED_WORKERS`` changes the loaders of every test after."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
