@@ -81,7 +81,7 @@ def authors_batch(step):
 
 
 def reference_step(targets, index, logits, labels, lam, beta, clamp):
-    """The card's four steps, in loops and double precision."""
+    """The four steps of an update, in loops and double precision."""
     total = 0.0
     for i, z, y in zip(index, logits, labels, strict=True):
         exponentials = [math.exp(v - max(z)) for v in z]
@@ -142,7 +142,7 @@ def test_regularizer_is_zero_for_no_targets_never_positive_and_bounded_by_the_cl
     assert (elr_regularizer(logits, torch.rand(8, 3).softmax(1), reduction="none") <= 0).all()
     saturated = torch.tensor([[50.0, 0.0, 0.0]])
     rows = elr_update_targets(torch.zeros(1, 3), torch.tensor([0]), saturated, beta=0.0)
-    assert elr_regularizer(saturated, rows).item() == pytest.approx(-8.11, abs=0.01)  # the card's floor for C = 3
+    assert elr_regularizer(saturated, rows).item() == pytest.approx(-8.11, abs=0.01)  # the floor for C = 3
 
 
 def test_gradient_is_the_papers_lemma_where_nothing_is_clamped_and_zero_where_all_is():
@@ -459,7 +459,7 @@ def test_keeps_digits_from_being_memorised_and_finds_the_wrong_labels():
         fit(elr, model, TensorDataset(x[train], labels), epochs=60, batch_size=64)
         accuracy[lam] = (net(x[test]).argmax(1) == clean[test]).float().mean().item()
     wrong, suspects = labels != clean[train], elr.suspected_label_errors()
-    assert accuracy[7.0] > 0.95  # the card: 0.970 after 120 epochs
+    assert accuracy[7.0] > 0.95  # 0.970 after 120 epochs
     assert accuracy[7.0] - accuracy[0.0] > 0.12  # 0.15 after 120 epochs
     assert (suspects & wrong).sum() / suspects.sum() > 0.95
     assert (suspects & wrong).sum() / wrong.sum() > 0.95
