@@ -374,9 +374,8 @@ class LossReweighting(Technique):
 
     @override
     def sample_weights(self, call: "LossCall") -> Tensor | None:
-        losses, mass = call.losses, call.sample_mass
-        if self.level == "token":
-            losses, mass = call.element_losses, call.element_mass
+        by_token = self.level == "token"
+        losses, mass = (call.element_losses, call.element_mass) if by_token else (call.losses, call.sample_mass)
         group = host.data_parallel_group(call.step.trainer)
         ranks = 1 if group is None else world_size(group)
         if not self._attached and len(losses) * ranks == 1:
