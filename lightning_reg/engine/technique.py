@@ -77,7 +77,7 @@ class Technique(Callback):
 
     @classmethod
     def key(cls) -> str:
-        """The technique's key: the name of its file."""
+        """The technique's key: the name of its file; a file with several techniques overrides it in each."""
         return cls.__module__.rsplit(".", 1)[-1]
 
     @property

@@ -16,7 +16,7 @@ DataKind = Literal["classification", "images", "regression", "tokens"]
 
 @dataclass(frozen=True)
 class Case:
-    """A technique as the laws see it; ``CASE`` in ``tests/<folder>/test_<key>.py``.
+    """A technique as the laws see it; ``CASE`` in ``tests/<folder>/test_<key>.py``, a tuple if the file has several.
 
     Args:
         make: Makes a small active instance, one that changes something from the first batches on; takes further

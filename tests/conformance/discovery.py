@@ -42,24 +42,27 @@ def case_of(cls: type[Technique], tests: Path = _TESTS) -> Case:
         tests: Folder of the tests.
 
     Returns:
-        ``CASE`` of ``tests/<folder>/test_<key>.py``.
+        Its case, from ``CASE`` of ``tests/<folder>/test_<file>.py``: one case, or a tuple with one for each technique
+        of the file.
 
     Raises:
-        MissingCaseError: If there is no such file, or no fitting ``CASE`` in it; the message says what to write.
+        MissingCaseError: If there is no such file, or no fitting case in it; the message says what to write.
 
     """
-    folder = cls.__module__.split(".")[-2]
-    path = tests / folder / f"test_{cls.key()}.py"
+    folder, file = cls.__module__.split(".")[-2:]
+    path = tests / folder / f"test_{file}.py"
     wanted = (
         f"{cls.__name__}: write `CASE = Case(make=partial({cls.__name__}, ...), neutral=partial({cls.__name__}, ...))`"
-        f" in tests/{folder}/test_{cls.key()}.py, with `from tests.conformance.case import Case`; its docstring says"
+        f" in tests/{folder}/test_{file}.py, with `from tests.conformance.case import Case`; its docstring says"
         " what else a case can hold."
     )
     if not path.exists():
         raise MissingCaseError(f"There is no such file. {wanted}")
-    case = getattr(importlib.import_module(f"tests.{folder}.test_{cls.key()}"), "CASE", None)
-    if not isinstance(case, Case):
+    case = getattr(importlib.import_module(f"tests.{folder}.test_{file}"), "CASE", None)
+    cases = case if isinstance(case, tuple) else (case,)
+    if not cases or not all(isinstance(case, Case) for case in cases):
         raise MissingCaseError(f"The file has no `CASE`. {wanted}")
-    if case.cls is not cls:
-        raise MissingCaseError(f"`CASE` is for {case.cls.__name__}. {wanted}")
-    return case
+    for case in cases:
+        if case.cls is cls:
+            return case
+    raise MissingCaseError(f"`CASE` is for {', '.join(case.cls.__name__ for case in cases)}. {wanted}")

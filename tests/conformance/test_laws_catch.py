@@ -72,6 +72,9 @@ def test_a_technique_without_case_is_told_what_to_write(monkeypatch, tmp_path):
         monkeypatch.setattr(discovery.importlib, "import_module", lambda name, module=module: module)
         with pytest.raises(MissingCaseError, match=f"{problem}.*Sound: write"):
             case_of(Sound, tmp_path)
+    both = (Case(ELRCallback, None), Case(Sound, None))
+    monkeypatch.setattr(discovery.importlib, "import_module", lambda name: type("module", (), {"CASE": both}))
+    assert case_of(Sound, tmp_path) is both[1]
 
 
 def test_an_exemption_is_a_strict_xfail(monkeypatch):
