@@ -147,9 +147,10 @@ def conr_rows(
 
     """
     with torch.autocast(features.device.type, enabled=False):  # exp(1 / 0.07) is beyond float16
-        z, y, p = _unit_rows(features), numbers(targets), numbers(predictions).detach()
+        z = _unit_rows(features)
+        y, p = (numbers(values).detach().to(z.dtype) for values in (targets, predictions))
         q = z.new_ones(len(z)) if weights is None else weights.detach().reshape(-1).to(z.dtype)
-        sent = torch.cat([z, y.to(z.dtype), p.to(z.dtype)], dim=1)
+        sent = torch.cat([z, y, p], dim=1)
         rows, real, first = (sent, None, 0) if group is None else all_gather_rows(sent, group, capacity)
         keys, all_y, all_p = torch.split(rows, [z.shape[1], y.shape[1], p.shape[1]], dim=1)
         own = torch.arange(len(z), device=z.device)[:, None] + first
@@ -157,8 +158,8 @@ def conr_rows(
         others = others if real is None else others & real
         total: Tensor | int = max(len(rows), 1) if real is None else real.sum()
 
-        apart = distance(sent[:, z.shape[1] : -p.shape[1]].detach(), all_y.detach())
-        positive, negative = _masks(apart, distance(p.to(z.dtype), all_p.detach()), window, others)
+        apart, predicted_apart = distance(y, all_y.detach()), distance(p, all_p.detach())
+        positive, negative = _masks(apart, predicted_apart, window, others)
         grown = eta * apart if push == "exponential" else (eta * apart).log()
         losses, anchors = _row_losses(
             z @ keys.T / temperature, positive, negative, q.log()[:, None] + grown, total if compat else None

@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule, LightningModule, seed_everything
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
-from sklearn.datasets import load_digits
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_reg import ConR, LossMixin
 from lightning_reg.engine.errors import MisconfigurationException
@@ -52,9 +51,9 @@ CASE = Case(
         ({"warmup_steps": 0.5}, "warmup_steps"),
         ({"distance": "cosine"}, "distance"),
         ({"augment": None}, "augment"),
-        ({"views": "none"}, "augment"),
+        ({"views": "none", "augment": "augment"}, "augment"),
         ({"views": "one", "augment": None}, "augment"),
-        ({"views": "dropout"}, "augment"),
+        ({"views": "dropout", "augment": "augment"}, "augment"),
         ({"seed": -1}, "seed"),
         ({"loss": -1}, "loss"),
     ],
@@ -177,7 +176,7 @@ def test_gradient_flows_through_the_features_alone():
 
 
 def test_no_negatives_or_no_positives_give_exactly_zero():
-    features, targets, predictions, _ = rows()
+    features, targets, *_ = rows()
     near, far = torch.zeros(8), 100.0 * torch.arange(8.0)
     for y, p in ((targets, far), (near, near), (far, near), (far, far)):
         variable = features.clone().requires_grad_()
@@ -290,3 +289,392 @@ def test_weights_of_rare_labels():
     for arguments in ((0,), (3, "log"), (3, "inverse", 0.0)):
         with pytest.raises(ValueError, match="inverse_density_weights: `bins`"):
             inverse_density_weights(targets, *arguments)
+
+
+# -- the callback -----------------------------------------------------------------------------------------------------
+
+
+class Regressor(LightningModule):
+    """What a user has; nothing in it knows of ConR."""
+
+    def __init__(self, loss=None, dropout=0.0, outputs=1):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.body = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Dropout(dropout))
+            self.head = nn.Linear(16, outputs)
+        self.loss = loss or plain
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+    def augment(self, x):
+        return x + 0.1 * x.roll(1, dims=1)
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(self, batch)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def plain(model, batch):
+    return F.mse_loss(model(batch[0])[:, 0], batch[1])
+
+
+def numbers(size=22):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(size, 6, generator=generator)
+    y = (3 * x[:, 0] + torch.randn(size, generator=generator)).round()
+    return TensorDataset(x, y, 0.5 + torch.rand(size, generator=generator))
+
+
+def train(conr, model=None, loader=None, epochs=2, **options):
+    """The module, trained; the last batch of an epoch is smaller than the others."""
+    seed_everything(7, verbose=False)
+    model = Regressor() if model is None else model
+    trainer = make_trainer(callbacks=[conr] if conr else [], max_epochs=epochs, **options)
+    loader = DataLoader(numbers(), 8) if loader is None else loader
+    trainer.fit(
+        model, **({"datamodule": loader} if isinstance(loader, LightningDataModule) else {"train_dataloaders": loader})
+    )
+    return model, trainer
+
+
+def by_hand(loss=plain, views=None, beta=0.5, factor=None, epochs=2, outputs=1, **options):
+    """Separate passes of the network: of the batch for the loss, of the views for the regularizer."""
+    model = Regressor(outputs=outputs)
+    optimizer = model.configure_optimizers()
+    views = views or (lambda model, x: [model.augment(x)] * 2)
+    for _ in range(epochs):
+        for batch in DataLoader(numbers(), 8):
+            rows = torch.cat(views(model, batch[0]))
+            features = model.body(rows)
+            repeated = [part.repeat(len(rows) // len(batch[1])) for part in batch[1:]]
+            if options.get("weights") is not None:
+                options["weights"] = repeated[1]
+            term = conr_loss(features, repeated[0], model.head(features), WINDOW, TEMPERATURE, ETA, **options)
+            optimizer.zero_grad()
+            (loss(model, batch) + beta * (factor(batch) if factor else 1.0) * term).backward()
+            optimizer.step()
+    return model
+
+
+WINDOW, TEMPERATURE, ETA = 1.0, 0.3, 0.1
+ACTIVE = {"layer": "body", "window": WINDOW, "temperature": TEMPERATURE, "eta": ETA, "beta": 0.5}
+
+
+def same(one, two):
+    for ours, theirs in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)  # float32, one pass or several
+
+
+def l1_columns(model, batch):
+    return F.l1_loss(model(batch[0]), batch[1][:, None])
+
+
+def smooth_l1(model, batch):
+    return F.smooth_l1_loss(model(batch[0]).squeeze(1), batch[1], beta=0.5)
+
+
+def huber(model, batch):
+    return nn.HuberLoss(delta=0.7)(model(batch[0]).squeeze(1), batch[1])
+
+
+def weighted(model, batch):
+    return F.mse_loss(model(batch[0])[:, 0], batch[1], weight=batch[2])
+
+
+def weighted_by_hand(model, batch):
+    return (batch[2] * F.l1_loss(model(batch[0])[:, 0], batch[1], reduction="none")).mean()
+
+
+def weighted_mean(model, batch):
+    return (batch[2] * F.mse_loss(model(batch[0])[:, 0], batch[1], reduction="none")).sum() / batch[2].sum()
+
+
+def summed(model, batch):
+    return F.mse_loss(model(batch[0])[:, 0], batch[1], reduction="sum") / len(batch[1])
+
+
+@pytest.mark.parametrize(
+    "loss", [plain, l1_columns, smooth_l1, huber, weighted, weighted_by_hand, weighted_mean, summed]
+)
+def test_trains_as_three_passes_by_hand_do_whatever_the_loss(loss):
+    model, _ = train(ConR(**ACTIVE, augment="augment"), Regressor(loss))
+    # A term joins every element of the loss, so weights of the user's own that have another mean weight it too.
+    factor = (lambda batch: batch[2].mean()) if loss is weighted_by_hand else None
+    same(model, by_hand(loss, factor=factor))
+    plainly, _ = train(None, Regressor(loss))
+    assert not torch.allclose(model.head.weight, plainly.head.weight, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "views"),
+    [
+        ({"views": "one", "augment": "augment"}, lambda model, x: [x, model.augment(x)]),
+        ({"views": "dropout"}, lambda model, x: [x, x]),
+        ({"views": "none"}, lambda model, x: [x]),
+        ({"augment": f"{HERE}.shrink"}, lambda model, x: [0.9 * x, 0.9 * x]),
+    ],
+    ids=["one", "dropout", "none", "import path"],
+)
+def test_views(arguments, views):
+    model, _ = train(ConR(**ACTIVE, **arguments))
+    same(model, by_hand(views=views))
+
+
+def test_options_reach_the_core():
+    conr = ConR(**ACTIVE, augment="augment", weights="2", compat=True, distance="max", push="exponential")
+    same(train(conr)[0], by_hand(weights=True, compat=True))
+    same(train(ConR(**ACTIVE, augment="augment", push="linear"))[0], by_hand(push="linear"))
+
+
+def test_a_warmup_lets_beta_rise_from_zero():
+    model, _ = train(ConR(**ACTIVE, augment="augment", warmup_steps=4), epochs=1)
+    halves = Regressor()
+    optimizer = halves.configure_optimizers()
+    for step, batch in enumerate(DataLoader(numbers(), 8)):
+        x, y, _ = batch
+        features = halves.body(torch.cat([halves.augment(x)] * 2))
+        term = conr_loss(features, y.repeat(2), halves.head(features), WINDOW, TEMPERATURE, ETA)
+        optimizer.zero_grad()
+        (plain(halves, batch) + 0.5 * step / 4 * term).backward()
+        optimizer.step()
+    same(model, halves)
+
+
+def concatenated(model, batch):
+    x, y = torch.cat([batch[0], model.augment(batch[0])]), batch[1].repeat(2)
+    return F.mse_loss(model(x)[:, 0], y)
+
+
+def two_passes(model, batch):
+    outputs = torch.cat([model(batch[0]), model(model.augment(batch[0]))])
+    return F.mse_loss(outputs[:, 0], batch[1].repeat(2))
+
+
+def two_losses(model, batch):
+    first = F.mse_loss(model(batch[0])[:, 0], batch[1])
+    return first + F.mse_loss(model(model.augment(batch[0]))[:, 0], batch[1])
+
+
+@pytest.mark.parametrize("step", [concatenated, two_passes])
+def test_a_step_that_makes_two_views_itself(step):
+    model, _ = train(ConR(**ACTIVE, views="none"), Regressor(step))
+    same(model, by_hand(concatenated, views=lambda model, x: [x, model.augment(x)]))
+
+
+@pytest.mark.parametrize(("loss", "view"), [(0, lambda m, x: [x]), (1, lambda m, x: [m.augment(x)])])
+def test_of_two_losses_the_chosen_ones_pass_counts(loss, view):
+    model, _ = train(ConR(**ACTIVE, views="none", loss=loss), Regressor(two_losses))
+    same(model, by_hand(two_losses, views=view))
+
+
+class HandWritten(LossMixin, Regressor):
+    def training_step(self, batch, batch_idx):
+        output = self(batch[0])[:, 0]
+        return self.reduce_loss((output - batch[1]).square(), logits=output, targets=batch[1])
+
+
+def test_a_loss_written_by_hand():
+    same(train(ConR(**ACTIVE, augment="augment"), HandWritten())[0], by_hand())
+
+
+def test_an_augmentation_of_the_datamodule():
+    class Data(LightningDataModule):
+        def train_dataloader(self):
+            return DataLoader(numbers(), 8)
+
+        def twist(self, x):
+            return x + 0.1 * x.roll(1, dims=1)
+
+    same(train(ConR(**ACTIVE, augment="twist"), loader=Data())[0], by_hand())
+
+
+def test_a_second_head_keeps_its_loss_to_the_batch():
+    def heads(model, batch):
+        output = model(batch[0])
+        return F.mse_loss(output[:, 0], batch[1]) + F.l1_loss(output[:, 1:], batch[2][:, None])
+
+    model, _ = train(ConR(**ACTIVE, augment="augment", loss="mse_loss"), Regressor(heads, outputs=2))
+    expected = Regressor(outputs=2)
+    optimizer = expected.configure_optimizers()
+    for _ in range(2):
+        for batch in DataLoader(numbers(), 8):
+            features = expected.body(torch.cat([expected.augment(batch[0])] * 2))
+            output = expected.head(features)[:, 0]
+            term = conr_loss(features, batch[1].repeat(2), output, WINDOW, TEMPERATURE, ETA)
+            optimizer.zero_grad()
+            (heads(expected, batch) + 0.5 * term).backward()
+            optimizer.step()
+    same(model, expected)
+
+
+def test_depth_maps_count_by_their_means():
+    def maps(model, batch):
+        spread = torch.tensor([[-1.0, 1.0]])
+        return F.l1_loss(model(batch[0])[:, :, None] + spread, batch[1][:, None, None] + spread)
+
+    same(train(ConR(**ACTIVE, augment="augment"), Regressor(maps))[0], by_hand(l1_columns))
+
+
+@pytest.mark.parametrize("name", ["poisson_nll_loss", "gaussian_nll_loss"])
+def test_likelihoods_are_regressions(name):
+    def likelihood(model, batch):
+        output, y = model(batch[0])[:, 0], batch[1].abs()
+        if name == "poisson_nll_loss":
+            return F.poisson_nll_loss(output, y)
+        return F.gaussian_nll_loss(output, y, torch.ones_like(output))
+
+    conr = ConR(**ACTIVE, augment="augment")
+    _, trainer = train(conr, Regressor(likelihood), epochs=1, max_steps=1, log_every_n_steps=1)
+    start = Regressor()
+    x, y, _ = next(iter(DataLoader(numbers(), 8)))
+    features = start.body(torch.cat([start.augment(x)] * 2))
+    output = start.head(features)[:, 0]
+    output = output.exp() if name == "poisson_nll_loss" else output
+    term = 0.5 * conr_loss(features, y.abs().repeat(2), output, WINDOW, TEMPERATURE, ETA).item()
+    assert trainer.callback_metrics["reg/conr/term"].item() == pytest.approx(term, abs=1e-6)
+    assert term > 0.1
+
+
+class Drawing(Regressor):
+    def __init__(self):
+        super().__init__()
+        self.drawn = []
+
+    def augment(self, x):
+        self.drawn.append(torch.randn_like(x))
+        return x + 0.1 * self.drawn[-1]
+
+
+def test_draws_of_the_augmentation_are_the_techniques_own():
+    states = []
+    for conr in (None, ConR(**ACTIVE, augment="augment"), ConR(**ACTIVE, augment="augment", seed=1)):
+        model, _ = train(conr, Drawing())
+        states.append((torch.get_rng_state(), model))
+    assert torch.equal(states[0][0], states[1][0])
+    assert torch.equal(states[0][0], states[2][0])
+    drawn = states[1][1].drawn
+    assert len(drawn) == 2 * 2 * 3  # two views, two epochs, three batches
+    assert len({float(noise.sum()) for noise in drawn + states[2][1].drawn}) == 24
+    torch.manual_seed(99)
+    again, _ = train(ConR(**ACTIVE, augment="augment"), Drawing())
+    assert all(torch.equal(a, b) for a, b in zip(drawn, again.drawn, strict=True))
+
+
+def test_logs_the_share_of_anchors():
+    _, trainer = train(ConR(**ACTIVE, views="none"), epochs=1, max_steps=1, log_every_n_steps=1)
+    model, (x, y, _) = Regressor(), next(iter(DataLoader(numbers(), 8)))
+    positive, negative = pair_masks(y, model(x)[:, 0], WINDOW)
+    share = (positive.any(1) & negative.any(1)).float().mean().item()
+    assert 0 < share < 1
+    assert trainer.callback_metrics["reg/conr/anchors"].item() == pytest.approx(share)
+    logged = trainer.callback_metrics
+    difference = logged["reg/loss/total"] - logged["reg/loss/base"]
+    assert difference.item() == pytest.approx(logged["reg/conr/term"].item(), abs=1e-6)
+
+
+def test_describe_says_what_is_done():
+    conr = ConR(**ACTIVE, augment="augment", warmup_steps=3)
+    assert conr.describe() == ("body, window=1, beta=0.5, rising over 3 steps, temperature=0.3; views=two by augment")
+    assert ConR("body", 1.0, beta=0.0, views="none").describe() == "beta=0: inactive"
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def classes(model, batch):
+    return F.cross_entropy(model(batch[0]).repeat(1, 3), (batch[1] > 0).long())
+
+
+def rows_dropped(model, batch):
+    return F.mse_loss(model(batch[0])[1:, 0], batch[1][1:])
+
+
+@pytest.mark.parametrize(
+    ("conr", "loss", "words"),
+    [
+        (ConR(**ACTIVE | {"layer": "boddy"}, views="none"), plain, "No layer is named 'boddy'. Near names: 'body'"),
+        (ConR(**ACTIVE, augment="agument"), plain, "'agument' names no function: neither Regressor nor the datamodule"),
+        (ConR(**ACTIVE, augment="no.such.place"), plain, "'no.such.place' names no function: No module named 'no'"),
+        (ConR(**ACTIVE, augment=f"{HERE}.nothing"), plain, "names no function: module .* has no attribute 'nothing'"),
+        (ConR(**ACTIVE, augment=f"{HERE}.WINDOW"), plain, "names no function: it is a float"),
+        (ConR(**ACTIVE, views="none", distance="no.such"), plain, r"ConR\(distance=...\): 'no.such' names no function"),
+        (ConR(**ACTIVE, augment=f"{HERE}.cut"), plain, "an augmentation has to keep the shape|different shapes"),
+        (ConR(**ACTIVE, augment="augment", input_key="7"), plain, "'7' names nothing in the batch"),
+        (ConR(**ACTIVE, augment="augment"), classes, "ConR: F.cross_entropy.* is no regression"),
+        (ConR(**ACTIVE, augment="augment"), rows_dropped, "has no row for each sample of the batch and its 2 further"),
+        (ConR(**ACTIVE, views="none"), rows_dropped, "gave .8, 16. before the loss, where a feature for each of 7"),
+        (ConR(**ACTIVE, augment="augment", weights="0"), plain, r"ConR\(weights='0'\) must name a tensor .* of 8"),
+        (ConR(**ACTIVE | {"layer": "head"}, views="none"), "before", "'head' gave no tensor before the loss"),
+        (ConR(**ACTIVE, views="none"), "frozen", "the output of layer 'body' has no gradient"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_setups_that_cannot_work_are_refused_in_words(conr, loss, words):
+    model = Regressor(LOSSES.get(loss, loss))
+    if loss == "frozen":
+        model.body.requires_grad_(False)
+    with pytest.raises(MisconfigurationException, match=words):
+        train(conr, model)
+
+
+def before(model, batch):
+    return F.mse_loss(model.body(batch[0]).mean(1), batch[1])
+
+
+LOSSES = {"before": before, "frozen": plain}
+
+
+def cut(x):
+    return x[:, :3]
+
+
+def test_rows_that_do_not_fit_are_refused():
+    def shapes(model, batch):
+        return F.mse_loss(model(batch[0]).expand(-1, 2), batch[1][:, None])
+
+    with pytest.warns(UserWarning, match="target size"), pytest.raises(MisconfigurationException, match="same rows"):
+        train(ConR(**ACTIVE, augment="augment"), Regressor(shapes))
+
+
+def test_a_loss_by_hand_has_to_say_what_it_compares():
+    class Silent(LossMixin, Regressor):
+        def training_step(self, batch, batch_idx):
+            return self.reduce_loss((self(batch[0])[:, 0] - batch[1]).square())
+
+    with pytest.raises(MisconfigurationException, match="`reduce_loss` got none"):
+        train(ConR(**ACTIVE, augment="augment"), Silent())
+
+
+def test_arguments_that_contradict_each_other():
+    with pytest.raises(ValueError, match="ConR: `augment` must be given with views='two', got None"):
+        ConR("body", 1.0)
+    with pytest.raises(ValueError, match="ConR: `augment` has no use with views='none', got 'augment'"):
+        ConR("body", 1.0, views="none", augment="augment")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI, of jsonargparse
+def test_yaml_reaches_every_argument(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "trainer:\n  logger: false\n  callbacks:\n    - class_path: lightning_reg.ConR\n"
+        "      init_args: {layer: layer, window: 1.5, augment: my_project.augment}\n"
+    )
+
+    def run(*arguments):
+        options = {"run": False, "save_config_callback": None, "seed_everything_default": 1}
+        return LightningCLI(BoringModel, args=list(arguments), **options)
+
+    conr = run("--config", str(config)).trainer.callbacks[0]
+    assert (type(conr), conr.window, conr.augment, conr.temperature) == (ConR, 1.5, "my_project.augment", 0.07)
+    with pytest.raises(SystemExit):
+        run("--config", str(config), "--print_config")
+    printed = capsys.readouterr().out
+    assert "views: two" in printed
+    with pytest.raises(SystemExit):
+        run("--trainer.callbacks.help", "lightning_reg.ConR")
+    assert "Labels this close count as similar" in capsys.readouterr().out
