@@ -2,7 +2,7 @@ r"""ConR's functional core: which rows attract and repel one another, and the lo
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -123,7 +123,15 @@ def conr_loss(
 
     """
     options = (window, temperature, eta, weights, compat, push, distance, group, capacity)
-    return conr_rows(features, targets, predictions, *options)[0].sum()
+    return conr_rows(features, targets, predictions, *options).losses.sum()
+
+
+class Rows(NamedTuple):
+    """What each row adds to the loss, whether it is an anchor, and how many negatives it has: ``(n,)`` each."""
+
+    losses: Tensor
+    anchors: Tensor
+    negatives: Tensor
 
 
 def conr_rows(
@@ -139,13 +147,8 @@ def conr_rows(
     distance: Distance = label_distance,
     group: "ProcessGroup | None" = None,
     capacity: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The parts of :func:`conr_loss`, row by row; the arguments are the same.
-
-    Returns:
-        What each row adds to the loss, ``(n,)``, and which rows are anchors, bool ``(n,)``.
-
-    """
+) -> Rows:
+    """The parts of :func:`conr_loss`, row by row; the arguments are the same."""
     with torch.autocast(features.device.type, enabled=False):  # exp(1 / 0.07) is beyond float16
         z = _unit_rows(features)
         y, p = (numbers(values).detach().to(z.dtype) for values in (targets, predictions))
@@ -157,34 +160,20 @@ def conr_rows(
         others = own != torch.arange(len(rows), device=z.device)
         others = others if real is None else others & real
         total: Tensor | int = max(len(rows), 1) if real is None else real.sum()
-
         apart, predicted_apart = distance(y, all_y.detach()), distance(p, all_p.detach())
         positive, negative = _masks(apart, predicted_apart, window, others)
-        grown = eta * apart if push == "exponential" else (eta * apart).log()
-        losses, anchors = _row_losses(
-            z @ keys.T / temperature, positive, negative, q.log()[:, None] + grown, total if compat else None
-        )
-        if push == "linear":
-            positives = positive.sum(1)
-            losses = losses * (positives / (positives + 1))
-        else:
-            losses = losses * q
-        return losses * (world_size(group) if group is not None else 1) / total, anchors
-
-
-def _unit_rows(features: Tensor) -> Tensor:
-    flat = features.flatten(1).to(torch.promote_types(features.dtype, torch.float32))
-    norms = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
-    # A row of zeros has no direction: it stays 0 and gets no gradient, where dividing by a floor would give 1e12 of it.
-    there = norms > 1e-12
-    return torch.where(there, flat, 0.0) / torch.where(there, norms, 1.0)
+        log_push = q.log()[:, None] + (eta * apart if push == "exponential" else (eta * apart).log())
+        losses, anchors = _row_losses(z @ keys.T / temperature, positive, negative, log_push, total if compat else None)
+        positives = positive.sum(1)
+        losses = losses * (q if push == "exponential" else positives / (positives + 1))
+        return Rows(losses * (1 if group is None else world_size(group)) / total, anchors, negative.sum(1))
 
 
 def _row_losses(
     s: Tensor, positive: Tensor, negative: Tensor, log_push: Tensor, compat_total: Tensor | int | None
 ) -> tuple[Tensor, Tensor]:
     positives = positive.sum(1)
-    anchors = negative.any(1) & (positives > 0)
+    anchors = (positives > 0) & negative.any(1)
     logits = s + torch.where(negative, log_push, 0.0)
     logits = logits.masked_fill(~(positive | negative), -math.inf)
     if compat_total is not None:
@@ -193,6 +182,14 @@ def _row_losses(
     logits = torch.where(anchors[:, None], logits, 0.0)
     attraction = torch.where(positive, s, 0.0).sum(1) / positives.clamp(min=1)
     return torch.where(anchors, logits.logsumexp(1) - attraction, 0.0), anchors
+
+
+def _unit_rows(features: Tensor) -> Tensor:
+    flat = features.flatten(1).to(torch.promote_types(features.dtype, torch.float32))
+    norms = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
+    # A row of zeros has no direction: it stays 0 and gets no gradient, where dividing by a floor would give 1e12 of it.
+    there = norms > 1e-12
+    return torch.where(there, flat, 0.0) / torch.where(there, norms, 1.0)
 
 
 def inverse_density_weights(

@@ -222,13 +222,14 @@ class ConR(Technique):
             weights = None if weights is None else weights.repeat(views)
         group = host.data_parallel_group(call.step.trainer) if self.gather else None
         capacity = None if call.step.capacity is None else call.step.capacity * (len(targets) // call.batch_size)
-        rows, anchors = conr_rows(
+        rows = conr_rows(
             features, targets, predictions, self.window, self.temperature, self.eta, weights, self.compat, self.push,
             self._distance(call.step), group, capacity,
         )  # fmt: skip
         if call.step.is_logging:
-            call.step.log(self, "anchors", anchors.float().mean())
-        return self._beta(call.step) * rows.sum()
+            call.step.log(self, "anchors", rows.anchors.float().mean())
+            call.step.log(self, "negatives", rows.negatives.float().mean())
+        return self._beta(call.step) * rows.losses.sum()
 
     def _beta(self, step: "Step") -> float:
         return self.beta * min(1.0, step.global_step / self.warmup_steps) if self.warmup_steps else self.beta

@@ -6,9 +6,10 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningDataModule, LightningModule, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, seed_everything
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
+from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -564,13 +565,14 @@ def test_draws_of_the_augmentation_are_the_techniques_own():
     assert all(torch.equal(a, b) for a, b in zip(drawn, again.drawn, strict=True))
 
 
-def test_logs_the_share_of_anchors():
+def test_logs_the_share_of_anchors_and_the_negatives():
     _, trainer = train(ConR(**ACTIVE, views="none"), epochs=1, max_steps=1, log_every_n_steps=1)
     model, (x, y, _) = Regressor(), next(iter(DataLoader(numbers(), 8)))
     positive, negative = pair_masks(y, model(x)[:, 0], WINDOW)
     share = (positive.any(1) & negative.any(1)).float().mean().item()
     assert 0 < share < 1
     assert trainer.callback_metrics["reg/conr/anchors"].item() == pytest.approx(share)
+    assert trainer.callback_metrics["reg/conr/negatives"].item() == pytest.approx(negative.sum().item() / 8)
     logged = trainer.callback_metrics
     difference = logged["reg/loss/total"] - logged["reg/loss/base"]
     assert difference.item() == pytest.approx(logged["reg/conr/term"].item(), abs=1e-6)
@@ -678,3 +680,122 @@ def test_yaml_reaches_every_argument(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         run("--trainer.callbacks.help", "lightning_reg.ConR")
     assert "Labels this close count as similar" in capsys.readouterr().out
+
+
+# -- several ranks ----------------------------------------------------------------------------------------------------
+
+
+def loss_on_rank(first, capacity, options):
+    import torch.distributed as dist
+
+    mine = slice(0, first) if dist.get_rank() == 0 else slice(first, 8)
+    features, targets, predictions, weights = (part[mine] for part in rows())
+    theta = torch.eye(3, dtype=torch.float64).add(0.3).requires_grad_()
+    group = {"group": dist.group.WORLD, "capacity": capacity}
+    value = conr_loss(features @ theta, targets, predictions, 2.0, 0.2, 0.2, weights, **options, **group)
+    value.backward()
+    return value.item(), theta.grad
+
+
+@pytest.mark.parametrize("first", [4, 3, 7, 8])
+@pytest.mark.parametrize("capacity", [8, None])
+@pytest.mark.parametrize("options", [{}, {"compat": True}, {"push": "linear"}], ids=str)
+def test_the_mean_over_ranks_is_the_loss_of_all_rows_and_so_are_the_gradients(two_processes, first, capacity, options):
+    features, targets, predictions, weights = rows()
+    theta = torch.eye(3, dtype=torch.float64).add(0.3).requires_grad_()
+    value = conr_loss(features @ theta, targets, predictions, 2.0, 0.2, 0.2, weights, **options)
+    value.backward()
+    (one, one_gradient), (two, two_gradient) = two_processes.run(loss_on_rank, first, capacity, options)
+    assert (one + two) / 2 == pytest.approx(value.item(), rel=1e-12)  # float64, sums in another order
+    torch.testing.assert_close((one_gradient + two_gradient) / 2, theta.grad, rtol=1e-10, atol=1e-12)
+
+
+def train_on_rank(conr):
+    import torch.distributed as dist
+
+    # 6 and 5 samples in batches of 4: the last batches have 2 and 1.
+    part = slice(0, 6) if dist.get_rank() == 0 else slice(6, 11)
+    loader = DataLoader(TensorDataset(*(tensor[part] for tensor in numbers().tensors)), 4)
+    options = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False}
+    model, _ = train(conr, loader=loader, **options)
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("gather", [True, False])
+def test_ranks_with_unequal_batches_train_as_one_process(two_processes, gather):
+    one, two = two_processes.run(train_on_rank, ConR(**ACTIVE, augment="augment", gather=gather))
+    model = Regressor()
+    optimizer = model.configure_optimizers()
+    x, y, _ = numbers().tensors
+    for _ in range(2):
+        for batches in ((slice(0, 4), slice(6, 10)), (slice(4, 6), slice(10, 11))):
+            views = [torch.cat([model.augment(x[part])] * 2) for part in batches]
+            labels = [y[part].repeat(2) for part in batches]
+            parts = [(torch.cat(views), torch.cat(labels))] if gather else list(zip(views, labels, strict=True))
+            terms = []
+            for rows_of_part, labels_of_part in parts:
+                features = model.body(rows_of_part)
+                terms.append(conr_loss(features, labels_of_part, model.head(features), WINDOW, TEMPERATURE, ETA))
+            losses = [plain(model, (x[part], y[part])) for part in batches]
+            optimizer.zero_grad()
+            (sum(losses) / 2 + 0.5 * sum(terms) / len(terms)).backward()
+            optimizer.step()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(one[name], value, atol=1e-6, rtol=1e-5)
+        assert torch.equal(one[name], two[name])
+
+
+# -- what it does -----------------------------------------------------------------------------------------------------
+
+
+class DigitRegressor(LightningModule):
+    """Digits as numbers."""
+
+    def __init__(self):
+        super().__init__()
+        layers = [nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU()]
+        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 64), nn.ReLU())
+        self.head = nn.Linear(64, 1)
+
+    def forward(self, x):
+        return self.head(self.body(x))[:, 0]
+
+    def augment(self, x):
+        dy, dx = torch.randint(-1, 2, (2,)).tolist()
+        return x.roll((dy, dx), dims=(2, 3)) + 0.1 * torch.randn_like(x)
+
+    def training_step(self, batch, batch_idx):
+        return F.l1_loss(self(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 1e-3)
+
+
+class Negatives(Callback):
+    """Negatives per row in the last full batch of each epoch."""
+
+    def __init__(self):
+        self.counts = []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.counts.append(float(trainer.callback_metrics.get("reg/conr/negatives", 0.0)))
+
+
+def test_on_skewed_digits_negatives_fade_and_the_error_is_about_that_of_the_plain_loss():
+    digits = load_digits()
+    x = torch.tensor(digits.images / 16, dtype=torch.float32)[:, None]
+    y = torch.tensor(digits.target, dtype=torch.float32)
+    counts = [90, 90, 70, 50, 30, 20, 12, 8, 5, 5]
+    kept = torch.cat([(y == digit).nonzero()[:count, 0] for digit, count in enumerate(counts)])
+    test = torch.cat([(y == digit).nonzero()[-60:, 0] for digit in range(10)])
+    error, negatives = {}, Negatives()
+    for beta in (0.0, 0.2):
+        seed_everything(0, verbose=False)
+        model = DigitRegressor()
+        loader = DataLoader(TensorDataset(x[kept], y[kept]), 64, shuffle=True, drop_last=True)
+        conr = ConR("body", window=0.5, beta=beta, eta=0.2, augment="augment")
+        make_trainer(max_epochs=20, callbacks=[conr, negatives if beta else Negatives()]).fit(model, loader)
+        with torch.no_grad():
+            error[beta] = (model(x[test]) - y[test]).abs().mean().item()
+    assert sum(negatives.counts[-5:]) < 0.5 * sum(negatives.counts[:5])
+    assert error[0.2] < 1.05 * error[0.0]
