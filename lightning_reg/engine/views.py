@@ -57,6 +57,8 @@ class Views:
         given = arguments.get("input", arguments.get("input1", arguments.get("anchor")))
         if not isinstance(given, Tensor) or not self._has_blocks(given):
             return None
+        if given.is_leaf and given.requires_grad:  # a parameter, whatever its number of rows
+            return None
         narrowed = dict(arguments)
         for name in _PER_ROW:
             value = arguments.get(name)

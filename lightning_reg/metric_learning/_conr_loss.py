@@ -119,7 +119,7 @@ def conr_loss(
     Example:
         >>> features = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.9, 0.2]])
         >>> conr_loss(features, torch.tensor([1.0, 1.5, 9.0]), torch.tensor([2.0, 8.0, 2.5]), window=1.0)
-        tensor(0.1944)
+        tensor(0.2010)
 
     """
     options = (window, temperature, eta, weights, compat, push, distance, group, capacity)

@@ -141,12 +141,12 @@ def test_a_call_without_a_row_for_each_view_is_refused_where_it_is_used():
 
 def test_calls_that_are_not_about_the_batch_stay_as_they_are():
     def step(module, batch):
-        pull = F.mse_loss(module.net[0].weight, torch.zeros(8, 6), reduction="sum")
+        pull = F.mse_loss(module.net[0].weight, torch.zeros(8, 6), reduction="sum")  # one view: 8 = 2 * 4 rows
         return F.cross_entropy(module(batch[0]), batch[1]) + 0.01 * pull
 
     one, two = Classifier(step=step), Classifier(step=step)
-    fit(one, Shifted(loss="cross_entropy"))
-    fit(two)
+    fit(one, Shifted(count=1, loss="cross_entropy"), loader=make_loader(batch_size=4))
+    fit(two, loader=make_loader(batch_size=4))
     assert same_weights(one, two, atol=1e-6)
 
 

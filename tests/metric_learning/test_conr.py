@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from sklearn.datasets import load_digits
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_reg import ConR, LossMixin
@@ -248,6 +249,29 @@ def test_half_precision_features_under_autocast_are_compared_in_float32(dtype):
     assert value.dtype == torch.float32
     assert value.item() == conr_loss(features.float(), targets, predictions, 2.0).item()
     assert features.grad.isfinite().all()
+
+
+class NothingIsRead(TorchDispatchMode):
+    """Raises where a value would be read on the host, or a shape would depend on one."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in (
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.nonzero.default,
+            torch.ops.aten.index.Tensor,
+            torch.ops.aten.masked_select.default,
+        ), f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_value_is_read_on_the_host():
+    features, targets, predictions, weights = rows()
+    features.requires_grad_()
+    with NothingIsRead():
+        for options in ({}, {"compat": True, "weights": weights}, {"push": "linear"}):
+            conr_loss(features, targets, predictions, 2.0, **options).backward()
+    with pytest.raises(AssertionError, match="waits for the device"), NothingIsRead():
+        features.sum().item()
 
 
 def test_distances_of_labels_that_are_vectors():
