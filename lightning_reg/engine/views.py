@@ -18,7 +18,7 @@ from lightning_reg.engine.errors import MisconfigurationException
 if TYPE_CHECKING:
     from lightning_reg.engine.technique import Technique
 
-__all__ = ["Views", "entry_at", "with_entry"]
+__all__ = ["Views"]
 
 # Arguments of the loss functions that have a row for each row of the input. A `weight` is one if it has the input's
 # number of dimensions; else it belongs to the classes.
@@ -151,63 +151,3 @@ def _with_attributes(owner: Any, values: dict[str, Any]) -> Any:
     for name, value in values.items():
         object.__setattr__(changed, name, value)  # a dataclass may be frozen
     return changed
-
-
-# -- entries ----------------------------------------------------------------------------------------------------------
-
-
-def entry_at(batch: Any, key: str) -> Any:
-    """An entry of the user's batch.
-
-    Args:
-        batch: The batch, in any structure.
-        key: Keys, positions and attributes, separated by dots (``"0"``, ``"image"``, ``"inputs.image"``); ``""`` is the
-            batch itself.
-
-    Returns:
-        The entry.
-
-    Raises:
-        MisconfigurationException: If there is none.
-
-    """
-    entry = batch
-    for name in key.split(".") if key else []:
-        entry = _part(entry, name, key)
-    return entry
-
-
-def with_entry(batch: Any, key: str, value: Any) -> Any:
-    """A copy of the batch with another value for one entry; the given one stays as it is.
-
-    Args:
-        batch: The batch, in any structure.
-        key: As for :func:`entry_at`.
-        value: The new value.
-
-    Returns:
-        A batch of the same structure.
-
-    """
-    if not key:
-        return value
-    name, _, rest = key.partition(".")
-    inner = with_entry(_part(batch, name, key), rest, value)
-    if isinstance(batch, Mapping):
-        return _rebuilt(batch, {**batch, (name if name in batch else int(name)): inner})
-    if isinstance(batch, tuple | list) and name not in getattr(batch, "_fields", ()):
-        items = [inner if position == int(name) % len(batch) else item for position, item in enumerate(batch)]
-        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
-    return batch._replace(**{name: inner}) if hasattr(batch, "_fields") else _with_attributes(batch, {name: inner})
-
-
-def _part(entry: Any, name: str, key: str) -> Any:
-    try:
-        if isinstance(entry, Mapping):
-            return entry[name] if name in entry else entry[int(name)]
-        if isinstance(entry, tuple | list) and name not in getattr(entry, "_fields", ()):
-            return entry[int(name)]
-        return getattr(entry, name)
-    except (KeyError, IndexError, ValueError, AttributeError) as error:
-        shape = f"keys {list(entry)}" if isinstance(entry, Mapping) else f"a {type(entry).__name__}"
-        raise MisconfigurationException(f"{key!r} names nothing in the batch: {name!r} is none of {shape}.") from error

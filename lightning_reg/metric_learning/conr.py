@@ -8,11 +8,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_reg.engine import host
+from lightning_reg.engine.entries import find_entry, replace_entry
 from lightning_reg.engine.errors import MisconfigurationException, check_choice, check_number
 from lightning_reg.engine.regression import features_per_row, regression_pairs
 from lightning_reg.engine.technique import Technique
 from lightning_reg.engine.user_functions import user_function
-from lightning_reg.engine.views import entry_at, with_entry
 from lightning_reg.metric_learning._conr_loss import (
     Distance,
     Push,
@@ -199,9 +199,9 @@ class ConR(Technique):
         if self.augment is None:
             return [batch] * count
         augment = user_function(self.augment, step.trainer, step.module, "ConR(augment=...)")
-        x = entry_at(batch, self.input_key)
+        x = find_entry(batch, self.input_key, "input_key")
         with host.seeded_randomness(self.generator(step)), torch.no_grad():
-            return [with_entry(batch, self.input_key, augment(x)) for _ in range(count)]
+            return [replace_entry(batch, self.input_key, augment(x)) for _ in range(count)]
 
     @override
     def loss_term(self, call: "LossCall") -> Tensor | None:
@@ -243,7 +243,7 @@ class ConR(Technique):
     def _weights(self, step: "Step", rows: int) -> Tensor | None:
         if self.weights is None:
             return None
-        weights = entry_at(step.batch, self.weights)
+        weights = find_entry(step.batch, self.weights, "weights")
         if not isinstance(weights, Tensor) or weights.numel() != rows:
             shape = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
             raise MisconfigurationException(

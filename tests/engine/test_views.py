@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
+from lightning_reg.engine.entries import replace_entry
 from lightning_reg.engine.errors import MisconfigurationException
-from lightning_reg.engine.views import Views, entry_at, with_entry
+from lightning_reg.engine.views import Views
 from tests.toys import (
     QUIET,
     BatchShift,
@@ -41,7 +42,7 @@ class Shifted(_Toy):
 
     @override
     def extra_views(self, batch, step):
-        return [with_entry(batch, "0", batch[0] + 1 + view) for view in range(self.count)]
+        return [replace_entry(batch, "0", batch[0] + 1 + view) for view in range(self.count)]
 
     @override
     def loss_term(self, call):
@@ -197,35 +198,6 @@ def test_joins_every_structure_of_batch():
 def test_views_of_another_shape_are_refused():
     with pytest.raises(MisconfigurationException, match=r"different shapes, \(3, 2\), \(3, 1\)"):
         joined((X, Y), (X[:, :1], Y))
-
-
-@pytest.mark.parametrize(
-    ("batch", "key"),
-    [
-        ((X, Y), "0"),
-        ([Y, X], "-1"),
-        ({"image": X}, "image"),
-        ({0: X}, "0"),
-        ({"inputs": (Y, X)}, "inputs.1"),
-        (Point(X, Y), "x"),
-        (Point(Y, X), "1"),
-        (Frozen(Y, {"x": X}), "rest.x"),
-        (UserDict(x=X), "x"),
-        (X, ""),
-    ],
-)
-def test_entries_are_found_and_replaced(batch, key):
-    assert entry_at(batch, key) is X
-    changed = with_entry(batch, key, Y)
-    assert type(changed) is type(batch) or not key
-    assert entry_at(changed, key) is Y
-    assert entry_at(batch, key) is X
-
-
-@pytest.mark.parametrize(("batch", "key"), [((X,), "3"), ({"a": X}, "b"), (Frozen(X, {}), "z"), ((X,), "name")])
-def test_an_entry_that_is_not_there(batch, key):
-    with pytest.raises(MisconfigurationException, match=f"'{key}' names nothing in the batch"):
-        entry_at(batch, key)
 
 
 def test_only_arguments_with_a_row_per_sample_are_narrowed():

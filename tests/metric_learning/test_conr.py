@@ -629,7 +629,7 @@ def rows_dropped(model, batch):
         (ConR(**ACTIVE, augment=f"{HERE}.WINDOW"), plain, "names no function: it is a float"),
         (ConR(**ACTIVE, views="none", distance="no.such"), plain, r"ConR\(distance=...\): 'no.such' names no function"),
         (ConR(**ACTIVE, augment=f"{HERE}.cut"), plain, "an augmentation has to keep the shape|different shapes"),
-        (ConR(**ACTIVE, augment="augment", input_key="7"), plain, "'7' names nothing in the batch"),
+        (ConR(**ACTIVE, augment="augment", input_key="7"), plain, "input_key='7' names nothing in the batch"),
         (ConR(**ACTIVE, augment="augment"), classes, "ConR: F.cross_entropy.* is no regression"),
         (ConR(**ACTIVE, augment="augment"), rows_dropped, "has no row for each sample of the batch and its 2 further"),
         (ConR(**ACTIVE, views="none"), rows_dropped, "gave .8, 16. before the loss, where a feature for each of 7"),
