@@ -178,7 +178,7 @@ def _row_losses(
     logits = logits.masked_fill(~(positive | negative), -math.inf)
     if compat_total is not None:
         logits = torch.cat([logits, (compat_total - positives).to(s.dtype).log()[:, None]], dim=1)
-    # Other rows may have no finite entry, and the gradient of their logsumexp would be NaN.
+    # Other rows may have no finite entry, where the gradient of logsumexp is 0 only by a special case of torch.
     logits = torch.where(anchors[:, None], logits, 0.0)
     attraction = torch.where(positive, s, 0.0).sum(1) / positives.clamp(min=1)
     return torch.where(anchors, logits.logsumexp(1) - attraction, 0.0), anchors
