@@ -118,6 +118,12 @@ for path in paths:
     "make_soup": """
 soup = make_soup(paths, check_ancestry=False)
 """,
+    "make_soup, sums in float32": """
+soup = make_soup(paths, check_ancestry=False, accumulate_dtype=torch.float32)
+""",
+    "make_soup, with the check of ancestry": """
+soup = make_soup(paths)
+""",
     "torch.load and sum by hand": """
 total = None
 for path in paths:
@@ -140,11 +146,15 @@ soup = {key: value.clamp(limits.min, limits.max).to(dtype=torch.float32) for key
 """,
 }
 FILE_PROGRAM = """
-import sys, time, torch
+import os, sys, time, torch
 from lightning_reg.functional import make_soup
 def used(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) / 1024
-paths = sys.argv[1:]
+cold, *paths = sys.argv[1:]
+for path in paths if cold == "cold" else ():
+    handle = os.open(path, os.O_RDONLY)
+    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(handle)
 before, started = used("VmRSS"), time.perf_counter()
 {way}
 print(time.perf_counter() - started, used("VmHWM") - before)
@@ -152,37 +162,37 @@ print(time.perf_counter() - started, used("VmHWM") - before)
 
 
 def files(options: argparse.Namespace) -> Table:
-    table = Table("form", "way", "median", "GB/s", "ratio of speed to reading", "peak memory")
-    table.title = f"mean of {options.files} files of {options.megabytes} MB (page cache warm)"
+    table = Table("form", "cache", "way", "median", "GB/s", "ratio of speed to reading", "peak memory")
+    table.title = f"mean of {options.files} files of {options.megabytes} MB"
     with tempfile.TemporaryDirectory() as name:
         for suffix in ("ckpt", "safetensors"):
             paths = write_models(Path(name), suffix, options)
-            ways = {k: v for k, v in FILE_WAYS.items() if suffix == "ckpt" or k in ("read alone", "make_soup")}
-            seconds: dict[str, list[float]] = {way: [] for way in ways}
-            peaks: dict[str, float] = {}
-            for _ in range(options.rounds):
-                for way, text in ways.items():
-                    command = [sys.executable, "-W", "ignore", "-c", FILE_PROGRAM.format(way=text), *map(str, paths)]
-                    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-                    seconds[way].append(float(printed[0]))
-                    peaks[way] = float(printed[1])
-            reading = statistics.median(seconds["read alone"])
-            for way in ways:
-                median = statistics.median(seconds[way])
-                speed = options.files * options.megabytes / 1e3 / median
-                row = (
-                    suffix,
-                    way,
-                    f"{median:.2f} s",
-                    f"{speed:.2f}",
-                    f"{reading / median:.2f}",
-                    f"{peaks[way]:.0f} MiB",
-                )
-                table.add_row(*row)
-            table.add_section()
+            ways = {k: v for k, v in FILE_WAYS.items() if suffix == "ckpt" or k.startswith(("read", "make_soup"))}
+            for cache in ("cold", "warm"):
+                add_files(table, suffix, cache, ways, paths, options)
             for path in paths:
                 path.unlink()
     return table
+
+
+def add_files(
+    table: Table, suffix: str, cache: str, ways: dict[str, str], paths: list[Path], options: argparse.Namespace
+) -> None:
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    peaks: dict[str, float] = {}
+    for _ in range(options.rounds):
+        for way, text in ways.items():
+            command = [sys.executable, "-W", "ignore", "-c", FILE_PROGRAM.format(way=text), cache, *map(str, paths)]
+            printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+            seconds[way].append(float(printed[0]))
+            peaks[way] = float(printed[1])
+    reading = statistics.median(seconds["read alone"])
+    for way in ways:
+        median = statistics.median(seconds[way])
+        speed = options.files * options.megabytes / 1e3 / median
+        numbers = (f"{median:.2f} s", f"{speed:.2f}", f"{reading / median:.2f}", f"{peaks[way]:.0f} MiB")
+        table.add_row(suffix, cache, way, *numbers)
+    table.add_section()
 
 
 def write_models(folder: Path, suffix: str, options: argparse.Namespace) -> list[Path]:
