@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_reg.averaging._batch_norm import reestimate_batchnorm, tracking_layers
-from lightning_reg.averaging._collectors import Exchange, Ingredient, MovingAverage, RunningMean, Shelf, Weights
+from lightning_reg.averaging._collectors import Ingredient, MovingAverage, RunningMean, Shelf, Weights
 from lightning_reg.averaging._greedy import Candidate, accepts, greedy_soup
 from lightning_reg.averaging._state_dicts import average_state_dicts
 from lightning_reg.engine import distributed, extra_passes, host
@@ -185,12 +185,11 @@ def _greedy(
         return Outcome(source.names, source.taken, soup._soup_score, list(soup._trace)), source.average()
     for position, ingredient in enumerate(source.ingredients):
         if ingredient.score is None:
-            exchange = Exchange()
-            exchange.put(soup._live, source[position])
+            soup._exchange.put(soup._live, source[position])
             try:
                 ingredient.score = score_in(soup, extra_passes.validation_metrics(trainer), module)
             finally:
-                exchange.undo()
+                soup._exchange.undo()
     result = greedy_soup(
         source,
         [i.score if i.score is not None else math.nan for i in source.ingredients],

@@ -662,12 +662,12 @@ def test_ranks_decide_the_same_though_their_metrics_differ(two_processes, greedy
     near(one[0], two[0], PARAMETERS)
 
 
-def test_strategies_that_split_parameters_are_refused():
+def test_strategies_that_split_parameters_into_pieces_are_refused():
     class FSDPStrategy(SingleDeviceStrategy):
         pass
 
     trainer = Trainer(strategy=FSDPStrategy(torch.device("cpu")), logger=False, enable_checkpointing=False)
-    with pytest.raises(MisconfigurationException, match="averages whole parameters, which FSDPStrategy splits"):
+    with pytest.raises(MisconfigurationException, match="FSDPStrategy splits parameters into pieces"):
         SoupAverager(method="ema").check(trainer, User())
 
 
