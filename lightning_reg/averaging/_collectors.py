@@ -89,22 +89,38 @@ def ema_decay(updates: int, decay: float, warmup_steps: int) -> float:
     return min(decay, updates / (updates + 1)) if updates < warmup_steps else decay
 
 
-class MovingAverage:
+class _Fused:
+    """A running average whose updates are fused over the tensors."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+        self.ingredients: list[Ingredient] = []
+        self._lists: _Lists | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """What was taken in, where that has names."""
+        return [ingredient.name for ingredient in self.ingredients]
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lists": None}
+
+    def let_go(self) -> None:
+        """Holds on to nothing of the module."""
+        self._lists = None
+
+
+class MovingAverage(_Fused):
     """Exponential moving average in float32 (float64 where the weights are), beside the weights; one fused update.
 
     Memory: one copy of the weights.
     """
 
     def __init__(self, decay: float, warmup_steps: int) -> None:
-        self.decay, self.warmup_steps, self.taken = decay, warmup_steps, 0
-        self.ingredients: list[Ingredient] = []
+        super().__init__()
+        self.decay, self.warmup_steps = decay, warmup_steps
         self._average: dict[str, Tensor] = {}
-        self._lists: _Lists | None = None
-
-    @property
-    def names(self) -> list[str]:
-        """None: an update is no ingredient."""
-        return []
 
     @torch.no_grad()
     def take(self, ingredient: Ingredient, weights: Weights, *, write: bool = True) -> None:
@@ -120,14 +136,6 @@ class MovingAverage:
     def average(self) -> dict[str, Tensor]:
         """The average itself, not a copy."""
         return self._average
-
-    @override
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lists": None}
-
-    def let_go(self) -> None:
-        """Holds on to nothing of the module."""
-        self._lists = None
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain values."""
@@ -145,7 +153,7 @@ class MovingAverage:
         self._average = {name: t.to(live[name].device) for name, t in own.items()}
 
 
-class RunningMean:
+class RunningMean(_Fused):
     """Sum in float64, divided when the mean is asked for.
 
     Memory: two copies of float32 weights, on the CPU if ``on_cpu``.
@@ -157,15 +165,9 @@ class RunningMean:
     """
 
     def __init__(self, *, on_cpu: bool, with_names: bool) -> None:
-        self.on_cpu, self.with_names, self.taken = on_cpu, with_names, 0
-        self.ingredients: list[Ingredient] = []
+        super().__init__()
+        self.on_cpu, self.with_names = on_cpu, with_names
         self._sums: dict[str, Tensor] = {}
-        self._lists: _Lists | None = None
-
-    @property
-    def names(self) -> list[str]:
-        """What was taken in."""
-        return [ingredient.name for ingredient in self.ingredients]
 
     @torch.no_grad()
     def take(self, ingredient: Ingredient, weights: Weights, *, write: bool = True) -> None:
@@ -189,14 +191,6 @@ class RunningMean:
         if more is None:
             return {name: total / self.taken for name, total in self._sums.items()}
         return {name: (total + more[name].detach().to(total)) / (self.taken + 1) for name, total in self._sums.items()}
-
-    @override
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lists": None}
-
-    def let_go(self) -> None:
-        """Holds on to nothing of the module."""
-        self._lists = None
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain values."""

@@ -40,7 +40,7 @@ __all__ = [
 # -- scores -----------------------------------------------------------------------------------------------------------
 
 
-def score_in(soup: "SoupAverager", metrics: Mapping[str, float], module: "LightningModule") -> float:
+def score_in(soup: "SoupAverager", metrics: Mapping[str, Any], module: "LightningModule") -> float:
     """The metric to decide by.
 
     Returns:
@@ -55,7 +55,7 @@ def score_in(soup: "SoupAverager", metrics: Mapping[str, float], module: "Lightn
             f"SoupAverager(monitor={soup.monitor!r}): validation logged no such metric, but"
             f" {sorted(name for name in metrics if not name.startswith('reg/')) or 'none at all'}."
         )
-    score = metrics[soup.monitor]
+    score = float(metrics[soup.monitor])
     if distributed.world_size() == 1:
         return score
     scores = distributed.all_gather(torch.tensor(score, dtype=torch.float64, device=module.device)).tolist()
@@ -104,9 +104,9 @@ class Outcome:
     Args:
         ingredients: Names, where it is one of snapshots.
         count: How many snapshots or updates are in it.
-        score: Of the greedy soup.
+        score: Of the greedy soup; of another average if it has batch statistics and the metric is logged.
         trace: Decisions of the greedy soup.
-        before_batch_norm: Its score before batch statistics were estimated anew.
+        before_batch_norm: The score before batch statistics were estimated anew.
 
     """
 
@@ -207,12 +207,17 @@ def _greedy(
 def _settle_batch_norm(
     soup: "SoupAverager", trainer: "Trainer", module: "LightningModule", average: dict[str, Tensor], outcome: Outcome
 ) -> None:
-    """Estimates the statistics of the final average, in ``average`` itself, and notes a greedy soup's score before."""
+    """Estimates the statistics of the final average, in ``average`` itself, with its score before and after."""
+    scored = trainer.enable_validation and soup.monitor in trainer.callback_metrics
     soup._exchange.put(soup._live, average)
     try:
-        if soup.method == "greedy":
+        if scored:
             outcome.before_batch_norm = score_in(soup, extra_passes.validation_metrics(trainer), module)
         reestimate(soup, trainer, module)
+        for name, tensor in soup._live.items():  # where values were copied in, so are the statistics back
+            average[name].copy_(tensor)
+        if scored and soup.method != "greedy":
+            outcome.score = score_in(soup, extra_passes.validation_metrics(trainer), module)
     finally:
         soup._exchange.undo()
 

@@ -85,7 +85,8 @@ class SoupAverager(Technique):
 
     Args:
         method: What to average.
-        monitor: Name of the metric that validation logs, for ``"greedy"``.
+        monitor: Name of the metric that validation logs. ``"greedy"`` decides by it; other averages are scored by it,
+            if it is logged, before and after their batch statistics are estimated anew.
         mode: Whether a larger (``"max"``) or smaller metric is better.
         every_n_epochs: Snapshot at the end of each n-th epoch, at least 1. ``None``: every one for ``"greedy"``,
             ``"uniform"``, ``"lawa"``, unless ``every_n_steps`` is given.
@@ -256,10 +257,9 @@ class SoupAverager(Technique):
             self._gathered.take(ingredient, self._live, write=trainer.is_global_zero)
 
     def _find_shards(self) -> None:
-        if self._layouts:  # FSDP2 settles in its first forward pass where they lie in memory
-            shards = local_parts(self._tensors)
-            if any(shards[name].data_ptr() != old.data_ptr() for name, old in self._live.items()):
-                self._live = shards
+        shards = local_parts(self._tensors) if self._layouts else {}
+        if any(shard.data_ptr() != self._live[name].data_ptr() for name, shard in shards.items()):
+            self._live = shards  # FSDP2 settles in its first forward pass where they lie in memory
 
     @override
     def on_validation_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
@@ -271,8 +271,7 @@ class SoupAverager(Technique):
     def on_validation_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         self._exchange.undo()
         if self.method == "greedy" and self._live and not trainer.sanity_checking:
-            metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-            self._validated = trainer.global_step, _in_fit.score_in(self, metrics, pl_module)
+            self._validated = trainer.global_step, _in_fit.score_in(self, trainer.callback_metrics, pl_module)
             for ingredient in self._gathered.ingredients:
                 if ingredient.step == trainer.global_step and ingredient.score is None:
                     ingredient.score = self._validated[1]
@@ -322,7 +321,7 @@ class SoupAverager(Technique):
 
     @property
     def score(self) -> float | None:
-        """Validation score of the greedy soup."""
+        """Validation score of the greedy soup; of another average where :attr:`score_before_batch_norm` is."""
         return self._soup_score if self._outcome is None else self._outcome.score
 
     @property
