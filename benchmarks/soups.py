@@ -3,9 +3,11 @@
     python benchmarks/soups.py updates --timm-ema PATH/model_ema.py --save benchmarks/results/soups_updates.txt
     python benchmarks/soups.py files --save benchmarks/results/soups_files.txt
     python benchmarks/soups.py digits --save benchmarks/results/soups_digits.txt
+    python benchmarks/soups.py cifar --data PATH --save benchmarks/results/soups_cifar.txt
 
 All ratios are of one process or one run, in turns. ``--timm-ema`` is ``timm/utils/model_ema.py`` of
-pytorch-image-models, which need not be installed.
+pytorch-image-models, which need not be installed; ``--data`` is a folder with CIFAR-10 as parquet files (columns
+``image`` and ``label``).
 """
 
 import argparse
@@ -29,6 +31,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from rich.console import Console
 from rich.table import Table
+from soups_sweep import accuracy, sweep
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -234,12 +237,13 @@ def digits_once(lr: float, repeat: int) -> list[float]:
     clean, tune, val, test = order[:600], order[600:750], order[750:1050], order[1050:]
     torch.manual_seed(repeat)
     net = digits_net()
-    train(net, x[clean], y[clean], 0.05, 15)
+    # A weak start and small batches, so that members of a high rate leave its basin.
+    train(net, x[clean], y[clean], 0.05, 3)
     members = []
     for seed in range(8):
         torch.manual_seed(1000 * repeat + seed)
         member = copy.deepcopy(net)
-        train(member, shifted[tune], y[tune], lr, 20)
+        train(member, shifted[tune], y[tune], lr, 20, batch=16)
         members.append(member.state_dict())
 
     def scored(state: dict[str, Any], where: Tensor, *, new_statistics: bool) -> float:
@@ -279,33 +283,27 @@ def train(net: nn.Module, x: Tensor, y: Tensor, lr: float, epochs: int, batch: i
             optimizer.step()
 
 
-@torch.no_grad()
-def logits_of(net: nn.Module, x: Tensor) -> Tensor:
-    net.eval()
-    return torch.cat([net(part) for part in x.split(500)])
-
-
-def accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
-    return (logits_of(net, x).argmax(1) == y).float().mean().item()
-
-
 # -- main -------------------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("updates", "files", "digits"))
+    parser.add_argument("what", choices=("updates", "files", "digits", "cifar"))
     parser.add_argument("--save", type=Path)
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--timm-ema", type=Path)
     parser.add_argument("--files", type=int, default=8)
     parser.add_argument("--megabytes", type=int, default=400)
-    parser.add_argument("--repeats", type=int, default=6)
+    parser.add_argument("--repeats", type=int, help="6 for digits, 3 for cifar")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--start-epochs", type=int, default=15)
+    parser.add_argument("--epochs", type=int, default=10)
     options = parser.parse_args()
     options.rounds = options.rounds or {"updates": 203, "files": 3}.get(options.what, 1)
+    options.repeats = options.repeats or {"digits": 6}.get(options.what, 3)
     warnings.filterwarnings("ignore")
     started = time.perf_counter()
-    table = {"updates": updates, "files": files, "digits": digits}[options.what](options)
+    table = {"updates": updates, "files": files, "digits": digits, "cifar": sweep}[options.what](options)
     threads, seconds = torch.get_num_threads(), time.perf_counter() - started
     table.caption = f"{os.cpu_count()} CPU cores, {threads} threads, torch {torch.__version__}; {seconds:.0f} s in all"
     Console().print(table)
