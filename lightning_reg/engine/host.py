@@ -62,6 +62,7 @@ __all__ = [
     "nominal_batch_size",
     "prints_summary",
     "rank_zero_warn",
+    "reshard",
     "seeded_randomness",
     "set_callbacks",
     "silenced_metrics",
@@ -140,6 +141,14 @@ def data_parallel_group(trainer: "Trainer") -> "ProcessGroup | None":
         group: ProcessGroup = mesh["data_parallel"].get_group()
         return group
     return dist.group.WORLD
+
+
+def reshard(module: "LightningModule") -> None:
+    """Lets FSDP2 gather the parameters anew: after a pass without backward it keeps those of the root gathered."""
+    for part in module.modules():
+        if hasattr(part, "_get_fsdp_state"):  # the class has moved between releases of torch
+            again: Callable[[], None] = part.reshard  # type: ignore[assignment]  # the attribute is a method here
+            again()
 
 
 def callbacks(trainer: "Trainer") -> "list[Callback]":
