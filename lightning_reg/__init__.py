@@ -10,6 +10,7 @@ from lightning_reg.averaging.model_soups import TrainerEvaluation as TrainerEval
 from lightning_reg.engine.label_errors import LabelErrors as LabelErrors
 from lightning_reg.engine.mixin import LossMixin as LossMixin
 from lightning_reg.engine.technique import Technique as Technique
+from lightning_reg.metric_learning.conr import ConR as ConR
 from lightning_reg.noisy_labels.elr import ELRCallback as ELRCallback
 from lightning_reg.reweighting.loss_reweighting import LossReweighting as LossReweighting
 from lightning_reg.sparsity.nm_sparsity import NMSparsity as NMSparsity

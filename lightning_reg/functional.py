@@ -17,6 +17,10 @@ from lightning_reg.averaging.model_soups import reestimate_batchnorm as reestima
 from lightning_reg.averaging.model_soups import slerp_merge as slerp_merge
 from lightning_reg.averaging.model_soups import ties_merge as ties_merge
 from lightning_reg.averaging.model_soups import wise_ft as wise_ft
+from lightning_reg.metric_learning.conr import conr_loss as conr_loss
+from lightning_reg.metric_learning.conr import inverse_density_weights as inverse_density_weights
+from lightning_reg.metric_learning.conr import label_distance as label_distance
+from lightning_reg.metric_learning.conr import pair_masks as pair_masks
 from lightning_reg.noisy_labels.elr import elr_loss as elr_loss
 from lightning_reg.noisy_labels.elr import elr_regularizer as elr_regularizer
 from lightning_reg.noisy_labels.elr import elr_targets as elr_targets

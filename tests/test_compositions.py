@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_reg import LossReweighting, NMSparsity, SoupAverager
-from lightning_reg.functional import nm_mask, reweight
+from lightning_reg import ConR, LossReweighting, NMSparsity, SoupAverager
+from lightning_reg.functional import conr_loss, nm_mask, reweight
 from tests.toys import QUIET, Callback, Classifier, fit
 
 pytestmark = QUIET
@@ -88,3 +88,39 @@ def test_a_soup_of_reweighted_training_is_the_mean_of_its_snapshots():
     plain = Dense()
     train(plain)
     assert not torch.equal(plain.weights[-1], dense.weights[-1])
+
+
+class Numbers(Net):
+    """Regression of three numbers."""
+
+    def training_step(self, batch, batch_idx):
+        return F.mse_loss(self(batch[0]), batch[1])
+
+    def augment(self, x):
+        return 0.9 * x + 0.1 * x.roll(1, dims=1)
+
+
+def skewed():
+    x, _ = data().tensors
+    return DataLoader(TensorDataset(x, (4 * x[:, :3]).round()), 8)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["reweighting first", "ConR first"])
+def test_reweighting_weights_the_batch_alone_and_conr_its_views(first):
+    conr = ConR("net.3", window=1.0, beta=0.3, temperature=0.5, augment="augment")
+    techniques = [LossReweighting(warmup_steps=0), conr]
+    module = Numbers()
+    fit(module, *(techniques if first else techniques[::-1]), loader=skewed(), max_epochs=2)
+    reference = Numbers()
+    optimizer = torch.optim.SGD(reference.parameters(), 0.2)
+    for _ in range(2):
+        for x, y in skewed():
+            losses = F.mse_loss(reference(x), y, reduction="none").mean(1)
+            views = torch.cat([reference.augment(x)] * 2)
+            term = conr_loss(reference.net[:4](views), y.repeat(2, 1), reference(views), 1.0, temperature=0.5)
+            optimizer.zero_grad()
+            ((reweight(losses) * losses).sum() + 0.3 * term).backward()
+            optimizer.step()
+            assert term > 0.05
+    for one, two in zip(module.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)

@@ -1,10 +1,11 @@
 """Collectives over the data-parallel ranks; on one process each is a no-op."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import override
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Work
@@ -13,6 +14,7 @@ __all__ = [
     "RowExchange",
     "all_gather",
     "all_gather_padded",
+    "all_gather_rows",
     "all_reduce_max",
     "all_reduce_mean",
     "all_reduce_sum",
@@ -67,6 +69,57 @@ def all_gather_padded(tensor: Tensor, group: "ProcessGroup | None" = None) -> tu
     padded = tensor.new_zeros(int(lengths.max()))
     padded[: len(tensor)] = tensor.detach()
     return all_gather(padded, group), torch.arange(len(padded), device=tensor.device) < lengths[:, None]
+
+
+def all_gather_rows(
+    rows: Tensor, group: "ProcessGroup | None" = None, capacity: int | None = None
+) -> tuple[Tensor, Tensor, int]:
+    """Rows of all ranks, in the order of the ranks, with gradient.
+
+    The backward pass sums over the ranks what each of them found for a row, in one collective; every rank must go
+    backward. DDP averages gradients over the ranks: if the values of the ranks add up to the loss of the global batch,
+    each rank's value has to be multiplied by their number.
+
+    Args:
+        rows: ``(n, D)``, another n on each rank, D > 0.
+        group: The ranks, all without one.
+        capacity: Rows that every rank sends, at least n and the same on all ranks; ``None`` if it is not known, which
+            costs a collective and a host sync to agree on it.
+
+    Returns:
+        The rows ``(W * capacity, D)``, 0 where a rank has none; bool ``(W * capacity,)``: which are there; and the
+        position of this rank's first row.
+
+    Raises:
+        ValueError: If there are more rows than ``capacity``.
+
+    """
+    if world_size(group) == 1:
+        return rows, torch.ones(len(rows), dtype=torch.bool, device=rows.device), 0
+    if capacity is None:
+        capacity = int(all_reduce_max(torch.tensor(len(rows), device=rows.device), group))
+    if len(rows) > capacity:
+        raise ValueError(f"all_gather_rows: {len(rows)} rows are more than `capacity`={capacity}.")
+    # A column of ones tells rows from padding, which saves a collective for the lengths.
+    marked = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+    padded = torch.cat([marked, marked.new_zeros(capacity - len(rows), marked.shape[1])])
+    gathered: Tensor = _GatherRows.apply(padded, group)  # type: ignore[no-untyped-call]  # torch's
+    return gathered[:, :-1], gathered[:, -1].detach() > 0, rank(group) * capacity
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    @override
+    def forward(ctx: Any, rows: Tensor, group: "ProcessGroup | None") -> Tensor:
+        ctx.group = group
+        return all_gather(rows, group).flatten(0, 1)
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        # All ranks' gradients of all rows; not every backend has a reduce-scatter.
+        total = all_reduce_sum(gradients[0].contiguous(), ctx.group)
+        return total.chunk(world_size(ctx.group))[rank(ctx.group)], None
 
 
 def all_reduce_max(tensor: Tensor, group: "ProcessGroup | None" = None) -> Tensor:

@@ -22,6 +22,7 @@ from lightning_reg.engine.selection import Selection
 from lightning_reg.engine.step import Step
 from lightning_reg.engine.surgery import Surgery
 from lightning_reg.engine.technique import LOSS_PHASES, Technique, phases_of
+from lightning_reg.engine.views import Views
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -127,6 +128,7 @@ class Engine:
             return self._stepping.original(*args, **kwargs)
         for technique in self._in(active, "transform_batch"):
             step.batch = technique.transform_batch(step.batch, step)
+        step.views = self._make_views(self._in(active, "extra_views"), step)
         self.apply_weights()
         output = self._run(step, [t for t in active if self._phases[t] & LOSS_PHASES], args, kwargs)
         output = self._add_penalties(self._in(active, "penalty"), output, step)
@@ -134,15 +136,28 @@ class Engine:
             report.log_scalars(self.module, step.scalars, sum(step.batch_sizes))
         return output
 
+    def _make_views(self, techniques: list[Technique], step: Step) -> Views | None:
+        made = {technique: technique.extra_views(step.batch, step) for technique in techniques}
+        made = {technique: views for technique, views in made.items() if views}
+        if not made:
+            return None
+        if self._loaders.several or len(step.batch_sizes) != 1:
+            why = "comes from several loaders" if self._loaders.several else "has no number of samples that is known"
+            name = type(next(iter(made))).__name__
+            raise MisconfigurationException(f"{name} adds views to the batch, but the batch {why}.")
+        return Views(step.batch, step.batch_sizes[0], made)
+
     def _run(self, step: Step, on_loss: list[Technique], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._step, self._selection, self._last = step, Selection(on_loss), None
         if self._features is not None:
-            self._features.open, step.features = True, self._features.outputs
+            self._features.open, step.features, step.passes = True, self._features.outputs, self._features.passes
+        batch = step.batch if step.views is None else step.views.batch
         by_hand = not self.module.automatic_optimization
         before = self.trainer.global_step if by_hand else 0
         try:
-            with self._interception.watch() if on_loss and not self._by_mixin else nullcontext():
-                output = self._stepping.original(*(step.batch, *args[1:]), **kwargs)
+            watched = (on_loss or step.views is not None) and not self._by_mixin
+            with self._interception.watch() if watched else nullcontext():
+                output = self._stepping.original(*(batch, *args[1:]), **kwargs)
             if on_loss:
                 stepped = by_hand and self.trainer.global_step > before
                 output = self._settle(output, made_loss=stepped or _loss_of(output) is not None)
@@ -150,7 +165,7 @@ class Engine:
             self._step = self._last = None
             if self._features is not None:
                 self._features.open = False
-                self._features.outputs.clear()
+                self._features.forget()
         return output
 
     def _settle(self, output: Any, *, made_loss: bool) -> Any:
@@ -205,12 +220,15 @@ class Engine:
 
     def _take(self, call: LossCall) -> Tensor:
         takers = self._selection.take(call.name, call.site, str(call) if call.site else call.name)
-        value = self._value(call, takers) if takers else call.plain
+        if call.step.views is not None:
+            call.narrow(call.step.views)
+        value = self._value(call, takers) if takers else call.given_value(call.plain)
         if self._selection.last():
             self._last = call, value
         return value
 
     def _value(self, call: LossCall, techniques: list[Technique]) -> Tensor:
+        call.check_views()
         step = call.step
         given = call.plain if step.is_logging else None
         for _, target in self._answers(techniques, "change_targets", call):
@@ -227,7 +245,7 @@ class Engine:
         if given is not None:
             step.scalars["reg/loss/base"] = given.detach().mean()
             step.scalars["reg/loss/total"] = value.detach().mean()
-        return value
+        return call.given_value(value)
 
     def _add_penalties(self, techniques: list[Technique], output: Any, step: Step) -> Any:
         for technique in techniques:

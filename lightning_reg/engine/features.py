@@ -26,7 +26,7 @@ def named_layers(module: nn.Module) -> dict[str, nn.Module]:
 
 
 class FeatureTap:
-    """Keeps the outputs of named layers while it is open.
+    """Keeps the outputs of named layers while it is open: the last of each, and those of all passes in order.
 
     Args:
         module: The user's module.
@@ -40,6 +40,7 @@ class FeatureTap:
     def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
         layers = named_layers(module)
         self.outputs: dict[str, Any] = {}
+        self.passes: dict[str, list[Any]] = {}
         self.open = False
         self._handles: list[RemovableHandle] = []
         for name in dict.fromkeys(names):
@@ -56,7 +57,12 @@ class FeatureTap:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self.forget()
+
+    def forget(self) -> None:
+        """Lets go of the outputs."""
         self.outputs.clear()
+        self.passes.clear()
 
 
 class _Keep:
@@ -66,3 +72,4 @@ class _Keep:
     def __call__(self, layer: nn.Module, args: Any, output: Any) -> None:
         if self.tap.open:
             self.tap.outputs[self.name] = output
+            self.tap.passes.setdefault(self.name, []).append(output)

@@ -59,9 +59,11 @@ __all__ = [
     "is_compiled",
     "is_logging_step",
     "isolated_randomness",
+    "nominal_batch_size",
     "prints_summary",
     "rank_zero_warn",
     "reshard",
+    "seeded_randomness",
     "set_callbacks",
     "silenced_metrics",
 ]
@@ -122,6 +124,13 @@ def combined_loader(trainer: "Trainer") -> Any:
     return trainer.fit_loop._combined_loader
 
 
+def nominal_batch_size(trainer: "Trainer") -> int | None:
+    """Batch size of the training loader, ``None`` if it has none or there are several."""
+    loader = trainer.train_dataloader
+    size = getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    return size if isinstance(size, int) else None
+
+
 def data_parallel_group(trainer: "Trainer") -> "ProcessGroup | None":
     """The ranks that see different samples and average their gradients; ``None`` where there is one process."""
     if distributed.world_size() == 1:
@@ -165,6 +174,19 @@ def isolated_randomness() -> Iterator[None]:
         random.setstate(states[2])
         if on_devices:
             torch.cuda.set_rng_state_all(on_devices)
+
+
+@contextmanager
+def seeded_randomness(generator: torch.Generator) -> Iterator[None]:
+    """Global random states that depend on the generator's next draw alone; they are put back at the end."""
+    seed = int(torch.randint(2**32, (), generator=generator))
+    with isolated_randomness():
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch's
+            torch.cuda.manual_seed_all(seed)
+        np.random.seed(seed)  # noqa: NPY002 # users draw from it
+        random.seed(seed)
+        yield
 
 
 @contextmanager

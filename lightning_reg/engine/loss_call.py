@@ -15,6 +15,7 @@ from lightning_reg.engine.errors import MisconfigurationException
 if TYPE_CHECKING:
     from lightning_reg.engine.step import Samples, Step
     from lightning_reg.engine.technique import Technique
+    from lightning_reg.engine.views import Views
 
 __all__ = ["HandWrittenCall", "LossCall"]
 
@@ -35,6 +36,10 @@ class LossCall:
         step: The training step that it happened in.
         site: Where the user's code called it, as ``file.py:line``, or "".
 
+    Attributes:
+        views: The views of the batch if the call was made for all of them; it is narrowed to the batch then.
+        whole_output: What the network put out for the batch and these views.
+
     """
 
     def __init__(self, function: Callable[..., Any], arguments: dict[str, Any], step: "Step", site: str = "") -> None:
@@ -44,6 +49,8 @@ class LossCall:
         self.site = site
         self.target_name = losses.target_name(function)
         self.given_target: Tensor | None = self.target
+        self.views: Views | None = None
+        self.whole_output: Tensor | None = self.input
 
     @property
     def name(self) -> str:
@@ -81,6 +88,30 @@ class LossCall:
         self.arguments = {**self.arguments, self.target_name: target}
         for name in ("decomposition", "sample_mass", "losses", "plain", "batch_size"):
             self.__dict__.pop(name, None)
+
+    def narrow(self, views: "Views") -> None:
+        """Leaves the rows of the batch alone in the call, if it has rows for the views as well."""
+        narrowed = views.narrow(self.arguments)
+        if narrowed is not None:
+            self.views, self.arguments = views, narrowed
+            self.given_target = self.target
+
+    def check_views(self) -> None:
+        """Refuses a call that a technique works on but that cannot be told apart into the batch and its views.
+
+        Raises:
+            MisconfigurationException: If there are views and the call has no row for each.
+
+        """
+        if self.step.views is not None and self.views is None:
+            raise MisconfigurationException(
+                f"{self} has no row for each sample of the batch and its {self.step.views.count - 1} further views"
+                " (rows dropped, or a loss over something else?), so the batch's own loss is not known."
+            )
+
+    def given_value(self, value: Tensor) -> Tensor:
+        """The value as the user's code expects it: with rows for the views, if they were in the call."""
+        return value if self.views is None else self.views.spread(value, self.reduction)
 
     # -- samples ------------------------------------------------------------------------------------------------------
 
@@ -339,7 +370,17 @@ class HandWrittenCall(LossCall):
         self.arguments = {"per_sample_loss": per_sample}
         self.step, self.site = step, site
         self.given_target = targets
+        self.views, self.whole_output = None, logits
         self._logits, self._indices = logits, indices
+
+    @override
+    def narrow(self, views: "Views") -> None:
+        """Leaves the rows of the batch alone in what was handed over."""
+        narrowed = views.narrow({"input": self.input})
+        if narrowed is not None:
+            self.views, self.arguments = views, {"per_sample_loss": narrowed["input"]}
+            parts = (self._logits, self.given_target, self._indices)
+            self._logits, self.given_target, self._indices = (p if p is None else views.first(p) for p in parts)
 
     @property
     @override

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from lightning_reg.engine.indices import BatchIndices
     from lightning_reg.engine.technique import Technique
+    from lightning_reg.engine.views import Views
 
 __all__ = ["Samples", "Step"]
 
@@ -45,12 +46,14 @@ class Step:
     Args:
         trainer: The Trainer.
         module: The user's module.
-        batch: What ``training_step`` gets (after the techniques' batch transforms).
+        batch: What ``training_step`` gets (after the techniques' batch transforms), without further views.
         followed: Indices of the batch from each followed loader, by the loader's key; the only one's key is "".
         several: Whether the batch is a mapping or sequence of batches from several loaders.
 
     Attributes:
         features: Outputs of the observed layers, by name; filled while the forward pass runs.
+        passes: The same for layers that are passed several times: all outputs in order.
+        views: The batch joined with its further views, which is what ``training_step`` gets; ``None`` without views.
 
     """
 
@@ -64,6 +67,8 @@ class Step:
     ) -> None:
         self.trainer, self.module, self.batch = trainer, module, batch
         self.features: dict[str, Any] = {}
+        self.passes: dict[str, list[Any]] = {}
+        self.views: Views | None = None
         self._several = several
         self.scalars: dict[str, Tensor] = {}
         self._followed = followed
@@ -110,6 +115,11 @@ class Step:
         drawn = [indices for _, indices in self._followed.values() if indices is not None]
         size = len(drawn[0].list) if drawn else _agreed_size(self.batch)
         return () if size is None else (size,)
+
+    @property
+    def capacity(self) -> int | None:
+        """Most samples of a batch, the same on all ranks; ``None`` if it is not known or there are several loaders."""
+        return None if self._several else host.nominal_batch_size(self.trainer)
 
     def give_indices(self, indices: Tensor) -> None:
         """Takes the indices from the user's code, for :meth:`samples`."""

@@ -23,7 +23,7 @@ __all__ = ["PHASES", "Technique", "phases_of"]
 
 # In the order of the step. Gradients and optimizer steps are Lightning's own hooks on_before_optimizer_step and
 # on_train_batch_end.
-PHASES = ("transform_batch", "edit_weights", "change_targets", "sample_weights", "loss_term", "penalty")
+PHASES = ("transform_batch", "extra_views", "edit_weights", "change_targets", "sample_weights", "loss_term", "penalty")
 LOSS_PHASES = frozenset(("change_targets", "sample_weights", "loss_term"))
 
 
@@ -117,6 +117,14 @@ class Technique(Callback):
 
     def transform_batch(self, batch: Any, step: "Step") -> Any:
         """Returns the batch that the user's ``training_step`` gets; the given one stays as it is."""
+        raise NotImplementedError
+
+    def extra_views(self, batch: Any, step: "Step") -> "Sequence[Any]":
+        """Returns further versions of the batch, of the same structure and size, that pass the network beside it.
+
+        The user's loss stays that of the batch alone. What the network made of the views is in ``step.views`` and
+        ``call.whole_output``.
+        """
         raise NotImplementedError
 
     def weights_to_edit(self, module: nn.Module) -> "Sequence[str]":

@@ -22,6 +22,7 @@ from tests.conformance.case import Case
 CASE = Case(
     make=partial(SoupAverager, method="ema", decay=0.8),
     neutral=partial(SoupAverager, method="lawa", last_k=1),
+    also=["regression"],
     variants=[
         partial(SoupAverager, method="greedy", monitor="val_loss", mode="min"),
         partial(SoupAverager, method="greedy", monitor="val_loss", mode="min", greedy_at="snapshot", every_n_steps=3),

@@ -25,6 +25,7 @@ class Case:
             law ``neutral_is_nothing`` then needs an exemption).
         data: What it trains on: one of the harness's problems, or a :class:`Problem` of its own. The layers of the
             former are ``net.first``, ``net.body`` and ``net.head``; every batch is ``(x, y, index)``.
+        also: Further kinds of problems it trains on, besides those that its own problem serves: for the pairs.
         variants: Further documented constructions; each must train, resume exactly and be plain data.
         invalid: Constructor arguments that must be refused, and the argument that the error must name. Wrong types and
             choices are tried by the law itself: what belongs here is every end of a range.
@@ -36,6 +37,7 @@ class Case:
     make: Callable[..., Technique]
     neutral: Callable[..., Technique] | None
     data: DataKind | Problem = "classification"
+    also: Sequence[DataKind] = ()
     variants: Sequence[Callable[..., Technique]] = ()
     invalid: Sequence[tuple[Mapping[str, Any], str]] = ()
     state_dtype: torch.dtype = torch.float32

@@ -70,6 +70,6 @@ def train_pair(one: Technique, two: Technique, problem: Problem) -> Run | None:
 def _common_problem(one: Case, two: Case) -> Problem | None:
     for case, guest in ((one, two), (two, one)):
         serves: list[Any] = [case.data, *case.problem.serves]
-        if guest.data in serves:
+        if any(kind in serves for kind in (guest.data, *guest.also)):
             return case.problem
     return None

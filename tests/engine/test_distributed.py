@@ -12,6 +12,7 @@ from lightning_reg.engine.distributed import (
     RowExchange,
     all_gather,
     all_gather_padded,
+    all_gather_rows,
     all_reduce_max,
     all_reduce_mean,
     all_reduce_sum,
@@ -72,6 +73,33 @@ def test_unequal_lengths_extremes_and_groups(two_processes):
         assert (largest, total) == ([2.0, 5.0], [3.0, 9.0])
         mine = [1.0 + number, 5.0 - number]
         assert own == [1, 0, [mine], mine]
+
+
+def gather_rows(capacity):
+    mine = torch.arange(1.0, 7.0).reshape(3, 2)[: [1, 3][rank()]].clone().requires_grad_()
+    rows, real, first = all_gather_rows(mine, capacity=capacity)
+    # Each rank weights the rows in its own way; a row's gradient is the sum of both.
+    (rows[real] * torch.arange(1.0, 9.0).reshape(4, 2) * (1 + rank())).sum().backward()
+    with pytest.raises(ValueError, match=r"[13] rows are more than `capacity`=0"):
+        all_gather_rows(mine, capacity=0)
+    return rows.tolist(), real.tolist(), first, mine.grad.tolist()
+
+
+@pytest.mark.parametrize("capacity", [3, 4, None])
+def test_rows_of_all_ranks_carry_the_gradients_of_all_ranks(two_processes, capacity):
+    one, other = two_processes.run(gather_rows, capacity)
+    each = capacity or 3
+    rows = [[1.0, 2.0], *[[0.0, 0.0]] * (each - 1), [1.0, 2.0], [3.0, 4.0], [5.0, 6.0], *[[0.0, 0.0]] * (each - 3)]
+    real = [True, *[False] * (each - 1), *[True] * 3, *[False] * (each - 3)]
+    assert one == (rows, real, 0, [[3.0, 6.0]])
+    assert other == (rows, real, each, [[9.0, 12.0], [15.0, 18.0], [21.0, 24.0]])
+
+
+def test_rows_of_one_process_are_its_own():
+    mine = torch.ones(2, 3, requires_grad=True)
+    rows, real, first = all_gather_rows(mine)
+    assert rows is mine
+    assert (real.tolist(), first) == ([True, True], 0)
 
 
 def exchange_rows(capacity):

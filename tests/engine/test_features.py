@@ -36,6 +36,19 @@ def test_the_last_pass_counts():
     assert tap.outputs["body.1"].tolist() == [[0.0, 2.0]]
 
 
+def test_all_passes_are_kept_in_order_until_they_are_forgotten():
+    net = network()
+    tap = FeatureTap(net, ["body.1"])
+    tap.open = True
+    net(X)
+    net(-X)
+    assert [output.tolist() for output in tap.passes["body.1"]] == [[[1.0, 0.0]], [[0.0, 2.0]]]
+    tap.forget()
+    assert tap.passes == tap.outputs == {}
+    net(X)
+    assert len(tap.passes["body.1"]) == 1
+
+
 def test_a_shut_tap_keeps_nothing():
     net = network()
     tap = FeatureTap(net, ["head"])

@@ -40,6 +40,7 @@ ROOT = Path(__file__).parents[2]
 CASE = Case(
     make=partial(LossReweighting, warmup_steps=0),
     neutral=partial(LossReweighting, strategy="uniform", warmup_steps=0),
+    also=["regression"],
     variants=[
         partial(LossReweighting, strategy="quadratic", r=1.0, warmup_steps=5),
         partial(LossReweighting, strategy="extremes", warmup="high_r", r_start=10.0, warmup_steps=3),

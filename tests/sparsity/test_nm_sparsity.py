@@ -42,6 +42,7 @@ from tests.toys import QUIET, make_trainer
 CASE = Case(
     make=partial(NMSparsity, 1, 4, recipe="srste", lambda_w=0.1, dense_fraction=0.0),
     neutral=partial(NMSparsity, 4, 4),
+    also=["regression"],
     variants=[
         partial(NMSparsity, 2, 4, recipe="mdgf_exp"),
         partial(NMSparsity, 1, 4, recipe="mdgf_linear", beta=0.04, dense_steps=1, finetune_steps=14, layers=["body"]),

@@ -1,0 +1,102 @@
+"""What a loss call says of a regression: a prediction, a target and a feature for each row."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_reg.engine.errors import MisconfigurationException
+from lightning_reg.engine.loss_call import HandWrittenCall
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lightning_reg.engine.loss_call import LossCall
+
+__all__ = ["features_per_row", "numbers", "regression_pairs"]
+
+_REGRESSION = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.gaussian_nll_loss, F.poisson_nll_loss)
+
+
+def numbers(values: Tensor) -> Tensor:
+    """Numbers of rows, in columns.
+
+    Args:
+        values: ``(n,)``, ``(n, K)``, or a map for each row, ``(n, ..., H, W)``, which counts by its mean; one
+            number is a row.
+
+    Returns:
+        ``(n, K)``, float32 at least.
+
+    """
+    dtype = torch.promote_types(values.dtype, torch.float32) if values.is_floating_point() else torch.float32
+    values = values.to(dtype)
+    if values.dim() > 2:
+        return values.flatten(1).mean(1, keepdim=True)
+    return values if values.dim() == 2 else values.reshape(-1, 1)
+
+
+def regression_pairs(call: "LossCall") -> tuple[Tensor, Tensor]:
+    """Predictions of all rows, those of further views included, and the targets of the batch's own.
+
+    Args:
+        call: A call of a regression loss, or one that was written by hand and says what it compares.
+
+    Returns:
+        Predictions ``(k * R, K)`` without gradient, and targets ``(R, K)``; k counts the batch and its views.
+
+    Raises:
+        MisconfigurationException: If the call is no regression, or predictions and targets do not fit.
+
+    """
+    by_hand = isinstance(call, HandWrittenCall)
+    if not by_hand and call.function not in _REGRESSION:
+        raise MisconfigurationException(
+            f"{call} is no regression: a technique needs numbers that are compared with numbers (F.mse_loss, F.l1_loss,"
+            " F.smooth_l1_loss, F.huber_loss, F.gaussian_nll_loss, F.poisson_nll_loss). If there is such a call too,"
+            " choose it with `loss=...`."
+        )
+    output, target = call.whole_output, call.target
+    if output is None or target is None:
+        raise MisconfigurationException(
+            "A technique needs predictions and targets, and `reduce_loss` got none: call"
+            " `self.reduce_loss(per_sample_loss, logits=predictions, targets=targets)`."
+        )
+    output = output.detach()
+    if not by_hand and call.function is F.poisson_nll_loss and call.arguments.get("log_input", True):
+        output = output.float().exp()
+    predictions, targets = numbers(output), numbers(target.detach())
+    blocks = 1 if call.views is None else call.views.count
+    if predictions.shape != (blocks * len(targets), targets.shape[1]):
+        raise MisconfigurationException(
+            f"{call}: predictions {tuple(output.shape)} and targets {tuple(target.shape)} are not numbers of the same"
+            " rows."
+        )
+    return predictions, targets
+
+
+def features_per_row(passes: "Sequence[Any]", rows: int, layer: str) -> Tensor:
+    """What a layer gave out for each row of the predictions: in its last pass, or in all passes of the step together.
+
+    Args:
+        passes: Outputs of the layer in this step, in order.
+        rows: Number of rows.
+        layer: Name of the layer, for the error.
+
+    Returns:
+        ``(rows, ...)``, with gradient.
+
+    Raises:
+        MisconfigurationException: If there are not as many.
+
+    """
+    tensors = [output for output in passes if isinstance(output, Tensor) and output.dim() > 0]
+    if tensors and len(tensors[-1]) == rows:
+        return tensors[-1]
+    if tensors and sum(map(len, tensors)) == rows:
+        return torch.cat(tensors)
+    found = ", ".join(str(tuple(t.shape)) for t in tensors) or "no tensor"
+    raise MisconfigurationException(
+        f"Layer {layer!r} gave {found} before the loss, where a feature for each of {rows} predictions is needed."
+    )

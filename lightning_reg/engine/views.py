@@ -1,0 +1,153 @@
+"""Views: further versions of a batch that pass the network together with it, while the user's loss stays the batch's.
+
+The user's ``training_step`` gets the batch and its views as one batch of ``k * B`` samples, block after block. Every
+loss call that has a row for each of them is narrowed to the first block, so all that is made of it (losses per sample,
+weights, targets, terms) is about the batch alone; the views' predictions and features are there for whoever made them.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_reg.engine.errors import MisconfigurationException
+
+if TYPE_CHECKING:
+    from lightning_reg.engine.technique import Technique
+
+__all__ = ["Views"]
+
+# Arguments of the loss functions that have a row for each row of the input. A `weight` is one if it has the input's
+# number of dimensions; else it belongs to the classes.
+_PER_ROW = ("input", "target", "weight", "var", "input1", "input2", "anchor", "positive", "negative")
+
+
+class Views:
+    """A batch and its views, joined.
+
+    Args:
+        batch: The batch.
+        size: Its number of samples B.
+        views: Views of the batch that each technique made, of the same structure.
+
+    Attributes:
+        batch: What ``training_step`` gets.
+        count: Number of blocks: the batch's and the views'.
+
+    Raises:
+        MisconfigurationException: If batch and views cannot be joined.
+
+    """
+
+    def __init__(self, batch: Any, size: int, views: "Mapping[Technique, Sequence[Any]]") -> None:
+        self._size = size
+        self._blocks: dict[Technique, list[int]] = {}
+        parts = [batch]
+        for technique, own in views.items():
+            self._blocks[technique] = list(range(len(parts), len(parts) + len(own)))
+            parts += own
+        self.count = len(parts)
+        self.batch = _join(parts, size)
+
+    def narrow(self, arguments: dict[str, Any]) -> dict[str, Any] | None:
+        """Arguments of a loss call for the batch alone; ``None`` if the call has no row for each sample and view."""
+        given = arguments.get("input", arguments.get("input1", arguments.get("anchor")))
+        if not isinstance(given, Tensor) or not self._has_blocks(given):
+            return None
+        if given.is_leaf and given.requires_grad:  # a parameter, whatever its number of rows
+            return None
+        narrowed = dict(arguments)
+        for name in _PER_ROW:
+            value = arguments.get(name)
+            if isinstance(value, Tensor) and value.dim() and len(value) == len(given):
+                of_classes = name == "weight" and value.dim() != given.dim()
+                narrowed[name] = value if of_classes else self.first(value)
+        return narrowed
+
+    def first(self, rows: Tensor) -> Tensor:
+        """The batch's own rows of a tensor with rows for all blocks; any other tensor as it is."""
+        return rows[: len(rows) // self.count] if self._has_blocks(rows) else rows
+
+    def spread(self, value: Tensor, reduction: str) -> Tensor:
+        """A narrowed call's value as the user's code expects it, as if each view were the batch itself.
+
+        A mean stays. Losses per row are repeated, and a sum is multiplied, so that a division by the number of rows,
+        or a mean with weights per row, gives what it would give for the batch alone.
+
+        Args:
+            value: The value for the batch alone.
+            reduction: The user's.
+
+        Returns:
+            The value to hand out.
+
+        """
+        if reduction == "none":
+            return value.repeat(self.count, *[1] * (value.dim() - 1))
+        return value * self.count if reduction == "sum" else value
+
+    def of(self, technique: "Technique", rows: Tensor, *, with_batch: bool) -> Tensor:
+        """Rows of the technique's views, one view after the other.
+
+        Args:
+            technique: Who made them.
+            rows: ``(k * R, ...)``.
+            with_batch: Whether the batch's own rows come first.
+
+        Returns:
+            ``(v * R, ...)``.
+
+        """
+        blocks = rows.chunk(self.count)
+        return torch.cat([blocks[i] for i in ([0] if with_batch else []) + self._blocks[technique]])
+
+    def _has_blocks(self, rows: Tensor) -> bool:
+        samples = self.count * self._size
+        return rows.dim() > 0 and len(rows) > 0 and len(rows) % samples == 0
+
+
+def _join(parts: Sequence[Any], size: int) -> Any:
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return _join_tensors(parts) if first.dim() and len(first) == size else first
+    if isinstance(first, Mapping):
+        return _rebuilt(first, {key: _join([part[key] for part in parts], size) for key in first})
+    if isinstance(first, tuple | list):
+        if len(first) == size and all(isinstance(item, str | int | float | bool) for item in first):
+            return type(first)(item for part in parts for item in part)  # one item per sample: a name, a path
+        items = [_join(list(column), size) for column in zip(*parts, strict=True)]
+        return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
+    if dataclasses.is_dataclass(first) and not isinstance(first, type):
+        names = [field.name for field in dataclasses.fields(first)]
+        return _with_attributes(first, {n: _join([getattr(part, n) for part in parts], size) for n in names})
+    return first
+
+
+def _join_tensors(parts: Sequence[Tensor]) -> Tensor:
+    try:
+        return torch.cat([part.to(parts[0].dtype) for part in parts])
+    except RuntimeError as error:
+        shapes = ", ".join(str(tuple(part.shape)) for part in parts)
+        raise MisconfigurationException(
+            f"The batch and its views have entries of different shapes, {shapes}, so they cannot pass the network"
+            " together. An augmentation has to keep the shape of its input."
+        ) from error
+
+
+def _rebuilt(mapping: Any, entries: dict[Any, Any]) -> Any:
+    if type(mapping) is dict:
+        return entries
+    rebuilt = copy.copy(mapping)
+    for key, value in entries.items():
+        rebuilt[key] = value
+    return rebuilt
+
+
+def _with_attributes(owner: Any, values: dict[str, Any]) -> Any:
+    changed = copy.copy(owner)
+    for name, value in values.items():
+        object.__setattr__(changed, name, value)  # a dataclass may be frozen
+    return changed

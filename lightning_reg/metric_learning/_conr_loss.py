@@ -1,0 +1,241 @@
+r"""ConR's functional core: which rows attract and repel one another, and the loss that follows."""
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_reg.engine.distributed import all_gather_rows, world_size
+from lightning_reg.engine.regression import numbers
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["Distance", "Push", "conr_loss", "conr_rows", "inverse_density_weights", "label_distance", "pair_masks"]
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+Push = Literal["exponential", "linear"]
+
+
+def label_distance(one: Tensor, two: Tensor, kind: Literal["l1", "l2", "max"] = "l1") -> Tensor:
+    r"""Distances of labels, which may be vectors.
+
+    Args:
+        one: ``(n,)`` or ``(n, K)``.
+        two: ``(m,)`` or ``(m, K)``.
+        kind: Sum of the absolute differences, root of the sum of their squares, or the largest; the same for numbers.
+
+    Returns:
+        ``(n, m)``.
+
+    Example:
+        >>> label_distance(torch.tensor([1.0, 4.0]), torch.tensor([2.0]))
+        tensor([[1.],
+                [2.]])
+
+    """
+    one, two = numbers(one), numbers(two)
+    if one.shape[1] == 1:
+        return (one - two.T).abs()
+    p = {"l1": 1.0, "l2": 2.0, "max": math.inf}[kind]
+    # The way over a matrix product cancels where labels are close, which is where the window lies.
+    return torch.cdist(one, two, p, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def pair_masks(
+    targets: Tensor, predictions: Tensor, window: float, distance: Distance = label_distance
+) -> tuple[Tensor, Tensor]:
+    r"""Which pairs of rows attract and which repel one another.
+
+    .. math:: P_{ij} = [d(y_i, y_j) \le w,\ i \ne j], \qquad
+        Q_{ij} = [d(y_i, y_j) > w \text{ and } d(\hat y_i, \hat y_j) \le w]
+
+    Args:
+        targets: Labels ``y``, ``(n,)`` or ``(n, K)``.
+        predictions: Predictions of the same shape; no gradient flows into them.
+        window: Width ``w`` in units of the label, at least 0.
+        distance: From ``(n, K)`` and ``(m, K)`` to ``(n, m)``.
+
+    Returns:
+        Positives and negatives, bool ``(n, n)``.
+
+    Example:
+        >>> positive, negative = pair_masks(torch.tensor([1.0, 1.5, 9.0]), torch.tensor([2.0, 8.0, 2.5]), window=1.0)
+        >>> positive.int().tolist(), negative.int().tolist()
+        ([[0, 1, 0], [1, 0, 0], [0, 0, 0]], [[0, 0, 1], [0, 0, 0], [1, 0, 0]])
+
+    """
+    y, p = numbers(targets), numbers(predictions).detach()
+    oneself = torch.eye(len(y), dtype=torch.bool, device=y.device)
+    return _masks(distance(y, y), distance(p, p), window, ~oneself)
+
+
+def _masks(apart: Tensor, predicted_apart: Tensor, window: float, others: Tensor) -> tuple[Tensor, Tensor]:
+    near = apart <= window
+    return near & others, ~near & (predicted_apart <= window) & others
+
+
+def conr_loss(
+    features: Tensor,
+    targets: Tensor,
+    predictions: Tensor,
+    window: float,
+    temperature: float = 0.07,
+    eta: float = 0.01,
+    weights: Tensor | None = None,
+    compat: bool = False,
+    push: Push = "exponential",
+    distance: Distance = label_distance,
+    group: "ProcessGroup | None" = None,
+    capacity: int | None = None,
+) -> Tensor:
+    r"""The contrastive regularizer, without its weight.
+
+    .. math:: \mathcal{L} = \frac1n \sum_{i:\, Q_i \ne \emptyset} \frac{q_i}{|P_i|} \sum_{p \in P_i} -\log
+        \frac{e^{s_{ip}}}{\sum_{p' \in P_i} e^{s_{ip'}} + \sum_{j \in Q_i} S_{ij}\, e^{s_{ij}}}, \qquad
+        s_{ij} = \frac{z_i \cdot z_j}{t}, \quad S_{ij} = q_i\, e^{\eta\, d(y_i, y_j)}
+
+    Args:
+        features: Rows ``(n, ...)``, flattened and normalised to ``z``; the gradient flows through both ends of a pair.
+        targets: Labels ``y``, ``(n,)`` or ``(n, K)``.
+        predictions: Predictions of the same shape; no gradient flows into them.
+        window: Width ``w`` within which labels count as similar, in units of the label, at least 0.
+        temperature: ``t``, above 0.
+        eta: How fast the push grows with the distance of the labels (``e``), at least 0.
+        weights: ``q``, ``(n,)``, above 0, with mean 1; ``None`` for 1.
+        compat: Adds ``n - |P_i|`` to the denominator, as the authors' code does by taking exp(0) of masked entries.
+        push: ``"linear"`` is what the authors' code does for depth maps: :math:`S_{ij} = q_i\, \eta\, d(y_i, y_j)`, the
+            mean over positives is divided by ``|P_i| + 1``, and ``q_i`` does not multiply the row.
+        distance: From ``(n, K)`` and ``(m, K)`` to ``(n, m)``.
+        group: Ranks whose rows take part too, each with its own; ``None``: these rows are all there are. With ranks,
+            the mean over the ranks is the regularizer of all rows, and so is the mean of the gradients.
+        capacity: Most rows that a rank of the group can have, see ``all_gather_rows``.
+
+    Returns:
+        A scalar, float32 (float64 for such features); exactly 0 where no row has a positive and a negative.
+
+    Example:
+        >>> features = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.9, 0.2]])
+        >>> conr_loss(features, torch.tensor([1.0, 1.5, 9.0]), torch.tensor([2.0, 8.0, 2.5]), window=1.0)
+        tensor(0.2010)
+
+    """
+    options = (window, temperature, eta, weights, compat, push, distance, group, capacity)
+    return conr_rows(features, targets, predictions, *options).losses.sum()
+
+
+class Rows(NamedTuple):
+    """What each row adds to the loss, whether it is an anchor, and how many negatives it has: ``(n,)`` each."""
+
+    losses: Tensor
+    anchors: Tensor
+    negatives: Tensor
+
+
+def conr_rows(
+    features: Tensor,
+    targets: Tensor,
+    predictions: Tensor,
+    window: float,
+    temperature: float = 0.07,
+    eta: float = 0.01,
+    weights: Tensor | None = None,
+    compat: bool = False,
+    push: Push = "exponential",
+    distance: Distance = label_distance,
+    group: "ProcessGroup | None" = None,
+    capacity: int | None = None,
+) -> Rows:
+    """The parts of :func:`conr_loss`, row by row; the arguments are the same."""
+    with torch.autocast(features.device.type, enabled=False):  # exp(1 / 0.07) is beyond float16
+        z = _unit_rows(features)
+        y, p = (numbers(values).detach().to(z.dtype) for values in (targets, predictions))
+        q = z.new_ones(len(z)) if weights is None else weights.detach().reshape(-1).to(z.dtype)
+        sent = torch.cat([z, y, p], dim=1)
+        rows, real, first = (sent, None, 0) if group is None else all_gather_rows(sent, group, capacity)
+        keys, all_y, all_p = torch.split(rows, [z.shape[1], y.shape[1], p.shape[1]], dim=1)
+        own = torch.arange(len(z), device=z.device)[:, None] + first
+        others = own != torch.arange(len(rows), device=z.device)
+        others = others if real is None else others & real
+        total: Tensor | int = max(len(rows), 1) if real is None else real.sum()
+        apart, predicted_apart = distance(y, all_y.detach()), distance(p, all_p.detach())
+        positive, negative = _masks(apart, predicted_apart, window, others)
+        log_push = q.log()[:, None] + (eta * apart if push == "exponential" else (eta * apart).log())
+        losses, anchors = _row_losses(z @ keys.T / temperature, positive, negative, log_push, total if compat else None)
+        positives = positive.sum(1)
+        losses = losses * (q if push == "exponential" else positives / (positives + 1))
+        return Rows(losses * (1 if group is None else world_size(group)) / total, anchors, negative.sum(1))
+
+
+def _row_losses(
+    s: Tensor, positive: Tensor, negative: Tensor, log_push: Tensor, compat_total: Tensor | int | None
+) -> tuple[Tensor, Tensor]:
+    positives = positive.sum(1)
+    anchors = (positives > 0) & negative.any(1)
+    logits = s + torch.where(negative, log_push, 0.0)
+    logits = logits.masked_fill(~(positive | negative), -math.inf)
+    if compat_total is not None:
+        logits = torch.cat([logits, (compat_total - positives).to(s.dtype).log()[:, None]], dim=1)
+    # Other rows may have no finite entry, where the gradient of logsumexp is 0 only by a special case of torch.
+    logits = torch.where(anchors[:, None], logits, 0.0)
+    attraction = torch.where(positive, s, 0.0).sum(1) / positives.clamp(min=1)
+    return torch.where(anchors, logits.logsumexp(1) - attraction, 0.0), anchors
+
+
+def _unit_rows(features: Tensor) -> Tensor:
+    flat = features.flatten(1).to(torch.promote_types(features.dtype, torch.float32))
+    norms = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
+    # A row of zeros has no direction: it stays 0 and gets no gradient, where dividing by a floor would give 1e12 of it.
+    there = norms > 1e-12
+    return torch.where(there, flat, 0.0) / torch.where(there, norms, 1.0)
+
+
+def inverse_density_weights(
+    targets: Tensor,
+    bins: int,
+    mode: Literal["inverse", "sqrt_inverse"] = "sqrt_inverse",
+    lds_sigma: float | None = None,
+) -> Tensor:
+    r"""Weights of samples by how rare their labels are.
+
+    .. math:: q_i \propto 1 / c_{b(i)} \;\text{(inverse)}, \quad 1 / \sqrt{c_{b(i)}} \;\text{(sqrt\_inverse)}
+
+    Args:
+        targets: Labels of the data set, ``(N,)`` or ``(N, 1)``.
+        bins: Number of bins of equal width between the smallest and the largest label, at least 1.
+        mode: ``c`` is the count of the label's bin, or its root.
+        lds_sigma: Smooths ``c`` over the bins (label distribution smoothing): standard deviation, in bins, of a
+            Gaussian that is cut off at the next whole number of bins (2: five bins, the usual setting). ``None``: none.
+
+    Returns:
+        ``q``, ``(N,)`` float32 with mean 1.
+
+    Raises:
+        ValueError: If ``bins``, ``mode`` or ``lds_sigma`` is none of these.
+
+    Example:
+        >>> inverse_density_weights(torch.tensor([0.0, 0.0, 0.0, 1.0]), bins=2, mode="inverse")
+        tensor([0.6667, 0.6667, 0.6667, 2.0000])
+
+    """
+    if bins < 1 or mode not in ("inverse", "sqrt_inverse") or (lds_sigma is not None and lds_sigma <= 0):
+        raise ValueError(
+            "inverse_density_weights: `bins` must be at least 1, `mode` 'inverse' or 'sqrt_inverse', `lds_sigma` None"
+            f" or above 0, got {bins!r}, {mode!r}, {lds_sigma!r}."
+        )
+    values = targets.detach().double().flatten()
+    low, high = values.aminmax()
+    width = (high - low).clamp(min=torch.finfo(torch.float64).tiny)
+    where = ((values - low) / width * bins).long().clamp(max=bins - 1)
+    counts = torch.bincount(where, minlength=bins).double()
+    if mode == "sqrt_inverse":
+        counts = counts.sqrt()
+    if lds_sigma is not None:
+        reach = math.ceil(lds_sigma)
+        offsets = torch.arange(-reach, reach + 1, device=counts.device)
+        kernel = (-0.5 * (offsets / lds_sigma).double().square()).exp()
+        counts = torch.nn.functional.conv1d(counts[None, None], kernel[None, None], padding=reach)[0, 0]
+    weights = 1 / counts[where]
+    return (weights / weights.mean()).float()

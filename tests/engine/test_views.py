@@ -1,0 +1,213 @@
+"""Further views of a batch: they pass the network with it, and every loss stays the batch's own."""
+
+from collections import UserDict, namedtuple
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
+from typing_extensions import override
+
+from lightning_reg.engine.entries import replace_entry
+from lightning_reg.engine.errors import MisconfigurationException
+from lightning_reg.engine.views import Views
+from tests.toys import (
+    QUIET,
+    BatchShift,
+    Classifier,
+    IndexRecorder,
+    LossRecorder,
+    Penalty,
+    StepLosses,
+    Term,
+    WeightsByLabel,
+    _Toy,
+    fit,
+    make_loader,
+    make_tensors,
+    same_weights,
+    weights_of,
+)
+
+pytestmark = QUIET
+
+
+class Shifted(_Toy):
+    """Adds ``count`` views, each shifted further, and notes what the network made of them."""
+
+    def __init__(self, count=2, **kwargs):
+        super().__init__(**kwargs)
+        self.count, self.seen, self.inputs = count, [], []
+
+    @override
+    def extra_views(self, batch, step):
+        return [replace_entry(batch, "0", batch[0] + 1 + view) for view in range(self.count)]
+
+    @override
+    def loss_term(self, call):
+        self.seen.append(call.views.of(self, call.whole_output, with_batch=False).detach())
+        self.inputs.append(call.views.of(self, call.step.views.batch[0], with_batch=True))
+
+
+@pytest.mark.parametrize("others", [[], [WeightsByLabel], [Term, BatchShift], [LossRecorder, Penalty]])
+def test_views_that_nobody_uses_change_nothing(others):
+    with_views, without = Classifier(), Classifier()
+    fit(with_views, Shifted(), *(other() for other in others))
+    fit(without, *(other() for other in others))
+    assert same_weights(with_views, without, atol=1e-6)  # float32: rows of a larger matrix product
+    assert not same_weights(without, Classifier(), atol=1e-2)
+
+
+def test_each_technique_gets_the_rows_of_its_own_views():
+    model, one, two = Classifier(lr=0.0), Shifted(count=1, name="one"), Shifted(count=2, name="two")
+    x = make_tensors()[0][:8]
+    fit(model, one, two, BatchShift(), max_epochs=1)
+    # The batch is what its transforms made of it, whatever their place among the callbacks.
+    batch = x + 0.5
+    torch.testing.assert_close(one.inputs[0], torch.cat([batch, batch + 1]))
+    torch.testing.assert_close(two.inputs[0], torch.cat([batch, batch + 1, batch + 2]))
+    torch.testing.assert_close(one.seen[0], model(batch + 1))
+    torch.testing.assert_close(two.seen[0], model(torch.cat([batch + 1, batch + 2])))
+
+
+def test_losses_and_indices_per_sample_are_the_batchs():
+    recorders = LossRecorder(), IndexRecorder()
+    alone = LossRecorder()
+    fit(Classifier(), Shifted(), *recorders)
+    fit(Classifier(), alone)
+    assert [len(losses) for losses in recorders[0].losses] == [8] * 8
+    torch.testing.assert_close(recorders[0].losses, alone.losses, atol=1e-6, rtol=1e-6)
+    assert [len(indices) for indices in recorders[1].indices] == [8] * 8
+
+
+def reduced(reduction, weighted=False):
+    def step(module, batch):
+        x, y = batch
+        loss = F.cross_entropy(module(x), y, reduction=reduction)
+        if weighted:
+            return (loss * (1 + y)).sum() / (1 + y).sum()
+        return loss / len(y) if reduction == "sum" else loss.mean()
+
+    return step
+
+
+@pytest.mark.parametrize(
+    "step",
+    [reduced("mean"), reduced("sum"), reduced("none"), reduced("none", weighted=True)],
+    ids=["mean", "sum", "none", "weighted"],
+)
+@pytest.mark.parametrize("choice", [None, "last"])
+def test_every_reduction_is_that_of_the_batch(step, choice):
+    runs = []
+    for techniques in ([Shifted(loss=choice)], []):
+        losses, module = StepLosses(), Classifier(step=step)
+        fit(module, *techniques, losses)
+        runs.append((losses.losses, weights_of(module)))
+    assert runs[0][0] == pytest.approx(runs[1][0], abs=1e-6)
+    assert same_weights(runs[0][1], runs[1][1], atol=1e-6)
+
+
+def test_what_is_logged_is_the_batchs():
+    trainers = [fit(Classifier(), *techniques, Term()) for techniques in ([Shifted()], [])]
+    logged = [{name: value.item() for name, value in t.logged_metrics.items()} for t in trainers]
+    assert logged[0] == pytest.approx(logged[1], abs=1e-6)
+
+
+class Copied(Shifted):
+    @override
+    def extra_views(self, batch, step):
+        return [batch]
+
+
+def test_views_are_made_for_one_loader_of_batches_of_known_size():
+    loaders = {"a": make_loader(), "b": make_loader()}
+    module = Classifier(step=lambda module, batch: F.cross_entropy(module(batch["a"][0]), batch["a"][1]))
+    with pytest.raises(MisconfigurationException, match="Copied adds views to the batch, but the batch comes from sev"):
+        fit(module, Copied(), loader=loaders)
+    unknown = DataLoader(TensorDataset(torch.rand(4, 6)), 4, collate_fn=lambda rows: [[1.0], "text"])
+    with pytest.raises(MisconfigurationException, match="but the batch has no number of samples that is known"):
+        fit(Classifier(), Copied(), loader=unknown)
+
+
+def test_a_call_without_a_row_for_each_view_is_refused_where_it_is_used():
+    def step(module, batch):
+        return F.cross_entropy(module(batch[0])[:5], batch[1][:5])
+
+    with pytest.raises(
+        MisconfigurationException, match=r"F.cross_entropy.* has no row for each sample of the batch and"
+    ):
+        fit(Classifier(step=step), Shifted())
+
+
+def test_calls_that_are_not_about_the_batch_stay_as_they_are():
+    def step(module, batch):
+        pull = F.mse_loss(module.net[0].weight, torch.zeros(8, 6), reduction="sum")  # one view: 8 = 2 * 4 rows
+        return F.cross_entropy(module(batch[0]), batch[1]) + 0.01 * pull
+
+    one, two = Classifier(step=step), Classifier(step=step)
+    fit(one, Shifted(count=1, loss="cross_entropy"), loader=make_loader(batch_size=4))
+    fit(two, loader=make_loader(batch_size=4))
+    assert same_weights(one, two, atol=1e-6)
+
+
+# -- structures -------------------------------------------------------------------------------------------------------
+
+
+Point = namedtuple("Point", "x y")
+
+
+@dataclass(frozen=True)
+class Frozen:
+    x: torch.Tensor
+    rest: dict
+
+
+X, Y = torch.arange(6.0).reshape(3, 2), torch.tensor([7, 8, 9])
+
+
+def joined(batch, *others):
+    return Views(batch, 3, {Shifted(): list(others)}).batch
+
+
+def test_joins_every_structure_of_batch():
+    tuple_ = joined((X, Y), (X + 1, Y))
+    assert type(tuple_) is tuple
+    assert torch.equal(tuple_[0], torch.cat([X, X + 1]))
+    assert tuple_[1].tolist() == [7, 8, 9, 7, 8, 9]
+    point = joined(Point(X, Y), Point(X, Y))
+    assert type(point) is Point
+    assert len(point.x) == 6
+    mapping = joined(
+        UserDict(x=X, deep=[Y, "text"], names=["a", "b", "c"], scale=torch.tensor(2.0)),
+        UserDict(x=X, deep=[Y, "text"], names=["a", "b", "c"], scale=torch.tensor(2.0)),
+    )
+    assert type(mapping) is UserDict
+    assert mapping["deep"][0].tolist() == [7, 8, 9, 7, 8, 9]
+    assert mapping["deep"][1] == "text"
+    assert mapping["names"] == ["a", "b", "c"] * 2
+    assert mapping["scale"].shape == ()
+    frozen = Frozen(X, {"y": Y})
+    both = joined(frozen, frozen)
+    assert type(both) is Frozen
+    assert both.rest["y"].tolist() == [7, 8, 9, 7, 8, 9]
+    assert len(frozen.x) == 3
+    assert joined((X, Y), (X.double(), Y))[0].dtype == X.dtype
+
+
+def test_views_of_another_shape_are_refused():
+    with pytest.raises(MisconfigurationException, match=r"different shapes, \(3, 2\), \(3, 1\)"):
+        joined((X, Y), (X[:, :1], Y))
+
+
+def test_only_arguments_with_a_row_per_sample_are_narrowed():
+    views = Views((X, Y), 3, {Shifted(): [(X, Y)]})
+    arguments = {
+        "input": torch.rand(6, 6), "target": torch.rand(6, 6), "pos_weight": torch.rand(6), "weight": torch.rand(6),
+    }  # fmt: skip
+    narrowed = views.narrow(arguments)
+    assert [len(narrowed[name]) for name in ("input", "target", "pos_weight", "weight")] == [3, 3, 6, 6]
+    assert len(views.narrow({**arguments, "weight": torch.rand(6, 6)})["weight"]) == 3
+    assert len(views.narrow({"input": torch.rand(24, 5), "target": torch.rand(24)})["target"]) == 12
+    assert views.narrow({"input": torch.rand(4, 6), "target": torch.rand(4, 6)}) is None
+    assert views.narrow({"log_probs": torch.rand(6, 6, 6)}) is None
