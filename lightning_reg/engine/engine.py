@@ -22,7 +22,7 @@ from lightning_reg.engine.selection import Selection
 from lightning_reg.engine.step import Step
 from lightning_reg.engine.surgery import Surgery
 from lightning_reg.engine.technique import LOSS_PHASES, Technique, phases_of
-from lightning_reg.engine.weight_maps import WeightMaps
+from lightning_reg.engine.weight_maps import WeightMaps, check_mappable
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -99,7 +99,7 @@ class Engine:
             self._surgery = Surgery(self.module, [(t.weights_to_edit(self.module), t.edit_weights) for t in editors])
         mappers = self._in(self.techniques, "map_weights")
         if mappers:
-            check_editable(mappers[0], self.trainer)
+            check_mappable(mappers[0], self.trainer)
             self._maps = WeightMaps(self.module, mappers)
         if editors or mappers:
             self._optimizing = host.Replacement(self.trainer.strategy, "optimizer_step", self._optimizer_step)

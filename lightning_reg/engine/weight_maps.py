@@ -22,9 +22,13 @@ from lightning_reg.engine.features import near_names
 from lightning_reg.engine.surgery import named_weights
 
 if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
     from lightning_reg.engine.technique import Technique
 
-__all__ = ["Latents", "WeightMaps"]
+__all__ = ["Latents", "WeightMaps", "check_mappable"]
+
+_SPLITTING = ("FSDP", "DeepSpeed", "ModelParallel", "XLAFSDP")
 
 # What an optimizer's group holds of its parameters; all else is taken over from the group of the weights.
 _OF_PARAMETERS = ("params", "param_names")
@@ -107,6 +111,25 @@ class _Map:
         return weights
 
 
+def check_mappable(technique: "Technique", trainer: "Trainer") -> None:
+    """Refuses strategies under which neither the weight nor the optimizer is whole.
+
+    Args:
+        technique: Who maps weights.
+        trainer: The Trainer that starts to fit.
+
+    Raises:
+        MisconfigurationException: Under FSDP, DeepSpeed and tensor parallelism.
+
+    """
+    strategy = type(trainer.strategy).__name__
+    if strategy.startswith(_SPLITTING):
+        raise MisconfigurationException(
+            f"{type(technique).__name__} trains whole weights through a map, and {strategy} splits them over the"
+            " processes. Use DDP."
+        )
+
+
 class WeightMaps:
     """All maps of a fit.
 
@@ -168,6 +191,9 @@ class WeightMaps:
         if fresh or not latents.fit(weights):
             latents.clear()
             latents.values = dict(one.technique.begin_map(weights)) if weights else {}
+            for name, mapped in one.weights_of(latents.values).items() if weights else ():
+                if not _close(mapped, weights[name]):  # the technique does not begin with the weights as they are
+                    weights[name].copy_(mapped)
         else:
             latents.to({name: weight.device for name, weight in weights.items()})
             # A kept latent is exact; another device rounds its weight in another way.
