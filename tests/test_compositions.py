@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_reg import LossReweighting, NMSparsity, SoupAverager, WeightCompander
 from lightning_reg.functional import nm_mask, reweight
-from tests.toys import QUIET, Callback, Classifier, fit
+from tests.toys import QUIET, Callback, Classifier, fit, make_trainer, same_weights
 
 pytestmark = QUIET
 
@@ -153,3 +153,29 @@ def test_an_average_of_companded_weights_is_one_of_the_weights(first, arguments)
     last = a * (compander.latents.values["net.2.weight"] / b).atan()
     torch.testing.assert_close(weights[-1], last.detach())
     assert not torch.allclose(mean, weights[-1], atol=1e-4)
+
+
+def test_resuming_companded_weights_beside_an_average_that_is_validated_is_exact(tmp_path):
+    def run(epochs, ckpt=None):
+        # The file's weights are the average; those of the training lie with the average's callback.
+        soup = SoupAverager(method="ema", decay=0.5, swap_for_validation=True)
+        compander = WeightCompander(layers="2", a=0.4, b=0.3, learn=True, shape_lr_factor=0.5)
+        module, trainer = Net(), make_trainer(callbacks=[soup, compander], max_epochs=epochs)
+        trainer.fit(module, DataLoader(data(), 8), ckpt_path=ckpt, weights_only=True if ckpt else None)
+        return module, compander
+
+    class Saves(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            if trainer.current_epoch == 0:
+                trainer.save_checkpoint(tmp_path / "first.ckpt")
+
+    soup = SoupAverager(method="ema", decay=0.5, swap_for_validation=True)
+    compander = WeightCompander(layers="2", a=0.4, b=0.3, learn=True, shape_lr_factor=0.5)
+    whole = Net()
+    fit(whole, soup, compander, Saves(), loader=DataLoader(data(), 8), max_epochs=3)
+    resumed, again = run(3, tmp_path / "first.ckpt")
+    saved = torch.load(tmp_path / "first.ckpt", weights_only=True)
+    name = "net.2.weight"
+    assert not torch.equal(saved["state_dict"][name], saved["callbacks"]["SoupAverager"]["raw"][name])
+    assert same_weights(resumed, whole)
+    assert same_weights(again.latents.values, compander.latents.values)

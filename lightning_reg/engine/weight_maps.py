@@ -171,20 +171,19 @@ class WeightMaps:
 
     @torch.no_grad()
     def begin(self, optimizers: Sequence[Any], *, fresh: bool) -> None:
-        """Before each training step, and each step of an optimizer (which may contain it): takes over new weights.
+        """Before each training step, and each step of an optimizer (which may contain it): once, takes the weights.
 
         Args:
             optimizers: Those of the fit.
             fresh: Whether this is the first batch of a training, so that nothing is left of an earlier one.
 
         """
-        if self._begun and not self._inside:
-            self.follow()
-        elif not self._begun:
-            for one in self._maps:
-                self._begin(one, fresh=fresh)
-            self._handles = [o.register_step_pre_hook(self._check) for o in optimizers if isinstance(o, Optimizer)]
-            self._begun = True
+        if self._begun:
+            return
+        for one in self._maps:
+            self._begin(one, fresh=fresh)
+        self._handles = [o.register_step_pre_hook(self._check) for o in optimizers if isinstance(o, Optimizer)]
+        self._begun = True
 
     def _begin(self, one: _Map, *, fresh: bool) -> None:
         latents, weights = one.technique.latents, {name: p.detach() for name, p in one.weights.items()}
@@ -200,7 +199,7 @@ class WeightMaps:
             self._follow(one, [n for n, w in one.weights_of(latents.values).items() if not _close(w, weights[n])])
         self._note(one.weights)
 
-    def follow(self) -> None:
+    def _follow_writes(self) -> None:
         """Takes over what somebody else wrote into weights, an average that was loaded say."""
         for one in self._maps:
             written = [name for name, p in one.weights.items() if p._version != self._versions[p]]
@@ -216,7 +215,7 @@ class WeightMaps:
 
     @contextmanager
     def own_writes(self) -> Iterator[None]:
-        """What is written meanwhile is no news: edits of weights that come and go."""
+        """What is written meanwhile is no news: edits of weights that come and go, in every step."""
         if not self._begun:
             yield
             return
@@ -281,7 +280,7 @@ class WeightMaps:
             optimizer: The one that is about to step, perhaps in Lightning's wrapping.
 
         """
-        self.follow()
+        self._follow_writes()
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for one in self._maps:
             names = [name for name, p in one.weights.items() if p.grad is not None and id(p) in held]

@@ -78,7 +78,7 @@ class WeightCompander(Technique):
     diverges, and clipping by the norm counts them in. They form a group of the optimizer for the time of its step, at
     the end of its groups; schedulers never meet it, and its learning rate is always ``shape_lr_factor`` times that of
     the layer's own group. The optimizer in a checkpoint is therefore the plain model's; their state and v lie in the
-    callback's, which adds one copy of these weights to the file.
+    callback's, which adds one copy of these weights to the file. A resumed training keeps its shapes.
 
     Memory: one copy of the companded weights, three more while the optimizer steps. No communication: with gradients
     averaged over ranks, all of this is the same on each.
@@ -233,6 +233,11 @@ class WeightCompander(Technique):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict["values"] and self.learn != bool(state_dict["own"]):
+            raise MisconfigurationException(
+                f"WeightCompander(learn={self.learn}): the checkpoint is of a training with learn={not self.learn}. Go"
+                " on with that, or train without `ckpt_path` from its weights."
+            )
         self._shapes = dict(state_dict["shapes"])
         self.latents.load_state_dict(state_dict)
 

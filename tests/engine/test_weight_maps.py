@@ -21,7 +21,7 @@ class Doubled(Technique):
 
     def __init__(self, names=(NAME,), name=None):
         super().__init__(name=name)
-        self.names, self.latents = names, Latents()
+        self.names, self.latents, self.mapped = names, Latents(), 0
 
     @classmethod
     @override
@@ -42,6 +42,7 @@ class Doubled(Technique):
 
     @override
     def map_weights(self, latents, weights):
+        self.mapped += 1
         for name, weight in weights.items():
             weight.copy_(2 * latents[name])
 
@@ -66,10 +67,11 @@ def test_the_optimizer_steps_the_latents():
 
 
 def test_beside_an_edit_that_comes_and_goes():
-    module, by_hand = Classifier(lr=0.1), FourTimes(lr=0.1)
-    fit(module, Halve(names=(NAME,)), Doubled())
+    module, by_hand, technique = Classifier(lr=0.1), FourTimes(lr=0.1), Doubled()
+    fit(module, Halve(names=(NAME,)), technique)
     fit(by_hand, Halve(names=(NAME,)))
     assert same_weights(module, by_hand, atol=1e-6)
+    assert technique.mapped == 1 + 8  # when it begins and after each step: the edits were no news
 
 
 class Sees(Callback):

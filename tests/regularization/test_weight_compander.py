@@ -500,6 +500,18 @@ def test_resuming_is_exact_from_a_file_written_after_the_fit(tmp_path):
         assert same_weights(one.state_dict()[part], two.state_dict()[part])
 
 
+@pytest.mark.parametrize("learn", [True, False])
+def test_learning_is_neither_begun_nor_ended_by_a_resume(learn):
+    compander = WeightCompander(a=A, b=B, learn=learn)
+    fit(Module(), compander, max_steps=1)
+    with pytest.raises(MisconfigurationException) as raised:
+        WeightCompander(learn=not learn).load_state_dict(compander.state_dict())
+    assert str(raised.value) == (
+        f"WeightCompander(learn={not learn}): the checkpoint is of a training with learn={learn}. Go on with that, or"
+        " train without `ckpt_path` from its weights."
+    )
+
+
 def test_a_second_fit_goes_on_from_the_latents_and_a_new_training_begins_anew():
     module, compander = Module(), WeightCompander(a=A, b=B, learn=True)
     trainer = fit(module, compander)
