@@ -126,7 +126,7 @@ class Engine:
     def pull_back(self, optimizer: Any) -> None:
         """Gives the optimizer what weights are mapped from, with its gradients, once these are final."""
         if self._maps is not None:
-            self._maps.open(optimizer)
+            self._maps.open(optimizer, check=host.is_logging_step(self.trainer))
 
     def _begin_maps(self) -> None:
         if self._maps is not None:

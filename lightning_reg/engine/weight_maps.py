@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
+from lightning_reg.engine import host
 from lightning_reg.engine.errors import MisconfigurationException
 from lightning_reg.engine.features import near_names
 from lightning_reg.engine.surgery import named_weights
@@ -110,6 +111,14 @@ class _Map:
         self.technique.map_weights(latents, weights)
         return weights
 
+    def strangers(self) -> list[str]:
+        """Names of the weights that are not what their latents are mapped to; one host sync."""
+        mapped = self.weights_of(self.technique.latents.values)
+        if not mapped:
+            return []
+        differ = torch.stack([_differs(value, self.weights[name]).cpu() for name, value in mapped.items()])
+        return [name for name, differs in zip(mapped, differ.tolist(), strict=True) if differs]
+
 
 def check_mappable(technique: "Technique", trainer: "Trainer") -> None:
     """Refuses strategies under which neither the weight nor the optimizer is whole.
@@ -162,7 +171,7 @@ class WeightMaps:
                 owners[name] = cls
             self._maps.append(_Map(technique, {name: parameters[name] for name in names}))
         self._versions: dict[nn.Parameter, int] = {}
-        self._begun = False
+        self._begun = self._said = False
         self._optimizer: Optimizer | None = None
         self._inside: list[tuple[_Map, list[str]]] = []
         self._handles: list[Any] = []
@@ -191,12 +200,12 @@ class WeightMaps:
             latents.clear()
             latents.values = dict(one.technique.begin_map(weights)) if weights else {}
             for name, mapped in one.weights_of(latents.values).items() if weights else ():
-                if not _close(mapped, weights[name]):  # the technique does not begin with the weights as they are
+                if _differs(mapped, weights[name]):  # the technique does not begin with the weights as they are
                     weights[name].copy_(mapped)
         else:
             latents.to({name: weight.device for name, weight in weights.items()})
             # A kept latent is exact; another device rounds its weight in another way.
-            self._follow(one, [n for n, w in one.weights_of(latents.values).items() if not _close(w, weights[n])])
+            self._follow(one, one.strangers())
         self._note(one.weights)
 
     def _follow_writes(self) -> None:
@@ -207,6 +216,18 @@ class WeightMaps:
                 present = one.weights_of({name: one.technique.latents.values[name] for name in written})
                 self._follow(one, [name for name in written if not torch.equal(present[name], one.weights[name])])
                 self._note({name: one.weights[name] for name in written})
+
+    def _check_data(self) -> None:
+        for one in self._maps:
+            names = one.strangers()
+            if names and not self._said:
+                host.rank_zero_warn(
+                    f"{type(one.technique).__name__}: {names[0]!r} was written through `.data`, which is noticed now"
+                    " but not in every step, and is lost otherwise. Write in place under `torch.no_grad()`:"
+                    " `weight.clamp_(...)`."
+                )
+                self._said = True
+            self._follow(one, names)
 
     def _follow(self, one: _Map, names: list[str]) -> None:
         if names:
@@ -273,14 +294,17 @@ class WeightMaps:
         return lent
 
     @torch.no_grad()
-    def open(self, optimizer: Any) -> None:
+    def open(self, optimizer: Any, *, check: bool) -> None:
         """Turns gradients at the weights into those of the latents, and puts the latents in.
 
         Args:
             optimizer: The one that is about to step, perhaps in Lightning's wrapping.
+            check: Whether to look for weights that were written without leaving a version; costs a host sync.
 
         """
         self._follow_writes()
+        if check:
+            self._check_data()
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for one in self._maps:
             names = [name for name, p in one.weights.items() if p.grad is not None and id(p) in held]
@@ -331,5 +355,6 @@ def _own_group(group: Mapping[str, Any], latents: Latents, names: Sequence[str])
     return settings | {"params": [latents.own[name] for name in names], "lr": group["lr"] * latents.lr_factor}
 
 
-def _close(one: Tensor, two: Tensor) -> bool:
-    return bool((one - two).abs().max() <= 8 * torch.finfo(one.dtype).eps * two.abs().max())
+def _differs(one: Tensor, two: Tensor) -> Tensor:
+    """Whether two weights differ by more than another device's rounding, a boolean scalar; NaN differs."""
+    return ~((one - two).abs().max() <= 8 * torch.finfo(one.dtype).eps * two.abs().max())

@@ -58,8 +58,8 @@ class WeightCompander(Technique):
     The module holds w at all times, in validation, checkpoints (``save_weights_only=True`` too), averages and after the
     fit, under its own keys; v takes its place for the optimizer's step alone. So averages and other techniques see w,
     an exported file is an ordinary network, and there is nothing to fold in at the end. What somebody else writes into
-    a weight in place is mapped back to v, unless it is written through ``.data`` while training runs, which cannot be
-    noticed.
+    a weight in place is mapped back to v; what is written through ``.data`` while training runs is noticed on logging
+    steps only, with a warning.
 
     Use it beside weight decay and dropout on linear and convolution layers. Leave it where the aim is zeros (pruning),
     and expect less of it under a normalization that makes the weights' scale irrelevant.

@@ -68,7 +68,7 @@ def test_the_optimizer_steps_the_latents():
 
 def test_beside_an_edit_that_comes_and_goes():
     module, by_hand, technique = Classifier(lr=0.1), FourTimes(lr=0.1), Doubled()
-    fit(module, Halve(names=(NAME,)), technique)
+    fit(module, Halve(names=(NAME,)), technique, log_every_n_steps=100)
     fit(by_hand, Halve(names=(NAME,)))
     assert same_weights(module, by_hand, atol=1e-6)
     assert technique.mapped == 1 + 8  # when it begins and after each step: the edits were no news
@@ -151,6 +151,50 @@ def test_a_step_past_lightning_is_refused():
         trainer.fit(module, make_loader())
     (optimizer,) = trainer.optimizers
     assert not optimizer._optimizer_step_pre_hooks
+
+
+class Clamps(Callback):
+    @override
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        pl_module.net[3].weight.data.clamp_(-0.05, 0.05)
+
+
+def test_writing_through_data_is_noticed_on_logging_steps():
+    module = Classifier()
+    with pytest.warns(UserWarning, match="Doubled: 'net.3.weight' was written through `.data`") as warned:
+        fit(module, Doubled(), Clamps())
+    assert sum("through `.data`" in str(w.message) for w in warned) == 1
+    plain = FourTimes()
+    fit(plain, Clamps())
+    assert same_weights(module, plain, atol=1e-6)
+
+
+class Unfreezes(Callback):
+    """Hands the mapped weight to the optimizer in the second epoch."""
+
+    @override
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            factor = 4 if isinstance(pl_module, Late) else 1
+            trainer.optimizers[0].add_param_group({"params": [pl_module.net[3].weight], "lr": factor * 0.1})
+
+
+class Early(Classifier):
+    @override
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for name, p in self.named_parameters() if name != NAME], self.lr)
+
+
+class Late(Early):
+    pass
+
+
+def test_a_weight_that_the_optimizer_gets_later():
+    module, by_hand = Early(lr=0.1), Late(lr=0.1)
+    fit(module, Doubled(), Unfreezes())
+    fit(by_hand, Unfreezes())
+    assert same_weights(module, by_hand, atol=1e-6)
+    assert not torch.equal(module.net[3].weight, Classifier().net[3].weight)
 
 
 def test_names_are_checked():
