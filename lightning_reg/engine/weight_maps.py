@@ -108,7 +108,8 @@ class _Map:
 
     def weights_of(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
         weights = {name: torch.empty_like(value) for name, value in latents.items()}
-        self.technique.map_weights(latents, weights)
+        if weights:
+            self.technique.map_weights(latents, weights)
         return weights
 
     def strangers(self) -> list[str]:
@@ -199,7 +200,7 @@ class WeightMaps:
         if fresh or not latents.fit(weights):
             latents.clear()
             latents.values = dict(one.technique.begin_map(weights)) if weights else {}
-            for name, mapped in one.weights_of(latents.values).items() if weights else ():
+            for name, mapped in one.weights_of(latents.values).items():
                 if _differs(mapped, weights[name]):  # the technique does not begin with the weights as they are
                     weights[name].copy_(mapped)
         else:

@@ -42,6 +42,7 @@ class Doubled(Technique):
 
     @override
     def map_weights(self, latents, weights):
+        assert weights
         self.mapped += 1
         for name, weight in weights.items():
             weight.copy_(2 * latents[name])
