@@ -664,7 +664,7 @@ def test_digits_show_companded_weights():
         module.configure_optimizers = lambda module=module: torch.optim.SGD(
             module.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4
         )
-        fit(module, *callbacks, loader=loader, max_epochs=40)
+        fit(module, *callbacks, loader=loader, max_epochs=25)
         stats.append(
             {
                 **weight_stats(module),
