@@ -12,6 +12,9 @@ from lightning_reg.engine.mixin import LossMixin as LossMixin
 from lightning_reg.engine.technique import Technique as Technique
 from lightning_reg.metric_learning.conr import ConR as ConR
 from lightning_reg.noisy_labels.elr import ELRCallback as ELRCallback
+from lightning_reg.regularization.weight_compander import Compander as Compander
+from lightning_reg.regularization.weight_compander import Companding as Companding
+from lightning_reg.regularization.weight_compander import WeightCompander as WeightCompander
 from lightning_reg.reweighting.loss_reweighting import LossReweighting as LossReweighting
 from lightning_reg.sparsity.nm_sparsity import NMSparsity as NMSparsity
 from lightning_reg.sparsity.nm_sparsity import SparsityReport as SparsityReport

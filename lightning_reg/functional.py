@@ -25,6 +25,13 @@ from lightning_reg.noisy_labels.elr import elr_loss as elr_loss
 from lightning_reg.noisy_labels.elr import elr_regularizer as elr_regularizer
 from lightning_reg.noisy_labels.elr import elr_targets as elr_targets
 from lightning_reg.noisy_labels.elr import elr_update_targets as elr_update_targets
+from lightning_reg.regularization.weight_compander import Compander as Compander
+from lightning_reg.regularization.weight_compander import Companding as Companding
+from lightning_reg.regularization.weight_compander import bake_companders as bake_companders
+from lightning_reg.regularization.weight_compander import compand as compand
+from lightning_reg.regularization.weight_compander import compand_gradients as compand_gradients
+from lightning_reg.regularization.weight_compander import expand as expand
+from lightning_reg.regularization.weight_compander import weight_stats as weight_stats
 from lightning_reg.reweighting.loss_reweighting import apply_strategy as apply_strategy
 from lightning_reg.reweighting.loss_reweighting import normalize_losses as normalize_losses
 from lightning_reg.reweighting.loss_reweighting import reweight as reweight

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_reg import ConR, LossReweighting, NMSparsity, SoupAverager
+from lightning_reg import ConR, LossReweighting, NMSparsity, SoupAverager, WeightCompander
 from lightning_reg.functional import conr_loss, nm_mask, reweight
-from tests.toys import QUIET, Callback, Classifier, fit
+from tests.toys import QUIET, Callback, Classifier, fit, make_trainer, same_weights
 
 pytestmark = QUIET
 
@@ -124,3 +124,94 @@ def test_reweighting_weights_the_batch_alone_and_conr_its_views(first):
             assert term > 0.05
     for one, two in zip(module.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)
+
+
+class Latent(nn.Module):
+    """The middle layer's weight as a function of what is trained: w = a arctan(v / b)."""
+
+    def __init__(self, weight, a, b):
+        super().__init__()
+        self.log_a, self.log_b = (nn.Parameter(torch.tensor(x).log()) for x in (a, b))
+        self.v = nn.Parameter(b * (weight / a).tan())
+
+    def forward(self):
+        return self.log_a.exp() * (self.v / self.log_b.exp()).atan()
+
+
+@pytest.mark.parametrize("recipe", ["ste", "srste"])
+@pytest.mark.parametrize("first", [True, False], ids=["compander first", "sparsity first"])
+def test_sparsity_prunes_companded_weights_and_the_gradient_goes_on_through_the_map(first, recipe):
+    compander = WeightCompander(layers="2", a=0.4, b=0.3, learn=True, shape_lr_factor=0.5)
+    sparse = NMSparsity(1, 4, recipe=recipe, lambda_w=0.05, dense_fraction=0.0)
+    module = train(*([compander, sparse] if first else [sparse, compander]))
+    reference = Net()
+    layer = reference.net[2]
+    latent = Latent(layer.weight.detach(), 0.4, 0.3)
+    del layer.weight
+    others = list(reference.parameters())
+    optimizer = torch.optim.SGD(
+        [{"params": [*others, latent.v]}, {"params": [latent.log_a, latent.log_b], "lr": 0.1}], 0.2
+    )
+    for _ in range(2):
+        for x, y in DataLoader(data(), 8):
+            w = latent()
+            mask = nm_mask(w.detach(), 1, 4)
+            pruned = (w * mask).detach().requires_grad_()
+            layer.weight = pruned
+            optimizer.zero_grad()
+            F.cross_entropy(reference(x), y).backward()
+            # Straight through the mask, SR-STE's pull on w, then through the map.
+            w.backward(pruned.grad + (0.05 * w.detach() * ~mask if recipe == "srste" else 0.0))
+            optimizer.step()
+    w = latent().detach()
+    torch.testing.assert_close(module.net[2].weight.detach(), w * nm_mask(w, 1, 4), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(module.net[0].weight, reference.net[0].weight, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(compander.latents.values["net.2.weight"], latent.v.detach(), atol=1e-6, rtol=1e-5)
+    shape = torch.stack([latent.log_a, latent.log_b]).detach()
+    torch.testing.assert_close(compander.latents.own["net.2.weight"].detach(), shape)
+    assert not torch.allclose(shape, torch.tensor([0.4, 0.3]).log(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["average first", "compander first"])
+@pytest.mark.parametrize("arguments", [{"method": "uniform"}, {"method": "ema", "decay": 0.5}], ids=["uniform", "ema"])
+def test_an_average_of_companded_weights_is_one_of_the_weights(first, arguments):
+    dense, compander = Dense(), WeightCompander(layers="2", a=0.4, b=0.3, learn=True, shape_lr_factor=0.5)
+    soup = SoupAverager(**arguments)
+    module = train(*([soup, dense, compander] if first else [compander, dense, soup]))
+    weights = dense.weights
+    mean = (weights[2] + weights[5]) / 2
+    if arguments["method"] == "ema":
+        mean = weights[0]
+        for weight in weights[1:]:
+            mean = 0.5 * mean + 0.5 * weight
+    torch.testing.assert_close(module.net[2].weight.detach(), mean)
+    a, b = compander.latents.own["net.2.weight"].exp()
+    last = a * (compander.latents.values["net.2.weight"] / b).atan()
+    torch.testing.assert_close(weights[-1], last.detach())
+    assert not torch.allclose(mean, weights[-1], atol=1e-4)
+
+
+def test_resuming_companded_weights_beside_an_average_that_is_validated_is_exact(tmp_path):
+    def run(epochs, ckpt=None):
+        # The file's weights are the average; those of the training lie with the average's callback.
+        soup = SoupAverager(method="ema", decay=0.5, swap_for_validation=True)
+        compander = WeightCompander(layers="2", a=0.4, b=0.3, learn=True, shape_lr_factor=0.5)
+        module, trainer = Net(), make_trainer(callbacks=[soup, compander], max_epochs=epochs)
+        trainer.fit(module, DataLoader(data(), 8), ckpt_path=ckpt, weights_only=True if ckpt else None)
+        return module, compander
+
+    class Saves(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            if trainer.current_epoch == 0:
+                trainer.save_checkpoint(tmp_path / "first.ckpt")
+
+    soup = SoupAverager(method="ema", decay=0.5, swap_for_validation=True)
+    compander = WeightCompander(layers="2", a=0.4, b=0.3, learn=True, shape_lr_factor=0.5)
+    whole = Net()
+    fit(whole, soup, compander, Saves(), loader=DataLoader(data(), 8), max_epochs=3)
+    resumed, again = run(3, tmp_path / "first.ckpt")
+    saved = torch.load(tmp_path / "first.ckpt", weights_only=True)
+    name = "net.2.weight"
+    assert not torch.equal(saved["state_dict"][name], saved["callbacks"]["SoupAverager"]["raw"][name])
+    assert same_weights(resumed, whole)
+    assert same_weights(again.latents.values, compander.latents.values)

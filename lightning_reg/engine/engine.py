@@ -1,7 +1,7 @@
 """The engine: stands around ``Strategy.training_step`` and lets the techniques act on one batch after the other."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +11,7 @@ from lightning_reg.engine import extra_passes, host, report
 from lightning_reg.engine.composition import check_composition, check_editable
 from lightning_reg.engine.errors import MisconfigurationException
 from lightning_reg.engine.features import FeatureTap
-from lightning_reg.engine.hooks import EngineHooks
+from lightning_reg.engine.hooks import EngineHooks, LastHook
 from lightning_reg.engine.interception import Interception, call_site
 from lightning_reg.engine.loaders import TrainLoaders
 from lightning_reg.engine.lookup import ENGINES
@@ -23,6 +23,7 @@ from lightning_reg.engine.step import Step
 from lightning_reg.engine.surgery import Surgery
 from lightning_reg.engine.technique import LOSS_PHASES, Technique, phases_of
 from lightning_reg.engine.views import Views
+from lightning_reg.engine.weight_maps import WeightMaps, check_mappable
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -49,6 +50,7 @@ class Engine:
         self._loaders = TrainLoaders(trainer, techniques)
         self._features: FeatureTap | None = None
         self._surgery: Surgery | None = None
+        self._maps: WeightMaps | None = None
         self._optimizing: host.Replacement | None = None
         self._step: Step | None = None
         self._active: Sequence[Technique] = techniques
@@ -68,19 +70,23 @@ class Engine:
         engine = ENGINES[trainer] = cls(trainer, module, techniques)
         # First the hooks, which detach on any exception. A new list leaves the one Lightning iterates over as it is.
         hooks = EngineHooks(engine, edits_weights=bool(engine._in(techniques, "edit_weights")))
-        host.set_callbacks(trainer, [hooks, *host.callbacks(trainer)])
+        last = [LastHook(engine)] if engine._in(techniques, "map_weights") else []
+        host.set_callbacks(trainer, [hooks, *host.callbacks(trainer), *last])
         engine._loaders.attach()
 
     def detach(self) -> None:
         """Puts everything back as it was; may be called twice."""
         self.restore_weights()
+        if self._maps is not None:
+            self._maps.close()
         if self._features is not None:
             self._features.close()
         self._loaders.detach()
         if self._optimizing is not None:
             self._optimizing.undo()
         self._stepping.undo()
-        kept = [callback for callback in host.callbacks(self.trainer) if not isinstance(callback, EngineHooks)]
+        ours = (EngineHooks, LastHook)
+        kept = [callback for callback in host.callbacks(self.trainer) if not isinstance(callback, ours)]
         host.set_callbacks(self.trainer, kept)
         ENGINES.pop(self.trainer, None)
 
@@ -92,6 +98,11 @@ class Engine:
         if editors:
             check_editable(editors[0], self.trainer)
             self._surgery = Surgery(self.module, [(t.weights_to_edit(self.module), t.edit_weights) for t in editors])
+        mappers = self._in(self.techniques, "map_weights")
+        if mappers:
+            check_mappable(mappers[0], self.trainer)
+            self._maps = WeightMaps(self.module, mappers)
+        if editors or mappers:
             self._optimizing = host.Replacement(self.trainer.strategy, "optimizer_step", self._optimizer_step)
 
     def prepare_data(self) -> None:
@@ -104,15 +115,40 @@ class Engine:
         """Puts in the effective weights of the techniques active now; in validation, of those of the last step."""
         if self._surgery is not None:
             editors = self._in(self.techniques, "edit_weights")
-            self._surgery.apply([position for position, editor in enumerate(editors) if editor in self._active])
+            with self._own_writes():
+                self._surgery.apply([position for position, editor in enumerate(editors) if editor in self._active])
 
     def restore_weights(self) -> None:
         """Puts the dense weights back."""
         if self._surgery is not None:
-            self._surgery.restore()
+            with self._own_writes():
+                self._surgery.restore()
 
-    def _optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
-        result = self._optimizing.original(*args, **kwargs) if self._optimizing is not None else None
+    def pull_back(self, optimizer: Any) -> None:
+        """Gives the optimizer what weights are mapped from, with its gradients, once these are final."""
+        if self._maps is not None:
+            self._maps.open(optimizer, check=host.is_logging_step(self.trainer))
+
+    def _begin_maps(self) -> None:
+        if self._maps is not None:
+            self._maps.begin(self.trainer.optimizers, fresh=host.batches_so_far(self.trainer) <= 1)
+
+    def _own_writes(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._maps is None else self._maps.own_writes()
+
+    def _optimizer_step(self, optimizer: Any, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
+        def with_weights() -> Any:  # an optimizer may call it several times, each time after a change of its own
+            if self._maps is not None:
+                self._maps.put_weights()
+            if self._step is not None:
+                self.apply_weights()
+            return closure()
+
+        self._begin_maps()
+        strategy = self.trainer.strategy
+        original = strategy.optimizer_step if self._optimizing is None else self._optimizing.original
+        with nullcontext() if self._maps is None else self._maps.stepping(optimizer):
+            result = original(optimizer, with_weights, *args, **kwargs)
         if self._step is not None:  # manual optimization: the rest of training_step sees effective weights again
             self.apply_weights()
         return result
@@ -122,6 +158,7 @@ class Engine:
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """What the Trainer calls in place of ``Strategy.training_step``."""
         followed = self._loaders.advance()
+        self._begin_maps()
         step = Step(self.trainer, self.module, args[0] if args else None, followed, self._loaders.several)
         active = self._active = [t for t in self.techniques if t.is_active(step)]
         if not active:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from lightning_reg.engine.engine import Engine
 
-__all__ = ["EngineHooks"]
+__all__ = ["EngineHooks", "LastHook"]
 
 
 _NEVER = ("on_train_batch_start", "on_before_backward", "on_after_backward", "on_before_zero_grad")
@@ -69,3 +69,21 @@ class EngineHooks(Callback):
     @override
     def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
         self._engine.detach()
+
+
+class LastHook(Callback):
+    """Stands last among the callbacks while weights are trained through a map, so that all others change dL/dw.
+
+    Args:
+        engine: Whose hook this is.
+
+    """
+
+    def __init__(self, engine: "Engine") -> None:
+        self._engine = engine
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: "Trainer", pl_module: "LightningModule", optimizer: "Optimizer"
+    ) -> None:
+        self._engine.pull_back(optimizer)

@@ -18,12 +18,22 @@ if TYPE_CHECKING:
 
     from lightning_reg.engine.loss_call import LossCall
     from lightning_reg.engine.step import Step
+    from lightning_reg.engine.weight_maps import Latents
 
 __all__ = ["PHASES", "Technique", "phases_of"]
 
 # In the order of the step. Gradients and optimizer steps are Lightning's own hooks on_before_optimizer_step and
 # on_train_batch_end.
-PHASES = ("transform_batch", "extra_views", "edit_weights", "change_targets", "sample_weights", "loss_term", "penalty")
+PHASES = (
+    "transform_batch",
+    "extra_views",
+    "edit_weights",
+    "change_targets",
+    "sample_weights",
+    "loss_term",
+    "penalty",
+    "map_weights",
+)
 LOSS_PHASES = frozenset(("change_targets", "sample_weights", "loss_term"))
 
 
@@ -152,6 +162,32 @@ class Technique(Callback):
 
     def penalty(self, module: "LightningModule") -> Tensor | None:
         """Returns a scalar that depends on parameters only and is added to the step's loss; ``None`` for none."""
+        raise NotImplementedError
+
+    # -- weights trained through a map w = f(v); every other phase and hook sees w, the optimizer alone sees v ---------
+
+    latents: "Latents"  # what is trained in place of the weights; in the hands of techniques that map weights
+
+    def weights_to_map(self, module: nn.Module) -> "Sequence[str]":
+        """Names of the parameters that are trained through :meth:`map_weights`, as in ``named_parameters()``."""
+        return ()
+
+    def begin_map(self, weights: "Mapping[str, Tensor]") -> "Mapping[str, Tensor]":
+        """Returns new latents for the weights that a training begins with, and fills ``latents.own``."""
+        raise NotImplementedError
+
+    def latents_of(self, weights: "Mapping[str, Tensor]") -> "Mapping[str, Tensor]":
+        """Returns new latents for weights that somebody else wrote, under the map as it is."""
+        raise NotImplementedError
+
+    def map_weights(self, latents: "Mapping[str, Tensor]", weights: "Mapping[str, Tensor]") -> None:
+        """Writes f(v) into ``weights``, after the optimizer has stepped the latents."""
+        raise NotImplementedError
+
+    def pull_back(
+        self, latents: "Mapping[str, Tensor]", weights: "Mapping[str, Tensor]", gradients: "Mapping[str, Tensor]"
+    ) -> None:
+        """Turns gradients dL/dw into dL/dv, in place, and sets the gradients of ``latents.own``; once per step."""
         raise NotImplementedError
 
     # -- services -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""Techniques that shape the weights themselves while they are trained."""

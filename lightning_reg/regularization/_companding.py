@@ -1,0 +1,338 @@
+"""Companding functions of weights, their inverses and derivatives, for one weight and for many at once."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import inf, pi
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from typing_extensions import override
+
+__all__ = [
+    "COMPANDINGS",
+    "Compander",
+    "Companding",
+    "bake_companders",
+    "compand",
+    "compand_all",
+    "compand_gradients",
+    "expand",
+    "pull_back_all_",
+    "shapes_for",
+    "weight_stats",
+]
+
+Tensors = tuple[Tensor, ...] | list[Tensor]
+Scales = Sequence[float | Tensor]
+
+# Where the bound of a layer lies when nothing is said: the bound should be near the scale of the weights.
+_BOUND_OF_RMS = 4.0
+# And no nearer to the largest weight than this: at 0.8 of the bound the arctan's inverse is three times the weight.
+_BOUND_OF_LARGEST = 1.25
+
+
+@dataclass(frozen=True)
+class Companding:
+    r"""A function :math:`\psi` for weights :math:`w = a\,\psi(v/b)`.
+
+    It has to be odd, strictly increasing, bounded, with a continuous derivative that is 1 at 0 and nowhere larger. All
+    functions take a list of tensors and return a new list of such. Another one is added to ``COMPANDINGS`` by name.
+
+    Args:
+        psi: The function.
+        slope: Its derivative.
+        inverse: Its inverse.
+        bound: What its magnitude stays below.
+
+    """
+
+    psi: Callable[[Tensors], Tensors]
+    slope: Callable[[Tensors], Tensors]
+    inverse: Callable[[Tensors], Tensors]
+    bound: float
+
+
+def _arctan_slope(x: Tensors) -> Tensors:
+    return torch._foreach_reciprocal(torch._foreach_add(torch._foreach_mul(x, x), 1.0))
+
+
+def _tanh_slope(x: Tensors) -> Tensors:
+    y = torch._foreach_tanh(x)
+    return torch._foreach_add(torch._foreach_neg(torch._foreach_mul(y, y)), 1.0)
+
+
+def _softsign(x: Tensors) -> Tensors:
+    return torch._foreach_div(x, torch._foreach_add(torch._foreach_abs(x), 1.0))
+
+
+def _softsign_slope(x: Tensors) -> Tensors:
+    one = torch._foreach_add(torch._foreach_abs(x), 1.0)
+    return torch._foreach_reciprocal(torch._foreach_mul(one, one))
+
+
+def _softsign_inverse(y: Tensors) -> Tensors:
+    return torch._foreach_div(y, torch._foreach_add(torch._foreach_neg(torch._foreach_abs(y)), 1.0))
+
+
+COMPANDINGS = {
+    "arctan": Companding(torch._foreach_atan, _arctan_slope, torch._foreach_tan, pi / 2),
+    "tanh": Companding(torch._foreach_tanh, _tanh_slope, lambda y: [t.atanh() for t in y], 1.0),
+    "softsign": Companding(_softsign, _softsign_slope, _softsign_inverse, 1.0),
+    "identity": Companding(list, lambda x: [torch.ones_like(t) for t in x], list, inf),
+}
+
+
+# -- one weight -------------------------------------------------------------------------------------------------------
+
+
+def compand(v: Tensor, a: float | Tensor, b: float | Tensor, fn: str = "arctan") -> Tensor:
+    r"""The weight :math:`w = a\,\psi(v/b)`, differentiable in all three.
+
+    Args:
+        v: What is trained, any shape.
+        a: Scale of the bound, above 0; the arctan's bound is :math:`a\pi/2`, the others' is a.
+        b: Knee, above 0: larger magnitudes are compressed. The slope at 0 is a/b.
+        fn: Name of :math:`\psi`: ``"arctan"``, ``"tanh"``, ``"softsign"``.
+
+    Returns:
+        Of the shape of ``v``.
+
+    Example:
+        >>> compand(torch.tensor([-100.0, -0.1, 0.0, 0.1]), a=0.2, b=0.1)
+        tensor([-0.3140, -0.1571,  0.0000,  0.1571])
+
+    """
+    return COMPANDINGS[fn].psi([v / b])[0] * a
+
+
+def expand(w: Tensor, a: float, b: float, fn: str = "arctan") -> Tensor:
+    r"""The inverse :math:`v = b\,\psi^{-1}(w/a)`, computed in float64.
+
+    Args:
+        w: Weights, any shape.
+        a: Scale of the bound.
+        b: Knee.
+        fn: Name of :math:`\psi`.
+
+    Returns:
+        Of the shape and type of ``w``.
+
+    Raises:
+        ValueError: If a weight lies at the bound or beyond.
+
+    Example:
+        >>> expand(torch.tensor([-0.1571, 0.0, 0.1571]), a=0.2, b=0.1)
+        tensor([-0.1000,  0.0000,  0.1000])
+
+    """
+    bound, largest = a * COMPANDINGS[fn].bound, float(w.abs().max()) if w.numel() else 0.0
+    if not largest < bound:
+        raise ValueError(f"expand: {fn} with a={a:g} reaches magnitudes below {bound:g}, and a weight has {largest:g}.")
+    return (COMPANDINGS[fn].inverse([w.double() / a])[0] * b).to(w.dtype)
+
+
+def compand_gradients(
+    v: Tensor, gradient: Tensor, a: float | Tensor, b: float | Tensor, fn: str = "arctan"
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Gradients with respect to v, log a and log b, from that with respect to :math:`w = a\,\psi(v/b)`.
+
+    .. math:: \partial_v = \tfrac ab\,\psi'(v/b)\,\partial_w, \quad
+        \partial_{\log a} = \sum w\,\partial_w, \quad \partial_{\log b} = -\sum v\,\partial_v
+
+    Args:
+        v: What is trained, any shape.
+        gradient: With respect to w, of the same shape.
+        a: Scale of the bound.
+        b: Knee.
+        fn: Name of :math:`\psi`.
+
+    Returns:
+        Gradients of v (its shape), of log a and of log b (scalars): sums over all entries, hence large.
+
+    """
+    at_v = gradient * COMPANDINGS[fn].slope([v / b])[0] * (a / b)
+    return at_v, (gradient * compand(v, a, b, fn)).sum(), -(at_v * v).sum()
+
+
+# -- many weights -----------------------------------------------------------------------------------------------------
+
+
+def compand_all(latents: Tensors, a: Scales, b: Scales, fn: str) -> list[Tensor]:
+    """The same as :func:`compand` for many weights in a few fused passes, in float32 at least.
+
+    Args:
+        latents: What is trained.
+        a: A number or a scalar tensor for each.
+        b: The same.
+        fn: Name of the function.
+
+    Returns:
+        The weights, each of the type of its latent.
+
+    """
+    weights = _times(COMPANDINGS[fn].psi(_scaled(latents, b)), a)
+    return [weight.to(v.dtype) for weight, v in zip(weights, latents, strict=True)]
+
+
+def pull_back_all_(
+    latents: Tensors, weights: Tensors, gradients: Tensors, a: Scales, b: Scales, fn: str, *, learned: bool
+) -> list[Tensor]:
+    """The same as :func:`compand_gradients` for many weights in a few fused passes.
+
+    Args:
+        latents: What is trained.
+        weights: What it is mapped to.
+        gradients: With respect to the weights; turned into those of the latents, in place.
+        a: A number or a scalar tensor for each.
+        b: The same.
+        fn: Name of the function.
+        learned: Whether gradients of the shapes are wanted.
+
+    Returns:
+        If so, for each weight the gradients of log a and log b, ``(2,)`` float32; else nothing.
+
+    """
+    of_a = [_dot(g, w) for g, w in zip(gradients, weights, strict=True)] if learned else []
+    slopes = _times(COMPANDINGS[fn].slope(_scaled(latents, b)), [one / two for one, two in zip(a, b, strict=True)])
+    torch._foreach_mul_(gradients, slopes)
+    return [torch.stack([da, -_dot(g, v)]) for da, g, v in zip(of_a, gradients, latents, strict=learned)]
+
+
+def _scaled(latents: Tensors, b: Scales) -> Tensors:
+    return _times([v.to(torch.promote_types(v.dtype, torch.float32)) for v in latents], [1 / knee for knee in b])
+
+
+def _times(tensors: Tensors, factors: Scales) -> Tensors:
+    numbers = [factor for factor in factors if not isinstance(factor, Tensor)]
+    if len(numbers) == len(tensors):
+        return torch._foreach_mul(tensors, numbers)
+    return [tensor * factor for tensor, factor in zip(tensors, factors, strict=True)]
+
+
+def _dot(one: Tensor, two: Tensor) -> Tensor:
+    return (one.float() * two.float()).sum()
+
+
+@torch.no_grad()
+def shapes_for(
+    weights: Tensors, a: float | None, b: float | None, fn: str = "arctan"
+) -> tuple[list[float], list[float]]:
+    """Shapes of the function for weights as they are: the bound at four times their root mean square, the slope 2.
+
+    Args:
+        weights: Initial weights of the layers.
+        a: Scale of the bound for all of them; ``None``: of each layer its own, and a bound that is at least 1.25 times
+            its largest weight. A layer of zeros counts as one of torch's default initialization.
+        b: Knee for all of them; ``None``: a/2.
+        fn: Name of the function.
+
+    Returns:
+        a and b of each.
+
+    """
+    if a is not None:
+        return [a] * len(weights), [a / 2 if b is None else b] * len(weights)
+    figures = [torch.stack([w.float().square().mean().sqrt(), w.float().abs().max()]) for w in weights]
+    scales = []
+    for w, (rms, largest) in zip(weights, torch.stack(figures).tolist(), strict=True):
+        usual = (3 * w.numel() / w.shape[0]) ** -0.5  # uniform in +-1/sqrt(fan_in)
+        bound = max(_BOUND_OF_RMS * (rms or usual), _BOUND_OF_LARGEST * largest)
+        scales.append(bound / COMPANDINGS[fn].bound)
+    return scales, [scale / 2 if b is None else b for scale in scales]
+
+
+# -- loops without Lightning ------------------------------------------------------------------------------------------
+
+
+class Compander(nn.Module):
+    """The function as a parametrization, for a training loop of one's own.
+
+    ``parametrize.register_parametrization(layer, "weight", Compander(a, b))`` leaves the layer's output as it is;
+    :func:`bake_companders` makes plain layers again. The callback works without it.
+
+    Args:
+        a: Scale of the bound, above 0.
+        b: Knee, above 0.
+        fn: Name of the function.
+        learn: Whether ``log_a`` and ``log_b`` are parameters. Give them a learning rate of about a hundredth, and no
+            weight decay.
+
+    Raises:
+        ValueError: If ``a`` or ``b`` is not above 0, or there is no such function.
+
+    Example:
+        >>> layer = nn.Linear(4, 3)
+        >>> _ = parametrize.register_parametrization(layer, "weight", Compander(1.0, 0.5))
+        >>> bool(layer.weight.abs().max() < torch.pi / 2)
+        True
+
+    """
+
+    def __init__(
+        self, a: float, b: float, fn: Literal["arctan", "tanh", "softsign"] = "arctan", *, learn: bool = False
+    ) -> None:
+        super().__init__()
+        if not (a > 0 and b > 0 and fn in COMPANDINGS):
+            raise ValueError(f"Compander: `a` and `b` must be above 0, `fn` one of {list(COMPANDINGS)}: {a}, {b}, {fn}")
+        self.fn = fn
+        self.log_a = nn.Parameter(torch.tensor(a).log(), requires_grad=learn)
+        self.log_b = nn.Parameter(torch.tensor(b).log(), requires_grad=learn)
+
+    @override
+    def forward(self, v: Tensor) -> Tensor:
+        """The weight."""
+        return compand(v, self.log_a.exp(), self.log_b.exp(), self.fn)
+
+    def right_inverse(self, w: Tensor) -> Tensor:
+        """What the weight is made of."""
+        return expand(w, float(self.log_a.exp()), float(self.log_b.exp()), self.fn)
+
+
+def bake_companders(module: nn.Module) -> nn.Module:
+    """Makes plain layers of those with a :class:`Compander`, in place; their weights stay what they are.
+
+    Args:
+        module: A network.
+
+    Returns:
+        The same.
+
+    """
+    for layer in list(module.modules()):
+        held = getattr(layer, "parametrizations", {})
+        for name in [name for name, maps in held.items() if any(isinstance(m, Compander) for m in maps)]:
+            parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
+    return module
+
+
+@torch.no_grad()
+def weight_stats(module: nn.Module, near_zero: float = 1e-2) -> dict[str, float]:
+    """How the weights of a network are distributed: all of two dimensions and more, together, tied ones once.
+
+    Args:
+        module: A network.
+        near_zero: What counts as near zero, as a share of the largest magnitude.
+
+    Returns:
+        ``max``, the largest magnitude; ``std``; ``kurtosis``, 3 for a normal distribution, smaller for a flat one;
+        ``near_zero``, the share of such weights.
+
+    """
+    found = {}
+    for layer in module.modules():
+        if not isinstance(layer, parametrize.ParametrizationList):
+            for name in (*layer._parameters, *getattr(layer, "parametrizations", ())):
+                weight = getattr(layer, name)
+                if weight is not None and weight.dim() > 1:
+                    found[id(layer._parameters.get(name, weight))] = weight
+    weights = torch.cat([weight.flatten().double() for weight in found.values()])
+    centred, largest = weights - weights.mean(), weights.abs().max()
+    variance = centred.square().mean()
+    return {
+        "max": float(largest),
+        "std": float(variance.sqrt()),
+        "kurtosis": float(centred.pow(4).mean() / variance.square()),
+        "near_zero": float((weights.abs() < near_zero * largest).double().mean()),
+    }

@@ -1,0 +1,300 @@
+"""Weight Compander: weights as a bounded function of what is trained, so that no few of them decide."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_reg.engine import host
+from lightning_reg.engine.errors import MisconfigurationException, check_choice, check_number
+from lightning_reg.engine.features import named_layers, near_names
+from lightning_reg.engine.surgery import named_weights
+from lightning_reg.engine.technique import Technique
+from lightning_reg.engine.weight_maps import Latents
+from lightning_reg.regularization._companding import (
+    COMPANDINGS,
+    Compander,
+    Companding,
+    bake_companders,
+    compand,
+    compand_all,
+    compand_gradients,
+    expand,
+    pull_back_all_,
+    shapes_for,
+    weight_stats,
+)
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+    from lightning_reg.engine.step import Step
+
+__all__ = [
+    "Compander",
+    "Companding",
+    "WeightCompander",
+    "bake_companders",
+    "compand",
+    "compand_gradients",
+    "expand",
+    "weight_stats",
+]
+
+
+class WeightCompander(Technique):
+    r"""Weights as an odd, bounded function of what is trained: large ones are compressed, small ones pushed off zero.
+
+    Each chosen weight is :math:`w = a\,\psi(v/b)`, with :math:`\psi` the arctan (:math:`|w| < a\pi/2`), tanh or
+    softsign (:math:`|w| < a`), and the optimizer trains v: :math:`\partial_v = \tfrac ab \psi'(v/b)\,\partial_w`. Plain
+    SGD then moves w at an effective learning rate of :math:`\psi'(v/b)^2\,(a/b)^2` times its own: four times at zero
+    for a/b = 2, next to nothing for saturated weights. There is no extra loss term. Weight decay acts on v, so it is
+    weaker on saturated weights than decay of w. Optimizers that scale each parameter (Adam) cancel a part of the
+    effect.
+
+    The module holds w at all times, in validation, checkpoints (``save_weights_only=True`` too), averages and after the
+    fit, under its own keys; v takes its place for the optimizer's step alone. So averages and other techniques see w,
+    an exported file is an ordinary network, and there is nothing to fold in at the end. What somebody else writes into
+    a weight in place is mapped back to v; what is written through ``.data`` while training runs is noticed on logging
+    steps only, with a warning.
+
+    Use it beside weight decay and dropout on linear and convolution layers. Leave it where the aim is zeros (pruning),
+    and expect less of it under a normalization that makes the weights' scale irrelevant.
+
+    Source:
+        Cakaj, Mehnert and Yang, "Weight Compander: A Simple Weight Reparameterization for Regularization", 2023,
+        arXiv 2306.16993.
+
+    Differs:
+        The paper's text was not at hand: that the function is an arctan with a scale and a knee is recollection, which
+        is why there are others to choose from; defaults of ``a``, ``b`` and the learning rate of the shape are ours.
+        Networks start as they are (by the inverse), so pretrained ones keep their function; shapes are learned as
+        log a and log b of each layer, without weight decay. Biases, norms and embeddings are left alone.
+
+    Gradients of log a and log b are sums over a layer, hence large: with the learning rate of the weights training
+    diverges, and clipping by the norm counts them in. They form a group of the optimizer for the time of its step, at
+    the end of its groups; schedulers never meet it, and its learning rate is always ``shape_lr_factor`` times that of
+    the layer's own group. The optimizer in a checkpoint is therefore the plain model's; their state and v lie in the
+    callback's, which adds one copy of these weights to the file. A resumed training keeps its shapes.
+
+    Memory: one copy of the companded weights, three more while the optimizer steps. No communication: with gradients
+    averaged over ranks, all of this is the same on each.
+
+    Args:
+        layers: Regular expressions, searched in the names of layers as in ``named_modules()`` and of their weights.
+            ``"auto"``: all linear, convolution and attention layers, without weights shared with a layer of another
+            kind.
+        fn: The function; ``"identity"`` leaves all as it is, for comparisons. Paper: the arctan, as far as known.
+            Neutral: ``"identity"``.
+        a: Scale of the bound, above 0, in the weights' unit. ``None``: for each layer so that the bound is four times
+            the root mean square of its initial weights, and at least 1.25 times the largest. As it grows with ``b``
+            equal to it, the function nears the identity.
+        b: Knee, above 0. ``None``: a/2, a slope of 2 at zero.
+        learn: Whether a and b are trained, for each layer its own.
+        shape_lr_factor: Learning rate of log a and log b as a multiple of that of the layer's weights, at least 0.
+        preserve_init: Whether v begins so that the weights are the initial ones. ``False``: v begins as these, which
+            changes the network before the first step.
+        exclude: Regular expressions of layers and weights to leave alone.
+        name: Tells several instances in one Trainer apart; they must not share a weight.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> compander = WeightCompander(a=0.2, b=0.1, exclude=["head"])
+        >>> trainer = Trainer(max_epochs=200, callbacks=[compander], logger=False, enable_checkpointing=False)
+
+    """
+
+    def __init__(
+        self,
+        layers: str | list[str] = "auto",
+        fn: Literal["arctan", "tanh", "softsign", "identity"] = "arctan",
+        a: float | None = None,
+        b: float | None = None,
+        learn: bool = False,
+        shape_lr_factor: float = 0.01,
+        preserve_init: bool = True,
+        exclude: list[str] | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name=name)
+        check_choice(self, "fn", fn, list(COMPANDINGS))
+        for argument, value in (("a", a), ("b", b)):
+            if value is not None:
+                check_number(self, argument, value, low=0, low_open=True)
+        check_number(self, "shape_lr_factor", shape_lr_factor, low=0)
+        for argument, patterns in (("layers", layers), ("exclude", exclude or [])):
+            _check_patterns(argument, [patterns] if isinstance(patterns, str) else patterns)
+        self.layers, self.fn, self.a, self.b, self.learn = layers, fn, a, b, learn
+        self.shape_lr_factor, self.preserve_init, self.exclude = shape_lr_factor, preserve_init, exclude
+        self.latents = Latents(lr_factor=shape_lr_factor)
+        self._shapes: dict[str, list[float]] = {}
+        self._chosen: list[str] = []
+
+    @override
+    def describe(self) -> str:
+        if self.fn == "identity":
+            return "identity: inactive"
+        shape = ", ".join(f"{k}={'from the weights' if v is None else f'{v:g}'}" for k, v in self._given())
+        learned = f"learned at {self.shape_lr_factor:g} of the learning rate" if self.learn else "fixed"
+        weights = f"; {len(self._chosen)} weights" if self._chosen else ""
+        return f"{self.fn}, {shape}, {learned}, layers {self.layers}{weights}"
+
+    def _given(self) -> list[tuple[str, float | None]]:
+        return [("a", self.a), ("b", self.a / 2 if self.b is None and self.a is not None else self.b)]
+
+    @override
+    def is_active(self, step: "Step") -> bool:
+        return False  # nothing happens in the forward pass
+
+    # -- the map ------------------------------------------------------------------------------------------------------
+
+    @override
+    def weights_to_map(self, module: nn.Module) -> list[str]:
+        self._chosen = [] if self.fn == "identity" else _choose(module, self.layers, self.exclude or [])
+        return self._chosen
+
+    @override
+    def begin_map(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        scales, knees = shapes_for(list(weights.values()), self.a, self.b, self.fn)
+        self._shapes = {name: [a, b] for name, a, b in zip(weights, scales, knees, strict=True)}
+        if self.learn:
+            for name, weight in weights.items():
+                shape = torch.tensor(self._shapes[name], dtype=torch.float32, device=weight.device)
+                self.latents.own[name] = shape.log().requires_grad_()
+        return self.latents_of(weights) if self.preserve_init else {n: w.clone() for n, w in weights.items()}
+
+    @override
+    def latents_of(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        latents = {}
+        for name, weight in weights.items():
+            a, b = (float(x.exp()) for x in self.latents.own[name].detach()) if self.learn else self._shapes[name]
+            try:
+                latents[name] = expand(weight, a, b, self.fn)
+            except ValueError as error:
+                raise MisconfigurationException(
+                    f"WeightCompander: {name!r} cannot be the value of the function. {error} Give a larger `a`, or"
+                    " preserve_init=False if these are initial weights."
+                ) from error
+        return latents
+
+    @override
+    def map_weights(self, latents: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+        mapped = compand_all(list(latents.values()), *self._shapes_of(latents), self.fn)
+        torch._foreach_copy_(list(weights.values()), mapped)
+
+    @override
+    def pull_back(
+        self, latents: Mapping[str, Tensor], weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
+    ) -> None:
+        of_shapes = pull_back_all_(
+            list(latents.values()),
+            list(weights.values()),
+            list(gradients.values()),
+            *self._shapes_of(latents),
+            self.fn,
+            learned=self.learn,
+        )
+        for name, gradient in zip(latents, of_shapes, strict=False):  # none if the shapes are fixed
+            self.latents.own[name].grad = gradient
+
+    def _shapes_of(self, names: Iterable[str]) -> tuple[Any, Any]:
+        if not self.learn:
+            shapes = [self._shapes[name] for name in names]
+            return [a for a, _ in shapes], [b for _, b in shapes]
+        learned = [shape.detach() for shape in torch._foreach_exp([self.latents.own[name] for name in names])]
+        return [shape[0] for shape in learned], [shape[1] for shape in learned]
+
+    # -- what is logged, and state ------------------------------------------------------------------------------------
+
+    @override
+    def on_train_batch_end(
+        self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not host.is_logging_step(trainer) or not self.latents.values:
+            return
+        parameters, values = named_weights(pl_module), self.latents.values
+        scales, knees = self._shapes_of(values)
+        largest = torch.stack([parameters[name].detach().float().abs().max() for name in values]).max()
+        beyond = torch.stack([(v.abs() > b).sum() for v, b in zip(values.values(), knees, strict=True)]).sum()
+        scalars = {"max": largest, "saturated": beyond / sum(v.numel() for v in values.values())}
+        scalars |= {"a": sum(scales) / len(scales), "b": sum(knees) / len(knees)}
+        # The same on all ranks, so there is nothing to reduce.
+        pl_module.log_dict({f"{self.log_key}/{k}": v for k, v in scalars.items()}, on_step=True, on_epoch=False)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"shapes": {name: list(shape) for name, shape in self._shapes.items()}, **self.latents.state_dict()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict["values"] and self.learn != bool(state_dict["own"]):
+            raise MisconfigurationException(
+                f"WeightCompander(learn={self.learn}): the checkpoint is of a training with learn={not self.learn}. Go"
+                " on with that, or train without `ckpt_path` from its weights."
+            )
+        self._shapes = dict(state_dict["shapes"])
+        self.latents.load_state_dict(state_dict)
+
+
+def _check_patterns(argument: str, patterns: Sequence[str]) -> None:
+    try:
+        for pattern in patterns:
+            re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(
+            f"WeightCompander: `{argument}` must hold regular expressions, got {list(patterns)}: {error}."
+        ) from error
+
+
+def _choose(module: nn.Module, layers: str | list[str], exclude: Sequence[str]) -> list[str]:
+    """Names of the weights to compand.
+
+    Args:
+        module: The user's module.
+        layers: As in the constructor.
+        exclude: As in the constructor.
+
+    Returns:
+        In the order of ``named_parameters()``.
+
+    Raises:
+        MisconfigurationException: If a pattern matches nothing, or nothing is left.
+
+    """
+    names = {id(p): name for name, p in named_weights(module).items()}
+    fitting, elsewhere = set(), set()
+    for layer in module.modules():
+        own = _weights_in(layer)
+        fitting |= {names[id(p)] for key, p in layer._parameters.items() if p is not None and key in own}
+        elsewhere |= {names[id(p)] for key, p in layer._parameters.items() if p is not None and key not in own}
+    patterns = [layers] if isinstance(layers, str) else layers
+    if layers == "auto":
+        chosen = fitting - elsewhere
+    else:
+        chosen = {name for pattern in patterns for name in fitting if re.search(pattern, name)}
+        for pattern in patterns:
+            if not any(re.search(pattern, name) for name in fitting):
+                raise MisconfigurationException(
+                    f"WeightCompander: `layers` {pattern!r} fits no linear, convolution or attention layer. Near names:"
+                    f" {near_names(pattern, named_layers(module))}."
+                )
+    chosen = {name for name in chosen if not any(re.search(pattern, name) for pattern in exclude)}
+    if not chosen:
+        raise MisconfigurationException(
+            f"WeightCompander: there is no weight to compand; `layers` {layers!r} and `exclude` {list(exclude)} leave"
+            " none. Linear, convolution and attention layers have some."
+        )
+    return [name for name in names.values() if name in chosen]
+
+
+def _weights_in(layer: nn.Module) -> tuple[str, ...]:
+    """Names of a layer's own parameters that are weights of sums over inputs."""
+    if isinstance(layer, nn.MultiheadAttention):
+        return ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+    return ("weight",) if isinstance(layer, nn.Linear | nn.modules.conv._ConvNd) else ()
