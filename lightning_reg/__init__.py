@@ -7,6 +7,8 @@ from lightning_reg.averaging.model_soups import LearnedSoup as LearnedSoup
 from lightning_reg.averaging.model_soups import SoupAverager as SoupAverager
 from lightning_reg.averaging.model_soups import SoupResult as SoupResult
 from lightning_reg.averaging.model_soups import TrainerEvaluation as TrainerEvaluation
+from lightning_reg.dropout.multi_sample_dropout import MultiSampleDropout as MultiSampleDropout
+from lightning_reg.dropout.multi_sample_dropout import MultiSampleDropoutLayer as MultiSampleDropoutLayer
 from lightning_reg.engine.label_errors import LabelErrors as LabelErrors
 from lightning_reg.engine.mixin import LossMixin as LossMixin
 from lightning_reg.engine.technique import Technique as Technique

@@ -17,6 +17,11 @@ from lightning_reg.averaging.model_soups import reestimate_batchnorm as reestima
 from lightning_reg.averaging.model_soups import slerp_merge as slerp_merge
 from lightning_reg.averaging.model_soups import ties_merge as ties_merge
 from lightning_reg.averaging.model_soups import wise_ft as wise_ft
+from lightning_reg.dropout.multi_sample_dropout import MultiSampleDropoutLayer as MultiSampleDropoutLayer
+from lightning_reg.dropout.multi_sample_dropout import dropout_copies as dropout_copies
+from lightning_reg.dropout.multi_sample_dropout import fold as fold
+from lightning_reg.dropout.multi_sample_dropout import multi_sample_dropout as multi_sample_dropout
+from lightning_reg.dropout.multi_sample_dropout import multi_sample_loss as multi_sample_loss
 from lightning_reg.noisy_labels.elr import elr_loss as elr_loss
 from lightning_reg.noisy_labels.elr import elr_regularizer as elr_regularizer
 from lightning_reg.noisy_labels.elr import elr_targets as elr_targets

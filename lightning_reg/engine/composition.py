@@ -6,7 +6,8 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 from lightning_reg.engine.errors import MisconfigurationException
-from lightning_reg.engine.technique import Technique, phases_of
+from lightning_reg.engine.mixin import LossMixin
+from lightning_reg.engine.technique import LOSS_PHASES, Technique, phases_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -41,6 +42,7 @@ def check_composition(techniques: Sequence[Technique], trainer: "Trainer", modul
                     f"{names} cannot stand together: each {what}, so only the last would count. Remove one of them, or"
                     " let them work on different loss calls with `loss=...`."
                 )
+        _check_copies(one, two)
         sentence = one.conflict_with(two) or two.conflict_with(one)
         if sentence:
             raise MisconfigurationException(f"{names} cannot stand together: {sentence}")
@@ -53,6 +55,7 @@ def check_composition(techniques: Sequence[Technique], trainer: "Trainer", modul
             )
         if not module.automatic_optimization:
             _check_manual(technique)
+        _check_mixin(technique, module)
         technique.check(trainer, module)
 
 
@@ -74,8 +77,37 @@ def check_editable(technique: Technique, trainer: "Trainer") -> None:
         )
 
 
+def _check_copies(one: Technique, two: Technique) -> None:
+    names = f"{type(one).__name__} and {type(two).__name__} cannot stand together:"
+    if one.copy_plan() is not None and two.copy_plan() is not None:
+        raise MisconfigurationException(
+            f"{names} each lets a part of the network run on several copies of the batch. Remove one of them."
+        )
+    for copying, other in ((one, two), (two, one)):
+        plan, phases = copying.copy_plan(), sorted(LOSS_PHASES.intersection(phases_of(other)))
+        if plan is not None and plan.way == "passes" and phases:
+            raise MisconfigurationException(
+                f"{names} {type(copying).__name__} runs the training step {plan.number} times, and"
+                f" {type(other).__name__} ({', '.join(phases)}) would act in each. Let the copies be rows of one run."
+            )
+
+
+def _check_mixin(technique: Technique, module: "LightningModule") -> None:
+    plan = technique.copy_plan()
+    if isinstance(module, LossMixin) and plan is not None and plan.way == "rows":
+        raise MisconfigurationException(
+            f"{type(technique).__name__}: the module computes its losses itself (LossMixin), for the rows it knows of,"
+            " and not for their copies. Let the copies be runs of the training step, if the technique offers that."
+        )
+
+
 def _check_manual(technique: Technique) -> None:
-    name = type(technique).__name__
+    name, plan = type(technique).__name__, technique.copy_plan()
+    if plan is not None and plan.way == "passes":
+        raise MisconfigurationException(
+            f"{name} runs `training_step` {plan.number} times for one optimizer step; with automatic_optimization=False"
+            " each run would train. Let the copies be rows of one run."
+        )
     if "penalty" in phases_of(technique):
         raise MisconfigurationException(
             f"{name} adds a penalty to the loss that `training_step` returns; with automatic_optimization=False nothing"

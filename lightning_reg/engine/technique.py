@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from lightning.pytorch import LightningModule, Trainer
 
+    from lightning_reg.engine.copies import CopyPlan
+    from lightning_reg.engine.feature_edits import LayerCall
     from lightning_reg.engine.loss_call import LossCall
     from lightning_reg.engine.step import Step
 
@@ -23,7 +25,15 @@ __all__ = ["PHASES", "Technique", "phases_of"]
 
 # In the order of the step. Gradients and optimizer steps are Lightning's own hooks on_before_optimizer_step and
 # on_train_batch_end.
-PHASES = ("transform_batch", "edit_weights", "change_targets", "sample_weights", "loss_term", "penalty")
+PHASES = (
+    "transform_batch",
+    "edit_weights",
+    "edit_features",
+    "change_targets",
+    "sample_weights",
+    "loss_term",
+    "penalty",
+)
 LOSS_PHASES = frozenset(("change_targets", "sample_weights", "loss_term"))
 
 
@@ -125,6 +135,21 @@ class Technique(Callback):
 
     def edit_weights(self, weights: "Mapping[str, Tensor]") -> None:
         """Turns dense values into effective ones, in place, before the forward pass; the engine puts them back."""
+        raise NotImplementedError
+
+    def features_to_edit(self, module: nn.Module) -> "Sequence[str]":
+        """Names of the layers whose outputs :meth:`edit_features` changes, as in ``named_modules()``."""
+        return ()
+
+    def copy_plan(self) -> "CopyPlan | None":
+        """How what follows an edited layer runs on several copies of the rows; ``None`` for once, as ever."""
+        return None
+
+    def edit_features(self, call: "LayerCall") -> Any:
+        """Returns what a layer returns in its place, ``None`` for its own output.
+
+        Called when the layer ran inside the user's ``training_step``, in training mode and with gradients recorded.
+        """
         raise NotImplementedError
 
     def change_targets(self, call: "LossCall") -> Tensor | None:
