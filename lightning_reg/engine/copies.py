@@ -424,8 +424,8 @@ def _goes_by_rows(function: Callable[..., Any], name: str, value: Any, first: Te
 class _NormWatch:
     """Notices which batch normalizations run with statistics of the batch, between start and check.
 
-    By the version counters of their running statistics, which need no hooks and are kept by compiled code as well; by a
-    hook where there are none.
+    By the version of their count of batches, which needs no hook and is kept by compiled code as well; by a hook where
+    there is none.
     """
 
     def __init__(self, layers: dict[str, nn.Module]) -> None:
@@ -435,17 +435,17 @@ class _NormWatch:
 
     def start(self, refuse: Callable[[str], None]) -> None:
         for name, norm in self._norms.items():
-            if norm.running_mean is None:
+            if norm.num_batches_tracked is None:
                 self._handles.append(norm.register_forward_pre_hook(lambda *_, name=name: refuse(name)))
             elif norm.training:
-                self._versions[name] = norm.running_mean._version
+                self._versions[name] = norm.num_batches_tracked._version
 
     def check(self, refuse: Callable[[str], None]) -> None:
         versions = dict(self._versions)
         self.stop()
         for name, version in versions.items():
-            mean = self._norms[name].running_mean
-            if mean is not None and mean._version != version:
+            count = self._norms[name].num_batches_tracked
+            if count is not None and count._version != version:
                 refuse(name)
 
     def stop(self) -> None:

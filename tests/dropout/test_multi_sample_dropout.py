@@ -101,7 +101,7 @@ def test_loss_is_the_mean_of_the_losses_and_not_that_of_the_mean_logits():
 def test_loss_against_loops_over_the_samples():
     h, y, head = torch.randn(5, 6), torch.tensor([0, 2, 1, 1, 0]), nn.Linear(6, 3)
     keep = torch.empty(4, 5, 6).bernoulli_(0.7, generator=torch.Generator().manual_seed(3))
-    total, weight, bias = 0.0, head.weight.double(), head.bias.double()
+    total, weight, bias = 0.0, head.weight.detach().double(), head.bias.detach().double()
     for j in range(4):
         for b in range(5):
             masked = [h[b, d].item() * keep[j, b, d].item() / 0.7 for d in range(6)]
@@ -132,7 +132,7 @@ def test_copies_lie_one_after_the_other_each_under_masks_of_its_own():
     for j in range(4):
         for b in range(3):
             kept = folded[j, b] != 0
-            assert torch.equal(folded[j, b], torch.where(kept, h[b].repeat(50) / 0.75, 0))
+            torch.testing.assert_close(folded[j, b], torch.where(kept, h[b].repeat(50) / 0.75, 0))
             assert torch.equal(folded[j, b], copies[3 * j + b])
     assert len({tuple(row) for row in (copies != 0).tolist()}) == 12
     assert fold(copies, 4).data_ptr() == copies.data_ptr()
@@ -208,8 +208,8 @@ def test_each_kind_of_layer_does_with_its_mask_what_torch_does(layer, shape, dra
     # The mask that torch drew, read off its output: what was dropped is 0, or one value that x cannot lead to.
     alpha = isinstance(layer, nn.AlphaDropout | nn.FeatureAlphaDropout)
     keep = expected > 0 if alpha else expected != 0
-    channelwise = keep.flatten(2).all(-1) | ~keep.flatten(2).any(-1) if keep.dim() > len(draws) > 1 else torch.ones(1)
-    assert channelwise.all()
+    if draws[1:] and set(draws[1:]) == {1}:
+        assert torch.equal(keep.flatten(2).all(-1), keep.flatten(2).any(-1))
     own = dropout_copies(x, keep[None], 0.4, kind_of(layer))
     torch.testing.assert_close(own, expected)
 
@@ -321,7 +321,7 @@ def test_the_backbone_runs_once_and_the_head_on_all_copies():
 
 def test_an_inplace_layer_is_sampled_from_what_it_got():
     def layers(inplace):
-        return lambda: [nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.5, inplace=inplace), nn.Linear(8, 3)]
+        return lambda: [nn.Linear(6, 8), nn.Flatten(), nn.Dropout(0.5, inplace=inplace), nn.Linear(8, 3)]
 
     one, two = (train(sampled(), layers=layers(inplace)) for inplace in (False, True))
     assert same_weights(one, two)
@@ -539,7 +539,7 @@ def test_two_passes_in_one_step_are_sampled_each_by_itself():
 def test_features_that_other_techniques_read_are_those_of_the_first_copy():
     watch = Watch("net.3")
     module = train(sampled(), watch)
-    hand = train(sampled(), step=lambda module, batch: first_copy(module, batch))
+    hand = train(sampled(), step=first_copy)
     assert same_weights(module, hand, atol=1e-6)
 
 
@@ -680,13 +680,13 @@ def test_setups_that_are_refused_by_name():
     fit(module, sampled(mode="replay", backbone="net.1"), max_epochs=1)
     assert same_weights(module, train(sampled()), atol=1e-6)
     replay = sampled(mode="replay", backbone="net.1")
-    with pytest.raises(MisconfigurationException, match="MultiSampleDropout runs the training step 4 times, and Term"):
+    with pytest.raises(MisconfigurationException, match="MultiSampleDropout runs the training step 4 times"):
         fit(Classifier(dropout=0.5), replay, Term())
     with pytest.raises(MisconfigurationException, match="each lets a part of the network run on several copies"):
         fit(Classifier(dropout=0.5), sampled(), sampled(name="two"))
     module = Classifier(dropout=0.5)
     module.automatic_optimization = False
-    with pytest.raises(MisconfigurationException, match="MultiSampleDropout runs `training_step` 4 times for one opti"):
+    with pytest.raises(MisconfigurationException, match=r"MultiSampleDropout runs `training_step` 4 times for one opti"):
         fit(module, replay)
     with pytest.raises(MisconfigurationException, match="the backbone 'net.2' was not called in the training step"):
         train(sampled(mode="replay", backbone="net.2"), step=around)
@@ -706,7 +706,7 @@ def test_a_replay_logs_counts_and_draws_once():
             self.metric, self.logged = SumMetric(), []
 
         def log(self, name, value, **kwargs):
-            self.logged.append(name)
+            self.logged += [name] * (not name.startswith("reg/"))
 
         def training_step(self, batch, batch_idx):
             x, y = batch
@@ -773,6 +773,8 @@ def test_ranks_have_other_masks_and_see_their_own_rows(two_processes, options):
     assert same_weights(weights, other_weights)
 
 
+# Dynamo hides this warning in a way that "error" prevents.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.parametrize("where", ["net", "module"])
 def test_compiled_as_in_eager_code(where):
     torch.compiler.reset()
@@ -805,20 +807,14 @@ def test_a_loss_inside_the_network_of_transformers():
         return output.loss
 
     spy = Spy("net.0.classifier")
-    module = train(
-        sampled("net.0.dropout"),
-        spy,
-        step=step,
-        layers=lambda: [transformers.BertForSequenceClassification(config)],
-        lr=0,
-    )
-    labels = make_tensors()[1].reshape(4, 8)
-    for (shape, loss), rows, y in zip(seen, spy.inputs, labels, strict=True):
-        assert shape == (8, 3)
-        assert rows.shape == (32, 16)
-        assert loss > 0
-        assert len(y) == 8
-    assert module.net[0].training
+    module = Classifier(step=step, lr=0.0)
+    module.net = nn.Sequential(transformers.BertForSequenceClassification(config))
+    fit(module, sampled("net.0.dropout"), spy, max_epochs=1)
+    for (shape, loss), rows, y in zip(seen, spy.inputs, make_tensors()[1].split(8), strict=True):
+        assert (shape, rows.shape) == ((8, 3), (32, 16))
+        own = [F.cross_entropy(module.net[0].classifier(copy), y).item() for copy in rows.split(8)]
+        assert len(set(own)) == 4
+        assert loss == pytest.approx(sum(own) / 4, rel=1e-5)  # float32
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI, of jsonargparse
