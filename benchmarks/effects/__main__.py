@@ -1,7 +1,8 @@
 """What each technique does to a small training run: a table with mean, 95 % interval and the value of each seed.
 
 One file per technique lies beside this one, named by the technique's key. Its docstring says what is trained on what,
-and ``run(seeds)`` returns the arms, the one to compare with first. The table goes to benchmarks/results/effects_<key>.md.
+and ``run(seeds)`` returns the arms, the one to compare with first. The table goes to
+``benchmarks/results/effects_<key>.md``.
 
     python benchmarks/effects cutmix --seeds 3 --data PATH
     python benchmarks/effects --list

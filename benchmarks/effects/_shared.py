@@ -88,15 +88,12 @@ def fit(module: LightningModule, callbacks: Sequence[Any], *loaders: Any, **opti
 
 
 def cifar10(split: str) -> dict[str, Tensor]:
-    """Every column of ``cifar10n/<split>.parquet``; ``image`` is uint8 ``(N, 3, 32, 32)``.
-
-    Decoded once and kept in the system's folder for temporary files from one run to the next.
-    """
+    """Every column of ``cifar10n/<split>.parquet``; ``image`` is uint8 ``(N, 3, 32, 32)``."""
     parquet = data_folder("cifar10n") / f"{split}.parquet"
     stat = parquet.stat()
     key = hashlib.sha256(f"{parquet.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
     cache = Path(tempfile.gettempdir()) / f"lightning_reg_{split}_{key}.pt"
-    if cache.exists():
+    if cache.exists():  # decoded once for all runs
         return torch.load(cache, weights_only=True)
     columns = _decode(parquet)
     partial = cache.with_suffix(f".{os.getpid()}")
