@@ -276,7 +276,7 @@ class ELRCallback(Technique):
             given.write(indices, labels[:, None], places=places, distinct=samples.distinct)
         if self.sync == "gather" and world_size() > 1:
             self._exchange.start(indices, rows, labels[:, None].int(), capacity=samples.capacity)
-        if call.step.is_logging and mixing is None:
+        if call.step.is_logging:
             self._log(call.step, rows, labels)
         if call.step.epoch < self.warmup_epochs:
             return None
@@ -382,10 +382,10 @@ class ELRCallback(Technique):
             self._labels.write(indices, labels.view(torch.int32))
 
     def _log(self, step: "Step", rows: Tensor, labels: Tensor) -> None:
-        known = labels.clamp(0, rows.shape[1] - 1)
-        on_label = rows.gather(1, known[:, None])[:, 0] / rows.sum(1)
+        known, visited = labels.clamp(0, rows.shape[1] - 1), rows.sum(1)
+        on_label = rows.gather(1, known[:, None])[:, 0] / torch.where(visited > 0, visited, 1.0)
         step.log(self, "agreement", on_label.mean())
-        step.log(self, "suspects", (rows.argmax(1) != labels).float().mean())
+        step.log(self, "suspects", ((rows.argmax(1) != labels) & (visited > 0)).float().mean())
 
     def _table(self, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         self._receive()
