@@ -345,6 +345,12 @@ class CopiesCall(LossCall):
         super().replace_target(target)
         self._given_rows = {name: value for name, value in self._given_rows.items() if name != self.target_name}
 
+    @override
+    def with_arguments(self, arguments: dict[str, Any]) -> "CopiesCall":
+        """The same call with other arguments; those that were given for all copies and are changed count for all."""
+        kept = {n: v for n, v in self._given_rows.items() if arguments[n] is self.arguments[n]}
+        return CopiesCall(self.function, arguments, kept, self._number, self.step, self.site)
+
     @property
     @override
     def logits(self) -> Tensor:

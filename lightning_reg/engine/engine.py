@@ -19,6 +19,7 @@ from lightning_reg.engine.loaders import TrainLoaders
 from lightning_reg.engine.lookup import ENGINES
 from lightning_reg.engine.loss_call import HandWrittenCall, LossCall
 from lightning_reg.engine.losses import bind
+from lightning_reg.engine.mixed_call import MixedCall, mixed_call
 from lightning_reg.engine.mixin import LossMixin
 from lightning_reg.engine.replays import Replays
 from lightning_reg.engine.selection import Selection
@@ -152,14 +153,15 @@ class Engine:
         for technique in self._in(active, "transform_batch"):
             step.batch = technique.transform_batch(step.batch, step)
         self.apply_weights()
-        output = self._run(step, [t for t in active if self._phases[t] & LOSS_PHASES], args, kwargs)
+        on_loss = [t for t in active if self._phases[t] & LOSS_PHASES or t is step.mixer]
+        output = self._run(step, on_loss, args, kwargs)
         output = self._add_penalties(self._in(active, "penalty"), output, step)
         if step.scalars:
             report.log_scalars(self.module, step.scalars, sum(step.batch_sizes))
         return output
 
     def _run(self, step: Step, on_loss: list[Technique], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._step, self._selection, self._last = step, Selection(on_loss), None
+        self._step, self._selection, self._last = step, Selection(on_loss, step.mixer), None
         if self._features is not None:
             self._features.open, step.features = True, self._features.outputs
         copies = self._copies if self._copies is not None and self._copies.owner in self._active else None
@@ -170,7 +172,7 @@ class Engine:
             with self._interception.watch() if watched else nullcontext():
                 output = self._passes(step, args, kwargs) if self._edits is not None else self._pass(step, args, kwargs)
             made_loss = (by_hand and self.trainer.global_step > before) or _loss_of(output) is not None
-            missed = made_loss and not self._selection.seen and self._interception.missed(self.trainer.global_step)
+            missed = made_loss and bool(on_loss or watched) and self._missed()
             if on_loss:
                 output = self._settle(output, nothing_seen=made_loss and not missed)
             if copies is not None:
@@ -208,6 +210,15 @@ class Engine:
             step.log(self._copies.owner, "spread", values.detach().std())
         return _with_loss(outputs[0], values.mean())
 
+    def _missed(self) -> bool:
+        """Whether the gate did not see a call that the mode may see from the next step on."""
+        selection = self._selection
+        if selection.seen:
+            return False
+        if selection.mixer is not None and self._call_ever_seen:
+            raise selection.not_mixed()
+        return self._interception.missed(self.trainer.global_step)
+
     def _settle(self, output: Any, *, nothing_seen: bool) -> Any:
         selection = self._selection
         if not selection.seen:
@@ -222,7 +233,8 @@ class Engine:
         if not late or self._last is None or _loss_of(output) is None:
             return output
         call, value = self._last
-        return _with_loss(output, _swap(_loss_of(output), value, self._value(call, late), call))
+        new = self._value(self._mixed(call, late), late)
+        return _with_loss(output, _swap(_loss_of(output), value, new, call))
 
     def _say_nothing_seen(self, names: str) -> None:
         if not self._said_nothing_seen:
@@ -266,14 +278,25 @@ class Engine:
         takers = self._selection.take(call.name, call.site, str(call) if call.site else call.name)
         if isinstance(call, CopiesCall) and self._copies is not None and call.step.is_logging:
             call.step.log(self._copies.owner, "spread", call.spread())
+        call = self._mixed(call, takers)
         value = self._value(call, takers) if takers else call.plain
         if self._selection.last():
             self._last = call, value
         return value
 
+    def _mixed(self, call: LossCall, takers: list[Technique]) -> LossCall:
+        """The call as it follows the mixing of the batch."""
+        mixing = call.step.mixing
+        if mixing is None or call.step.mixer is None or isinstance(call, MixedCall):
+            return call
+        concerned = mixing.concerns(call.given_target, call.step.batch)
+        self._selection.recognized += concerned is not None
+        return mixed_call(call, mixing) if concerned or (concerned is None and mixing.by in takers) else call
+
     def _value(self, call: LossCall, techniques: list[Technique]) -> Tensor:
         step = call.step
-        given = call.plain if step.is_logging else None
+        changed = any(self._phases[t] & LOSS_PHASES for t in techniques)  # not by a mixer: what it gives is the base
+        given = call.plain if step.is_logging and changed else None
         for _, target in self._answers(techniques, "change_targets", call):
             call.replace_target(target)
         weights: Tensor | None = None
@@ -305,6 +328,7 @@ class Engine:
 
     def _answers(self, techniques: list[Technique], phase: str, call: LossCall) -> Iterator[tuple[Technique, Tensor]]:
         for technique in self._in(techniques, phase):
+            call.reader = None if technique.takes_mixed else technique
             try:
                 answer = getattr(technique, phase)(call)
             except MisconfigurationException as error:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
     from lightning_reg.engine.indices import BatchIndices
+    from lightning_reg.engine.mixing import Mixing
     from lightning_reg.engine.technique import Technique
 
 __all__ = ["Samples", "Step"]
@@ -51,6 +52,9 @@ class Step:
 
     Attributes:
         features: Outputs of the observed layers, by name; filled while the forward pass runs.
+        mixing: How the samples of the batch were mixed, ``None`` if they were not. A batch is mixed once: a technique
+            that mixes leaves a batch alone that another one has mixed already.
+        several: Whether the batch is a mapping or sequence of batches from several loaders.
 
     """
 
@@ -64,7 +68,8 @@ class Step:
     ) -> None:
         self.trainer, self.module, self.batch = trainer, module, batch
         self.features: dict[str, Any] = {}
-        self._several = several
+        self.mixing: Mixing | None = None
+        self.several = several
         self.scalars: dict[str, Tensor] = {}
         self._followed = followed
         self._given: Tensor | None = None
@@ -83,6 +88,11 @@ class Step:
     def batches_so_far(self) -> int:
         """Batches begun since the start of training, over resumes, this one included."""
         return host.batches_so_far(self.trainer)
+
+    @property
+    def mixer(self) -> "Technique | None":
+        """The technique whose mixing has to be followed by the loss; ``None`` if there is nothing to follow."""
+        return None if self.mixing is None or self.mixing.in_targets else self.mixing.by
 
     @cached_property
     def is_logging(self) -> bool:
@@ -103,7 +113,7 @@ class Step:
     @cached_property
     def batch_sizes(self) -> tuple[int, ...]:
         """Number of samples of the batch: one number, or one for each of several loaders; empty if it is not known."""
-        if self._several:
+        if self.several:
             batches = self.batch.values() if isinstance(self.batch, Mapping) else self.batch
             sizes = [_agreed_size(batch) for batch in batches]
             return tuple(dict.fromkeys(size for size in sizes if size is not None))

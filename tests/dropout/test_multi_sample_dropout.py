@@ -41,26 +41,26 @@ from tests.toys import (
 def net():
     return nn.Sequential(
         OrderedDict(
-            first=nn.Linear(8, 16),
+            first=nn.Conv2d(3, 8, 3, padding=1),
             act=nn.Tanh(),
-            body=nn.Linear(16, 16),
+            body=nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.AdaptiveAvgPool2d(2), nn.Flatten()),
             act_body=nn.Tanh(),
             drop=nn.Dropout(0.5),
-            head=nn.Linear(16, 4),
+            head=nn.Linear(32, 4),
         )
     )
 
 
 def data(size):
-    x = torch.randn(size, 8)
-    return x, (x[:, :4] + torch.randn(size, 4)).argmax(1)
+    x = torch.randn(size, 3, 8, 8)
+    return x, (x.flatten(1)[:, :4] + torch.randn(size, 4)).argmax(1)
 
 
 SAMPLED = partial(MultiSampleDropout, "net.drop", num_samples=4)
 CASE = Case(
     make=SAMPLED,
     neutral=partial(MultiSampleDropout, "net.drop", num_samples=1),
-    data=Problem(net, data, F.cross_entropy, serves=["classification"]),
+    data=Problem(net, data, F.cross_entropy, serves=["images", "classification"]),
     variants=[
         partial(SAMPLED, p=0.3),
         partial(SAMPLED, outputs="all"),
@@ -686,9 +686,9 @@ def test_setups_that_are_refused_by_name():
         fit(Classifier(dropout=0.5), sampled(), sampled(name="two"))
     module = Classifier(dropout=0.5)
     module.automatic_optimization = False
-    with pytest.raises(MisconfigurationException, match=r"MultiSampleDropout runs `training_step` 4 times for one opti"):
+    with pytest.raises(MisconfigurationException, match="MultiSampleDropout runs `training_step` 4 times for one opti"):
         fit(module, replay)
-    with pytest.raises(MisconfigurationException, match="the backbone 'net.2' was not called in the training step"):
+    with pytest.raises(MisconfigurationException, match=r"the backbone 'net\.2' was not called in the training step"):
         train(sampled(mode="replay", backbone="net.2"), step=around)
 
 
@@ -854,8 +854,8 @@ def test_digits_are_learned_faster_with_more_samples():
             module.net = nn.Sequential(
                 nn.Linear(64, 64), nn.ReLU(), nn.Dropout(0.7), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)
             )
-            loader = DataLoader(TensorDataset(x[train_set], y[train_set]), 64, shuffle=True)
-            fit(module, sampled(num_samples=num_samples), loader=loader, seed=seed, max_epochs=12)
+            loader = DataLoader(TensorDataset(x[train_set], y[train_set]), 32, shuffle=True)
+            fit(module, sampled(num_samples=num_samples), loader=loader, seed=seed, max_epochs=25)
             losses.append(F.cross_entropy(module.eval()(x[train_set]), y[train_set]).item())
         loss[num_samples] = sum(losses) / 2
-    assert loss[8] < 0.8 * loss[1]
+    assert loss[8] < 0.7 * loss[1]  # 0.070 against 0.169
