@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_reg import LossReweighting, NMSparsity, SoupAverager
-from lightning_reg.functional import nm_mask, reweight
+from lightning_reg import ELRCallback, LossReweighting, MultiSampleDropout, NMSparsity, SoupAverager
+from lightning_reg.functional import elr_regularizer, elr_targets, nm_mask, reweight
 from tests.toys import QUIET, Callback, Classifier, fit
 
 pytestmark = QUIET
@@ -88,3 +88,58 @@ def test_a_soup_of_reweighted_training_is_the_mean_of_its_snapshots():
     plain = Dense()
     train(plain)
     assert not torch.equal(plain.weights[-1], dense.weights[-1])
+
+
+class Dropped(Net):
+    """Two layers with dropout between them, which notes the masks it was trained with."""
+
+    def __init__(self):
+        super().__init__()
+        self.net[2], self.masks = nn.Dropout(0.5), []
+        self.net = self.net[:3].append(self.net[4])
+        self.net[3].register_forward_hook(lambda layer, args, output: self.masks.append((args[0] != 0).float()))
+
+
+def by_hand_on_copies(masks, loss):
+    """Trains on given masks; ``loss`` takes the copies' logits ``(M, B, C)``, labels and places."""
+    reference = Dropped()
+    optimizer = torch.optim.SGD(reference.parameters(), 0.2)
+    batches = [(x, y, range(8 * i, 8 * i + 8)) for i, (x, y) in enumerate(DataLoader(data(), 8))]
+    for (x, y, places), rows in zip(batches * 2, masks, strict=True):
+        h = reference.net[1](reference.net[0](x))
+        logits = torch.stack([reference.net[3](h * 2 * mask) for mask in rows.split(8)])
+        optimizer.zero_grad()
+        loss(logits, y, list(places)).backward()
+        optimizer.step()
+    return reference
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["reweighting first", "dropout first"])
+def test_reweighting_weighs_samples_by_the_mean_loss_over_their_copies(first):
+    techniques = [LossReweighting(warmup_steps=0), MultiSampleDropout("net.2", num_samples=3)]
+    module = train(*(techniques if first else techniques[::-1]), module=Dropped())
+
+    def loss(logits, y, places):
+        losses = sum(F.cross_entropy(copy, y, reduction="none") for copy in logits) / 3
+        return (reweight(losses) * losses).sum()
+
+    reference = by_hand_on_copies(module.masks, loss)
+    for one, two in zip(module.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)
+
+
+def test_elr_remembers_the_mean_prediction_over_the_copies():
+    elr = ELRCallback(lam=2.0, beta=0.6)
+    module = train(elr, MultiSampleDropout("net.2", num_samples=3), module=Dropped())
+    targets = torch.zeros(24, 3)
+
+    def loss(logits, y, places):
+        mean = logits.softmax(2).mean(0)
+        rows = targets[places] = elr_targets(targets[places], mean.clamp(1e-4, 1 - 1e-4), 0.6)
+        losses = sum(F.cross_entropy(copy, y) for copy in logits) / 3
+        return losses + 2.0 * elr_regularizer(mean.log(), rows)
+
+    reference = by_hand_on_copies(module.masks, loss)
+    for one, two in zip(module.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(elr._targets.all(), targets, atol=1e-6, rtol=1e-5)
