@@ -329,7 +329,7 @@ class MultiSampleDropout(Technique):
         group = host.data_parallel_group(call.step.trainer)
         count = len(call.input) // self.num_samples if copied else len(call.input)
         rows = global_rows(count, call.input.device, group)
-        copies = range(self.num_samples) if batched else [call.run]
+        copies = range(self.num_samples) if batched else range(call.run, call.run + 1)
         keep = keep_mask(self._seed_of(call), rows, copies, shape, p)
         return dropout_copies(call.input, keep, p, kind, copied=copied)
 

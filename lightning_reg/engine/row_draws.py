@@ -27,7 +27,7 @@ def global_rows(count: int, device: torch.device, group: "ProcessGroup | None" =
     return rank + ranks * torch.arange(count, device=device)
 
 
-def keep_mask(seed: int, rows: Tensor, copies: Sequence[int], shape: Sequence[int], p: float) -> Tensor:
+def keep_mask(seed: int, rows: Tensor, copies: range, shape: Sequence[int], p: float) -> Tensor:
     """Independent draws that are True with probability ``1 - p``.
 
     Args:
@@ -44,7 +44,10 @@ def keep_mask(seed: int, rows: Tensor, copies: Sequence[int], shape: Sequence[in
     count = math.prod(shape)
     words = -(-count // 2)  # a word of 64 bits serves two draws
     keys = _mixed(rows * _signed(_GOLDEN) + _signed(seed))
-    counters = torch.tensor(copies, device=rows.device)[:, None] * words + torch.arange(words, device=rows.device) + 1
+    numbers = torch.arange(
+        copies.start, copies.stop, copies.step, device=rows.device
+    )  # made there: no copy to wait for
+    counters = numbers[:, None] * words + torch.arange(words, device=rows.device) + 1
     bits = _mixed(keys[:, None] + counters[:, None, :] * _signed(_GOLDEN)).view(torch.int32)[..., :count]
     threshold = min(round(p * 2**32) - 2**31, 2**31 - 1)
     return (bits >= threshold).reshape(len(copies), len(rows), *shape)

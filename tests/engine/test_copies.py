@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from lightning_reg.engine.copies import CopiesCall
 from lightning_reg.engine.errors import MisconfigurationException
 from lightning_reg.engine.losses import LOSS_FUNCTIONS
+from lightning_reg.engine.mixed_call import mixed_call
+from lightning_reg.engine.mixing import Mixing
+from lightning_reg.engine.technique import Technique
 from tests.engine.test_loss_call import CALLS, PRESENT, Step, normal
 
 pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides:UserWarning")  # torch's advice on kl_div
@@ -132,6 +135,23 @@ def test_replaced_targets_are_those_of_all_copies():
     call.replace_target(soft)
     expected = torch.stack([F.cross_entropy(s, soft) for s in scores.split(ROWS)]).mean()
     torch.testing.assert_close(call.plain, expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_mixed_samples_have_two_targets_on_every_copy(reduction):
+    call, scores, labels = classification(reduction, {"label_smoothing": 0.1, **CLASSES})
+    permutation = torch.tensor([1, 0, 3, 2])
+    mixing = Mixing(Technique(), permutation, 0.3, scores, None)
+    call.step.mixing, call.step.mixer = mixing, mixing.by
+    mixed = mixed_call(call, mixing)
+    options = {"label_smoothing": 0.1, "reduction": reduction, **CLASSES}
+    own, other = (
+        torch.stack([F.cross_entropy(s, y, **options) for s in scores.split(ROWS)]).mean(0)
+        for y in (labels, labels[permutation])
+    )
+    torch.testing.assert_close(mixed.plain, 0.3 * own + 0.7 * other)
+    torch.testing.assert_close(mixed.value(torch.ones(ROWS), []), 0.3 * own + 0.7 * other)
+    assert torch.equal(mixed.logits, call.logits)
 
 
 def test_spread_is_the_standard_deviation_of_the_copies_losses():
