@@ -519,6 +519,11 @@ def test_layers_directly_on_the_module_and_a_head_behind_another_module():
     assert same_weights(train(sampled(), step=parts), train(sampled()), atol=1e-6)
 
 
+def test_layers_behind_the_one_around_are_in_the_head_if_one_module_calls_them_all():
+    one, two = (train(sampled("net.0.1", **options), layers=behind_layers) for options in ({}, {"outputs": "all"}))
+    assert same_weights(one, two, atol=1e-6)  # float32
+
+
 def behind(module, batch):
     return F.cross_entropy(module.net[1](module.net[0](batch[0])), batch[1])
 
