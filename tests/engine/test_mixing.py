@@ -1,7 +1,7 @@
 """Mixed samples: the pair form of every loss, and what the engine does with calls, batches and other techniques."""
 
 import dataclasses
-from collections import namedtuple
+from collections import UserDict, namedtuple
 from types import SimpleNamespace
 
 import pytest
@@ -551,9 +551,10 @@ def test_an_unmixed_batch_costs_no_loss_call():
     assert losses == losses_of(None)
 
 
-def test_origin_is_told_by_storage():
+@pytest.mark.parametrize("make", [SimpleNamespace, dict, UserDict], ids=["object", "dict", "mapping of its own"])
+def test_origin_is_told_by_storage(make):
     x, y, elsewhere = torch.zeros(4, 2), torch.zeros(4, 1), torch.zeros(4, 1)
-    batch = {"a": SimpleNamespace(x=x, y=y), "b": [elsewhere]}
+    batch = {"a": make(x=x, y=y), "b": [elsewhere]}
     mixed = Mixing(Swap(), PERMUTATION, 0.5, x, batch["a"])
     assert mixed.concerns(y.flatten(), batch) is True
     assert mixed.concerns(x[:, 0], batch) is False
