@@ -6,7 +6,8 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 from lightning_reg.engine.errors import MisconfigurationException
-from lightning_reg.engine.technique import Technique, phases_of
+from lightning_reg.engine.mixin import LossMixin
+from lightning_reg.engine.technique import LOSS_PHASES, Technique, phases_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -41,18 +42,17 @@ def check_composition(techniques: Sequence[Technique], trainer: "Trainer", modul
                     f"{names} cannot stand together: each {what}, so only the last would count. Remove one of them, or"
                     " let them work on different loss calls with `loss=...`."
                 )
-        sentence = one.conflict_with(two) or two.conflict_with(one)
+        sentence = _mixing_conflict(one, two) or _copies_conflict(one, two) or _views_conflict(one, two)
+        sentence = sentence or one.conflict_with(two) or two.conflict_with(one)
         if sentence:
             raise MisconfigurationException(f"{names} cannot stand together: {sentence}")
     fetches_itself = "dataloader_iter" in inspect.signature(module.training_step).parameters
     for technique in techniques:
-        if fetches_itself and technique.needs_indices:
-            raise MisconfigurationException(
-                f"{type(technique).__name__} needs the indices of the batch, but `training_step(dataloader_iter)`"
-                " fetches batches itself, so they are not known. Write `training_step(batch, batch_idx)`."
-            )
+        if fetches_itself:
+            _check_fetching(technique)
         if not module.automatic_optimization:
             _check_manual(technique)
+        _check_mixin(technique, module)
         technique.check(trainer, module)
 
 
@@ -74,8 +74,82 @@ def check_editable(technique: Technique, trainer: "Trainer") -> None:
         )
 
 
-def _check_manual(technique: Technique) -> None:
+def _copies_conflict(one: Technique, two: Technique) -> str | None:
+    if one.copy_plan() is not None and two.copy_plan() is not None:
+        return "each lets a part of the network run on several copies of the batch. Remove one of them."
+    for copying, other in ((one, two), (two, one)):
+        plan, names = copying.copy_plan(), (type(copying).__name__, type(other).__name__)
+        acts = LOSS_PHASES.intersection(phases_of(other)) or other.mixes != "none"
+        if plan is not None and plan.way == "passes" and acts:
+            return (
+                f"{names[0]} runs the training step {plan.number} times, and {names[1]} would act on the loss of each."
+                " Let the copies be rows of one run."
+            )
+    return None
+
+
+def _views_conflict(one: Technique, two: Technique) -> str | None:
+    for viewing, other in ((one, two), (two, one)):
+        if "extra_views" in phases_of(viewing) and (other.mixes != "none" or other.copy_plan() is not None):
+            what = "mixes samples" if other.mixes != "none" else "lets a part of the network run on copies of the rows"
+            return (
+                f"{type(viewing).__name__} passes further views of the batch through the network beside it, and"
+                f" {type(other).__name__} {what}: which rows belong together is then not known. Remove one of them."
+            )
+    return None
+
+
+def _check_mixin(technique: Technique, module: "LightningModule") -> None:
+    plan = technique.copy_plan()
+    if isinstance(module, LossMixin) and plan is not None and plan.way == "rows":
+        raise MisconfigurationException(
+            f"{type(technique).__name__}: the module computes its losses itself (LossMixin), for the rows it knows of,"
+            " and not for their copies. Let the copies be runs of the training step, if the technique offers that."
+        )
+
+
+def _mixing_conflict(one: Technique, two: Technique) -> str | None:
+    if one.mixes == "all" and two.mixes != "none":
+        return (
+            "a batch is mixed once, and the first mixes all of them, so the second would never act. Lower the"
+            " probability of the first: the second then takes what the first has left alone."
+        )
+    for mixer, other in ((one, two), (two, one)):
+        looks_at_samples = other.needs_indices or "change_targets" in phases_of(other)
+        if mixer.mixes == "none" or not looks_at_samples:
+            continue
+        names = type(mixer).__name__, type(other).__name__
+        if not other.takes_mixed:
+            return f"{names[0]} makes one sample of two, and {names[1]} has no rule for a sample with two owners."
+        if mixer.mixes == "all" and other.needs_indices:
+            return (
+                f"{names[1]} learns about single samples from the batches that are not mixed, and {names[0]} mixes all"
+                " of them. Lower its probability (0.5, say)."
+            )
+    return None
+
+
+def _check_fetching(technique: Technique) -> None:
     name = type(technique).__name__
+    if technique.needs_indices:
+        raise MisconfigurationException(
+            f"{name} needs the indices of the batch, but `training_step(dataloader_iter)` fetches batches itself, so"
+            " they are not known. Write `training_step(batch, batch_idx)`."
+        )
+    if {"transform_batch", "extra_views"}.intersection(phases_of(technique)):
+        raise MisconfigurationException(
+            f"{name} changes the batch, but `training_step(dataloader_iter)` fetches batches itself. Write"
+            " `training_step(batch, batch_idx)`."
+        )
+
+
+def _check_manual(technique: Technique) -> None:
+    name, plan = type(technique).__name__, technique.copy_plan()
+    if plan is not None and plan.way == "passes":
+        raise MisconfigurationException(
+            f"{name} runs `training_step` {plan.number} times for one optimizer step; with automatic_optimization=False"
+            " each run would train. Let the copies be rows of one run."
+        )
     if "penalty" in phases_of(technique):
         raise MisconfigurationException(
             f"{name} adds a penalty to the loss that `training_step` returns; with automatic_optimization=False nothing"

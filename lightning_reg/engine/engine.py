@@ -9,7 +9,9 @@ from torch import Tensor
 
 from lightning_reg.engine import extra_passes, host, report
 from lightning_reg.engine.composition import check_composition, check_editable
+from lightning_reg.engine.copies import Copies, CopiesCall
 from lightning_reg.engine.errors import MisconfigurationException
+from lightning_reg.engine.feature_edits import FeatureEdits
 from lightning_reg.engine.features import FeatureTap
 from lightning_reg.engine.hooks import EngineHooks, LastHook
 from lightning_reg.engine.interception import Interception, call_site
@@ -17,7 +19,9 @@ from lightning_reg.engine.loaders import TrainLoaders
 from lightning_reg.engine.lookup import ENGINES
 from lightning_reg.engine.loss_call import HandWrittenCall, LossCall
 from lightning_reg.engine.losses import bind
+from lightning_reg.engine.mixed_call import MixedCall, mixed_call
 from lightning_reg.engine.mixin import LossMixin
+from lightning_reg.engine.replays import Replays
 from lightning_reg.engine.selection import Selection
 from lightning_reg.engine.step import Step
 from lightning_reg.engine.surgery import Surgery
@@ -49,6 +53,9 @@ class Engine:
         self._interception = Interception(self._intercept, compiled=host.is_compiled(module))
         self._loaders = TrainLoaders(trainer, techniques)
         self._features: FeatureTap | None = None
+        self._edits: FeatureEdits | None = None
+        self._copies: Copies | None = None
+        self._replays: Replays | None = None
         self._surgery: Surgery | None = None
         self._maps: WeightMaps | None = None
         self._optimizing: host.Replacement | None = None
@@ -79,8 +86,9 @@ class Engine:
         self.restore_weights()
         if self._maps is not None:
             self._maps.close()
-        if self._features is not None:
-            self._features.close()
+        for watcher in (self._features, self._edits, self._copies):
+            if watcher is not None:
+                watcher.close()
         self._loaders.detach()
         if self._optimizing is not None:
             self._optimizing.undo()
@@ -92,8 +100,10 @@ class Engine:
 
     def prepare_module(self) -> None:
         """Finds the named layers and parameters, once ``configure_model`` has made them."""
+        self._prepare_edits()
         layers = [layer for technique in self.techniques for layer in technique.feature_layers]
-        self._features = FeatureTap(self.module, layers) if layers else None
+        view = (lambda output: output) if self._copies is None else self._copies.first
+        self._features = FeatureTap(self.module, layers, view) if layers else None
         editors = self._in(self.techniques, "edit_weights")
         if editors:
             check_editable(editors[0], self.trainer)
@@ -104,6 +114,21 @@ class Engine:
             self._maps = WeightMaps(self.module, mappers)
         if editors or mappers:
             self._optimizing = host.Replacement(self.trainer.strategy, "optimizer_step", self._optimizer_step)
+
+    def _prepare_edits(self) -> None:
+        for technique in self.techniques:
+            plan = technique.copy_plan()
+            if plan is not None:
+                self._copies = Copies(technique, plan, self.module)
+                if plan.backbone is not None:
+                    self._replays = Replays(self.module, plan.backbone, plan.number, type(technique).__name__)
+        editors = self._in(self.techniques, "edit_features")
+        if self._copies is not None:  # first, so that all others see an output with all copies
+            owner = self._copies.owner
+            editors.sort(key=lambda technique: technique is not owner)
+        if editors:
+            layers = {technique: technique.features_to_edit(self.module) for technique in editors}
+            self._edits = FeatureEdits(self.module, layers, self._copies)
 
     def prepare_data(self) -> None:
         """Says what is attached to what, once the loaders are there."""
@@ -167,7 +192,8 @@ class Engine:
             step.batch = technique.transform_batch(step.batch, step)
         step.views = self._make_views(self._in(active, "extra_views"), step)
         self.apply_weights()
-        output = self._run(step, [t for t in active if self._phases[t] & LOSS_PHASES], args, kwargs)
+        on_loss = [t for t in active if self._phases[t] & LOSS_PHASES or t is step.mixer]
+        output = self._run(step, on_loss, args, kwargs)
         output = self._add_penalties(self._in(active, "penalty"), output, step)
         if step.scalars:
             report.log_scalars(self.module, step.scalars, sum(step.batch_sizes))
@@ -185,30 +211,69 @@ class Engine:
         return Views(step.batch, step.batch_sizes[0], made)
 
     def _run(self, step: Step, on_loss: list[Technique], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._step, self._selection, self._last = step, Selection(on_loss), None
+        self._step, self._selection, self._last = step, Selection(on_loss, step.mixer), None
         if self._features is not None:
             self._features.open, step.features, step.passes = True, self._features.outputs, self._features.passes
-        batch = step.batch if step.views is None else step.views.batch
+        copies = self._copies if self._copies is not None and self._copies.owner in self._active else None
+        rows_differ = step.views is not None or (copies is not None and copies.plan.way == "rows")
+        watched = not self._by_mixin and bool(on_loss or rows_differ)
         by_hand = not self.module.automatic_optimization
         before = self.trainer.global_step if by_hand else 0
         try:
-            watched = (on_loss or step.views is not None) and not self._by_mixin
             with self._interception.watch() if watched else nullcontext():
-                output = self._stepping.original(*(batch, *args[1:]), **kwargs)
+                output = self._passes(step, args, kwargs) if self._edits is not None else self._pass(step, args, kwargs)
+            made_loss = (by_hand and self.trainer.global_step > before) or _loss_of(output) is not None
+            missed = made_loss and bool(on_loss or watched) and self._missed()
             if on_loss:
-                stepped = by_hand and self.trainer.global_step > before
-                output = self._settle(output, made_loss=stepped or _loss_of(output) is not None)
+                output = self._settle(output, nothing_seen=made_loss and not missed)
+            if copies is not None:
+                copies.end(made_loss=made_loss and not missed)
+        except Exception as error:
+            if self._copies is not None:
+                self._copies.explain(error)
+            raise
         finally:
             self._step = self._last = None
-            if self._features is not None:
-                self._features.open = False
-                self._features.forget()
+            for watcher in (self._features, self._edits, self._copies):
+                if watcher is not None:
+                    watcher.shut()
         return output
 
-    def _settle(self, output: Any, *, made_loss: bool) -> Any:
+    def _pass(self, step: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._stepping.original(*(step.given_batch, *args[1:]), **kwargs)
+
+    def _passes(self, step: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def once(batch: Any, number: int) -> Any:
+            if self._copies is not None:
+                self._copies.begin(redirected=host.reaches_step_through_call(self.trainer, self.module))
+            if self._edits is not None:
+                self._edits.open(step, list(self._active), number)
+            return self._stepping.original(*(batch, *args[1:]), **kwargs)
+
+        if self._replays is None or self._copies is None or self._copies.owner not in self._active:
+            return once(step.given_batch, 0)
+        outputs = self._replays.run(once, step.given_batch)
+        losses = [loss for output in outputs if (loss := _loss_of(output)) is not None]
+        if not losses:
+            return outputs[0]
+        values = torch.stack([loss.to(torch.promote_types(loss.dtype, torch.float32)) for loss in losses])
+        if step.is_logging:
+            step.log(self._copies.owner, "spread", values.detach().std())
+        return _with_loss(outputs[0], values.mean())
+
+    def _missed(self) -> bool:
+        """Whether the gate did not see a call that the mode may see from the next step on."""
+        selection = self._selection
+        if selection.seen:
+            return False
+        if selection.mixer is not None and self._call_ever_seen:
+            raise selection.not_mixed()
+        return self._interception.missed(self.trainer.global_step)
+
+    def _settle(self, output: Any, *, nothing_seen: bool) -> Any:
         selection = self._selection
         if not selection.seen:
-            if made_loss and not self._interception.missed(self.trainer.global_step):
+            if nothing_seen:
                 if not self._call_ever_seen:
                     raise selection.nothing_seen(by_mixin=self._by_mixin)
                 self._say_nothing_seen(", ".join(type(t).__name__ for t in selection.techniques))
@@ -219,7 +284,8 @@ class Engine:
         if not late or self._last is None or _loss_of(output) is None:
             return output
         call, value = self._last
-        return _with_loss(output, _swap(_loss_of(output), value, self._value(call, late), call))
+        new = self._value(self._mixed(call, late), late)
+        return _with_loss(output, _swap(_loss_of(output), value, new, call))
 
     def _say_nothing_seen(self, names: str) -> None:
         if not self._said_nothing_seen:
@@ -241,10 +307,14 @@ class Engine:
 
     def _intercept(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         arguments = bind(function, args, kwargs)
-        if self._step is None or not torch.is_grad_enabled() or not _has_gradient(arguments):
-            return function(*args, **kwargs)  # a teacher, a metric, a loss that is only logged
-        site = call_site() if self._selection.needs_site() or not self._call_ever_seen else ""
-        return self._take(LossCall(function, arguments, self._step, site))
+        if self._step is None:
+            return function(*args, **kwargs)
+        counts = torch.is_grad_enabled() and _has_gradient(arguments)
+        site = call_site() if counts and (self._selection.needs_site() or not self._call_ever_seen) else ""
+        copies = self._copies.loss_call(function, arguments, self._step, site) if self._copies is not None else None
+        if not counts:  # a teacher, a metric, a loss that is only logged
+            return function(*args, **kwargs) if copies is None else copies.plain
+        return self._take(copies or LossCall(function, arguments, self._step, site))
 
     def reduce_loss(
         self, per_sample: Tensor, logits: Tensor | None, targets: Tensor | None, indices: Tensor | None
@@ -259,15 +329,28 @@ class Engine:
         takers = self._selection.take(call.name, call.site, str(call) if call.site else call.name)
         if call.step.views is not None:
             call.narrow(call.step.views)
+        if isinstance(call, CopiesCall) and self._copies is not None and call.step.is_logging:
+            call.step.log(self._copies.owner, "spread", call.spread())
+        call = self._mixed(call, takers)
         value = self._value(call, takers) if takers else call.given_value(call.plain)
         if self._selection.last():
             self._last = call, value
         return value
 
+    def _mixed(self, call: LossCall, takers: list[Technique]) -> LossCall:
+        """The call as it follows the mixing of the batch."""
+        mixing = call.step.mixing
+        if mixing is None or call.step.mixer is None or isinstance(call, MixedCall):
+            return call
+        concerned = mixing.concerns(call.given_target, call.step.batch)
+        self._selection.recognized += concerned is not None
+        return mixed_call(call, mixing) if concerned or (concerned is None and mixing.by in takers) else call
+
     def _value(self, call: LossCall, techniques: list[Technique]) -> Tensor:
         call.check_views()
         step = call.step
-        given = call.plain if step.is_logging else None
+        changed = any(self._phases[t] & LOSS_PHASES for t in techniques)  # not by a mixer: what it gives is the base
+        given = call.plain if step.is_logging and changed else None
         for _, target in self._answers(techniques, "change_targets", call):
             call.replace_target(target)
         weights: Tensor | None = None
@@ -299,6 +382,7 @@ class Engine:
 
     def _answers(self, techniques: list[Technique], phase: str, call: LossCall) -> Iterator[tuple[Technique, Tensor]]:
         for technique in self._in(techniques, phase):
+            call.reader = None if technique.takes_mixed else technique
             try:
                 answer = getattr(technique, phase)(call)
             except MisconfigurationException as error:

@@ -1,7 +1,7 @@
 """Observing the outputs of layers that are named as in ``named_modules()``."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -31,14 +31,18 @@ class FeatureTap:
     Args:
         module: The user's module.
         names: Layer names.
+        view: What is kept of an output.
 
     Raises:
         MisconfigurationException: If a name matches no layer; the message lists near ones.
 
     """
 
-    def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
+    def __init__(
+        self, module: nn.Module, names: Sequence[str], view: Callable[[Any], Any] = lambda output: output
+    ) -> None:
         layers = named_layers(module)
+        self.view = view
         self.outputs: dict[str, Any] = {}
         self.passes: dict[str, list[Any]] = {}
         self.open = False
@@ -52,17 +56,18 @@ class FeatureTap:
         for name in dict.fromkeys(names):
             self._handles.append(layers[name].register_forward_hook(_Keep(self, name)))
 
+    def shut(self) -> None:
+        """Keeps no more, and forgets the outputs."""
+        self.open = False
+        self.outputs.clear()
+        self.passes.clear()
+
     def close(self) -> None:
         """Takes the hooks off and forgets the outputs."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self.forget()
-
-    def forget(self) -> None:
-        """Lets go of the outputs."""
-        self.outputs.clear()
-        self.passes.clear()
+        self.shut()
 
 
 class _Keep:
@@ -71,5 +76,5 @@ class _Keep:
 
     def __call__(self, layer: nn.Module, args: Any, output: Any) -> None:
         if self.tap.open:
-            self.tap.outputs[self.name] = output
-            self.tap.passes.setdefault(self.name, []).append(output)
+            kept = self.tap.outputs[self.name] = self.tap.view(output)
+            self.tap.passes.setdefault(self.name, []).append(kept)

@@ -1,5 +1,6 @@
 """Every touch of Lightning's non-public surface in one place, and the choice between its two packages."""
 
+import copy
 import inspect
 import random
 import sys
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from lightning_reg.engine import distributed
 
@@ -59,9 +61,11 @@ __all__ = [
     "is_compiled",
     "is_logging_step",
     "isolated_randomness",
+    "metrics_kept",
     "nominal_batch_size",
     "prints_summary",
     "rank_zero_warn",
+    "reaches_step_through_call",
     "reshard",
     "seeded_randomness",
     "set_callbacks",
@@ -202,6 +206,28 @@ def silenced_metrics(trainer: "Trainer") -> Iterator[None]:
         trainer.loggers = loggers
         vars(connector).clear()
         vars(connector).update(before)
+
+
+@contextmanager
+def metrics_kept(module: nn.Module) -> Iterator[None]:
+    """Metrics of the module are at the end what they were."""
+    from torchmetrics import Metric
+
+    metrics = [metric for metric in module.modules() if isinstance(metric, Metric)]
+    before = [(metric, {name: copy.deepcopy(getattr(metric, name)) for name in metric._defaults}) for metric in metrics]
+    counts = [(metric._update_count, metric._computed) for metric in metrics]
+    try:
+        yield
+    finally:
+        for (metric, states), (count, computed) in zip(before, counts, strict=True):
+            for name, state in states.items():
+                setattr(metric, name, state)
+            metric._update_count, metric._computed = count, computed
+
+
+def reaches_step_through_call(trainer: "Trainer", module: "LightningModule") -> bool:
+    """Whether the strategy wraps the module (DDP, FSDP), and so reaches ``training_step`` through its ``__call__``."""
+    return trainer.strategy.model is not module
 
 
 def arguments_of_training_step(module: "LightningModule") -> int:

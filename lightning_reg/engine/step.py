@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
     from lightning_reg.engine.indices import BatchIndices
+    from lightning_reg.engine.mixing import Mixing
     from lightning_reg.engine.technique import Technique
     from lightning_reg.engine.views import Views
 
@@ -54,6 +55,9 @@ class Step:
         features: Outputs of the observed layers, by name; filled while the forward pass runs.
         passes: The same for layers that are passed several times: all outputs in order.
         views: The batch joined with its further views, which is what ``training_step`` gets; ``None`` without views.
+        mixing: How the samples of the batch were mixed, ``None`` if they were not. A batch is mixed once: a technique
+            that mixes leaves a batch alone that another one has mixed already.
+        several: Whether the batch is a mapping or sequence of batches from several loaders.
 
     """
 
@@ -69,7 +73,8 @@ class Step:
         self.features: dict[str, Any] = {}
         self.passes: dict[str, list[Any]] = {}
         self.views: Views | None = None
-        self._several = several
+        self.mixing: Mixing | None = None
+        self.several = several
         self.scalars: dict[str, Tensor] = {}
         self._followed = followed
         self._given: Tensor | None = None
@@ -88,6 +93,11 @@ class Step:
     def batches_so_far(self) -> int:
         """Batches begun since the start of training, over resumes, this one included."""
         return host.batches_so_far(self.trainer)
+
+    @property
+    def mixer(self) -> "Technique | None":
+        """The technique whose mixing has to be followed by the loss; ``None`` if there is nothing to follow."""
+        return None if self.mixing is None or self.mixing.in_targets else self.mixing.by
 
     @cached_property
     def is_logging(self) -> bool:
@@ -108,7 +118,7 @@ class Step:
     @cached_property
     def batch_sizes(self) -> tuple[int, ...]:
         """Number of samples of the batch: one number, or one for each of several loaders; empty if it is not known."""
-        if self._several:
+        if self.several:
             batches = self.batch.values() if isinstance(self.batch, Mapping) else self.batch
             sizes = [_agreed_size(batch) for batch in batches]
             return tuple(dict.fromkeys(size for size in sizes if size is not None))
@@ -117,9 +127,14 @@ class Step:
         return () if size is None else (size,)
 
     @property
+    def given_batch(self) -> Any:
+        """What ``training_step`` gets: the batch, joined with its views if there are any."""
+        return self.batch if self.views is None else self.views.batch
+
+    @property
     def capacity(self) -> int | None:
         """Most samples of a batch, the same on all ranks; ``None`` if it is not known or there are several loaders."""
-        return None if self._several else host.nominal_batch_size(self.trainer)
+        return None if self.several else host.nominal_batch_size(self.trainer)
 
     def give_indices(self, indices: Tensor) -> None:
         """Takes the indices from the user's code, for :meth:`samples`."""

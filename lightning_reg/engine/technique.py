@@ -1,7 +1,7 @@
 """The base class of all techniques: a callback whose methods are the phases of a training step."""
 
 import hashlib
-from typing import TYPE_CHECKING, Any, ClassVar, final
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from lightning.pytorch import LightningModule, Trainer
 
+    from lightning_reg.engine.copies import CopyPlan
+    from lightning_reg.engine.feature_edits import LayerCall
     from lightning_reg.engine.loss_call import LossCall
     from lightning_reg.engine.step import Step
     from lightning_reg.engine.weight_maps import Latents
@@ -28,6 +30,7 @@ PHASES = (
     "transform_batch",
     "extra_views",
     "edit_weights",
+    "edit_features",
     "change_targets",
     "sample_weights",
     "loss_term",
@@ -58,6 +61,9 @@ class Technique(Callback):
     """
 
     needs_indices: ClassVar[bool] = False
+    # Whether it knows what to make of a batch whose samples were mixed (`step.mixing`); asked of those that look at
+    # single samples: by their indices, by their targets.
+    takes_mixed: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -114,6 +120,11 @@ class Technique(Callback):
         """Why it cannot stand beside ``other`` in one Trainer, as a sentence; ``None`` if it can."""
         return None
 
+    @property
+    def mixes(self) -> Literal["none", "some", "all"]:
+        """Which batches it mixes the samples of, over the whole training, see ``step.mixing``."""
+        return "none"
+
     def is_active(self, step: "Step") -> bool:
         """Whether it takes part in this step; an inactive technique costs this call and nothing else."""
         return True
@@ -143,6 +154,21 @@ class Technique(Callback):
 
     def edit_weights(self, weights: "Mapping[str, Tensor]") -> None:
         """Turns dense values into effective ones, in place, before the forward pass; the engine puts them back."""
+        raise NotImplementedError
+
+    def features_to_edit(self, module: nn.Module) -> "Sequence[str]":
+        """Names of the layers whose outputs :meth:`edit_features` changes, as in ``named_modules()``."""
+        return ()
+
+    def copy_plan(self) -> "CopyPlan | None":
+        """How what follows an edited layer runs on several copies of the rows; ``None`` for once, as ever."""
+        return None
+
+    def edit_features(self, call: "LayerCall") -> Any:
+        """Returns what a layer returns in its place, ``None`` for its own output.
+
+        Called when the layer ran inside the user's ``training_step``, in training mode and with gradients recorded.
+        """
         raise NotImplementedError
 
     def change_targets(self, call: "LossCall") -> Tensor | None:

@@ -158,7 +158,8 @@ class ELRCallback(Technique):
 
     Differs:
         A class index that is ignored (``ignore_index``) takes no part. With class weights the term is weighted as the
-        sample's loss is. Otherwise nothing.
+        sample's loss is. Where another technique has mixed the batch, the term uses the targets mixed alike, as ELR+
+        does; the targets are learned from the other batches only. Otherwise nothing.
 
     Memory: N x C float32 (CIFAR-10 1.8 MB, ImageNet 5.1 GB) and N int32. Under DDP each step sends ``batch * (C + 3)``
     32-bit words to the other ranks and waits for none of them until the next step; afterwards all ranks hold the same
@@ -199,6 +200,7 @@ class ELRCallback(Technique):
     """
 
     needs_indices: ClassVar[bool] = True
+    takes_mixed: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -257,26 +259,28 @@ class ELRCallback(Technique):
 
     @override
     def loss_term(self, call: "LossCall") -> Tensor | None:
-        logits, labels, samples = call.logits, call.labels, call.samples(self)
-        indices = samples.indices
-        if call.sample_mass is not None:  # ignored samples have no label to be wrong
-            indices = torch.where(call.sample_mass > 0, indices, -1)
+        logits, labels, samples, mixing = call.logits, call.labels, call.samples(self), call.step.mixing
         targets, given = self._memories(samples, logits.shape[1])
         self._receive()
-        probabilities = _probabilities(logits, self.clamp)
-        places = targets.places(indices)
-        rows = elr_targets(targets.read(indices, places), probabilities, self.beta)
-        if not samples.distinct:
-            rows = rows[last_occurrences(indices)]
-        targets.write(indices, rows, places=places, distinct=True)
-        given.write(indices, labels[:, None], places=places, distinct=samples.distinct)
+        probabilities, indices = _probabilities(logits, self.clamp), samples.indices
+        if mixing is not None:  # the prediction for a sample with two owners teaches nothing about one of them
+            rows, indices = targets.read(indices), torch.full_like(indices, -1)
+        else:
+            if call.sample_mass is not None:  # ignored samples have no label to be wrong
+                indices = torch.where(call.sample_mass > 0, indices, -1)
+            places = targets.places(indices)
+            rows = elr_targets(targets.read(indices, places), probabilities, self.beta)
+            if not samples.distinct:
+                rows = rows[last_occurrences(indices)]
+            targets.write(indices, rows, places=places, distinct=True)
+            given.write(indices, labels[:, None], places=places, distinct=samples.distinct)
         if self.sync == "gather" and world_size() > 1:
             self._exchange.start(indices, rows, labels[:, None].int(), capacity=samples.capacity)
         if call.step.is_logging:
             self._log(call.step, rows, labels)
         if call.step.epoch < self.warmup_epochs:
             return None
-        return self.lam * _log_disagreement(probabilities, rows)
+        return self.lam * _log_disagreement(probabilities, rows if mixing is None else mixing.rows(rows))
 
     def suspected_label_errors(self, labels: Tensor | None = None) -> Tensor:
         """Which training samples have a label that their target contradicts: ``argmax(t) != y``.
@@ -378,10 +382,10 @@ class ELRCallback(Technique):
             self._labels.write(indices, labels.view(torch.int32))
 
     def _log(self, step: "Step", rows: Tensor, labels: Tensor) -> None:
-        known = labels.clamp(0, rows.shape[1] - 1)
-        on_label = rows.gather(1, known[:, None])[:, 0] / rows.sum(1)
+        known, visited = labels.clamp(0, rows.shape[1] - 1), rows.sum(1)
+        on_label = rows.gather(1, known[:, None])[:, 0] / torch.where(visited > 0, visited, 1.0)
         step.log(self, "agreement", on_label.mean())
-        step.log(self, "suspects", (rows.argmax(1) != labels).float().mean())
+        step.log(self, "suspects", ((rows.argmax(1) != labels) & (visited > 0)).float().mean())
 
     def _table(self, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         self._receive()

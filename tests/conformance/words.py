@@ -34,7 +34,7 @@ def says_what_it_does(case: Case) -> None:
     assert not astray, f"logged {astray}, which is not under {own}"
     assert any(key.startswith(own) for key in run.own_scalars), f"no scalar is logged under {own}"
     for kwargs, argument in (*case.invalid, *_wrong_kinds(case.cls)):
-        _check_refused(case.cls, _required(case) | kwargs, argument)
+        _check_refused(case.cls, _required(case) | dict(kwargs), argument)
 
 
 def _check_line(technique: Any) -> None:

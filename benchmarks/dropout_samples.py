@@ -1,0 +1,126 @@
+"""What M dropout samples cost: the plain step, the callback, the same by hand, and M passes through the whole network.
+
+The network is ResNet-18 or a small transformer with dropout before a head of two layers. Arms take turns step by step
+(see overhead.py); the figures are medians over rounds of the ratio within a round, with a 95 % bootstrap interval.
+
+    python benchmarks/dropout_samples.py --model transformer --samples 8 --steps 300
+"""
+
+import argparse
+import logging
+import statistics
+import threading
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Trainer
+from overhead import CLASSES, Plain, ResNet18, SmallTransformer, TakeTurns, Turns, data, ratio
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_reg import MultiSampleDropout
+from lightning_reg.functional import multi_sample_loss
+
+
+class Net(nn.Module):
+    """A backbone, dropout, and a head of two layers."""
+
+    def __init__(self, model):
+        super().__init__()
+        network = ResNet18() if model == "resnet18" else SmallTransformer()
+        if model == "resnet18":
+            self.width, network[-1] = 512, nn.Identity()
+        else:
+            self.width, network.head = 64, nn.Identity()
+        self.body, self.drop = network, nn.Dropout(0.5)
+        self.head = nn.Sequential(nn.Linear(self.width, self.width), nn.ReLU(), nn.Linear(self.width, CLASSES))
+
+    def forward(self, x):
+        return self.head(self.drop(self.body(x)))
+
+
+class ByHand(Plain):
+    """The head on M copies, as a user would write it with the functional core."""
+
+    def __init__(self, net, samples):
+        super().__init__(net)
+        self.samples = samples
+
+    def training_step(self, batch, batch_idx):
+        x, y, _ = batch
+        return multi_sample_loss(self.net.head, self.net.body(x), y, F.cross_entropy, 0.5, self.samples)
+
+
+class FullPasses(ByHand):
+    """M passes through the whole network."""
+
+    def training_step(self, batch, batch_idx):
+        x, y, _ = batch
+        return sum(F.cross_entropy(self.net(x), y) for _ in range(self.samples)) / self.samples
+
+
+def measure(model, samples, batch, steps):
+    """Step times of the arms, in seconds."""
+    arms = {
+        "plain": (Plain(Net(model)), []),
+        "callback": (Plain(Net(model)), [MultiSampleDropout("net.drop", num_samples=samples)]),
+        "by hand": (ByHand(Net(model), samples), []),
+        "full passes": (FullPasses(Net(model), samples), []),
+    }
+    turns, threads = Turns(arms, steps), []
+    dataset = data(model, batch, steps)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    for arm, (module, callbacks) in arms.items():
+        trainer = Trainer(
+            max_steps=steps,
+            callbacks=[*callbacks, TakeTurns(turns, arm)],
+            accelerator="cpu",
+            enable_model_summary=False,
+            **quiet,
+        )
+        loader = DataLoader(dataset, batch, shuffle=True, drop_last=True)
+        threads.append(threading.Thread(target=trainer.fit, args=(module, loader), daemon=True))
+    for thread in threads:
+        thread.start()
+    turns.run()
+    for thread in threads:
+        thread.join()
+    return turns.times
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("resnet18", "transformer"), default="transformer")
+    parser.add_argument("--samples", type=int, default=8, help="dropout samples M")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--save", type=Path, help="append the table to this file")
+    options = parser.parse_args(argv)
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    times = measure(options.model, options.samples, options.batch, options.steps)
+    title = f"{options.model}, M = {options.samples}, batch {options.batch}, {options.steps} rounds, torch"
+    table = Table("ratio", "median", "95 % interval", title=f"{title} {torch.__version__}, CPU, 1 thread")
+    pairs = [("callback", "plain"), ("callback", "by hand"), ("callback", "full passes"), ("full passes", "plain")]
+    for over, under in pairs:
+        middle, low, high = ratio(times, over, under, skip=min(10, options.steps // 4))
+        table.add_row(f"{over} / {under}", f"{middle:.4f}", f"{low:.4f} to {high:.4f}")
+    arguments = f"--model {options.model} --samples {options.samples} --batch {options.batch} --steps {options.steps}"
+    table.caption = (
+        f"python benchmarks/dropout_samples.py {arguments}; plain step: median"
+        f" {statistics.median(times['plain']) * 1e3:.1f} ms"
+    )
+    Console().print(table)
+    if options.save:
+        with options.save.open("a") as file:
+            Console(file=file, width=120).print(table)
+    return times
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Techniques on dropout."""

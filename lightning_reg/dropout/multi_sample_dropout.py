@@ -1,0 +1,338 @@
+r"""Multi-sample dropout: several dropout masks on one pass through the backbone, and the mean of their losses."""
+
+import hashlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_reg.dropout._layers import drop, kind_of, mask_shape
+from lightning_reg.engine import host
+from lightning_reg.engine.copies import CopyPlan
+from lightning_reg.engine.errors import MisconfigurationException, check_choice, check_number
+from lightning_reg.engine.features import named_layers, near_names
+from lightning_reg.engine.row_draws import global_rows, keep_mask
+from lightning_reg.engine.technique import Technique
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lightning_reg.engine.feature_edits import LayerCall
+    from lightning_reg.engine.step import Step
+
+__all__ = [
+    "MultiSampleDropout",
+    "MultiSampleDropoutLayer",
+    "dropout_copies",
+    "fold",
+    "multi_sample_dropout",
+    "multi_sample_loss",
+]
+
+
+def fold(x: Tensor, num_samples: int) -> Tensor:
+    """Copies of rows, one after the other, as a dimension of their own.
+
+    Args:
+        x: ``(M * B, ...)``: row ``j * B + b`` is copy j of row b.
+        num_samples: Number of copies M.
+
+    Returns:
+        ``(M, B, ...)``, a view.
+
+    Raises:
+        ValueError: If the rows are no multiple of M.
+
+    Example:
+        >>> fold(torch.tensor([1, 2, 10, 20]), num_samples=2)
+        tensor([[ 1,  2],
+                [10, 20]])
+
+    """
+    if num_samples < 1 or x.shape[0] % num_samples:
+        raise ValueError(f"fold: {x.shape[0]} rows are no multiple of `num_samples`={num_samples}.")
+    return x.reshape(num_samples, x.shape[0] // num_samples, *x.shape[1:])
+
+
+def dropout_copies(
+    h: Tensor, keep: Tensor, p: float, layer: type[nn.Module] = nn.Dropout, *, copied: bool = False
+) -> Tensor:
+    r"""Rows under given dropout masks.
+
+    .. math:: h_{jb} = h_b\, m_{jb} / (1 - p)
+
+    Args:
+        h: Features ``(B, ...)``, or ``(M * B, ...)`` if they are copies already.
+        keep: Masks ``m``, bool ``(M, B, ...)``, broadcast to the features.
+        p: Drop rate, in [0, 1).
+        layer: Which of torch's dropout modules to follow: what is dropped becomes 0, or, for alpha dropout, the value
+            that keeps mean and variance.
+        copied: Whether ``h`` holds M copies.
+
+    Returns:
+        ``(M * B, ...)`` in the type of ``h``, copy after copy.
+
+    """
+    h = fold(h, len(keep)) if copied else h[None]
+    return drop(layer, h, keep, p).flatten(0, 1)
+
+
+def multi_sample_dropout(h: Tensor, p: float, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+    r"""Copies of the features, each under a dropout mask of its own; a mask for every row of every copy.
+
+    Args:
+        h: Features ``(B, ...)``.
+        p: Drop rate, in [0, 1).
+        num_samples: Number of copies M, at least 1. At 1 this is ordinary dropout.
+        generator: Source of the masks, on the device of ``h``; ``None`` for the global one.
+
+    Returns:
+        ``(M * B, ...)`` in the type of ``h``; row ``j * B + b`` is copy j of row b.
+
+    Raises:
+        ValueError: If ``p`` or ``num_samples`` is outside its range.
+
+    Example:
+        >>> multi_sample_dropout(torch.ones(2, 3), p=0.0, num_samples=2).shape
+        torch.Size([4, 3])
+
+    """
+    if not 0 <= p < 1:
+        raise ValueError(f"multi_sample_dropout: `p` must be in [0, 1), got {p}.")
+    if num_samples < 1:
+        raise ValueError(f"multi_sample_dropout: `num_samples` must be at least 1, got {num_samples}.")
+    keep = torch.empty(num_samples, *h.shape, device=h.device).bernoulli_(1 - p, generator=generator)
+    return dropout_copies(h, keep.bool(), p)
+
+
+def multi_sample_loss(
+    head: Callable[[Tensor], Tensor],
+    h: Tensor,
+    target: Tensor,
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    p: float,
+    num_samples: int,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    r"""Mean of the losses of M dropout samples; the head runs once, on M times the rows.
+
+    .. math:: L = \frac1M \sum_{j=1}^M \frac1B \sum_{b=1}^B \ell\bigl(f(h_b \odot m_{jb}), y_b\bigr)
+
+    It is the mean of the losses and not the loss of the mean logits, which would average the masks away.
+
+    Args:
+        head: What follows the dropout ``f``: from ``(M * B, ...)`` to ``(M * B, ...)``, row by row.
+        h: Output of the backbone, ``(B, ...)``.
+        target: ``(B, ...)``.
+        loss_fn: A mean over rows, or a loss per row. Not a sum: that would be M times as large.
+        p: Drop rate, in [0, 1).
+        num_samples: Number of dropout samples M, at least 1.
+        generator: Source of the masks; ``None`` for the global one.
+
+    Returns:
+        A scalar, float32 at least.
+
+    Example:
+        >>> h, y = torch.randn(4, 8), torch.tensor([0, 1, 2, 0])
+        >>> multi_sample_loss(nn.Linear(8, 3), h, y, nn.functional.cross_entropy, p=0.5, num_samples=8).shape
+        torch.Size([])
+
+    """
+    logits = head(multi_sample_dropout(h, p, num_samples, generator))
+    losses = loss_fn(logits, target.repeat(num_samples, *(1 for _ in target.shape[1:])))
+    return losses.to(torch.promote_types(losses.dtype, torch.float32)).mean()
+
+
+class MultiSampleDropoutLayer(nn.Module):
+    """For a head of your own: in training ``(B, ...)`` becomes ``(M * B, ...)``, in evaluation it stays.
+
+    Repeat the targets M times, ``y.repeat(num_samples)``, and take the mean of the losses. In a LightningModule that
+    has a dropout layer already, :class:`MultiSampleDropout` does all this from outside.
+
+    Args:
+        p: Drop rate, in [0, 1).
+        num_samples: Number of copies M, at least 1.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+
+    Example:
+        >>> head = nn.Sequential(MultiSampleDropoutLayer(p=0.5, num_samples=4), nn.Linear(8, 3))
+        >>> head(torch.zeros(2, 8)).shape, head.eval()(torch.zeros(2, 8)).shape
+        (torch.Size([8, 3]), torch.Size([2, 3]))
+
+    """
+
+    def __init__(self, p: float = 0.5, num_samples: int = 8) -> None:
+        super().__init__()
+        check_number(self, "p", p, low=0, high=1, high_open=True)
+        check_number(self, "num_samples", num_samples, low=1, integer=True)
+        self.p, self.num_samples = p, num_samples
+
+    @override
+    def forward(self, h: Tensor) -> Tensor:
+        return multi_sample_dropout(h, self.p, self.num_samples) if self.training else h
+
+    @override
+    def extra_repr(self) -> str:
+        return f"p={self.p}, num_samples={self.num_samples}"
+
+
+class MultiSampleDropout(Technique):
+    r"""Multi-sample dropout: what follows a dropout layer runs on M masks of one backbone pass; losses are averaged.
+
+    .. math:: L = \frac1M \sum_j \frac1B \sum_b \ell\bigl(f(h_b \odot m_{jb}), y_b\bigr), \qquad
+        m \in \{0, 1/(1 - p)\}
+
+    The gradient is that of ordinary dropout in expectation, with 1/M of the variance that the masks cause. Per training
+    step: the backbone once, M masks, one pass of the head with M * B rows, one loss, one backward. Validation, test and
+    the trained network are those of ordinary dropout.
+
+    The dropout layer is named. Later dropout modules get a mask per copy as well; functions (``F.dropout``) in the head
+    draw from the global generator, for M * B rows. Your code sees B rows: the output of the outermost module around the
+    layer is handed to it for the first copy, and the loss function is called with all of them (``outputs``, ``head``).
+    What it computes from the output besides, an accuracy or a second term, is that of the first copy. Losses under any
+    reduction are per sample, the mean over copies, so other techniques on the loss see B samples. Class scores, where
+    one asks for them (ELR), are those of the mean prediction over the copies.
+
+    Use it when dropout sits near the end of the network and what follows is cheap, with few steps or few data. Leave it
+    where dropout is early or everywhere (M times the cost), inside blocks with residual connections around the dropout
+    or activation checkpointing, and where there is none.
+
+    Source:
+        Inoue, "Multi-Sample Dropout for Accelerated Training and Better Generalization", 2019, arXiv 1905.09788; no
+        code of the author's is known.
+
+    Differs:
+        One dropout layer where the paper has a dropout and a fully connected layer per sample with shared weights: the
+        same function, as one matrix product. The masks belong to the rows of the global batch, so W ranks of batch b
+        train as one process of batch W b does. The layer's own mask is drawn as ever and not used, so the global random
+        state is that of the plain run. Diversity other than dropout, which an early version of the paper adds, is left
+        out.
+
+    Memory: M - 1 times the head's activations and a byte per feature, row and copy.
+
+    Args:
+        dropout: Name of the dropout layer, as in ``named_modules()`` (``"net.head.0"``): nn.Dropout, Dropout1d,
+            Dropout2d, Dropout3d, AlphaDropout or FeatureAlphaDropout, with masks of its own kind.
+        num_samples: Dropout samples M, at least 1. Paper: tried up to 64, gains flatten after about 8. Neutral: 1, the
+            layer is left alone.
+        p: Drop rate in its place, in [0, 1); ``None`` for the layer's own. Paper: tried 0.1 to 0.9. Larger M tolerates
+            larger p. ``None`` with ``num_samples=1``.
+        mode: ``"batched"``: one pass of the head with M * B rows; for losses of torch, and no batch normalization after
+            the layer. ``"replay"``: the training step runs M times, the backbone once; for any loss, no other technique
+            on the loss, automatic optimization. Batch normalization in the head then sees M batches.
+        head: With ``"batched"``, the layer at whose output your code gets back B rows: the last one, if
+            ``training_step`` calls several after the dropout. ``None``: the outermost module around the dropout layer.
+        outputs: With ``"batched"``, what your code gets: the rows of the ``"first"`` copy, or of ``"all"``, M * B with
+            copy j of row b at ``j * B + b``. ``"all"`` is needed where it works on the output before the loss.
+        backbone: With ``"replay"``, the layer that runs in the first of the M runs only.
+        name: Tells several instances in one Trainer apart.
+        seed: Seed of the masks.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> dropout = MultiSampleDropout("net.head.0", num_samples=8)
+        >>> trainer = Trainer(max_epochs=30, callbacks=[dropout], logger=False, enable_checkpointing=False)
+
+    """
+
+    def __init__(
+        self,
+        dropout: str,
+        num_samples: int = 8,
+        p: float | None = None,
+        mode: Literal["batched", "replay"] = "batched",
+        head: str | None = None,
+        outputs: Literal["first", "all"] = "first",
+        backbone: str | None = None,
+        name: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(name=name, seed=seed)
+        check_number(self, "num_samples", num_samples, low=1, integer=True)
+        if p is not None:
+            check_number(self, "p", p, low=0, high=1, high_open=True)
+        check_choice(self, "mode", mode, ("batched", "replay"))
+        check_choice(self, "outputs", outputs, ("first", "all"))
+        self.dropout, self.num_samples, self.p, self.mode = dropout, num_samples, p, mode
+        self.head, self.outputs, self.backbone = head, outputs, backbone
+        self._check_combination()
+
+    def _check_combination(self) -> None:
+        if self.p is not None and self.num_samples == 1:
+            raise ValueError(
+                "MultiSampleDropout: `p` must be None with num_samples=1, where the layer is left alone with its own"
+                f" rate, got {self.p!r}."
+            )
+        if (self.mode == "replay") != (self.backbone is not None):
+            raise ValueError(
+                'MultiSampleDropout: `backbone` must name a layer with mode="replay" and be None otherwise, got'
+                f" {self.backbone!r} with mode={self.mode!r}."
+            )
+        for argument, idle in (("head", self.head is None), ("outputs", self.outputs == "first")):
+            if not idle and (self.mode == "replay" or (argument == "head" and self.outputs == "all")):
+                raise ValueError(
+                    f'MultiSampleDropout: `{argument}` must be left at its default with mode="replay", and `head` with'
+                    f' outputs="all", got {getattr(self, argument)!r}.'
+                )
+
+    @override
+    def describe(self) -> str:
+        if self.num_samples == 1:
+            return "num_samples=1: inactive"
+        rate = "" if self.p is None else f", p={self.p:g}"
+        how = f"{self.mode}, {self.backbone} once" if self.mode == "replay" else f"{self.mode}, {self.outputs} rows"
+        return f"{self.num_samples} samples of {self.dropout}{rate}; {how}"
+
+    @override
+    def is_active(self, step: "Step") -> bool:
+        return self.num_samples > 1
+
+    @override
+    def copy_plan(self) -> CopyPlan | None:
+        if self.num_samples == 1:
+            return None
+        way: Literal["rows", "passes"] = "rows" if self.mode == "batched" else "passes"
+        return CopyPlan(self.num_samples, self.dropout, way, self.outputs, self.head, self.backbone)
+
+    @override
+    def features_to_edit(self, module: nn.Module) -> "Sequence[str]":
+        layers = named_layers(module)
+        if self.dropout in layers and kind_of(layers[self.dropout]) is None:
+            kinds = [name for name, layer in layers.items() if kind_of(layer)]
+            raise MisconfigurationException(
+                f"MultiSampleDropout: the layer {self.dropout!r} is a {type(layers[self.dropout]).__name__}, which is"
+                f" none of torch's dropout modules. Near dropout layers: {near_names(self.dropout, kinds)}."
+            )
+        return [self.dropout, *(n for n, layer in layers.items() if kind_of(layer) and n != self.dropout)]
+
+    @override
+    def edit_features(self, call: "LayerCall") -> Tensor | None:
+        if not call.after_copies and call.name != self.dropout:
+            return None
+        kind = kind_of(call.layer)
+        p = self.p if self.p is not None and call.name == self.dropout else float(getattr(call.layer, "p", 0.0))
+        batched = self.mode == "batched"
+        copied = batched and call.after_copies
+        shape = None if kind is None else mask_shape(kind, call.input.shape)
+        if kind is None or shape is None or p >= 1:
+            raise MisconfigurationException(
+                f"MultiSampleDropout: the layer {call.name!r} ({call.layer}) cannot be sampled on an input of shape"
+                f" {tuple(call.input.shape)}: it must be a batch that the layer takes, and its rate below 1."
+            )
+        group = host.data_parallel_group(call.step.trainer)
+        count = len(call.input) // self.num_samples if copied else len(call.input)
+        rows = global_rows(count, call.input.device, group)
+        copies = range(self.num_samples) if batched else range(call.run, call.run + 1)
+        keep = keep_mask(self._seed_of(call), rows, copies, shape, p)
+        return dropout_copies(call.input, keep, p, kind, copied=copied)
+
+    def _seed_of(self, call: "LayerCall") -> int:
+        base = self.generator(call.step, same_on_ranks=True).initial_seed()
+        return int.from_bytes(hashlib.blake2b(f"{base} {call.number}".encode(), digest_size=8).digest(), "little") >> 1
