@@ -493,6 +493,32 @@ def test_weights_and_terms_join_the_mixed_loss():
     torch.testing.assert_close(recorder.losses[0], (0.75 * elements[0] + 0.25 * elements[1]).detach())
 
 
+def by_position(module, batch):
+    x, y = batch
+    logits = module(swapped(x))
+    elements = [F.cross_entropy(logits, t, reduction="none") for t in (y, y.roll(1, 0))]
+    return ((1 + torch.arange(len(x)) / len(x)) * (0.75 * elements[0] + 0.25 * elements[1])).mean()
+
+
+@pytest.mark.parametrize("choices", [(None, None), ("last", None), (None, "last"), ("last", "last")], ids=str)
+def test_weights_join_whoever_waits_for_the_last_call(choices):
+    one, two = choices
+    losses = losses_of(None, Swap(loss=one), WeightsByPosition(loss=two))
+    assert losses == pytest.approx(losses_of(by_position), rel=1e-6)
+
+
+def one_hot(module, batch):
+    return F.cross_entropy(module(batch[0]), F.one_hot(batch[1], CLASSES).float())
+
+
+@pytest.mark.parametrize("late", [Swap, ShiftTargets])
+def test_targets_that_change_too_late_are_refused(late):
+    names = rf'{late.__name__}\(loss="last"\) changes the targets of a loss call that WeightsByPosition has worked on'
+    with pytest.raises(MisconfigurationException, match=names):
+        fit(Classifier(step=one_hot), late(loss="last"), WeightsByPosition())
+    fit(Classifier(step=one_hot), Swap(loss="last"), WeightsByPosition(loss="last"))
+
+
 def test_a_technique_that_reads_targets_is_refused_by_both_names():
     with pytest.raises(MisconfigurationException, match="WeightsByLabel and Swap cannot stand together: WeightsByL"):
         fit(Classifier(), Swap(), WeightsByLabel())
