@@ -32,14 +32,6 @@ PHASES = (
     "loss_term",
     "penalty",
 )
-    "transform_batch",
-    "observe_batch",
-    "edit_weights",
-    "change_targets",
-    "sample_weights",
-    "loss_term",
-    "penalty",
-)
 LOSS_PHASES = frozenset(("change_targets", "sample_weights", "loss_term"))
 
 
