@@ -76,11 +76,6 @@ def check_editable(technique: Technique, trainer: "Trainer") -> None:
 
 def _check_manual(technique: Technique) -> None:
     name = type(technique).__name__
-    if "penalty" in phases_of(technique):
-        raise MisconfigurationException(
-            f"{name} adds a penalty to the loss that `training_step` returns; with automatic_optimization=False nothing"
-            f" is returned that is trained on. Add `{name}.penalty(self)` to your loss before `manual_backward`."
-        )
     if technique.loss == "last":
         raise MisconfigurationException(
             f'{name}(loss="last") is known only after `training_step` has returned; with automatic_optimization=False'

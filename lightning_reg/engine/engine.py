@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_reg.engine import extra_passes, host, report
+from lightning_reg.engine import penalties as penalties_of
 from lightning_reg.engine.composition import check_composition, check_editable
 from lightning_reg.engine.errors import MisconfigurationException
 from lightning_reg.engine.features import FeatureTap
@@ -25,6 +26,7 @@ from lightning_reg.engine.technique import LOSS_PHASES, Technique, phases_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+    from torch.optim import Optimizer
 
 __all__ = ["Engine"]
 
@@ -66,7 +68,11 @@ class Engine:
         check_composition(techniques, trainer, module)
         engine = ENGINES[trainer] = cls(trainer, module, techniques)
         # First the hooks, which detach on any exception. A new list leaves the one Lightning iterates over as it is.
-        hooks = EngineHooks(engine, edits_weights=bool(engine._in(techniques, "edit_weights")))
+        hooks = EngineHooks(
+            engine,
+            edits_weights=bool(engine._in(techniques, "edit_weights")),
+            penalizes=bool(engine._in(techniques, "penalty")),
+        )
         host.set_callbacks(trainer, [hooks, *host.callbacks(trainer)])
         engine._loaders.attach()
 
@@ -129,9 +135,11 @@ class Engine:
             step.batch = technique.transform_batch(step.batch, step)
         for technique in self._in(active, "observe_batch"):
             technique.observe_batch(step)
+        penalizing = self._in(active, "penalty") if step.is_logging else []
+        penalties = penalties_of.penalty_values(penalizing, self.module) if penalizing else {}
         self.apply_weights()
         output = self._run(step, [t for t in active if self._phases[t] & LOSS_PHASES], args, kwargs)
-        output = self._add_penalties(self._in(active, "penalty"), output, step)
+        self._log_penalties(penalties, output, step)
         if step.scalars:
             report.log_scalars(self.module, step.scalars, sum(step.batch_sizes))
         return output
@@ -178,6 +186,12 @@ class Engine:
                 " be seen, unlike steps before it: it went without. This is said once."
             )
         self._said_nothing_seen = True
+
+    def add_penalties(self, optimizer: "Optimizer") -> None:
+        """Adds the gradients of the active techniques' penalties, before the optimizer's step."""
+        penalizing = self._in(self._active, "penalty")
+        if penalizing:
+            penalties_of.add_penalties_(penalizing, self.module, self.trainer, optimizer)
 
     # -- passes of their own ------------------------------------------------------------------------------------------
 
@@ -231,18 +245,14 @@ class Engine:
             step.scalars["reg/loss/total"] = value.detach().mean()
         return value
 
-    def _add_penalties(self, techniques: list[Technique], output: Any, step: Step) -> Any:
-        for technique in techniques:
-            penalty, loss = technique.penalty(self.module), _loss_of(output)
-            if penalty is None or loss is None:
-                continue
-            output = _with_loss(output, loss + penalty)
-            if step.is_logging:
-                step.log(technique, "penalty", penalty)
+    def _log_penalties(self, penalties: Mapping[Technique, Tensor], output: Any, step: Step) -> None:
+        loss = _loss_of(output)
+        for technique, penalty in penalties.items():
+            step.log(technique, "penalty", penalty)
+            if loss is not None:  # under manual optimization nothing need be returned
                 step.scalars.setdefault("reg/loss/base", loss.detach())
                 total = step.scalars.setdefault("reg/loss/total", loss.detach())
-                step.scalars["reg/loss/total"] = total + penalty.detach()
-        return output
+                step.scalars["reg/loss/total"] = total + penalty
 
     def _answers(self, techniques: list[Technique], phase: str, call: LossCall) -> Iterator[tuple[Technique, Tensor]]:
         for technique in self._in(techniques, phase):
@@ -256,7 +266,7 @@ class Engine:
             if answer is not None:
                 yield technique, answer
 
-    def _in(self, techniques: list[Technique], phase: str) -> list[Technique]:
+    def _in(self, techniques: Sequence[Technique], phase: str) -> list[Technique]:
         return [t for t in techniques if phase in self._phases[t]]
 
 

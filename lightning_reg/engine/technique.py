@@ -158,7 +158,11 @@ class Technique(Callback):
         raise NotImplementedError
 
     def penalty(self, module: "LightningModule") -> Tensor | None:
-        """Returns a scalar that depends on parameters only and is added to the step's loss; ``None`` for none."""
+        """Returns a scalar that depends on parameters only; ``None`` for none.
+
+        Its gradient joins that of the loss just before the optimizer's step, once however many batches are accumulated.
+        The weights in the module are dense then. It may be called more than once per step, without gradient too.
+        """
         raise NotImplementedError
 
     # -- services -----------------------------------------------------------------------------------------------------
