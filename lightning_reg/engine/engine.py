@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_reg.engine import extra_passes, host, report
 from lightning_reg.engine import penalties as penalties_of
-from lightning_reg.engine.composition import check_composition, check_editable
+from lightning_reg.engine.composition import check_composition, check_whole
 from lightning_reg.engine.errors import MisconfigurationException
 from lightning_reg.engine.features import FeatureTap
 from lightning_reg.engine.hooks import EngineHooks
@@ -95,7 +95,7 @@ class Engine:
         self._features = FeatureTap(self.module, layers) if layers else None
         editors = self._in(self.techniques, "edit_weights")
         if editors:
-            check_editable(editors[0], self.trainer)
+            check_whole(editors[0], self.trainer)
             self._surgery = Surgery(self.module, [(t.weights_to_edit(self.module), t.edit_weights) for t in editors])
             self._optimizing = host.Replacement(self.trainer.strategy, "optimizer_step", self._optimizer_step)
 
@@ -201,6 +201,16 @@ class Engine:
         with extra_passes.training_batches(self.trainer, self._loaders.original) as batches:
             yield batches
 
+    @contextmanager
+    def training_steps(self) -> Iterator[Iterator[Step]]:
+        """The same as steps, for a :class:`Peer` to see."""
+        wanted = host.arguments_of_training_step(self.module) - 1
+        with self.training_batches() as batches:
+            yield (
+                Step(self.trainer, self.module, batch, {}, self._loaders.several, (position,)[:wanted])
+                for position, batch in enumerate(batches)
+            )
+
     # -- the loss -----------------------------------------------------------------------------------------------------
 
     def _intercept(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -231,6 +241,8 @@ class Engine:
         given = call.plain if step.is_logging else None
         for _, target in self._answers(techniques, "change_targets", call):
             call.replace_target(target)
+        for _, losses in self._answers(techniques, "change_losses", call):
+            call.replace_losses(losses)
         weights: Tensor | None = None
         for _, own in self._answers(techniques, "sample_weights", call):
             weights = call.combined(weights, own)

@@ -28,11 +28,12 @@ PHASES = (
     "observe_batch",
     "edit_weights",
     "change_targets",
+    "change_losses",
     "sample_weights",
     "loss_term",
     "penalty",
 )
-LOSS_PHASES = frozenset(("change_targets", "sample_weights", "loss_term"))
+LOSS_PHASES = frozenset(("change_targets", "change_losses", "sample_weights", "loss_term"))
 
 
 class Technique(Callback):
@@ -144,6 +145,13 @@ class Technique(Callback):
 
     def change_targets(self, call: "LossCall") -> Tensor | None:
         """Returns the targets for the loss function, ``None`` to keep the present ones."""
+        raise NotImplementedError
+
+    def change_losses(self, call: "LossCall") -> Tensor | None:
+        """Returns losses of the samples ``(B,)`` in place of the call's own, ``None`` to keep these.
+
+        They are per unit of mass (an ignored sample counts 0, a class weight counts), and reduced as the user's own.
+        """
         raise NotImplementedError
 
     def sample_weights(self, call: "LossCall") -> Tensor | None:

@@ -112,5 +112,7 @@ def test_gradients_that_are_sparse_or_not_there():
 
 
 def test_a_line_search_is_refused():
-    with pytest.raises(MisconfigurationException, match=r"Penalty adds .* but the line search of LBFGS compares values"):
+    with pytest.raises(
+        MisconfigurationException, match=r"Penalty adds .* but the line search of LBFGS compares values"
+    ):
         fit(Decays(kind=torch.optim.LBFGS, line_search_fn="strong_wolfe"), Penalty())
