@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import override
 
 from lightning_reg.engine.composition import check_whole
-from lightning_reg.engine.errors import MisconfigurationException
 from lightning_reg.engine.technique import Technique
 
 if TYPE_CHECKING:
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
 
     from lightning_reg.engine.step import Step
 
-__all__ = ["TaskTechnique", "refuse_manual"]
+__all__ = ["TaskTechnique"]
 
 
 class TaskTechnique(Technique, ABC):
@@ -106,17 +105,3 @@ class TaskTechnique(Technique, ABC):
     def _leave(self) -> None:
         self._begun = False
         self.forget()
-
-
-def refuse_manual(technique: Technique, module: "LightningModule", why: str) -> None:
-    """Refuses manual optimization.
-
-    Raises:
-        MisconfigurationException: If the module optimizes by itself.
-
-    """
-    if not module.automatic_optimization:
-        raise MisconfigurationException(
-            f"{type(technique).__name__} runs `training_step` on a copy of the module ({why}), which would train under"
-            " automatic_optimization=False. Leave optimization to Lightning, or use the functional core."
-        )

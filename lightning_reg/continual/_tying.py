@@ -7,9 +7,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_reg.continual._anchors import anchored_weights, pair_up, parts_like, quadratic_penalty
-from lightning_reg.continual._tasks import TaskTechnique, refuse_manual
+from lightning_reg.continual._tasks import TaskTechnique
 from lightning_reg.engine.errors import check_choice, check_number
-from lightning_reg.engine.peers import Peer, Sight, load_weights_, weights_of
+from lightning_reg.engine.peers import Peer, Sight, check_runs_on_copy, load_weights_, weights_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -109,7 +109,7 @@ class TaughtTechnique(TaskTechnique):
     @override
     def check(self, trainer: "Trainer", module: "LightningModule") -> None:
         super().check(trainer, module)
-        refuse_manual(self, module, "the teacher")
+        check_runs_on_copy(module, self)
 
     @override
     def begin(self, step: "Step") -> None:

@@ -9,17 +9,17 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_reg.continual._anchors import anchored_weights, fisher_diagonal, fisher_losses, pull_, quadratic_penalty
-from lightning_reg.continual._tasks import refuse_manual
 from lightning_reg.continual._tying import Anchor, TyingTechnique
 from lightning_reg.engine import host
-from lightning_reg.engine.errors import check_choice, check_number
+from lightning_reg.engine.errors import MisconfigurationException, check_choice, check_number
 from lightning_reg.engine.lookup import ENGINES
-from lightning_reg.engine.peers import Peer
+from lightning_reg.engine.peers import Peer, check_runs_on_copy
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from torch.optim import Optimizer
 
+    from lightning_reg.engine.loss_call import LossCall
     from lightning_reg.engine.step import Step
 
 __all__ = ["EWC", "L2ToStart", "fisher_diagonal", "fisher_losses", "quadratic_penalty"]
@@ -210,7 +210,15 @@ class EWC(TyingTechnique):
     @override
     def check(self, trainer: "Trainer", module: "LightningModule") -> None:
         super().check(trainer, module)
-        refuse_manual(self, module, "the Fisher information")
+        check_runs_on_copy(module, self)
+
+    @override
+    def begin(self, step: "Step") -> None:
+        super().begin(step)
+        # What the Fisher pass cannot do is told now, not when the training is over.
+        call = Peer(step.module, owner=self).see(step, self).call
+        if call is not None:
+            self._logits(call)
 
     @override
     def keep(self, trainer: "Trainer", module: "LightningModule") -> dict[str, Any]:
@@ -238,5 +246,12 @@ class EWC(TyingTechnique):
             call = peer.see(step, self, gradient=True).call
             if call is not None:
                 generator = generator or self.generator(step, call.input.device)
-                losses = fisher_losses(call.logits, call.labels, self.labels, generator)
+                losses = fisher_losses(self._logits(call), call.labels, self.labels, generator)
                 yield losses if call.sample_mass is None else losses[call.sample_mass > 0]
+
+    @staticmethod
+    def _logits(call: "LossCall") -> Tensor:
+        try:
+            return call.logits
+        except MisconfigurationException as error:
+            raise MisconfigurationException(f"EWC: {error}") from error

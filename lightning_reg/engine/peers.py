@@ -28,7 +28,16 @@ if TYPE_CHECKING:
     from lightning_reg.engine.step import Step
     from lightning_reg.engine.technique import Technique
 
-__all__ = ["Peer", "Sight", "copy_of", "load_weights_", "update_average_", "weights_of"]
+__all__ = [
+    "Peer",
+    "Sight",
+    "check_runs_on_copy",
+    "copy_of",
+    "is_grown",
+    "load_weights_",
+    "update_average_",
+    "weights_of",
+]
 
 
 # -- copies -----------------------------------------------------------------------------------------------------------
@@ -51,6 +60,9 @@ def copy_of(module: "LightningModule") -> "LightningModule":
     """
     memo: dict[int, Any] = {id(hook): hook for layer in module.modules() for hook in layer._forward_hooks.values()}
     memo = {key: hook for key, hook in memo.items() if is_of_a_tap(hook)}
+    # Such as `self.last_logits`: torch refuses to copy a tensor with a history.
+    kept = (leaf for layer in module.modules() for leaf in tree_leaves(vars(layer)) if isinstance(leaf, Tensor))
+    memo |= {id(leaf): leaf.detach().clone() for leaf in kept if not leaf.is_leaf}
     try:
         # The innermost first, so that a compiled network inside another one is found in the memo.
         for layer in reversed(list(module.modules())):
@@ -60,8 +72,8 @@ def copy_of(module: "LightningModule") -> "LightningModule":
             twin = copy.deepcopy(module, memo)
     except (RuntimeError, TypeError) as error:
         raise MisconfigurationException(
-            f"{type(module).__name__} cannot be copied: {error}. A tensor that is kept as an attribute must be"
-            " detached, and what cannot be pickled (files, locks, generators) does not belong into the module."
+            f"{type(module).__name__} cannot be copied: {error}. What cannot be pickled (files, locks, generators) does"
+            " not belong into the module."
         ) from error
     for layer in twin.modules():
         layer._compiled_call_impl = None
@@ -69,6 +81,29 @@ def copy_of(module: "LightningModule") -> "LightningModule":
             if is_of_a_tap(hook):
                 del layer._forward_hooks[key]
     return twin
+
+
+def check_runs_on_copy(module: "LightningModule", owner: object) -> None:
+    """Refuses a module whose ``training_step`` does more than to compute a loss from its batch.
+
+    Args:
+        module: The user's module.
+        owner: Who wants to run it; its class is named in the message.
+
+    Raises:
+        MisconfigurationException: If it fetches batches or trains by itself.
+
+    """
+    if "dataloader_iter" in inspect.signature(module.training_step).parameters:
+        raise MisconfigurationException(
+            f"{type(owner).__name__} runs `training_step` on a copy of the module; one that takes `dataloader_iter`"
+            " would fetch another batch there. Write `training_step(batch, batch_idx)`."
+        )
+    if not module.automatic_optimization:
+        raise MisconfigurationException(
+            f"{type(owner).__name__} runs `training_step` on a copy of the module, which would train there under"
+            " automatic_optimization=False. Leave optimization to Lightning, or use the functional core."
+        )
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
@@ -163,16 +198,7 @@ class Peer:
     def __init__(
         self, module: "LightningModule", *, layers: Sequence[str] = (), training: bool = False, owner: object
     ) -> None:
-        if "dataloader_iter" in inspect.signature(module.training_step).parameters:
-            raise MisconfigurationException(
-                f"{type(owner).__name__} runs `training_step` a second time, on a copy of the module; one that takes"
-                " `dataloader_iter` would fetch another batch. Write `training_step(batch, batch_idx)`."
-            )
-        if not module.automatic_optimization:
-            raise MisconfigurationException(
-                f"{type(owner).__name__} runs `training_step` on a copy of the module, which would train there under"
-                " automatic_optimization=False. Leave optimization to Lightning, or use the functional core."
-            )
+        check_runs_on_copy(module, owner)
         self.module = copy_of(module).train(training)
         self._tap = FeatureTap(self.module, layers)
         self._metrics = [layer for layer in self.module.modules() if isinstance(layer, Metric)]
