@@ -149,12 +149,9 @@ def test_metrics_by_loops():
     metrics.reset()
     metrics.update(torch.eye(5)[:2], torch.tensor([0, 0]), after_task=1)
     assert metrics.compute()["accuracy"] == 0.5
-    for wrong, argument in (
-        (partial(ContinualMetrics, []), "new_classes"),
-        (partial(ContinualMetrics, [2, 0]), "new_"),
-    ):
-        with pytest.raises(ValueError, match=f"ContinualMetrics: `{argument}"):
-            wrong()
+    for wrong in ([], [2, 0]):
+        with pytest.raises(ValueError, match="ContinualMetrics: `new_classes` must be"):
+            ContinualMetrics(wrong)
     with pytest.raises(ValueError, match=r"`after_task` must be in \[1, 3\], got 4"):
         metrics.update(torch.eye(5), torch.arange(5), after_task=4)
 
@@ -353,25 +350,34 @@ def test_what_is_no_task():
         assert "tasks before: 1" in technique.describe()
 
 
+class Sights(Callback):
+    """Notes what the teacher makes of the first batch."""
+
+    features = None
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if self.features is None:
+            (technique,) = [c for c in trainer.callbacks if isinstance(c, FeatureDistillation)]
+            self.features = technique._teacher.module.net[:2](batch[0])
+
+
 def test_the_teacher_is_not_the_module_of_today():
     distillation, module = FeatureDistillation("net.1", 1e-3), Net()
     learn(module, 0, distillation)
-    kept = copy.deepcopy(distillation.state_dict()["teacher"])
+    teacher = copy.deepcopy(module)
     with torch.no_grad():
         for p in module.parameters():
             p.zero_()
-    learn(module, 1, distillation, max_epochs=1)
-    assert not same_weights(kept, distillation.state_dict()["teacher"])
-    again = FeatureDistillation("net.1", 1e-3)
-    again.load_state_dict({"finished": 1, "in_task": False, "teacher": kept})
-    learn(Net(), 1, again, max_epochs=1)
-    assert same_weights(kept, {name: kept[name] for name in kept})
+    seen = Sights()
+    learn(module, 1, distillation, seen, max_epochs=1)
+    x = task(1).tensors[0][:8]
+    assert torch.equal(seen.features, teacher.net[:2](x))
 
 
 @pytest.mark.parametrize(
     ("make", "tasks", "sentence"),
     [
-        (lambda: PredictionDistillation(), [0, 1], "the head has 5 outputs and had 5 in the task before"),
+        (PredictionDistillation, [0, 1], "the head has 5 outputs and had 5 in the task before"),
         (lambda: PredictionDistillation(new_classes=[2]), [0, 1], r"new_classes=\[2\]\): this is task 2, .* for 1\."),
         (lambda: PredictionDistillation(new_classes=[6]), [0], r"there are 6 classes by task 1, and the head has 5"),
         (lambda: PredictionDistillation(new_classes=[2, 1]), [1], r"there are 2 classes so far, and a label is 2"),
@@ -394,7 +400,7 @@ def test_setups_that_are_refused():
             fit(module, technique)
     with pytest.raises(MisconfigurationException, match=r"No layer is named 'net.7'"):
         learn(Net(), 0, FeatureDistillation("net.7"))
-    with pytest.raises(MisconfigurationException, match="PredictionDistillation: .* has no class logits"):
+    with pytest.raises(MisconfigurationException, match=r"PredictionDistillation: .* has no class logits"):
         learn(Net(loss=lambda z, y: F.mse_loss(z[:, 0], y.float())), 0, PredictionDistillation())
 
     class Pooled(nn.Module):
@@ -431,7 +437,7 @@ class Digits(LightningModule):
     ("callbacks", "low", "high"),
     [
         (list, 0.0, 0.25),
-        (lambda: [EWC(100.0)], 0.0, 0.25),
+        (lambda: [EWC(100.0)], 0.0, 0.3),
         (lambda: [PredictionDistillation("softmax", new_classes=[2] * 5)], 0.0, 0.25),
         (lambda: [PredictionDistillation(new_classes=[2] * 5), L2ToStart(0.03, anchor="end_of_task")], 0.4, 1.0),
     ],
