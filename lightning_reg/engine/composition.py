@@ -12,10 +12,10 @@ from lightning_reg.engine.technique import LOSS_PHASES, Technique, phases_of
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["check_composition", "check_editable"]
+__all__ = ["check_composition", "check_whole"]
 
 # Phases in which the work of a second technique would undo that of the first.
-_EXCLUSIVE = {"change_targets": "replaces the targets of the loss"}
+_EXCLUSIVE = {"change_targets": "replaces the targets of the loss", "change_losses": "replaces the loss"}
 
 
 def check_composition(techniques: Sequence[Technique], trainer: "Trainer", module: "LightningModule") -> None:
@@ -56,12 +56,13 @@ def check_composition(techniques: Sequence[Technique], trainer: "Trainer", modul
         technique.check(trainer, module)
 
 
-def check_editable(technique: Technique, trainer: "Trainer") -> None:
+def check_whole(technique: Technique, trainer: "Trainer", does: str = "edits") -> None:
     """Refuses strategies that do not keep parameters whole.
 
     Args:
-        technique: Who edits weights.
+        technique: Who needs them whole.
         trainer: The Trainer that starts to fit.
+        does: What it does with them, for the message.
 
     Raises:
         MisconfigurationException: Under FSDP, DeepSpeed and tensor parallelism.
@@ -70,7 +71,7 @@ def check_editable(technique: Technique, trainer: "Trainer") -> None:
     strategy = type(trainer.strategy).__name__
     if strategy.startswith(("FSDP", "DeepSpeed", "ModelParallel", "XLAFSDP")):
         raise MisconfigurationException(
-            f"{type(technique).__name__} edits whole parameters, which {strategy} splits over the processes. Use DDP."
+            f"{type(technique).__name__} {does} whole parameters, which {strategy} splits over the processes. Use DDP."
         )
 
 
@@ -149,11 +150,6 @@ def _check_manual(technique: Technique) -> None:
         raise MisconfigurationException(
             f"{name} runs `training_step` {plan.number} times for one optimizer step; with automatic_optimization=False"
             " each run would train. Let the copies be rows of one run."
-        )
-    if "penalty" in phases_of(technique):
-        raise MisconfigurationException(
-            f"{name} adds a penalty to the loss that `training_step` returns; with automatic_optimization=False nothing"
-            f" is returned that is trained on. Add `{name}.penalty(self)` to your loss before `manual_backward`."
         )
     if technique.loss == "last":
         raise MisconfigurationException(

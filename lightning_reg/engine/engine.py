@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_reg.engine import extra_passes, host, report
-from lightning_reg.engine.composition import check_composition, check_editable
+from lightning_reg.engine import penalties as penalties_of
+from lightning_reg.engine.composition import check_composition, check_whole
 from lightning_reg.engine.copies import Copies, CopiesCall
 from lightning_reg.engine.errors import MisconfigurationException
 from lightning_reg.engine.feature_edits import FeatureEdits
@@ -31,6 +32,7 @@ from lightning_reg.engine.weight_maps import WeightMaps, check_mappable
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+    from torch.optim import Optimizer
 
 __all__ = ["Engine"]
 
@@ -76,7 +78,11 @@ class Engine:
         check_composition(techniques, trainer, module)
         engine = ENGINES[trainer] = cls(trainer, module, techniques)
         # First the hooks, which detach on any exception. A new list leaves the one Lightning iterates over as it is.
-        hooks = EngineHooks(engine, edits_weights=bool(engine._in(techniques, "edit_weights")))
+        hooks = EngineHooks(
+            engine,
+            edits_weights=bool(engine._in(techniques, "edit_weights")),
+            penalizes=bool(engine._in(techniques, "penalty")),
+        )
         last = [LastHook(engine)] if engine._in(techniques, "map_weights") else []
         host.set_callbacks(trainer, [hooks, *host.callbacks(trainer), *last])
         engine._loaders.attach()
@@ -106,7 +112,7 @@ class Engine:
         self._features = FeatureTap(self.module, layers, view) if layers else None
         editors = self._in(self.techniques, "edit_weights")
         if editors:
-            check_editable(editors[0], self.trainer)
+            check_whole(editors[0], self.trainer)
             self._surgery = Surgery(self.module, [(t.weights_to_edit(self.module), t.edit_weights) for t in editors])
         mappers = self._in(self.techniques, "map_weights")
         if mappers:
@@ -184,17 +190,21 @@ class Engine:
         """What the Trainer calls in place of ``Strategy.training_step``."""
         followed = self._loaders.advance()
         self._begin_maps()
-        step = Step(self.trainer, self.module, args[0] if args else None, followed, self._loaders.several)
+        step = Step(self.trainer, self.module, args[0] if args else None, followed, self._loaders.several, args[1:])
         active = self._active = [t for t in self.techniques if t.is_active(step)]
         if not active:
             return self._stepping.original(*args, **kwargs)
         for technique in self._in(active, "transform_batch"):
             step.batch = technique.transform_batch(step.batch, step)
+        for technique in self._in(active, "observe_batch"):
+            technique.observe_batch(step)
         step.views = self._make_views(self._in(active, "extra_views"), step)
+        penalizing = self._in(active, "penalty") if step.is_logging else []
+        penalties = penalties_of.penalty_values(penalizing, self.module) if penalizing else {}
         self.apply_weights()
         on_loss = [t for t in active if self._phases[t] & LOSS_PHASES or t is step.mixer]
         output = self._run(step, on_loss, args, kwargs)
-        output = self._add_penalties(self._in(active, "penalty"), output, step)
+        self._log_penalties(penalties, output, step)
         if step.scalars:
             report.log_scalars(self.module, step.scalars, sum(step.batch_sizes))
         return output
@@ -301,6 +311,12 @@ class Engine:
             )
         self._said_nothing_seen = True
 
+    def add_penalties(self, optimizer: "Optimizer") -> None:
+        """Adds the gradients of the active techniques' penalties, before the optimizer's step."""
+        penalizing = self._in(self._active, "penalty")
+        if penalizing:
+            penalties_of.add_penalties_(penalizing, self.module, self.trainer, optimizer)
+
     # -- passes of their own ------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -308,6 +324,16 @@ class Engine:
         """A pass over the training batches that training does not notice: neither samplers nor indices nor draws."""
         with extra_passes.training_batches(self.trainer, self._loaders.original) as batches:
             yield batches
+
+    @contextmanager
+    def training_steps(self) -> Iterator[Iterator[Step]]:
+        """The same as steps, for a :class:`Peer` to see."""
+        wanted = host.arguments_of_training_step(self.module) - 1
+        with self.training_batches() as batches:
+            yield (
+                Step(self.trainer, self.module, batch, {}, self._loaders.several, (position,)[:wanted])
+                for position, batch in enumerate(batches)
+            )
 
     # -- the loss -----------------------------------------------------------------------------------------------------
 
@@ -359,6 +385,9 @@ class Engine:
         given = call.plain if step.is_logging and changed else None
         for _, target in self._answers(techniques, "change_targets", call):
             call.replace_target(target)
+        for technique, losses in self._answers(techniques, "change_losses", call):
+            with _said_by(technique):
+                call.replace_losses(losses)
         weights, terms = call.weights, [*call.terms]
         for _, own in self._answers(techniques, "sample_weights", call):
             weights = call.combined(weights, own)
@@ -373,34 +402,37 @@ class Engine:
             step.scalars["reg/loss/total"] = value.detach().mean()
         return call.given_value(value)
 
-    def _add_penalties(self, techniques: list[Technique], output: Any, step: Step) -> Any:
-        for technique in techniques:
-            penalty, loss = technique.penalty(self.module), _loss_of(output)
-            if penalty is None or loss is None:
-                continue
-            output = _with_loss(output, loss + penalty)
-            if step.is_logging:
-                step.log(technique, "penalty", penalty)
+    def _log_penalties(self, penalties: Mapping[Technique, Tensor], output: Any, step: Step) -> None:
+        loss = _loss_of(output)
+        for technique, penalty in penalties.items():
+            step.log(technique, "penalty", penalty)
+            if loss is not None:  # under manual optimization nothing need be returned
                 step.scalars.setdefault("reg/loss/base", loss.detach())
                 total = step.scalars.setdefault("reg/loss/total", loss.detach())
-                step.scalars["reg/loss/total"] = total + penalty.detach()
-        return output
+                step.scalars["reg/loss/total"] = total + penalty
 
     def _answers(self, techniques: list[Technique], phase: str, call: LossCall) -> Iterator[tuple[Technique, Tensor]]:
         for technique in self._in(techniques, phase):
             call.reader = None if technique.takes_mixed else technique
-            try:
+            with _said_by(technique):
                 answer = getattr(technique, phase)(call)
-            except MisconfigurationException as error:
-                name = type(technique).__name__
-                if name in str(error):
-                    raise
-                raise MisconfigurationException(f"{name}: {error}") from error
             if answer is not None:
                 yield technique, answer
 
-    def _in(self, techniques: list[Technique], phase: str) -> list[Technique]:
+    def _in(self, techniques: Sequence[Technique], phase: str) -> list[Technique]:
         return [t for t in techniques if phase in self._phases[t]]
+
+
+@contextmanager
+def _said_by(technique: Technique) -> Iterator[None]:
+    """Errors name the technique."""
+    try:
+        yield
+    except MisconfigurationException as error:
+        name = type(technique).__name__
+        if name in str(error):
+            raise
+        raise MisconfigurationException(f"{name}: {error}") from error
 
 
 def _has_gradient(arguments: dict[str, Any]) -> bool:

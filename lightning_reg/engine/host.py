@@ -5,7 +5,7 @@ import inspect
 import random
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,7 +47,9 @@ else:
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+    from torch import Tensor
     from torch.distributed import ProcessGroup
+    from torch.optim import Optimizer
 
 __all__ = [
     "Callback",
@@ -58,9 +60,11 @@ __all__ = [
     "callbacks",
     "combined_loader",
     "data_parallel_group",
+    "gradient_scale",
     "is_compiled",
     "is_logging_step",
     "isolated_randomness",
+    "lent_trainer",
     "metrics_kept",
     "nominal_batch_size",
     "prints_summary",
@@ -70,6 +74,7 @@ __all__ = [
     "seeded_randomness",
     "set_callbacks",
     "silenced_metrics",
+    "without_compiled_steps",
 ]
 
 
@@ -145,6 +150,16 @@ def data_parallel_group(trainer: "Trainer") -> "ProcessGroup | None":
         group: ProcessGroup = mesh["data_parallel"].get_group()
         return group
     return dist.group.WORLD
+
+
+def gradient_scale(trainer: "Trainer", optimizer: "Optimizer") -> "Tensor | None":
+    """What gradients are still multiplied by in ``on_before_optimizer_step``; ``None`` for 1."""
+    # Lightning has them unscaled by then, unless the optimizer (a fused one) does that itself in its step.
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return None
+    scale: Tensor | None = scaler._scale
+    return scale
 
 
 def reshard(module: "LightningModule") -> None:
@@ -228,6 +243,39 @@ def metrics_kept(module: nn.Module) -> Iterator[None]:
 def reaches_step_through_call(trainer: "Trainer", module: "LightningModule") -> bool:
     """Whether the strategy wraps the module (DDP, FSDP), and so reaches ``training_step`` through its ``__call__``."""
     return trainer.strategy.model is not module
+
+
+@contextmanager
+def lent_trainer(module: "LightningModule", trainer: "Trainer") -> Iterator[None]:
+    """A module that is attached to no Trainer has one, with nothing logged from it."""
+    with ExitStack() as undo:
+        for part in module.modules():
+            if hasattr(part, "_trainer") and hasattr(part, "log_dict"):
+                undo.callback(setattr, part, "_trainer", None)
+                setattr(part, "_trainer", trainer)  # noqa: B010 # mypy takes what modules have for tensors
+                for name in ("log", "log_dict"):
+                    undo.callback(Replacement(part, name, _ignore).undo)
+        undo.callback(setattr, trainer, "loggers", trainer.loggers)
+        trainer.loggers = [DummyLogger() for _ in trainer.loggers]
+        yield
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+@contextmanager
+def without_compiled_steps(module: "LightningModule") -> Iterator[None]:
+    """The module without the methods that Lightning replaced if it went through ``torch.compile`` as a whole."""
+    replaced = ("forward", "training_step", "validation_step", "test_step", "predict_step", "_compiler_ctx")
+    compiled = getattr(module, "_compiler_ctx", None) is not None
+    aside = {name: module.__dict__.pop(name) for name in replaced if compiled and name in module.__dict__}
+    if compiled:
+        module._compiler_ctx = None
+    try:
+        yield
+    finally:
+        module.__dict__.update(aside)
 
 
 def arguments_of_training_step(module: "LightningModule") -> int:

@@ -28,16 +28,18 @@ __all__ = ["PHASES", "Technique", "phases_of"]
 # on_train_batch_end.
 PHASES = (
     "transform_batch",
+    "observe_batch",
     "extra_views",
     "edit_weights",
     "edit_features",
     "change_targets",
+    "change_losses",
     "sample_weights",
     "loss_term",
     "penalty",
     "map_weights",
 )
-LOSS_PHASES = frozenset(("change_targets", "sample_weights", "loss_term"))
+LOSS_PHASES = frozenset(("change_targets", "change_losses", "sample_weights", "loss_term"))
 
 
 class Technique(Callback):
@@ -148,6 +150,13 @@ class Technique(Callback):
         """
         raise NotImplementedError
 
+    def observe_batch(self, step: "Step") -> None:
+        """Sees ``step.batch`` as the user's ``training_step`` is about to get it; ``step.notes`` keeps what was seen.
+
+        The global random state is the one that ``training_step`` starts from, and must stay so.
+        """
+        raise NotImplementedError
+
     def weights_to_edit(self, module: nn.Module) -> "Sequence[str]":
         """Names of the parameters that :meth:`edit_weights` changes, as in ``named_parameters()``."""
         return ()
@@ -175,6 +184,13 @@ class Technique(Callback):
         """Returns the targets for the loss function, ``None`` to keep the present ones."""
         raise NotImplementedError
 
+    def change_losses(self, call: "LossCall") -> Tensor | None:
+        """Returns losses of the samples ``(B,)`` in place of the call's own, ``None`` to keep these.
+
+        They are per unit of mass (an ignored sample counts 0, a class weight counts), and reduced as the user's own.
+        """
+        raise NotImplementedError
+
     def sample_weights(self, call: "LossCall") -> Tensor | None:
         """Returns a weight per sample ``(B,)``, or per element of the loss ``(E,)`` (token, pixel), neutral 1.
 
@@ -187,7 +203,11 @@ class Technique(Callback):
         raise NotImplementedError
 
     def penalty(self, module: "LightningModule") -> Tensor | None:
-        """Returns a scalar that depends on parameters only and is added to the step's loss; ``None`` for none."""
+        """Returns a scalar that depends on parameters only; ``None`` for none.
+
+        Its gradient joins that of the loss just before the optimizer's step, once however many batches are accumulated.
+        The weights in the module are dense then. It may be called more than once per step, without gradient too.
+        """
         raise NotImplementedError
 
     # -- weights trained through a map w = f(v); every other phase and hook sees w, the optimizer alone sees v ---------
