@@ -14,11 +14,12 @@ from lightning_reg.engine.copies import Copies, CopiesCall
 from lightning_reg.engine.errors import MisconfigurationException
 from lightning_reg.engine.feature_edits import FeatureEdits
 from lightning_reg.engine.features import FeatureTap
+from lightning_reg.engine.hand_written_call import HandWrittenCall
 from lightning_reg.engine.hooks import EngineHooks, LastHook
 from lightning_reg.engine.interception import Interception, call_site
 from lightning_reg.engine.loaders import TrainLoaders
 from lightning_reg.engine.lookup import ENGINES
-from lightning_reg.engine.loss_call import HandWrittenCall, LossCall
+from lightning_reg.engine.loss_call import LossCall
 from lightning_reg.engine.losses import bind
 from lightning_reg.engine.mixed_call import MixedCall, mixed_call
 from lightning_reg.engine.mixin import LossMixin

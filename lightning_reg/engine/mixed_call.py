@@ -16,7 +16,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_reg.engine.errors import MisconfigurationException
-from lightning_reg.engine.loss_call import HandWrittenCall, LossCall
+from lightning_reg.engine.hand_written_call import HandWrittenCall
+from lightning_reg.engine.loss_call import LossCall
 from lightning_reg.engine.losses import Decomposition
 from lightning_reg.engine.mixing import Mixing
 

@@ -16,8 +16,9 @@ from torchmetrics import Metric
 from lightning_reg.engine import host
 from lightning_reg.engine.errors import MisconfigurationException
 from lightning_reg.engine.features import FeatureTap, is_of_a_tap
+from lightning_reg.engine.hand_written_call import HandWrittenCall
 from lightning_reg.engine.interception import Interception, call_site
-from lightning_reg.engine.loss_call import HandWrittenCall, LossCall
+from lightning_reg.engine.loss_call import LossCall
 from lightning_reg.engine.losses import bind
 from lightning_reg.engine.mixin import LossMixin
 from lightning_reg.engine.selection import Selection

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_reg.engine.errors import MisconfigurationException
-from lightning_reg.engine.loss_call import HandWrittenCall
+from lightning_reg.engine.hand_written_call import HandWrittenCall
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -43,7 +43,7 @@ def test_all_passes_are_kept_in_order_until_they_are_forgotten():
     net(X)
     net(-X)
     assert [output.tolist() for output in tap.passes["body.1"]] == [[[1.0, 0.0]], [[0.0, 2.0]]]
-    tap.forget()
+    tap.shut()
     assert tap.passes == tap.outputs == {}
     net(X)
     assert len(tap.passes["body.1"]) == 1

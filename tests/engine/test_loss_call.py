@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_reg.engine.errors import MisconfigurationException
-from lightning_reg.engine.loss_call import HandWrittenCall, LossCall
+from lightning_reg.engine.hand_written_call import HandWrittenCall
+from lightning_reg.engine.loss_call import LossCall
 from lightning_reg.engine.losses import LOSS_FUNCTIONS
 from lightning_reg.engine.step import Samples
 

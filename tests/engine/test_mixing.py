@@ -14,7 +14,8 @@ from typing_extensions import override
 from lightning_reg import LossMixin
 from lightning_reg.engine.entries import find_entry, replace_entry
 from lightning_reg.engine.errors import MisconfigurationException
-from lightning_reg.engine.loss_call import HandWrittenCall, LossCall
+from lightning_reg.engine.hand_written_call import HandWrittenCall
+from lightning_reg.engine.loss_call import LossCall
 from lightning_reg.engine.losses import LOSS_FUNCTIONS
 from lightning_reg.engine.mixed_call import mixed_call
 from lightning_reg.engine.mixing import Mixing, draw_lam, mix_targets, mixup
