@@ -1,20 +1,31 @@
 """Which techniques can stand together in one Trainer; decided before anything is attached."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
+from lightning_reg.engine import shards
 from lightning_reg.engine.errors import MisconfigurationException
 from lightning_reg.engine.technique import Technique, phases_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["check_composition", "check_editable"]
+__all__ = ["check_composition", "check_editable", "check_split"]
 
 # Phases in which the work of a second technique would undo that of the first.
 _EXCLUSIVE = {"change_targets": "replaces the targets of the loss"}
+
+
+# Strategies under which what stands in a parameter is not what is trained.
+_OPAQUE = {
+    "FSDP": "joins parameters into flat vectors, which are cut in the middle of rows",
+    "XLAFSDP": "joins parameters into flat vectors, which are cut in the middle of rows",
+    "DeepSpeed": "trains copies of its own",
+}
 
 
 def check_composition(techniques: Sequence[Technique], trainer: "Trainer", module: "LightningModule") -> None:
@@ -57,21 +68,50 @@ def check_composition(techniques: Sequence[Technique], trainer: "Trainer", modul
 
 
 def check_editable(technique: Technique, trainer: "Trainer") -> None:
-    """Refuses strategies that do not keep parameters whole.
+    """Refuses strategies that keep parameters in a form of their own.
 
     Args:
         technique: Who edits weights.
         trainer: The Trainer that starts to fit.
 
     Raises:
-        MisconfigurationException: Under FSDP, DeepSpeed and tensor parallelism.
+        MisconfigurationException: Under FSDP1 and DeepSpeed.
 
     """
     strategy = type(trainer.strategy).__name__
-    if strategy.startswith(("FSDP", "DeepSpeed", "ModelParallel", "XLAFSDP")):
+    why = next((why for prefix, why in _OPAQUE.items() if strategy.startswith(prefix)), None)
+    if why is not None:
         raise MisconfigurationException(
-            f"{type(technique).__name__} edits whole parameters, which {strategy} splits over the processes. Use DDP."
+            f"{type(technique).__name__} edits parameters, but {strategy} {why}. Use DDP, or ModelParallelStrategy with"
+            " `fully_shard` in `configure_model`."
         )
+
+
+def check_split(technique: Technique, parameters: Mapping[str, Tensor]) -> None:
+    """Refuses parameters that are split over processes in a way that the technique's edits cannot follow.
+
+    Args:
+        technique: Who edits weights.
+        parameters: Those it edits, by name.
+
+    Raises:
+        MisconfigurationException: If it needs whole parameters, or if rows are cut.
+
+    """
+    owner, needs_whole = type(technique).__name__, technique.needs_whole_parameters()
+    for name, parameter in parameters.items():
+        if not shards.is_split(parameter):
+            continue
+        if needs_whole is not None:
+            raise MisconfigurationException(
+                f"{owner}: {needs_whole}, but {name!r} is split over the processes. Use DDP."
+            )
+        cut = shards.cut_rows(parameter)
+        if cut:
+            raise MisconfigurationException(
+                f"{owner} edits whole rows of parameters, but {name!r} {cut}. Split it along dimension 0, as"
+                " `fully_shard` does, leave it out, or use DDP."
+            )
 
 
 def _check_manual(technique: Technique) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_reg.engine import extra_passes, host, report
-from lightning_reg.engine.composition import check_composition, check_editable
+from lightning_reg.engine.composition import check_composition, check_editable, check_split
 from lightning_reg.engine.errors import MisconfigurationException
 from lightning_reg.engine.features import FeatureTap
 from lightning_reg.engine.hooks import EngineHooks
@@ -20,7 +20,7 @@ from lightning_reg.engine.losses import bind
 from lightning_reg.engine.mixin import LossMixin
 from lightning_reg.engine.selection import Selection
 from lightning_reg.engine.step import Step
-from lightning_reg.engine.surgery import Surgery
+from lightning_reg.engine.surgery import Surgery, named_weights
 from lightning_reg.engine.technique import LOSS_PHASES, Technique, phases_of
 
 if TYPE_CHECKING:
@@ -90,7 +90,11 @@ class Engine:
         editors = self._in(self.techniques, "edit_weights")
         if editors:
             check_editable(editors[0], self.trainer)
-            self._surgery = Surgery(self.module, [(t.weights_to_edit(self.module), t.edit_weights) for t in editors])
+            names = {technique: technique.weights_to_edit(self.module) for technique in editors}
+            self._surgery = Surgery(self.module, [(names[t], t.edit_weights) for t in editors])
+            parameters = named_weights(self.module)
+            for technique in editors:
+                check_split(technique, {name: parameters[name] for name in names[technique]})
             self._optimizing = host.Replacement(self.trainer.strategy, "optimizer_step", self._optimizer_step)
 
     def prepare_data(self) -> None:

@@ -123,8 +123,15 @@ class Technique(Callback):
         """Names of the parameters that :meth:`edit_weights` changes, as in ``named_parameters()``."""
         return ()
 
+    def needs_whole_parameters(self) -> str | None:
+        """Why it cannot edit the rows that a process holds of a split parameter, as a clause; ``None`` if it can."""
+        return f"{type(self).__name__} edits whole parameters"
+
     def edit_weights(self, weights: "Mapping[str, Tensor]") -> None:
-        """Turns dense values into effective ones, in place, before the forward pass; the engine puts them back."""
+        """Turns dense values into effective ones, in place, before the forward pass; the engine puts them back.
+
+        Of parameters that are split over processes it gets the rows of this process.
+        """
         raise NotImplementedError
 
     def change_targets(self, call: "LossCall") -> Tensor | None:

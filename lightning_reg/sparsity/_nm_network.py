@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_reg.engine import shards
 from lightning_reg.engine.surgery import named_weights
 from lightning_reg.sparsity._nm_layers import Choice, Weight, choose_weights
 from lightning_reg.sparsity._nm_masks import check_nm, nm_mask, pack_mask
@@ -48,13 +49,26 @@ class SparseNetwork:
         return [weight.name for weight in self.sparse]
 
     def final_masks(self, module: nn.Module) -> list[tuple[Weight, nn.Parameter, Tensor]]:
-        """Masks of the target pattern, from the module's weights; of one-shot pruning the one chosen once."""
+        """Masks of the target pattern, from the module's weights; of one-shot pruning the one chosen once.
+
+        Of weights that are split over processes the rows of this process, here and in what follows; what is counted is
+        counted in all of them, so that every process must ask.
+
+        Args:
+            module: The module.
+
+        Returns:
+            Weight, parameter and mask.
+
+        """
         parameters, masks = named_weights(module), []
+        self.masks.keep_own_rows(parameters)
         for weight in self._weights_of(module):
             if not weight.why_dense:
-                value, pattern = parameters[weight.name], (weight.n, weight.m)
+                value, pattern = shards.local(parameters[weight.name]), (weight.n, weight.m)
                 held = self.masks.held(weight.name, pattern, value) if self._choice.recipe == "one_shot" else None
-                masks.append((weight, value, nm_mask(value, *pattern, self._choice.dim) if held is None else held))
+                mask = nm_mask(value, *pattern, self._choice.dim) if held is None else held
+                masks.append((weight, parameters[weight.name], mask))
         return masks
 
     @torch.no_grad()
@@ -64,32 +78,34 @@ class SparseNetwork:
             kept = _kept_magnitude(parameter, mask)
             if kept < 1.0:  # what was pruned before says nothing about how much it was
                 self._magnitudes[weight.name] = kept
-            parameter.masked_fill_(~mask, 0.0)
+            shards.local(parameter).masked_fill_(~mask, 0.0)
 
     def verify(self, module: nn.Module) -> dict[str, tuple[float, int]]:
         """Share of weights that are not zero and number of violations, by name."""
         parameters, found = named_weights(module), {}
         for weight in self._weights_of(module):
             if not weight.why_dense:
-                value = parameters[weight.name]
-                violations = check_nm(value, weight.n, weight.m, self._choice.dim)
-                found[weight.name] = int(value.count_nonzero()) / value.numel(), violations
+                parameter = parameters[weight.name]
+                rows = shards.local(parameter)
+                violations = torch.tensor(check_nm(rows, weight.n, weight.m, self._choice.dim), device=rows.device)
+                counts = _everywhere(torch.stack([rows.count_nonzero(), violations]), parameter).tolist()
+                found[weight.name] = counts[0] / parameter.numel(), counts[1]
         return found
 
     def packed_masks(self, module: nn.Module) -> dict[str, dict[str, Any]]:
         """Shape and packed mask, by name."""
-        masks = self.final_masks(module)
-        return {weight.name: {"shape": list(weight.shape), "bits": pack_mask(mask)} for weight, _, mask in masks}
+        masks = [(weight, shards.whole_like(mask, p)) for weight, p, mask in self.final_masks(module)]
+        return {weight.name: {"shape": list(weight.shape), "bits": pack_mask(mask)} for weight, mask in masks}
 
     def report(self, module: nn.Module) -> SparsityReport:
         """A row for every weight."""
         parameters = named_weights(module)
         masks = {weight.name: mask for weight, _, mask in self.final_masks(module)}
         weights = [weight for weight in self._weights_of(module) if weight.shape]
-        return SparsityReport([self._row(w, parameters[w.name].detach(), masks.get(w.name)) for w in weights])
+        return SparsityReport([self._row(w, parameters[w.name], masks.get(w.name)) for w in weights])
 
     def _row(self, weight: Weight, value: Tensor, mask: Tensor | None) -> SparsityRow:
-        nonzero = int(value.count_nonzero())
+        nonzero = int(_everywhere(shards.local(value).count_nonzero(), value))
         kept = 1.0 if mask is None else _kept_magnitude(value, mask)
         return SparsityRow(
             name=weight.name,
@@ -117,6 +133,10 @@ class SparseNetwork:
 
 def _kept_magnitude(weight: Tensor, mask: Tensor) -> float:
     """Share of the sum of magnitudes that a mask keeps; 1 if all are zero."""
-    magnitudes = weight.detach().abs().double()
-    total = float(magnitudes.sum())
-    return float((magnitudes * mask).sum()) / total if total else 1.0
+    magnitudes = shards.local(weight).abs().double()
+    kept, everything = _everywhere(torch.stack([(magnitudes * mask).sum(), magnitudes.sum()]), weight).tolist()
+    return float(kept / everything) if everything else 1.0
+
+
+def _everywhere(counted: Tensor, parameter: Tensor) -> Tensor:
+    return shards.total({"": counted}, {"": parameter})

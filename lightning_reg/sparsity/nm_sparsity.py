@@ -234,6 +234,7 @@ class NMSparsity(Technique):
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         # Only now: callbacks that average load weights when they are restored.
         put_back_pruned_(self._pruned, named_weights(pl_module))
+        self._network.masks.keep_own_rows(named_weights(pl_module))
         self._pruned = {}
         if host.batches_so_far(trainer) == 0:  # a new training, not a resumed or continued one
             self._reset()
@@ -256,6 +257,12 @@ class NMSparsity(Technique):
     def is_active(self, step: "Step") -> bool:
         self._step, self._counted, self._measures = self._steps, False, step.is_logging
         return bool(self._network.sparse) and self._schedule.factor(self._step) < 1.0
+
+    @override
+    def needs_whole_parameters(self) -> str | None:
+        if self.dim == "out":
+            return 'groups along dim="out" reach over many rows'
+        return "permute=True exchanges rows" if self.permute else None
 
     @override
     def edit_weights(self, weights: Mapping[str, Tensor]) -> None:
@@ -372,10 +379,14 @@ class NMSparsity(Technique):
 
     @override
     def on_save_checkpoint(self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]) -> None:
-        if self._network.sparse and self._is_final():
+        if not self._network.sparse:
+            return
+        parameters = named_weights(pl_module)
+        state = checkpoint["callbacks"].setdefault(self.state_key, {})
+        state.update({"steps": self._steps, **self._network.masks.state_dict(parameters)})
+        if self._is_final():
             masks = {weight.name: mask for weight, _, mask in self._network.final_masks(pl_module)}
-            pruned = prune_state_dict(checkpoint["state_dict"], masks, named_weights(pl_module))
-            checkpoint["callbacks"].setdefault(self.state_key, self.state_dict())["pruned"] = pruned
+            state["pruned"] = prune_state_dict(checkpoint["state_dict"], masks, parameters)
 
     def _pattern(self, weight: Weight) -> tuple[int, int]:
         return self._schedule.pattern(weight.patterns(self._choice), self._step)
@@ -390,7 +401,8 @@ class NMSparsity(Technique):
     def _log(self, module: "LightningModule") -> None:
         patterns = {weight: self._pattern(weight) for weight in self._network.sparse}
         values = pattern_scalars(self._schedule.factor(self._step), patterns)
-        if self._network.masks.flips is not None:
-            values["flips"] = self._network.masks.flips.float()
-        # The same on all ranks, so there is nothing to reduce.
+        flips = self._network.masks.flips(named_weights(module))
+        if flips is not None:
+            values["flips"] = flips.float()
+        # The same on all ranks, so there is nothing left to reduce.
         module.log_dict({f"{self.log_key}/{k}": v for k, v in values.items()}, on_step=True, on_epoch=False)
