@@ -59,10 +59,12 @@ __all__ = [
     "is_compiled",
     "is_logging_step",
     "isolated_randomness",
+    "log_beside",
     "prints_summary",
     "rank_zero_warn",
     "set_callbacks",
     "silenced_metrics",
+    "validates_in_fit",
 ]
 
 
@@ -171,6 +173,18 @@ def silenced_metrics(trainer: "Trainer") -> Iterator[None]:
         trainer.loggers = loggers
         vars(connector).clear()
         vars(connector).update(before)
+
+
+def log_beside(trainer: "Trainer", metrics: dict[str, float]) -> None:
+    """Logs at the end of a validation, where the module's own ``log`` may not be called: loggers and callbacks see it."""
+    connector = trainer._logger_connector
+    connector.log_metrics(metrics)
+    connector._callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+
+
+def validates_in_fit(trainer: "Trainer") -> bool:
+    """Whether the validation under way is one of a fit, and not its sanity check."""
+    return trainer.state.fn == "fit" and bool(trainer.validating)
 
 
 def arguments_of_training_step(module: "LightningModule") -> int:

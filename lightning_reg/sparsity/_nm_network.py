@@ -1,5 +1,7 @@
 """A network with N:M sparsity: its weights, their masks, and what can be asked of it in training and afterwards."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,11 +27,13 @@ class SparseNetwork:
     Attributes:
         weights: All candidates of the module in training, dense ones with the reason why.
         masks: Those in force.
+        is_hard: Whether the module holds hardened weights for a time.
 
     """
 
     def __init__(self, choice: Choice, owner: str) -> None:
         self.weights: list[Weight] = []
+        self.is_hard = False
         self._choice, self._owner = choice, owner
         self.forget()
 
@@ -70,6 +74,22 @@ class SparseNetwork:
                 mask = nm_mask(value, *pattern, self._choice.dim) if held is None else held
                 masks.append((weight, parameters[weight.name], mask))
         return masks
+
+    @contextmanager
+    def hardened(self, module: nn.Module) -> Iterator[None]:
+        """Hardened weights for a time; training goes on as if nothing had been."""
+        edited = [(shards.local(parameter), mask) for _, parameter, mask in self.final_masks(module)]
+        dense = [rows.clone() for rows, _ in edited]
+        self.is_hard = True
+        try:
+            for rows, mask in edited:
+                rows.masked_fill_(~mask, 0.0)
+            yield
+        finally:
+            for (rows, _), values in zip(edited, dense, strict=True):
+                rows.copy_(values)
+            shards.reshard_(module)
+            self.is_hard = False
 
     @torch.no_grad()
     def harden_(self, module: nn.Module) -> None:

@@ -28,6 +28,7 @@ from lightning_reg.sparsity._nm_network import SparseNetwork
 from lightning_reg.sparsity._nm_permute import best_channel_permutation, permute_network_
 from lightning_reg.sparsity._nm_report import SparsityReport
 from lightning_reg.sparsity._nm_schedule import NEVER, Schedule, make_schedule
+from lightning_reg.sparsity._nm_validation import validate_hardened
 from lightning_reg.sparsity._nm_weights import (
     change_gradient_,
     pattern_scalars,
@@ -124,6 +125,9 @@ class NMSparsity(Technique):
         patterns: Other N and M for some layers: regular expression to ``[n, m]``; the first that matches counts.
         dense_steps: Length of the dense phase in optimizer steps, in place of ``dense_fraction``.
         finetune_steps: Length of the last phase in optimizer steps, in place of ``finetune_fraction``.
+        validate_hard_mask: Whether after each validation, which sees the weights of the moment, another one sees them
+            with the mask of the target pattern, as if training ended there. What the module logs there is logged under
+            ``reg/nm_sparsity/hard/...`` too, for loggers and checkpoint callbacks. Costs a validation.
         refresh_every: Optimizer steps between two choices of the masks, at least 1. Paper: 1.
         name: Tells several instances in one Trainer apart; they must not share a layer.
 
@@ -160,6 +164,7 @@ class NMSparsity(Technique):
         dense_steps: int | None = None,
         finetune_steps: int | None = None,
         refresh_every: int = 1,
+        validate_hard_mask: bool = False,
         name: str | None = None,
     ) -> None:
         super().__init__(name=name)
@@ -185,6 +190,7 @@ class NMSparsity(Technique):
         self.on_indivisible, self.permute, self.harden_at_end = on_indivisible, permute, harden_at_end
         self.exclude, self.patterns = exclude, patterns
         self.dense_steps, self.finetune_steps, self.refresh_every = dense_steps, finetune_steps, refresh_every
+        self.validate_hard_mask = validate_hard_mask
         self._choice = Choice(
             n, m, dim, layers, list(exclude or []), dict(patterns or {}), recipe, geometric_k, on_indivisible
         )
@@ -267,7 +273,7 @@ class NMSparsity(Technique):
     @override
     def edit_weights(self, weights: Mapping[str, Tensor]) -> None:
         factor = self._schedule.factor(self._step)
-        if factor == 1.0:
+        if factor == 1.0 or self._network.is_hard:
             return
         refresh = self._network.masks.age >= self.refresh_every and self.recipe != "one_shot"
         patterns = {weight.name: self._pattern(weight) for weight in self._network.sparse}
@@ -304,6 +310,11 @@ class NMSparsity(Technique):
         if host.is_logging_step(trainer) and self._network.sparse:
             self._log(pl_module)
         self._step = self._steps
+
+    @override
+    def on_validation_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        if self.validate_hard_mask and self._network.sparse and host.validates_in_fit(trainer):
+            validate_hardened(trainer, pl_module, self._network, self.log_key)
 
     @override
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:

@@ -13,14 +13,13 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.utils.data import Sampler, TensorDataset
+from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from lightning_reg import NMSparsity
 from lightning_reg.engine import shards
 from lightning_reg.engine.composition import check_editable
 from lightning_reg.engine.errors import MisconfigurationException
 from lightning_reg.functional import check_nm, unpack_mask
-from tests.conformance.problems import Loader
 from tests.toys import QUIET, make_trainer
 
 pytestmark = QUIET
@@ -97,6 +96,16 @@ class InTurns(Sampler):
         for index in self.order[self.position :]:
             self.position += 1
             yield index
+
+
+class Loader(DataLoader):
+    """Goes on in the middle of an epoch, on another number of ranks too."""
+
+    def state_dict(self):
+        return {"batches": self.sampler.position % len(self.sampler) // self.batch_size}
+
+    def load_state_dict(self, state):
+        self.sampler.start = state["batches"] * self.batch_size
 
 
 def loader(batch, ranks):
