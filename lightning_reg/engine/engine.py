@@ -1,7 +1,8 @@
 """The engine: stands around ``Strategy.training_step`` and lets the techniques act on one batch after the other."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,6 +50,7 @@ class Engine:
         self._features: FeatureTap | None = None
         self._surgery: Surgery | None = None
         self._optimizing: host.Replacement | None = None
+        self._saving: host.Replacement | None = None
         self._step: Step | None = None
         self._active: Sequence[Technique] = techniques
         self._selection = Selection(())
@@ -76,8 +78,9 @@ class Engine:
         if self._features is not None:
             self._features.close()
         self._loaders.detach()
-        if self._optimizing is not None:
-            self._optimizing.undo()
+        for replacement in (self._optimizing, self._saving):
+            if replacement is not None:
+                replacement.undo()
         self._stepping.undo()
         kept = [callback for callback in host.callbacks(self.trainer) if not isinstance(callback, EngineHooks)]
         host.set_callbacks(self.trainer, kept)
@@ -96,6 +99,7 @@ class Engine:
             for technique in editors:
                 check_split(technique, {name: parameters[name] for name in names[technique]})
             self._optimizing = host.Replacement(self.trainer.strategy, "optimizer_step", self._optimizer_step)
+            self._saving = host.Replacement(self.trainer, "save_checkpoint", self._save_checkpoint)
 
     def prepare_data(self) -> None:
         """Says what is attached to what, once the loaders are there."""
@@ -119,6 +123,17 @@ class Engine:
         if self._step is not None:  # manual optimization: the rest of training_step sees effective weights again
             self.apply_weights()
         return result
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        if self._saving is None:
+            return
+        given = signature(self._saving.original).bind(*args, **kwargs).arguments
+        with ExitStack() as saved:
+            for technique in self.techniques if given.get("weights_only") else ():
+                weights = technique.weights_to_save(self.trainer, self.module)
+                if weights is not None:
+                    saved.enter_context(weights)
+            self._saving.original(*args, **kwargs)
 
     # -- the step -----------------------------------------------------------------------------------------------------
 

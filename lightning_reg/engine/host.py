@@ -176,10 +176,10 @@ def silenced_metrics(trainer: "Trainer") -> Iterator[None]:
 
 
 def log_beside(trainer: "Trainer", metrics: dict[str, float]) -> None:
-    """Logs at the end of a validation, where the module's own ``log`` may not be called: loggers and callbacks see it."""
-    connector = trainer._logger_connector
-    connector.log_metrics(metrics)
-    connector._callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+    """Logs at the end of a validation, where the module's own ``log`` may not be called; callbacks see it, too."""
+    values = {name: torch.tensor(value) for name, value in metrics.items()}
+    trainer._logger_connector.log_metrics(values)
+    trainer._logger_connector._callback_metrics.update(values)
 
 
 def validates_in_fit(trainer: "Trainer") -> bool:

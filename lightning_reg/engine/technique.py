@@ -13,6 +13,7 @@ from lightning_reg.engine.host import Callback
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from lightning.pytorch import LightningModule, Trainer
 
@@ -133,6 +134,10 @@ class Technique(Callback):
         Of parameters that are split over processes it gets the rows of this process.
         """
         raise NotImplementedError
+
+    def weights_to_save(self, trainer: "Trainer", module: "LightningModule") -> "AbstractContextManager[None] | None":
+        """What exchanges the module's weights while a checkpoint with ``save_weights_only=True`` is written, if any."""
+        return None
 
     def change_targets(self, call: "LossCall") -> Tensor | None:
         """Returns the targets for the loss function, ``None`` to keep the present ones."""

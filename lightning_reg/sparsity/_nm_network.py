@@ -12,7 +12,7 @@ from lightning_reg.engine.surgery import named_weights
 from lightning_reg.sparsity._nm_layers import Choice, Weight, choose_weights
 from lightning_reg.sparsity._nm_masks import check_nm, nm_mask, pack_mask
 from lightning_reg.sparsity._nm_report import SparsityReport, SparsityRow
-from lightning_reg.sparsity._nm_weights import Masks
+from lightning_reg.sparsity._nm_weights import Masks, prune_state_dict
 
 __all__ = ["SparseNetwork"]
 
@@ -123,6 +123,25 @@ class SparseNetwork:
         masks = {weight.name: mask for weight, _, mask in self.final_masks(module)}
         weights = [weight for weight in self._weights_of(module) if weight.shape]
         return SparsityReport([self._row(w, parameters[w.name], masks.get(w.name)) for w in weights])
+
+    def state_of(self, module: nn.Module, state_dict: dict[str, Tensor], *, prune: bool) -> dict[str, Any]:
+        """State for a checkpoint: whole masks, also of weights that are split, and what is pruned from its weights.
+
+        Args:
+            module: The module.
+            state_dict: Of the module, in the checkpoint.
+            prune: Whether its weights become sparse.
+
+        Returns:
+            Tensors and plain values.
+
+        """
+        parameters = named_weights(module)
+        state = self.masks.state_dict(parameters)
+        if prune:
+            masks = {weight.name: mask for weight, _, mask in self.final_masks(module)}
+            state["pruned"] = prune_state_dict(state_dict, masks, parameters)
+        return state
 
     def _row(self, weight: Weight, value: Tensor, mask: Tensor | None) -> SparsityRow:
         nonzero = int(_everywhere(shards.local(value).count_nonzero(), value))

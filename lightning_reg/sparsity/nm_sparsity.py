@@ -8,10 +8,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_reg.engine import host
-from lightning_reg.engine.errors import check_choice, check_number
 from lightning_reg.engine.surgery import named_weights
 from lightning_reg.engine.technique import Technique
-from lightning_reg.sparsity._nm_arguments import check_patterns, check_phases
+from lightning_reg.sparsity._nm_arguments import check_arguments
 from lightning_reg.sparsity._nm_export import semi_structured_refusal, to_semi_structured
 from lightning_reg.sparsity._nm_layers import Choice, Weight, check_apart, weights_table
 from lightning_reg.sparsity._nm_masks import (
@@ -32,11 +31,12 @@ from lightning_reg.sparsity._nm_validation import validate_hardened
 from lightning_reg.sparsity._nm_weights import (
     change_gradient_,
     pattern_scalars,
-    prune_state_dict,
     put_back_pruned_,
 )
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from lightning.pytorch import LightningModule, Trainer
     from torch.optim import Optimizer
 
@@ -57,8 +57,6 @@ __all__ = [
     "unpack_mask",
 ]
 
-
-_RECIPES = ("mdgf_linear", "mdgf_exp", "sdgf_stepwise", "sdgf_geometric", "srste", "ste", "one_shot")
 
 _DENSE = Schedule("ste", NEVER, None, 0.0)
 
@@ -84,8 +82,9 @@ class NMSparsity(Technique):
     ========================  ==========================================================================
 
     When training ends the weights are hardened: pruned ones are exactly zero in the module. From the moment that the
-    final mask is in force, checkpoints hold N:M weights too, and beside them what is needed to go on exactly. Files
-    written during training with ``save_weights_only=True``, or with averages of weights in them, hold dense weights.
+    final mask is in force, checkpoints hold N:M weights too, and beside them what is needed to go on exactly; those
+    written with ``save_weights_only=True`` hold them alone, so that training cannot go on exactly from there. Files
+    with averages of weights in them hold dense weights.
 
     Use it for 1:8 to 1:128 in feed-forward layers (MdGf) or 2:4 (SR-STE and plain STE do as well there). Training does
     not become faster; at inference some GPUs are faster with 2:4, and with no other pattern.
@@ -168,22 +167,6 @@ class NMSparsity(Technique):
         name: str | None = None,
     ) -> None:
         super().__init__(name=name)
-        for argument, value, choices in (
-            ("recipe", recipe, _RECIPES),
-            ("dim", dim, ("in", "out")),
-            ("grad", grad, ("ste", "masked")),
-            ("on_indivisible", on_indivisible, ("error", "skip")),
-        ):
-            check_choice(self, argument, value, choices)
-        if beta is not None:
-            check_number(self, "beta", beta, low=0, low_open=True)
-        check_number(self, "lambda_w", lambda_w, low=0)
-        check_number(self, "refresh_every", refresh_every, low=1, integer=True)
-        shares = {"dense_fraction": dense_fraction, "finetune_fraction": finetune_fraction}
-        check_phases(self, shares, {"dense_steps": dense_steps, "finetune_steps": finetune_steps})
-        check_patterns(self, n, m, patterns or {}, recipe, geometric_k)
-        if permute and dim == "out":
-            raise ValueError('NMSparsity: `permute` must be False with dim="out", got True.')
         self.n, self.m, self.recipe, self.layers, self.dim = n, m, recipe, layers, dim
         self.beta, self.dense_fraction, self.finetune_fraction = beta, dense_fraction, finetune_fraction
         self.lambda_w, self.geometric_k, self.grad = lambda_w, geometric_k, grad
@@ -191,6 +174,7 @@ class NMSparsity(Technique):
         self.exclude, self.patterns = exclude, patterns
         self.dense_steps, self.finetune_steps, self.refresh_every = dense_steps, finetune_steps, refresh_every
         self.validate_hard_mask = validate_hard_mask
+        check_arguments(self)
         self._choice = Choice(
             n, m, dim, layers, list(exclude or []), dict(patterns or {}), recipe, geometric_k, on_indivisible
         )
@@ -221,8 +205,8 @@ class NMSparsity(Technique):
     def check(self, trainer: "Trainer", module: "LightningModule") -> None:
         if any(getattr(callback, "save_weights_only", False) for callback in host.callbacks(trainer)):
             host.rank_zero_warn(
-                "NMSparsity: a checkpoint callback has save_weights_only=True. Files written during training hold"
-                " dense weights then; `NMSparsity.harden(module)` makes them sparse after loading."
+                "NMSparsity: a checkpoint callback has save_weights_only=True. Files written before the final mask is"
+                " in force hold dense weights; `NMSparsity.harden(module)` makes them sparse after loading."
             )
 
     @override
@@ -269,6 +253,10 @@ class NMSparsity(Technique):
         if self.dim == "out":
             return 'groups along dim="out" reach over many rows'
         return "permute=True exchanges rows" if self.permute else None
+
+    @override
+    def weights_to_save(self, trainer: "Trainer", module: "LightningModule") -> "AbstractContextManager[None] | None":
+        return self._network.hardened(module) if self._network.sparse and self._is_final() else None
 
     @override
     def edit_weights(self, weights: Mapping[str, Tensor]) -> None:
@@ -324,11 +312,12 @@ class NMSparsity(Technique):
                 f" (D = {self._schedule.factor(self._steps):.3g}): hardening now changes the network's function."
                 " Train on, or write harden_at_end=False."
             )
-        self._end(pl_module)
+        self.on_fit_end(trainer, pl_module)
 
     @override
     def on_fit_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        self._end(pl_module)  # another callback may have put its average in meanwhile
+        if self.harden_at_end:  # again after `on_train_end`: another callback may have put its average in meanwhile
+            self.harden(pl_module)
 
     def harden(self, module: nn.Module) -> None:
         """Sets pruned weights to zero, in place; once the final mask is in force this does not change the function.
@@ -390,24 +379,15 @@ class NMSparsity(Technique):
 
     @override
     def on_save_checkpoint(self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]) -> None:
-        if not self._network.sparse:
-            return
-        parameters = named_weights(pl_module)
-        state = checkpoint["callbacks"].setdefault(self.state_key, {})
-        state.update({"steps": self._steps, **self._network.masks.state_dict(parameters)})
-        if self._is_final():
-            masks = {weight.name: mask for weight, _, mask in self._network.final_masks(pl_module)}
-            state["pruned"] = prune_state_dict(checkpoint["state_dict"], masks, parameters)
+        if self._network.sparse:
+            state = checkpoint["callbacks"].setdefault(self.state_key, self.state_dict())
+            state.update(self._network.state_of(pl_module, checkpoint["state_dict"], prune=self._is_final()))
 
     def _pattern(self, weight: Weight) -> tuple[int, int]:
         return self._schedule.pattern(weight.patterns(self._choice), self._step)
 
     def _is_final(self) -> bool:
         return self._schedule.is_final((w.patterns(self._choice) for w in self._network.sparse), self._steps)
-
-    def _end(self, module: "LightningModule") -> None:
-        if self.harden_at_end:
-            self.harden(module)
 
     def _log(self, module: "LightningModule") -> None:
         patterns = {weight: self._pattern(weight) for weight in self._network.sparse}

@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
 
 import lightning_reg
 from lightning_reg import NMSparsity
@@ -682,10 +684,33 @@ def test_whoever_only_tests_gets_the_sparse_weights(tmp_path):
     assert module.violations == 0
 
 
-def test_checkpoints_without_callbacks_are_warned_of(tmp_path):
-    saves = ModelCheckpoint(tmp_path, save_weights_only=True)
-    with pytest.warns(UserWarning, match="a checkpoint callback has save_weights_only=True"):
-        train(NMSparsity(1, 8), callbacks=[saves], epochs=1, enable_checkpointing=True)
+def test_files_of_weights_alone_hold_the_pattern_from_the_final_phase_on_and_training_goes_on_dense(tmp_path):
+    def saves():
+        return ModelCheckpoint(
+            tmp_path / str(len(list(tmp_path.iterdir()))),
+            "{step}",
+            save_weights_only=True,
+            every_n_train_steps=4,
+            save_top_k=-1,
+        )
+
+    sparse, watch = NMSparsity(1, 8, dense_steps=3, finetune_steps=9, harden_at_end=False), Watch()
+    with pytest.warns(UserWarning, match="save_weights_only=True. Files written before the final mask is in force"):
+        module, trainer = train(sparse, callbacks=[watch, saves()], enable_checkpointing=True)
+    assert check_nm(module.net[2].weight, 1, 8) > 0
+    for step in (4, 8, 12, 16, 20):
+        state = torch.load(tmp_path / "0" / f"step={step}.ckpt", weights_only=True)["state_dict"]
+        assert (check_nm(state["net.2.weight"], 1, 8) == 0) is (step >= 12), step
+        if 12 <= step < 20:  # what is saved after a step is what the next one computes with
+            assert torch.equal(state["net.2.weight"], watch.effective[step])
+        module.load_state_dict(state, strict=True)
+    assert "save_checkpoint" not in vars(trainer)
+    plain, _ = train(NMSparsity(1, 8, dense_steps=3, finetune_steps=9, harden_at_end=False))
+    with pytest.warns(UserWarning, match="save_weights_only=True"):
+        sparse = NMSparsity(1, 8, dense_steps=3, finetune_steps=9)
+        again, _ = train(sparse, callbacks=[saves()], enable_checkpointing=True)
+    plain_masked = plain.net[2].weight * nm_mask(plain.net[2].weight, 1, 8)
+    assert torch.equal(again.net[2].weight, plain_masked)
 
 
 def test_packed_masks_of_a_trained_network():
@@ -783,6 +808,98 @@ def test_a_trained_technique_hardens_and_verifies_another_module():
     sparse.harden(other)
     assert sparse.verify(other) == {"1.weight": (1 / 8, 0)}
     assert all(violations == 0 for _, violations in copy.deepcopy(sparse).verify(module).values())
+
+
+# -- validation with the hard mask ------------------------------------------------------------------------------------
+
+
+class Validated(Digits):
+    """Logs the loss and a metric object; has layers that behave otherwise in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.net.append(nn.Dropout(0.2))
+        self.accuracy = MulticlassAccuracy(10, average="micro")
+        self.modes = []
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.modes.append(self.net.training)
+
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        logits = self.net(x)
+        self.accuracy(logits, y)
+        self.log("accuracy", self.accuracy)
+        self.log("loss", F.cross_entropy(logits, y))
+
+
+class Scores(Callback):
+    """What callbacks after the technique are told, and the same by hand on a copy."""
+
+    def __init__(self):
+        self.told, self.hard = [], []
+
+    def on_validation_end(self, trainer, pl_module):
+        if trainer.sanity_checking:
+            return
+        self.told.append({k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith("reg/loss")})
+        twin = copy.deepcopy(pl_module).eval()
+        with torch.no_grad():
+            for name in BODY:
+                weight = dict(twin.named_parameters())[name]
+                weight.mul_(nm_mask(weight, 1, 8))
+            x, y = digits(stop=100).tensors
+            logits = twin.net(x)
+        self.hard.append((float(F.cross_entropy(logits, y)), float((logits.argmax(1) == y).float().mean())))
+
+
+def train_validated(validate, callbacks=(), ckpt=None, **kwargs):
+    sparse = NMSparsity(1, 8, dense_steps=12, validate_hard_mask=validate)
+    seed_everything(0, verbose=False)
+    module, scores = Validated(), Scores()
+    trainer = make_trainer(max_epochs=3, callbacks=[sparse, scores, *callbacks], **kwargs)
+    # Both batches of the validation are as long, so that the mean over batches is that over samples.
+    trainer.fit(module, DataLoader(digits(), 64), DataLoader(digits(stop=100), 50), ckpt_path=ckpt)
+    return module, scores
+
+
+def test_each_validation_is_followed_by_one_with_the_hard_mask(tmp_path):
+    module, scores = train_validated(True, val_check_interval=5, logger=CSVLogger(tmp_path))
+    assert len(scores.told) == 6
+    for told, (loss, accuracy) in zip(scores.told, scores.hard, strict=True):
+        assert told["reg/nm_sparsity/hard/loss"] == pytest.approx(loss, rel=1e-5)
+        assert told["reg/nm_sparsity/hard/accuracy"] == pytest.approx(accuracy)
+    first, last = scores.told[0], scores.told[-1]
+    assert first["loss"] < first["reg/nm_sparsity/hard/loss"]  # the dense phase
+    assert (last["loss"], last["accuracy"]) == (
+        last["reg/nm_sparsity/hard/loss"], last["reg/nm_sparsity/hard/accuracy"]
+    )  # fmt: skip
+    assert all(module.modes)
+    assert module.training
+    with next(tmp_path.rglob("metrics.csv")).open() as file:
+        written = [row["reg/nm_sparsity/hard/loss"] for row in csv.DictReader(file)]
+    assert [float(value) for value in written if value] == [
+        pytest.approx(told["reg/nm_sparsity/hard/loss"]) for told in scores.told
+    ]
+
+
+def test_training_and_the_soft_metric_do_not_notice_it_and_resume_neither(tmp_path):
+    class Save(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}.ckpt")
+
+    plain, soft = train_validated(False)
+    best = ModelCheckpoint(tmp_path, monitor="reg/nm_sparsity/hard/loss")
+    module, scores = train_validated(True, callbacks=[Save(), best], enable_checkpointing=True)
+    assert float(best.best_model_score) == min(told["reg/nm_sparsity/hard/loss"] for told in scores.told)
+    assert all(torch.equal(one, other) for one, other in zip(plain.parameters(), module.parameters(), strict=True))
+    assert [{k: v for k, v in told.items() if "/hard/" not in k} for told in scores.told] == soft.told
+    best = ModelCheckpoint(tmp_path / "again", monitor="reg/nm_sparsity/hard/loss")
+    resumed, later = train_validated(
+        True, callbacks=[Save(), best], enable_checkpointing=True, ckpt=tmp_path / "0.ckpt"
+    )
+    assert all(torch.equal(one, other) for one, other in zip(resumed.parameters(), module.parameters(), strict=True))
+    assert later.told == scores.told[1:]
 
 
 # -- effect -----------------------------------------------------------------------------------------------------------
