@@ -706,8 +706,8 @@ def test_files_of_weights_alone_hold_the_pattern_from_the_final_phase_on_and_tra
         module.load_state_dict(state, strict=True)
     assert "save_checkpoint" not in vars(trainer)
     plain, _ = train(NMSparsity(1, 8, dense_steps=3, finetune_steps=9, harden_at_end=False))
+    sparse = NMSparsity(1, 8, dense_steps=3, finetune_steps=9)
     with pytest.warns(UserWarning, match="save_weights_only=True"):
-        sparse = NMSparsity(1, 8, dense_steps=3, finetune_steps=9)
         again, _ = train(sparse, callbacks=[saves()], enable_checkpointing=True)
     plain_masked = plain.net[2].weight * nm_mask(plain.net[2].weight, 1, 8)
     assert torch.equal(again.net[2].weight, plain_masked)
@@ -883,6 +883,7 @@ def test_each_validation_is_followed_by_one_with_the_hard_mask(tmp_path):
     ]
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_training_and_the_soft_metric_do_not_notice_it_and_resume_neither(tmp_path):
     class Save(Callback):
         def on_train_epoch_end(self, trainer, pl_module):
