@@ -118,7 +118,7 @@ class NMSparsity(Technique):
         grad: ``"ste"`` as published; ``"masked"`` multiplies gradients by :math:`\Phi + D\,(1 - \Phi)`.
         on_indivisible: ``"skip"`` leaves layers dense that the groups do not fit, and says so; or ``"error"``.
         permute: Whether input channels are permuted before training so that the masks keep more magnitude, where the
-            layers allow it without changing the function. For pretrained networks.
+            traced layers allow it; the table at the start says where, and why not elsewhere. For pretrained networks.
         harden_at_end: Whether pruned weights are set to zero in the module when training ends.
         exclude: Regular expressions of layers that stay dense.
         patterns: Other N and M for some layers: regular expression to ``[n, m]``; the first that matches counts.
@@ -226,10 +226,11 @@ class NMSparsity(Technique):
         put_back_pruned_(self._pruned, named_weights(pl_module))
         self._network.masks.keep_own_rows(named_weights(pl_module))
         self._pruned = {}
+        permuted: Mapping[str, object] = {}
         if host.batches_so_far(trainer) == 0:  # a new training, not a resumed or continued one
             self._reset()
             if self.permute:
-                permute_network_(pl_module, self._network.sparse, type(self).__name__)
+                permuted = permute_network_(pl_module, self._network.sparse, type(self).__name__)
         elif self._steps == 0:  # joined a training under way
             self._steps = trainer.global_step
         # Not before: asking for the length sets up the loaders, and a loader that resumes must not be set up too early.
@@ -241,7 +242,7 @@ class NMSparsity(Technique):
             (self.finetune_fraction, self.finetune_steps),
         )
         if trainer.is_global_zero and host.prints_summary(trainer):
-            Console().print(weights_table(self._network.weights, self._choice, self.describe()))
+            Console().print(weights_table(self._network.weights, self._choice, self.describe(), permuted))
 
     @override
     def is_active(self, step: "Step") -> bool:

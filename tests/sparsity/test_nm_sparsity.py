@@ -34,6 +34,7 @@ from lightning_reg.functional import (
     to_semi_structured,
     unpack_mask,
 )
+from lightning_reg.sparsity._nm_graph import Chain
 from lightning_reg.sparsity._nm_permute import permute_network_
 from tests.conformance.case import Case
 from tests.conformance.harness import difference, fit
@@ -983,8 +984,9 @@ def test_permuted_networks_compute_the_same():
     gains = permute_network_(net, sparse._network.sparse, "NMSparsity")
     torch.testing.assert_close(net(x), before, atol=1e-5, rtol=1e-5)
     # Flatten stands before 6.weight: its input channels are not those of the convolution.
+    assert gains.pop("6.weight").why_not == "its input channels are not those of the layer before it (in '0')"
     assert list(gains) == ["4.weight", "9.weight"]
-    assert all(after > old for old, after in gains.values())
+    assert all(gain.after > gain.before for gain in gains.values())
     for new, old, n in ((net[4].weight, weights[0], 4), (net[9].weight, weights[2], 4)):
         assert kept(new, 1, n) > kept(old, 1, n)
     assert torch.equal(net[6].weight.sort(0).values, weights[1].sort(0).values)
@@ -1000,7 +1002,119 @@ def test_feed_forward_blocks_of_torch_are_permuted():
     before = layer(x)
     gains = permute_network_(nn.ModuleDict({"layer": layer}), sparse._network.sparse, "NMSparsity")
     torch.testing.assert_close(layer(x), before, atol=1e-5, rtol=1e-5)
-    assert gains["layer.linear2.weight"][1] > gains["layer.linear2.weight"][0]
+    assert gains["layer.linear2.weight"].after > gains["layer.linear2.weight"].before
+
+
+class Mlp(nn.Module):
+    """As timm writes it: no Sequential, a norm between."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.act, self.drop = nn.Linear(8, 16), nn.GELU(), nn.Dropout(0.5)
+        self.norm, self.fc2 = nn.LayerNorm(16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        x = self.drop(self.act(self.fc1(x)))
+        return self.fc2(self.norm(x * 0.5))
+
+
+class Convolutions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1)
+        self.pool, self.head = nn.AdaptiveAvgPool2d(1), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.head(torch.flatten(self.pool(F.relu(self.b(F.relu(self.norm(self.a(x)), inplace=False)))), 1))
+
+
+class Tangled(nn.Module):
+    """Every consumer has a reason why it cannot be permuted."""
+
+    def __init__(self):
+        super().__init__()
+        layers = {f"{kind}{end}": nn.Linear(8, 8) for kind in ("residual", "twice", "mixed", "first") for end in "ab"}
+        self.layers = nn.ModuleDict(layers)
+        self.attention, self.grouped = nn.MultiheadAttention(8, 2), nn.Conv1d(8, 16, 1, groups=2)
+
+    def forward(self, x):
+        layers = self.layers
+        h = layers["residuala"](x)
+        x = layers["residualb"](h) + h
+        x = layers["twiceb"](layers["twicea"](layers["twicea"](x)))
+        x = layers["mixedb"](layers["mixeda"](x).cumsum(-1))
+        return layers["firstb"](layers["firsta"](x) + x)
+
+
+def permuted(net, x, pattern, n=1, m=4, exclude=None):
+    sparse = NMSparsity(n, m, layers=pattern, exclude=exclude)
+    sparse.weights_to_edit(net)
+    before, modes = net.eval()(x), [module.training for module in net.modules()]
+    found = permute_network_(net, sparse._network.sparse, "NMSparsity")
+    assert [module.training for module in net.modules()] == modes
+    torch.testing.assert_close(net(x), before, atol=1e-5, rtol=1e-5)
+    return found
+
+
+def initialised(cls):
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        net = cls()
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d | nn.LayerNorm):
+                for value in (*module.parameters(), *(b for b in module.buffers() if b.dim())):
+                    value.data.uniform_(0.5, 1.5)
+    return net
+
+
+def test_layers_of_the_users_own_modules_are_permuted():
+    mlps = nn.ModuleDict({"net": nn.Sequential(initialised(Mlp), initialised(Mlp))})
+    mlps.forward = mlps["net"].forward
+    found = permuted(mlps, torch.randn(2, 5, 8), "fc2")
+    assert [name for name, gain in found.items() if gain.after > gain.before] == [
+        "net.0.fc2.weight",
+        "net.1.fc2.weight",
+    ]
+    net = nn.ModuleDict({"net": initialised(Convolutions)})
+    net.forward = net["net"].forward
+    found = permuted(net, torch.randn(2, 3, 9, 9), r"net\.(b|head)")
+    assert {name: gain.why_not for name, gain in found.items()} == {"net.b.weight": "", "net.head.weight": ""}
+    assert all(gain.after > gain.before for gain in found.values())
+
+
+def test_what_cannot_be_permuted_is_said_by_name_and_why():
+    net = nn.ModuleDict({"net": initialised(Tangled), "mlp": initialised(Mlp)})
+    net.forward = lambda x: net["mlp"](net["net"](x))
+    found = permuted(net, torch.randn(2, 8), r"layers.*b|fc2|attention$|grouped")
+    assert {name: gain.why_not for name, gain in found.items()} == {
+        "net.layers.residualb.weight": "the output of 'layers.residuala' is used elsewhere, too (in 'net')",
+        "net.layers.twiceb.weight": "'layers.twicea' is called more than once (in 'net')",
+        "net.layers.mixedb.weight": "'cumsum' is not known to work on each channel by itself (in 'net')",
+        "net.layers.firstb.weight": "'add' joins several inputs (in 'net')",
+        "net.attention.in_proj_weight": "it is a projection of an attention",
+        "net.grouped.weight": "it is a convolution in groups",
+        "mlp.fc2.weight": "",
+    }
+
+
+def test_a_permutation_that_would_change_the_function_is_undone(monkeypatch):
+    net = nn.ModuleDict({"net": initialised(Mlp), "other": initialised(Mlp)})
+    sparse = NMSparsity(1, 4, layers=["net.fc2", "other.fc2"])
+    sparse.weights_to_edit(net)
+    before = copy.deepcopy(net.state_dict())
+    # As if the norm between were not known for one.
+    monkeypatch.setattr(Chain, "norms", property(lambda chain: []))
+    with pytest.raises(MisconfigurationException, match="net.fc2.weight: it would compute something else, by 0"):
+        permute_network_(net, sparse._network.sparse, "NMSparsity")
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_the_table_says_which_layers_were_permuted(capsys):
+    train(NMSparsity(1, 8, permute=True, layers=[r"net\.[02]$"]), epochs=1, enable_model_summary=True)
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "input channels" in printed
+    assert "not permuted" in printed
+    assert "keeps" in printed
 
 
 def test_training_permutes_once_at_its_start_or_refuses_by_name():
