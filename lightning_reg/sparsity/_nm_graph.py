@@ -28,6 +28,9 @@ _CHANNELWISE_METHODS = {"relu", "tanh", "sigmoid", "square", "contiguous", "clon
 _LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
+_NOT_CALLED = "no module around it calls it in its `forward`"
+_UNTRACEABLE = "a forward pass around it cannot be traced"
+
 Step = tuple[Callable[..., Any] | str | nn.Module, Callable[[Tensor], tuple[Any, ...]], Callable[[Tensor], Any]]
 
 
@@ -91,7 +94,7 @@ def find_chain(layers: Mapping[str, nn.Module], name: str) -> Chain | str:
     why = _unfit(consumer)
     if why:
         return why
-    why = "no module around it calls it in its `forward`"
+    why = _NOT_CALLED
     parts = name.split(".")
     outermost = 1 if hasattr(layers[""], "training_step") else 0
     for depth in range(len(parts) - 1, outermost - 1, -1):
@@ -105,7 +108,8 @@ def find_chain(layers: Mapping[str, nn.Module], name: str) -> Chain | str:
             found = _chain_in(holder, consumer, deep=deep)
             if isinstance(found, Chain):
                 return found
-            why = f"{found} (in {holder_name!r})" if found and holder_name else found or why
+            if found and (found != _UNTRACEABLE or why == _NOT_CALLED):
+                why = f"{found} (in {holder_name!r})" if holder_name else found
     return why
 
 
@@ -119,7 +123,7 @@ def _chain_in(holder: nn.Module, consumer: nn.Module, *, deep: bool) -> Chain | 
         try:
             graph = _Tracer(deep=deep).trace(holder)
         except Exception:  # noqa: BLE001 # the user's forward may raise anything when it gets no numbers
-            return "its forward pass cannot be traced" if deep else ""
+            return _UNTRACEABLE if deep else ""
     modules = dict(holder.named_modules())
     called = [modules.get(str(node.target)) if node.op == "call_module" else None for node in graph.nodes]
     ends = [node for node, module in zip(graph.nodes, called, strict=True) if module is consumer]

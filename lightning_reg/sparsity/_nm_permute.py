@@ -149,7 +149,7 @@ def _tried(chain: Chain) -> tuple[Tensor, Tensor | None]:
     producer = chain.modules[0]
     weight: Tensor = producer._parameters["weight"]  # type: ignore[assignment]  # as above
     generator, twins = torch.Generator().manual_seed(0), _twins(chain)
-    sizes = (1,) if weight.dim() == 2 else (8, 16, 32, 64)
+    sizes = (1,) if weight.dim() == 2 else (max(weight.shape[2:]), 8, 16, 32, 64)
     x = torch.empty(0)
     for size in sizes:  # pools may need a larger image
         shape = (6, weight.shape[1], *(size for _ in weight.shape[2:]))

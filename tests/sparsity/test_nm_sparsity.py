@@ -819,7 +819,7 @@ class Validated(Digits):
 
     def __init__(self):
         super().__init__()
-        self.net.append(nn.Dropout(0.2))
+        self.net.append(nn.Dropout(0.0))  # Lightning does not keep random states
         self.accuracy = MulticlassAccuracy(10, average="micro")
         self.modes = []
 
@@ -983,13 +983,10 @@ def test_permuted_networks_compute_the_same():
     before, weights = net.eval()(x), [net[4].weight.clone(), net[6].weight.clone(), net[9].weight.clone()]
     gains = permute_network_(net, sparse._network.sparse, "NMSparsity")
     torch.testing.assert_close(net(x), before, atol=1e-5, rtol=1e-5)
-    # Flatten stands before 6.weight: its input channels are not those of the convolution.
-    assert gains.pop("6.weight").why_not == "its input channels are not those of the layer before it (in '0')"
-    assert list(gains) == ["4.weight", "9.weight"]
+    assert list(gains) == ["4.weight", "6.weight", "9.weight"]
     assert all(gain.after > gain.before for gain in gains.values())
-    for new, old, n in ((net[4].weight, weights[0], 4), (net[9].weight, weights[2], 4)):
+    for new, old, n in ((net[4].weight, weights[0], 4), (net[6].weight, weights[1], 4), (net[9].weight, weights[2], 4)):
         assert kept(new, 1, n) > kept(old, 1, n)
-    assert torch.equal(net[6].weight.sort(0).values, weights[1].sort(0).values)
 
 
 def test_feed_forward_blocks_of_torch_are_permuted():
@@ -1035,6 +1032,7 @@ class Tangled(nn.Module):
         super().__init__()
         layers = {f"{kind}{end}": nn.Linear(8, 8) for kind in ("residual", "twice", "mixed", "first") for end in "ab"}
         self.layers = nn.ModuleDict(layers)
+        self.flat = nn.Sequential(nn.Conv1d(8, 4, 1), nn.Flatten(), nn.Linear(32, 8))
         self.attention, self.grouped = nn.MultiheadAttention(8, 2), nn.Conv1d(8, 16, 1, groups=2)
 
     def forward(self, x):
@@ -1085,12 +1083,13 @@ def test_layers_of_the_users_own_modules_are_permuted():
 def test_what_cannot_be_permuted_is_said_by_name_and_why():
     net = nn.ModuleDict({"net": initialised(Tangled), "mlp": initialised(Mlp)})
     net.forward = lambda x: net["mlp"](net["net"](x))
-    found = permuted(net, torch.randn(2, 8), r"layers.*b|fc2|attention$|grouped")
+    found = permuted(net, torch.randn(2, 8), r"layers.*b|fc2|attention$|grouped|flat\.2")
     assert {name: gain.why_not for name, gain in found.items()} == {
         "net.layers.residualb.weight": "the output of 'layers.residuala' is used elsewhere, too (in 'net')",
         "net.layers.twiceb.weight": "'layers.twicea' is called more than once (in 'net')",
         "net.layers.mixedb.weight": "'cumsum' is not known to work on each channel by itself (in 'net')",
         "net.layers.firstb.weight": "'add' joins several inputs (in 'net')",
+        "net.flat.2.weight": "its input channels are not those of the layer before it (in 'net.flat')",
         "net.attention.in_proj_weight": "it is a projection of an attention",
         "net.grouped.weight": "it is a convolution in groups",
         "mlp.fc2.weight": "",
@@ -1104,7 +1103,7 @@ def test_a_permutation_that_would_change_the_function_is_undone(monkeypatch):
     before = copy.deepcopy(net.state_dict())
     # As if the norm between were not known for one.
     monkeypatch.setattr(Chain, "norms", property(lambda chain: []))
-    with pytest.raises(MisconfigurationException, match="net.fc2.weight: it would compute something else, by 0"):
+    with pytest.raises(MisconfigurationException, match=r"net\.fc2\.weight: it would compute something else, by 0"):
         permute_network_(net, sparse._network.sparse, "NMSparsity")
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
