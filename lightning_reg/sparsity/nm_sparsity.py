@@ -100,7 +100,7 @@ class NMSparsity(Technique):
         One-shot masks gradients before clipping, and multiplies by the mask where ASP overwrites the weights.
 
     Memory: a dense copy and one byte per sparse weight; in the checkpoint one bit. Masks are functions of the weights:
-    all ranks hold the same without communication.
+    ranks agree without communication. Where rows are split (``fully_shard``) all must call the methods below.
 
     Args:
         n: Weights kept in each group (N), 1 to ``m``. Neutral: ``m``.
