@@ -1,11 +1,11 @@
 """N:M sparsity: accuracy on digits and on CIFAR-10, the time to choose masks, and what a training step costs.
 
-    python benchmarks/sparsity.py digits --journal FILE --save benchmarks/results/sparsity_digits.md
-    python benchmarks/sparsity.py vit --data FOLDER --journal FILE --save benchmarks/results/sparsity_vit.md
-    python benchmarks/sparsity.py refresh --save benchmarks/results/sparsity_speed.md
-    python benchmarks/sparsity.py step --save benchmarks/results/sparsity_speed.md
+    python benchmarks/sparsity.py digits --journal RESULTS/sparsity_digits.jsonl --save RESULTS/sparsity_digits.md
+    python benchmarks/sparsity.py vit --epochs 4 --data FOLDER --journal RESULTS/sparsity_vit.jsonl --save FILE
+    python benchmarks/sparsity.py refresh --save RESULTS/sparsity_speed.md
+    python benchmarks/sparsity.py step --save RESULTS/sparsity_speed.md
 
-``digits``: MLP 64-128-128-10, both hidden layers sparse. ``vit``: a small vision transformer on 10,000 images of
+``RESULTS`` is ``benchmarks/results``. ``digits``: MLP 64-128-128-10, both hidden layers sparse. ``vit``: a small vision transformer on 10,000 images of
 CIFAR-10 (``FOLDER`` with ``train.parquet`` and ``test.parquet``), both layers of its feed-forward blocks sparse.
 Accuracies are of hardened networks, after their pattern was verified. Each run goes to the journal as it ends, and
 what stands there is not run again. ``refresh``: choosing the masks of 4096 x 4096

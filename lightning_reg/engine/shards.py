@@ -117,5 +117,5 @@ def reshard_(module: nn.Module) -> None:
     Until then a module that keeps gathered parameters after its forward pass shows those as its parameters, too.
     """
     for submodule in module.modules():
-        if hasattr(submodule, "_get_fsdp_state"):  # of torch's FSDPModule, which older versions do not have
+        if hasattr(type(submodule), "_get_fsdp_state"):  # torch's FSDPModule, which older versions do not have
             submodule.reshard()  # type: ignore[operator]  # torch: any attribute is a Tensor or Module
