@@ -5,12 +5,12 @@
     python benchmarks/sparsity.py refresh --save RESULTS/sparsity_speed.md
     python benchmarks/sparsity.py step --save RESULTS/sparsity_speed.md
 
-``RESULTS`` is ``benchmarks/results``. ``digits``: MLP 64-128-128-10, both hidden layers sparse. ``vit``: a small vision transformer on 10,000 images of
-CIFAR-10 (``FOLDER`` with ``train.parquet`` and ``test.parquet``), both layers of its feed-forward blocks sparse.
-Accuracies are of hardened networks, after their pattern was verified. Each run goes to the journal as it ends, and
-what stands there is not run again. ``refresh``: choosing the masks of 4096 x 4096
-weights against one pass of ``abs()`` over them, in turns; bar 2.5. ``step``: a training step of a 4-layer transformer,
-d = 256, with sparse feed-forward blocks against the dense step, in turns; bar 1.05.
+``RESULTS`` is ``benchmarks/results``. ``digits``: MLP 64-128-128-10, both hidden layers sparse. ``vit``: a small vision
+transformer on 10,000 images of CIFAR-10 (``FOLDER`` with ``train.parquet`` and ``test.parquet``), both layers of its
+feed-forward blocks sparse. Accuracies are of hardened networks, after their pattern was verified. Each run goes to the
+journal as it ends, and what stands there is not run again. ``refresh``: choosing the masks of 4096 x 4096 weights
+against one pass of ``abs()`` over them, in turns; bar 2.5. ``step``: a training step of a 4-layer transformer, d = 256,
+with sparse feed-forward blocks against the dense step, in turns; bar 1.05.
 """
 
 import argparse
