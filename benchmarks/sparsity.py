@@ -1,18 +1,20 @@
 """N:M sparsity: accuracy on digits and on CIFAR-10, the time to choose masks, and what a training step costs.
 
-    python benchmarks/sparsity.py digits --save benchmarks/results/sparsity_digits.md
-    python benchmarks/sparsity.py vit --data FOLDER --save benchmarks/results/sparsity_vit.md
-    python benchmarks/sparsity.py refresh --save benchmarks/results/sparsity_speed.md
-    python benchmarks/sparsity.py step --save benchmarks/results/sparsity_speed.md
+    python benchmarks/sparsity.py digits --journal RESULTS/sparsity_digits.jsonl --save RESULTS/sparsity_digits.md
+    python benchmarks/sparsity.py vit --epochs 4 --data FOLDER --journal RESULTS/sparsity_vit.jsonl --save FILE
+    python benchmarks/sparsity.py refresh --save RESULTS/sparsity_speed.md
+    python benchmarks/sparsity.py step --save RESULTS/sparsity_speed.md
 
-``digits``: MLP 64-128-128-10, both hidden layers sparse. ``vit``: a small vision transformer on 10,000 images of
-CIFAR-10 (``FOLDER`` with ``train.parquet`` and ``test.parquet``), both layers of its feed-forward blocks sparse.
-Accuracies are of hardened networks, after their pattern was verified. ``refresh``: choosing the masks of 4096 x 4096
-weights against one pass of ``abs()`` over them, in turns; bar 2.5. ``step``: a training step of a 4-layer transformer,
-d = 256, with sparse feed-forward blocks against the dense step, in turns; bar 1.05.
+``RESULTS`` is ``benchmarks/results``. ``digits``: MLP 64-128-128-10, both hidden layers sparse. ``vit``: a small vision
+transformer on 10,000 images of CIFAR-10 (``FOLDER`` with ``train.parquet`` and ``test.parquet``), both layers of its
+feed-forward blocks sparse. Accuracies are of hardened networks, after their pattern was verified. Each run goes to the
+journal as it ends, and what stands there is not run again. ``refresh``: choosing the masks of 4096 x 4096 weights
+against one pass of ``abs()`` over them, in turns; bar 2.5. ``step``: a training step of a 4-layer transformer, d = 256,
+with sparse feed-forward blocks against the dense step, in turns; bar 1.05.
 """
 
 import argparse
+import json
 import logging
 import random
 import shlex
@@ -20,6 +22,7 @@ import statistics
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,7 +39,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_reg import NMSparsity
 from lightning_reg.functional import nm_mask
 
-PATTERNS = {"2:4": (2, 4), "1:8": (1, 8), "1:16": (1, 16), "1:32": (1, 32)}
+PATTERNS = {"2:4": (2, 4), "1:4": (1, 4), "1:8": (1, 8), "1:16": (1, 16), "1:32": (1, 32)}
 
 
 class Classifier(LightningModule):
@@ -100,6 +103,40 @@ def accuracy(net, x, y, batch=1000):
     return hits / len(x)
 
 
+class Journal:
+    """Accuracies by recipe, pattern and seed, a line for each in a file; without one they are only kept in memory."""
+
+    def __init__(self, path):
+        self.path, self.found = path, {}
+        if path is not None and path.exists():
+            for line in path.read_text().splitlines():
+                arm, pattern, seed, value = json.loads(line)
+                self.found[arm, pattern, seed] = value
+
+    def run(self, arm, pattern, seed, measure):
+        if (arm, pattern, seed) in self.found:
+            return
+        start = time.perf_counter()
+        value = self.found[arm, pattern, seed] = measure()
+        print(f"seed {seed} {pattern} {arm}: {value:.4f} ({time.perf_counter() - start:.1f} s)", flush=True)
+        if self.path is not None:
+            with self.path.open("a") as file:
+                file.write(json.dumps([arm, pattern, seed, value]) + "\n")
+
+    def rows(self, patterns):
+        arms = list(dict.fromkeys(arm for arm, _, _ in self.found))
+        rows = [["recipe", *patterns]]
+        for arm in arms:
+            columns = [[v for (a, p, _), v in self.found.items() if a == arm and p in (q, "dense")] for q in patterns]
+            rows.append([arm, *map(mean_and_spread, columns)])
+        return rows
+
+
+def mean_and_spread(values):
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
+
+
 # -- digits -----------------------------------------------------------------------------------------------------------
 
 
@@ -124,21 +161,23 @@ def digits(options):
     data = load_digits()
     x = torch.tensor(data.data, dtype=torch.float32) / 16
     y = torch.tensor(data.target)
-    results = {}
+    journal = Journal(options.journal)
     for seed in range(options.seeds):
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
         train_index, test_index = order[:1200], order[1200:]
+
+        def measure(sparse, seed=seed, train_index=train_index, test_index=test_index):
+            torch.manual_seed(seed)
+            net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
+            batches = Batches(x[train_index], y[train_index], 64, seed)
+            return accuracy(train(net, batches, options.epochs, 2e-3, 1e-2, sparse), x[test_index], y[test_index])
+
         for pattern in ["dense", *options.patterns]:
             steps = options.epochs * (1200 // 64)
             arms = {"dense": None} if pattern == "dense" else digits_arms(*PATTERNS[pattern], steps)
             for arm, sparse in arms.items():
-                torch.manual_seed(seed)
-                net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
-                batches = Batches(x[train_index], y[train_index], 64, seed)
-                train(net, batches, options.epochs, 2e-3, 1e-2, sparse)
-                found = accuracy(net, x[test_index], y[test_index])
-                results.setdefault(arm, {}).setdefault(pattern, []).append(found)
-    return accuracy_rows(results, options.patterns), f"Digits, test accuracy, {options.seeds} seeds"
+                journal.run(arm, pattern, seed, partial(measure, sparse))
+    return journal.rows(options.patterns), f"Digits, test accuracy, {options.seeds} seeds"
 
 
 # -- vision transformer -----------------------------------------------------------------------------------------------
@@ -174,8 +213,8 @@ def vit_arms(n, m):
 
 def vit(options):
     columns = {name: load(options.data / f"{name}.parquet") for name in ("train", "test")}
-    results = {}
-    for seed in options.seed_list or range(options.seeds):
+    journal = Journal(options.journal)
+    for seed in range(options.seeds):
         generator = torch.Generator().manual_seed(seed)
         tensors = []
         for name, size in (("train", options.images), ("test", 10_000)):
@@ -184,31 +223,20 @@ def vit(options):
                 (columns[name]["image"][index].float() / 255 - 0.47) / 0.25,
                 columns[name]["label"][index].long(),
             ]
-        train_x, train_y, test_x, test_y = tensors
+
+        def measure(sparse, seed=seed, tensors=tensors):
+            train_x, train_y, test_x, test_y = tensors
+            torch.manual_seed(seed)
+            batches = Batches(train_x, train_y, 128, seed, augment=True)
+            net = train(SmallViT(), batches, options.epochs, 1e-3, 0.05, sparse)
+            return accuracy(net, test_x, test_y)
+
         for pattern in ["dense", *options.patterns]:
             arms = {"dense": None} if pattern == "dense" else vit_arms(*PATTERNS[pattern])
             for arm, sparse in arms.items():
-                torch.manual_seed(seed)
-                net = SmallViT()
-                batches = Batches(train_x, train_y, 128, seed, augment=True)
-                train(net, batches, options.epochs, 1e-3, 0.05, sparse)
-                found = accuracy(net, test_x, test_y)
-                results.setdefault(arm, {}).setdefault(pattern, []).append(found)
-                print(f"seed {seed} {pattern} {arm}: {found:.4f}", flush=True)
-    seeds = options.seed_list or list(range(options.seeds))
-    title = f"CIFAR-10, {options.images:,} images, small ViT, {options.epochs} epochs, seeds {seeds}: test accuracy"
-    return accuracy_rows(results, options.patterns), title
-
-
-def accuracy_rows(results, patterns):
-    def cell(values):
-        spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.3f}{spread}"
-
-    rows = [["recipe", *patterns]]
-    for arm, found in results.items():
-        rows.append([arm, *(cell(found.get(pattern, found.get("dense"))) for pattern in patterns)])
-    return rows
+                journal.run(arm, pattern, seed, partial(measure, sparse))
+    title = f"CIFAR-10, {options.images:,} images, small ViT, {options.epochs} epochs, {options.seeds} seeds"
+    return journal.rows(options.patterns), f"{title}: test accuracy"
 
 
 # -- speed ------------------------------------------------------------------------------------------------------------
@@ -314,7 +342,7 @@ def main(argv=None):
     parser.add_argument("what", choices=("digits", "vit", "refresh", "step"))
     parser.add_argument("--patterns", nargs="+", choices=list(PATTERNS), help="all on digits; 1:16 and 1:32 for vit")
     parser.add_argument("--seeds", type=int, help="4 on digits, 3 for vit")
-    parser.add_argument("--seed-list", type=int, nargs="+", help="for vit: these seeds alone")
+    parser.add_argument("--journal", type=Path, help="for digits and vit: file of finished runs, to go on from")
     parser.add_argument("--epochs", type=int, help="60 on digits, 8 for vit")
     parser.add_argument("--data", type=Path, help="for vit: folder with train.parquet and test.parquet")
     parser.add_argument("--images", type=int, default=10_000, help="for vit: training images")

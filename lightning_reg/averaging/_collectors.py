@@ -13,9 +13,9 @@ from typing_extensions import override
 from lightning_reg.averaging._batch_norm import tracking_layers
 from lightning_reg.averaging._shards import Layouts, own_parts
 from lightning_reg.averaging._state_dicts import average_state_dicts, is_averaged, selects
-from lightning_reg.engine import host
 from lightning_reg.engine.checkpoint_files import open_checkpoint, save_weights
 from lightning_reg.engine.errors import MisconfigurationException
+from lightning_reg.engine.shards import reshard_
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -359,7 +359,7 @@ class Exchange:
             self._own = [(tensor, tensor.clone()) for tensor in live.values()]
             for name, tensor in live.items():
                 tensor.copy_(values[name])
-            host.reshard(self._module)
+            reshard_(self._module)
             return
         for name, tensor in live.items():
             self._own.append((tensor, tensor.data))
@@ -374,5 +374,5 @@ class Exchange:
             else:
                 tensor.data = own
         if self._own and self._module is not None:
-            host.reshard(self._module)
+            reshard_(self._module)
         self._own = []

@@ -21,6 +21,7 @@ from lightning_reg.averaging._state_dicts import average_state_dicts
 from lightning_reg.engine import host
 from lightning_reg.engine.checkpoint_files import RECORD
 from lightning_reg.engine.errors import MisconfigurationException
+from lightning_reg.engine.shards import reshard_
 from lightning_reg.engine.technique import Technique
 
 if TYPE_CHECKING:
@@ -223,7 +224,7 @@ class SoupAverager(Technique):
         if self._resumed and self._raw:  # the checkpoint's `state_dict` is an average; training goes on without it
             self._find_shards()
             _in_fit.copy_into(self._live, own_parts(self._raw, saved_whole))
-            host.reshard(pl_module)
+            reshard_(pl_module)
         self._resumed, self._raw, self._soup, self._outcome = False, {}, {}, None
         self._last_step = trainer.global_step
 
@@ -287,7 +288,7 @@ class SoupAverager(Technique):
         if self.load_at_end:
             self._raw = {name: value.detach().to("cpu", copy=True) for name, value in self._live.items()}
             _in_fit.copy_into(self._live, average)
-            host.reshard(pl_module)
+            reshard_(pl_module)
         else:
             self._soup = {name: value.detach().to("cpu", copy=True) for name, value in average.items()}
         if isinstance(self._gathered, Shelf) and not self.keep_files:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
-from lightning_reg.engine.composition import check_whole
+from lightning_reg.engine.strategies import check_whole
 from lightning_reg.engine.technique import Technique
 
 if TYPE_CHECKING:

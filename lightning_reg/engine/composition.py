@@ -12,7 +12,7 @@ from lightning_reg.engine.technique import LOSS_PHASES, Technique, phases_of
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["check_composition", "check_whole"]
+__all__ = ["check_composition", "conflict_between"]
 
 # Phases in which the work of a second technique would undo that of the first.
 _EXCLUSIVE = {"change_targets": "replaces the targets of the loss", "change_losses": "replaces the loss"}
@@ -31,21 +31,9 @@ def check_composition(techniques: Sequence[Technique], trainer: "Trainer", modul
 
     """
     for one, two in combinations(techniques, 2):
-        names = f"{type(one).__name__} and {type(two).__name__}"
-        if one.log_key == two.log_key:
-            raise MisconfigurationException(
-                f'{names} in one Trainer share the log key {one.log_key!r}. Tell them apart by `name="..."`.'
-            )
-        for phase, what in _EXCLUSIVE.items():
-            if phase in phases_of(one) and phase in phases_of(two) and one.loss == two.loss:
-                raise MisconfigurationException(
-                    f"{names} cannot stand together: each {what}, so only the last would count. Remove one of them, or"
-                    " let them work on different loss calls with `loss=...`."
-                )
-        sentence = _mixing_conflict(one, two) or _copies_conflict(one, two) or _views_conflict(one, two)
-        sentence = sentence or one.conflict_with(two) or two.conflict_with(one)
-        if sentence:
-            raise MisconfigurationException(f"{names} cannot stand together: {sentence}")
+        sentence = conflict_between(one, two)
+        if sentence is not None:
+            raise MisconfigurationException(f"{type(one).__name__} and {type(two).__name__} {sentence}")
     fetches_itself = "dataloader_iter" in inspect.signature(module.training_step).parameters
     for technique in techniques:
         if fetches_itself:
@@ -56,23 +44,28 @@ def check_composition(techniques: Sequence[Technique], trainer: "Trainer", modul
         technique.check(trainer, module)
 
 
-def check_whole(technique: Technique, trainer: "Trainer", does: str = "edits") -> None:
-    """Refuses strategies that do not keep parameters whole.
+def conflict_between(one: Technique, two: Technique) -> str | None:
+    """Why two techniques cannot stand in one Trainer, in this order.
 
     Args:
-        technique: Who needs them whole.
-        trainer: The Trainer that starts to fit.
-        does: What it does with them, for the message.
+        one: The first among the callbacks.
+        two: The second.
 
-    Raises:
-        MisconfigurationException: Under FSDP, DeepSpeed and tensor parallelism.
+    Returns:
+        A sentence behind both their names; ``None`` if they can stand together.
 
     """
-    strategy = type(trainer.strategy).__name__
-    if strategy.startswith(("FSDP", "DeepSpeed", "ModelParallel", "XLAFSDP")):
-        raise MisconfigurationException(
-            f"{type(technique).__name__} {does} whole parameters, which {strategy} splits over the processes. Use DDP."
-        )
+    if one.log_key == two.log_key:
+        return f'in one Trainer share the log key {one.log_key!r}. Tell them apart by `name="..."`.'
+    for phase, what in _EXCLUSIVE.items():
+        if phase in phases_of(one) and phase in phases_of(two) and one.loss == two.loss:
+            return (
+                f"cannot stand together: each {what}, so only the last would count. Remove one of them, or"
+                " let them work on different loss calls with `loss=...`."
+            )
+    sentence = _mixing_conflict(one, two) or _copies_conflict(one, two) or _views_conflict(one, two)
+    sentence = sentence or one.conflict_with(two) or two.conflict_with(one)
+    return None if sentence is None else f"cannot stand together: {sentence}"
 
 
 def _copies_conflict(one: Technique, two: Technique) -> str | None:

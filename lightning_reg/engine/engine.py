@@ -1,7 +1,8 @@
 """The engine: stands around ``Strategy.training_step`` and lets the techniques act on one batch after the other."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from lightning_reg.engine import extra_passes, host, report
 from lightning_reg.engine import penalties as penalties_of
-from lightning_reg.engine.composition import check_composition, check_whole
+from lightning_reg.engine.composition import check_composition
 from lightning_reg.engine.copies import Copies, CopiesCall
 from lightning_reg.engine.errors import MisconfigurationException
 from lightning_reg.engine.feature_edits import FeatureEdits
@@ -26,7 +27,8 @@ from lightning_reg.engine.mixin import LossMixin
 from lightning_reg.engine.replays import Replays
 from lightning_reg.engine.selection import Selection
 from lightning_reg.engine.step import Step
-from lightning_reg.engine.surgery import Surgery
+from lightning_reg.engine.strategies import check_editable, check_split
+from lightning_reg.engine.surgery import Surgery, named_weights
 from lightning_reg.engine.technique import LOSS_PHASES, Technique, phases_of
 from lightning_reg.engine.views import Views
 from lightning_reg.engine.weight_maps import WeightMaps, check_mappable
@@ -62,6 +64,7 @@ class Engine:
         self._surgery: Surgery | None = None
         self._maps: WeightMaps | None = None
         self._optimizing: host.Replacement | None = None
+        self._saving: host.Replacement | None = None
         self._step: Step | None = None
         self._active: Sequence[Technique] = techniques
         self._selection = Selection(())
@@ -97,8 +100,9 @@ class Engine:
             if watcher is not None:
                 watcher.close()
         self._loaders.detach()
-        if self._optimizing is not None:
-            self._optimizing.undo()
+        for replacement in (self._optimizing, self._saving):
+            if replacement is not None:
+                replacement.undo()
         self._stepping.undo()
         ours = (EngineHooks, LastHook)
         kept = [callback for callback in host.callbacks(self.trainer) if not isinstance(callback, ours)]
@@ -113,8 +117,13 @@ class Engine:
         self._features = FeatureTap(self.module, layers, view) if layers else None
         editors = self._in(self.techniques, "edit_weights")
         if editors:
-            check_whole(editors[0], self.trainer)
-            self._surgery = Surgery(self.module, [(t.weights_to_edit(self.module), t.edit_weights) for t in editors])
+            check_editable(editors[0], self.trainer)
+            names = {technique: technique.weights_to_edit(self.module) for technique in editors}
+            self._surgery = Surgery(self.module, [(names[t], t.edit_weights) for t in editors])
+            parameters = named_weights(self.module)
+            for technique in editors:
+                check_split(technique, {name: parameters[name] for name in names[technique]})
+            self._saving = host.Replacement(self.trainer, "save_checkpoint", self._save_checkpoint)
         mappers = self._in(self.techniques, "map_weights")
         if mappers:
             check_mappable(mappers[0], self.trainer)
@@ -184,6 +193,17 @@ class Engine:
         if self._step is not None:  # manual optimization: the rest of training_step sees effective weights again
             self.apply_weights()
         return result
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        if self._saving is None:
+            return
+        given = signature(self._saving.original).bind(*args, **kwargs).arguments
+        with ExitStack() as saved:
+            for technique in self.techniques if given.get("weights_only") else ():
+                weights = technique.weights_to_save(self.trainer, self.module)
+                if weights is not None:
+                    saved.enter_context(weights)
+            self._saving.original(*args, **kwargs)
 
     # -- the step -----------------------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ def validation_metrics(trainer: "Trainer") -> dict[str, float]:
     Metrics, loggers, progress, random states and all callbacks but the engine's stay as they are.
 
     Args:
-        trainer: A Trainer that fits, outside of its validation.
+        trainer: A Trainer that fits; at the earliest in ``on_validation_end`` if it validates.
 
     Returns:
         What the module logged, by name.
@@ -43,7 +43,10 @@ def validation_metrics(trainer: "Trainer") -> dict[str, float]:
         undo.callback(setattr, loop, "batch_progress", progress)
         undo.callback(setattr, loop, "_seen_batches_per_dataloader", seen)
         host.set_callbacks(trainer, [callback for callback in callbacks if isinstance(callback, EngineHooks)])
+        undo.callback(setattr, loop, "_module_mode", loop._module_mode)
+        loop._module_mode = type(loop._module_mode)()
         trainer.validating = True
+        trainer._logger_connector.reset_results()  # metric objects of a validation that is about to end
         loop.run()
         return {name: float(value) for name, value in trainer.callback_metrics.items()}
 

@@ -65,15 +65,16 @@ __all__ = [
     "is_logging_step",
     "isolated_randomness",
     "lent_trainer",
+    "log_beside",
     "metrics_kept",
     "nominal_batch_size",
     "prints_summary",
     "rank_zero_warn",
     "reaches_step_through_call",
-    "reshard",
     "seeded_randomness",
     "set_callbacks",
     "silenced_metrics",
+    "validates_in_fit",
     "without_compiled_steps",
 ]
 
@@ -160,14 +161,6 @@ def gradient_scale(trainer: "Trainer", optimizer: "Optimizer") -> "Tensor | None
         return None
     scale: Tensor | None = scaler._scale
     return scale
-
-
-def reshard(module: "LightningModule") -> None:
-    """Lets FSDP2 gather the parameters anew: after a pass without backward it keeps those of the root gathered."""
-    for part in module.modules():
-        if hasattr(part, "_get_fsdp_state"):  # the class has moved between releases of torch
-            again: Callable[[], None] = part.reshard  # type: ignore[assignment]  # the attribute is a method here
-            again()
 
 
 def callbacks(trainer: "Trainer") -> "list[Callback]":
@@ -276,6 +269,18 @@ def without_compiled_steps(module: "LightningModule") -> Iterator[None]:
         yield
     finally:
         module.__dict__.update(aside)
+
+
+def log_beside(trainer: "Trainer", metrics: dict[str, float]) -> None:
+    """Logs at the end of a validation, where the module's own ``log`` may not be called; callbacks see it, too."""
+    values = {name: torch.tensor(value) for name, value in metrics.items()}
+    trainer._logger_connector.log_metrics(values)
+    trainer._logger_connector._callback_metrics.update(values)
+
+
+def validates_in_fit(trainer: "Trainer") -> bool:
+    """Whether the validation under way is one of a fit, and not its sanity check."""
+    return trainer.state.fn == "fit" and bool(trainer.validating)
 
 
 def arguments_of_training_step(module: "LightningModule") -> int:

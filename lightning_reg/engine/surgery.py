@@ -2,7 +2,8 @@
 
 The optimizer, checkpoints and everything else between steps see the dense parameters under their own names: nothing is
 re-parametrized, no key is renamed. The gradient with respect to the effective value arrives at the dense parameter as
-it is (straight-through). Cost: two fused passes over the edited parameters per batch, and one copy of them in memory.
+it is (straight-through). Where rows of parameters are split over processes each edits its own, and ``fully_shard``
+gathers those. Cost: two fused passes over the edited parameters per batch, and one copy of them in memory.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -10,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_reg.engine import shards
 from lightning_reg.engine.errors import MisconfigurationException
 from lightning_reg.engine.features import near_names
 
@@ -19,7 +21,8 @@ Edit = Callable[[Mapping[str, Tensor]], None]
 
 
 def named_weights(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters by the names the user knows, without ``_orig_mod.``."""
+    """Parameters by the names the user knows, without ``_orig_mod.``; under ``fully_shard`` those of the optimizer."""
+    shards.reshard_(module)
     return {name.replace("_orig_mod.", ""): p for name, p in module.named_parameters()}
 
 
@@ -44,6 +47,7 @@ class Surgery:
                     " as in `module.named_parameters()`."
                 )
         self._edits = [({name: parameters[name] for name in names}, edit) for names, edit in edits]
+        self._module = module
         self._dense: dict[nn.Parameter, Tensor] = {}
         self._edited: list[nn.Parameter] = []
 
@@ -64,17 +68,24 @@ class Surgery:
         weights = list(dict.fromkeys(p for named, _ in edits for p in named.values()))
         if self._edited or not weights:
             return
-        for weight in weights:
+        values = {weight: shards.local(weight) for weight in weights}
+        for weight, value in values.items():
             if weight not in self._dense:
-                self._dense[weight] = torch.empty_like(weight)
-        torch._foreach_copy_([self._dense[p] for p in weights], [p.detach() for p in weights])
+                self._dense[weight] = torch.empty_like(value)
+        torch._foreach_copy_([self._dense[p] for p in weights], list(values.values()))
         self._edited = weights
         for named, edit in edits:
-            edit({name: p.detach() for name, p in named.items()})
+            edit({name: values[p] for name, p in named.items()})
+        self._forget_gathered()
 
     @torch.no_grad()
     def restore(self) -> None:
         """Puts the dense values back, unless they are in already."""
         if self._edited:
-            torch._foreach_copy_([p.detach() for p in self._edited], [self._dense[p] for p in self._edited])
+            torch._foreach_copy_([shards.local(p) for p in self._edited], [self._dense[p] for p in self._edited])
+            self._forget_gathered()
             self._edited = []
+
+    def _forget_gathered(self) -> None:
+        if any(shards.is_split(p) for p in self._edited):
+            shards.reshard_(self._module)

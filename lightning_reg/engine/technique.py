@@ -13,6 +13,7 @@ from lightning_reg.engine.host import Callback
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from lightning.pytorch import LightningModule, Trainer
 
@@ -161,8 +162,15 @@ class Technique(Callback):
         """Names of the parameters that :meth:`edit_weights` changes, as in ``named_parameters()``."""
         return ()
 
+    def needs_whole_parameters(self) -> str | None:
+        """Why it cannot edit the rows that a process holds of a split parameter, as a clause; ``None`` if it can."""
+        return f"{type(self).__name__} edits whole parameters"
+
     def edit_weights(self, weights: "Mapping[str, Tensor]") -> None:
-        """Turns dense values into effective ones, in place, before the forward pass; the engine puts them back."""
+        """Turns dense values into effective ones, in place, before the forward pass; the engine puts them back.
+
+        Of parameters that are split over processes it gets the rows of this process.
+        """
         raise NotImplementedError
 
     def features_to_edit(self, module: nn.Module) -> "Sequence[str]":
@@ -179,6 +187,10 @@ class Technique(Callback):
         Called when the layer ran inside the user's ``training_step``, in training mode and with gradients recorded.
         """
         raise NotImplementedError
+
+    def weights_to_save(self, trainer: "Trainer", module: "LightningModule") -> "AbstractContextManager[None] | None":
+        """What exchanges the module's weights while a checkpoint with ``save_weights_only=True`` is written, if any."""
+        return None
 
     def change_targets(self, call: "LossCall") -> Tensor | None:
         """Returns the targets for the loss function, ``None`` to keep the present ones."""

@@ -1,29 +1,46 @@
-"""Checks of arguments that depend on one another."""
+"""Checks of the arguments."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from lightning_reg.engine.errors import check_number
+from lightning_reg.engine.errors import check_choice, check_number
 
-__all__ = ["check_patterns", "check_phases"]
+__all__ = ["check_arguments"]
+
+_RECIPES = ("mdgf_linear", "mdgf_exp", "sdgf_stepwise", "sdgf_geometric", "srste", "ste", "one_shot")
 
 
-def check_patterns(
-    owner: object, n: int, m: int, patterns: Mapping[str, Sequence[int]], recipe: str, geometric_k: int
-) -> None:
-    """Refuses patterns that are impossible, or that the recipe cannot reach.
+def check_arguments(owner: Any) -> None:  # noqa: ANN401 # the technique, which imports this module
+    """Refuses arguments outside their range.
 
     Args:
-        owner: The object whose arguments they are.
-        n: Weights kept.
-        m: Length of a group.
-        patterns: N and M by regular expression.
-        recipe: The recipe.
-        geometric_k: First multiple of the geometric recipe.
+        owner: The technique, with its arguments as attributes.
 
     Raises:
         ValueError: Naming class, argument, range and value.
 
     """
+    for argument, choices in (
+        ("recipe", _RECIPES),
+        ("dim", ("in", "out")),
+        ("grad", ("ste", "masked")),
+        ("on_indivisible", ("error", "skip")),
+    ):
+        check_choice(owner, argument, getattr(owner, argument), choices)
+    if owner.beta is not None:
+        check_number(owner, "beta", owner.beta, low=0, low_open=True)
+    check_number(owner, "lambda_w", owner.lambda_w, low=0)
+    check_number(owner, "refresh_every", owner.refresh_every, low=1, integer=True)
+    shares = {name: getattr(owner, name) for name in ("dense_fraction", "finetune_fraction")}
+    _check_phases(owner, shares, {name: getattr(owner, name) for name in ("dense_steps", "finetune_steps")})
+    _check_patterns(owner, owner.n, owner.m, owner.patterns or {}, owner.recipe, owner.geometric_k)
+    if owner.permute and owner.dim == "out":
+        raise ValueError(f'{type(owner).__name__}: `permute` must be False with dim="out", got True.')
+
+
+def _check_patterns(
+    owner: object, n: int, m: int, patterns: Mapping[str, Sequence[int]], recipe: str, geometric_k: int
+) -> None:
     name = type(owner).__name__
     check_number(owner, "geometric_k", geometric_k, low=1, integer=True)
     if geometric_k & (geometric_k - 1):
@@ -42,18 +59,7 @@ def check_patterns(
             )
 
 
-def check_phases(owner: object, shares: Mapping[str, float], steps: Mapping[str, int | None]) -> None:
-    """Refuses phases that do not fit into a training.
-
-    Args:
-        owner: The object whose arguments they are.
-        shares: Lengths of phases as shares of the training, by argument.
-        steps: Lengths in steps, by argument.
-
-    Raises:
-        ValueError: Naming class, argument, range and value.
-
-    """
+def _check_phases(owner: object, shares: Mapping[str, float], steps: Mapping[str, int | None]) -> None:
     for argument, share in shares.items():
         check_number(owner, argument, share, low=0, high=1, high_open=True)
     if sum(shares.values()) >= 1:

@@ -139,17 +139,31 @@ def check_apart(owner: str, mine: Sequence[Weight], others: Sequence[Weight]) ->
         )
 
 
-def weights_table(weights: Sequence[Weight], choice: Choice, settings: str) -> Table:
-    """The table at the start of the fit: each weight with its pattern, or with the reason why it stays dense."""
+def weights_table(
+    weights: Sequence[Weight], choice: Choice, settings: str, permutations: Mapping[str, object]
+) -> Table:
+    """The table at the start of the fit: each weight with its pattern, or with the reason why it stays dense.
+
+    Args:
+        weights: All weights.
+        choice: What the user asked for.
+        settings: A line below.
+        permutations: What became of the input channels, by name; empty if nothing was to be permuted.
+
+    Returns:
+        A rich table.
+
+    """
     sparse = sum(not w.why_dense for w in weights)
     table = Table(title=f"N:M sparsity: {sparse} of {len(weights)} weights", title_justify="left")
     table.caption, table.caption_justify = escape(settings), "left"
-    for column in ("weight", "shape", "pattern"):
+    for column in ("weight", "shape", "pattern", *(["input channels"] if permutations else [])):
         table.add_column(column, overflow="fold")
     for weight in weights:
         patterns = dict.fromkeys(f"{n}:{m}" for n, m in weight.patterns(choice))
         said = f"dense ({weight.why_dense})" if weight.why_dense else " > ".join(patterns)
-        table.add_row(escape(weight.name), "x".join(map(str, weight.shape)), escape(said))
+        channels = [escape(str(permutations.get(weight.name, "")))] if permutations else []
+        table.add_row(escape(weight.name), "x".join(map(str, weight.shape)), escape(said), *channels)
     return table
 
 

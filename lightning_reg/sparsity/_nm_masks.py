@@ -219,7 +219,10 @@ def apply_mask_(weight: Tensor, mask: Tensor, factor: float = 0.0) -> Tensor:
     """
     if factor == 0.0:
         return weight.mul_(mask)
-    # Kept weights stay as they are to the last bit: w - w = 0. `torch.where` takes 2.5 times as long on a CPU.
+    # Kept weights stay as they are to the last bit. A product of floats is what a CPU does fastest: `torch.where` takes
+    # ten times as long. Half precision would round the factor.
+    if weight.dtype in (torch.float32, torch.float64):
+        return weight.mul_(mask.to(weight.dtype).clamp_(min=factor))
     kept = weight * mask
     return weight.sub_(kept).mul_(factor).add_(kept)
 

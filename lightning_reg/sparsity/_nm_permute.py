@@ -1,25 +1,24 @@
 """Channel permutations: other groups that keep more magnitude, and a network that computes the same."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_reg.engine.errors import MisconfigurationException
 from lightning_reg.engine.features import named_layers
+from lightning_reg.sparsity._nm_graph import Chain, find_chain
 from lightning_reg.sparsity._nm_layers import Weight
 from lightning_reg.sparsity._nm_masks import nm_mask
 
-__all__ = ["best_channel_permutation", "permute_network_"]
+__all__ = ["Permutation", "best_channel_permutation", "permute_network_"]
 
-_CHANNELWISE = (
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh, nn.Sigmoid, nn.Softplus,
-    nn.Hardswish, nn.Hardsigmoid, nn.Identity, nn.Dropout, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d,
-    nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
-)  # fmt: skip
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TOLERANCE = 1e-5
 
 
 @torch.no_grad()
@@ -67,8 +66,32 @@ def best_channel_permutation(weight: Tensor, n: int = 2, m: int = 4, passes: int
     return order
 
 
-def permute_network_(module: nn.Module, weights: Sequence[Weight], owner: str) -> dict[str, tuple[float, float]]:
+@dataclass(frozen=True)
+class Permutation:
+    """What became of the input channels of one weight.
+
+    Args:
+        before: Share of the magnitude that the mask kept before.
+        after: The same afterwards.
+        why_not: Why they were not permuted; "" if they were.
+
+    """
+
+    before: float = 1.0
+    after: float = 1.0
+    why_not: str = ""
+
+    @override
+    def __str__(self) -> str:
+        if self.why_not:
+            return f"not permuted: {self.why_not}"
+        return f"permuted: keeps {100 * self.after:.1f} % of the magnitude, before {100 * self.before:.1f} %"
+
+
+def permute_network_(module: nn.Module, weights: Sequence[Weight], owner: str) -> dict[str, Permutation]:
     """Permutes the input channels of sparse weights, and with them whatever makes these channels; in place.
+
+    Where that would change what the layers compute, by more than 1e-5 of it on random input, it is undone.
 
     Args:
         module: The module; its function stays the same up to rounding.
@@ -76,80 +99,81 @@ def permute_network_(module: nn.Module, weights: Sequence[Weight], owner: str) -
         owner: Class to name in errors.
 
     Returns:
-        Kept magnitude before and after, by name; only of weights that could be permuted.
+        What became of each weight, by name.
 
     Raises:
         MisconfigurationException: If there is no weight that can be permuted.
 
     """
-    chains, gains = _chains(module), {}
-    for weight in weights:
-        if weight.name in chains:
-            producer, norms, consumer = chains[weight.name]
-            value = consumer._parameters["weight"]
-            if value is None:
-                continue
-            order = best_channel_permutation(value, weight.n, weight.m)
-            before = _kept(value, weight)
-            _permute_(producer, norms, consumer, order)
-            gains[weight.name] = before, _kept(value, weight)
-    if not gains:
-        names = ", ".join(weight.name for weight in weights)
-        raise MisconfigurationException(
-            f"{owner}(permute=True): of {names} none can be permuted. A layer can be where its input comes from another"
-            " linear layer or convolution of the same nn.Sequential, through activations, dropout, pooling or batch"
-            " norm alone, or as `linear2` of torch's transformer layers. Write permute=False."
-        )
-    return gains
-
-
-Chain = tuple[nn.Module, list[nn.Module], nn.Module]
-
-
-def _chains(module: nn.Module) -> Mapping[str, Chain]:
-    """Producer, norms in between and consumer, by the name of the consumer's weight."""
     layers = named_layers(module) | {"": module}
-    counts: dict[int, int] = {}
-    for layer in layers.values():
-        for parameter in layer._parameters.values():
-            counts[id(parameter)] = counts.get(id(parameter), 0) + 1
-    chains = {}
-    for name, layer in layers.items():
-        prefix = f"{name}." if name else ""
-        for key, chain in _chains_in(layer):
-            producer, _, consumer = chain
-            alone = all(counts[id(end._parameters["weight"])] == 1 for end in (producer, consumer))
-            if alone:  # a weight that is used elsewhere too would change there
-                chains[f"{prefix}{key}.weight"] = chain
-    return chains
-
-
-def _chains_in(layer: nn.Module) -> Iterator[tuple[str, Chain]]:
-    if isinstance(layer, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
-        yield "linear2", (layer.linear1, [], layer.linear2)
-    if not isinstance(layer, nn.Sequential):
-        return
-    producer: nn.Module | None = None
-    norms: list[nn.Module] = []
-    for key, child in layer.named_children():
-        if isinstance(child, _LINEAR):
-            plain = isinstance(child._parameters.get("weight"), nn.Parameter) and getattr(child, "groups", 1) == 1
-            if producer is not None and plain:
-                yield key, (producer, norms, child)
-            producer, norms = (child if plain else None), []
-        elif isinstance(child, _NORMS):
-            norms = [*norms, child]
-        elif not isinstance(child, _CHANNELWISE):
-            producer, norms = None, []
+    counts = Counter(id(p) for layer in layers.values() for p in layer._parameters.values() if p is not None)
+    found = {weight.name: _permuted_(layers, counts, weight) for weight in weights}
+    if all(permutation.why_not for permutation in found.values()):
+        reasons = "".join(f"\n  {name}: {permutation.why_not}" for name, permutation in found.items())
+        raise MisconfigurationException(
+            f"{owner}(permute=True): of {', '.join(found)} none can be permuted.{reasons}\nA layer can be where its"
+            " input comes from another linear layer or convolution in the `forward` of a module that torch.fx can"
+            " trace, through activations, dropout, pooling and norms alone. Write permute=False."
+        )
+    return found
 
 
 @torch.no_grad()
-def _permute_(producer: nn.Module, norms: Sequence[nn.Module], consumer: nn.Module, order: Tensor) -> None:
-    for owner in (producer, *norms):
+def _permuted_(layers: Mapping[str, nn.Module], counts: Mapping[int, int], weight: Weight) -> Permutation:
+    layer, _, parameter = weight.name.rpartition(".")
+    if parameter != "weight":
+        return Permutation(why_not="it is a projection of an attention")
+    chain = find_chain(layers, layer)
+    if isinstance(chain, str):
+        return Permutation(why_not=chain)
+    producer, consumer = chain.modules[0], chain.modules[-1]
+    # A weight that is used elsewhere too would change there.
+    if any(counts[id(end._parameters["weight"])] != 1 for end in (producer, consumer)):
+        return Permutation(why_not="it, or the layer before it, shares its weight")
+    x, computed = _tried(chain)
+    if computed is None:
+        return Permutation(why_not="it could not be tried on random input")
+    value: Tensor = consumer._parameters["weight"]  # type: ignore[assignment]  # `find_chain` saw it
+    order, before = best_channel_permutation(value, weight.n, weight.m), _kept(value, weight)
+    _permute_(chain, order)
+    difference = (chain.run(x, _twins(chain)) - computed).abs().max()
+    if not difference <= _TOLERANCE * computed.abs().max():
+        _permute_(chain, order.argsort())
+        return Permutation(why_not=f"it would compute something else, by {float(difference):.2g}")
+    return Permutation(before, _kept(value, weight))
+
+
+@torch.no_grad()
+def _tried(chain: Chain) -> tuple[Tensor, Tensor | None]:
+    """Random input of the producer, and what the consumer makes of it; in double precision."""
+    producer = chain.modules[0]
+    weight: Tensor = producer._parameters["weight"]  # type: ignore[assignment]  # as above
+    generator, twins = torch.Generator().manual_seed(0), _twins(chain)
+    sizes = (1,) if weight.dim() == 2 else (max(weight.shape[2:]), 8, 16, 32, 64)
+    x = torch.empty(0)
+    for size in sizes:  # pools may need a larger image
+        shape = (6, weight.shape[1], *(size for _ in weight.shape[2:]))
+        x = torch.randn(shape, generator=generator, dtype=torch.float64).to(weight.device)
+        try:
+            return x, chain.run(x, twins)
+        except (RuntimeError, ValueError):
+            continue
+    return x, None
+
+
+def _twins(chain: Chain) -> dict[nn.Module, nn.Module]:
+    """Copies in double precision, in evaluation mode: rounding is none of the difference then."""
+    return {module: copy.deepcopy(module).double().eval() for module in chain.modules}
+
+
+@torch.no_grad()
+def _permute_(chain: Chain, order: Tensor) -> None:
+    for owner in (chain.modules[0], *chain.norms):
         for value in (*owner._parameters.values(), *owner._buffers.values()):
             if value is not None and value.dim():
                 value.copy_(value[order])
-    consumer.weight.copy_(consumer.weight[:, order])  # type: ignore[operator, index]  # torch: any attribute is a Tensor or Module
+    consumer: Tensor = chain.modules[-1]._parameters["weight"]  # type: ignore[assignment]  # `find_chain` saw it
+    consumer.copy_(consumer[:, order])
 
 
 def _kept(value: Tensor, weight: Weight) -> float:

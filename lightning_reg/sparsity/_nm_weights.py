@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_reg.engine import distributed, shards
 from lightning_reg.sparsity._nm_layers import Weight
 from lightning_reg.sparsity._nm_masks import apply_mask_, nm_mask, pack_mask, unpack_mask
 
@@ -27,13 +28,13 @@ class Masks:
 
     Attributes:
         age: Optimizer steps since they were last chosen.
-        flips: How many entries changed when that was last measured, a scalar; ``None`` before.
 
     """
 
     def __init__(self, dim: Literal["in", "out"]) -> None:
         self.age = 0
-        self.flips: Tensor | None = None
+        self._counts: dict[str, Tensor] = {}  # changed entries of the rows here, when that was last measured
+        self._flips: Tensor | None = None  # that of a checkpoint
         self._dim = dim
         self._masks: dict[str, Tensor] = {}
         self._patterns: dict[str, tuple[int, int]] = {}
@@ -63,63 +64,110 @@ class Masks:
             By name.
 
         """
-        flips: Tensor | None = None
+        counts = {}
         for name, pattern in patterns.items():
             old = self.held(name, pattern, weights[name])
             new = nm_mask(weights[name], *pattern, self._dim) if refresh or old is None else old
             if measure and refresh and old is not None:
-                changed = (old ^ new).sum()
-                flips = changed if flips is None else flips + changed
+                counts[name] = (old ^ new).sum()
             self._masks[name], self._patterns[name] = new, pattern
         if refresh:
             self.age = 0
-        self.flips = self.flips if flips is None else flips
+        self._counts = counts or self._counts
         return {name: self._masks[name] for name in patterns}
 
-    def state_dict(self) -> dict[str, Any]:
-        """One bit per weight, and the counts."""
-        masks = {
-            name: {"shape": list(mask.shape), "pattern": list(self._patterns[name]), "bits": pack_mask(mask)}
-            for name, mask in self._masks.items()
-        }
-        return {"age": self.age, "flips": None if self.flips is None else int(self.flips), "masks": masks}
+    def flips(self, parameters: Mapping[str, Tensor] | None = None) -> Tensor | None:
+        """How many entries changed when that was last measured; ``None`` before.
+
+        Args:
+            parameters: By name; where they are split this is a collective, and without them only what is here.
+
+        Returns:
+            A scalar.
+
+        """
+        return shards.total(self._counts, parameters or {}) if self._counts else self._flips
+
+    def keep_own_rows(self, parameters: Mapping[str, Tensor]) -> None:
+        """Of loaded masks, which are whole, keeps the rows of this process."""
+        for name, mask in self._masks.items():
+            parameter = parameters.get(name)
+            if parameter is not None and mask.shape == parameter.shape:
+                self._masks[name] = shards.own_rows(mask, parameter)
+
+    def state_dict(self, parameters: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+        """One bit per weight, and the counts.
+
+        Args:
+            parameters: By name; where they are split this is a collective, and without them only what is here.
+
+        Returns:
+            Tensors and plain values.
+
+        """
+        masks, flips = {}, self.flips(parameters)
+        for name, own in self._masks.items():
+            mask = own if parameters is None else shards.whole_like(own, parameters[name])
+            masks[name] = {"shape": list(mask.shape), "pattern": list(self._patterns[name]), "bits": pack_mask(mask)}
+        return {"age": self.age, "flips": None if flips is None else int(flips), "masks": masks}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over what :meth:`state_dict` gave."""
         self.age = state["age"]
-        self.flips = None if state["flips"] is None else torch.tensor(state["flips"])
+        self._flips = None if state["flips"] is None else torch.tensor(state["flips"])
         for name, mask in state["masks"].items():
             self._masks[name] = unpack_mask(mask["bits"], mask["shape"])
             self._patterns[name] = (mask["pattern"][0], mask["pattern"][1])
 
 
+@torch.no_grad()
 def prune_state_dict(
     state_dict: dict[str, Tensor], masks: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Any]]:
     """Exchanges dense weights in a state dict for sparse ones; the tensors themselves stay as they are.
 
+    Where parameters are split over processes this is a collective.
+
     Args:
-        state_dict: Of the module, perhaps behind ``_orig_mod.``; entries are exchanged. One that is not the parameter
-            itself was put there by another callback (an average, say), which will want it back: it stays.
-        masks: Which weights are kept, by name of the parameter.
+        state_dict: Of the module, perhaps behind ``_orig_mod.``; entries are exchanged. One that does not hold the
+            parameter was put there by another callback (an average, say), which will want it back: it stays. Of split
+            parameters there may be the rows of this process, the whole weight, or nothing in this process.
+        masks: Which weights are kept, of the rows here, by name of the parameter.
         parameters: By name.
 
     Returns:
-        What was left out: by name the packed mask and the pruned values in row order. Nothing for weights that were
-        sparse already.
+        What was left out, of all processes, in the first: by name the packed mask and the pruned values in row order.
+        Nothing for weights that were sparse already.
 
     """
-    pruned = {}
-    for key, value in list(state_dict.items()):
-        name = key.replace("_orig_mod.", "")
-        if name not in masks or value.data_ptr() != parameters[name].data_ptr():
+    pruned, keys = {}, {key.replace("_orig_mod.", ""): key for key in state_dict}
+    for name, mask in masks.items():
+        parameter = parameters[name]
+        everything, whole_mask = shards.whole(parameter), shards.whole_like(mask.to(parameter.device), parameter)
+        value = state_dict.get(keys.get(name, ""))
+        if value is None or not _holds(value, everything, parameter):
             continue
-        mask = masks[name].to(value.device)
-        rest = value.detach()[~mask]
-        if rest.any():
-            pruned[name] = {"bits": pack_mask(mask), "values": rest}
-        state_dict[key] = value.detach().masked_fill(~mask, 0.0)
+        state_dict[keys[name]] = _masked(value, mask if shards.is_split(value) else whole_mask)
+        rest = everything[~whole_mask]
+        if distributed.rank() == 0 and rest.any():
+            pruned[name] = {"bits": pack_mask(whole_mask), "values": rest}
     return pruned
+
+
+def _holds(value: Tensor, everything: Tensor, parameter: Tensor) -> bool:
+    if not shards.is_split(parameter):
+        return value.data_ptr() == parameter.data_ptr()
+    mine = shards.local(parameter) if shards.is_split(value) else everything
+    return torch.equal(shards.local(value).to(mine.device), mine)
+
+
+def _masked(value: Tensor, mask: Tensor) -> Tensor:
+    if not shards.is_split(value):
+        return value.detach().masked_fill(~mask.to(value.device), 0.0)
+    masked = value.detach().clone()
+    rows = shards.local(masked)
+    rows.masked_fill_(~mask.to(rows.device), 0.0)
+    return masked
 
 
 @torch.no_grad()
@@ -132,10 +180,14 @@ def put_back_pruned_(pruned: Mapping[str, Mapping[str, Any]], parameters: Mappin
 
     """
     for name, rest in pruned.items():
-        weight = parameters.get(name)
-        if weight is not None:
-            mask = unpack_mask(rest["bits"], weight.shape).to(weight.device)
-            weight[~mask] = rest["values"].to(weight.device, weight.dtype)
+        parameter = parameters.get(name)
+        if parameter is not None:
+            mask = unpack_mask(rest["bits"], parameter.shape)
+            pruned_values = rest["values"].new_zeros(mask.shape)
+            pruned_values[~mask] = rest["values"]
+            rows = shards.local(parameter)
+            here = shards.own_rows(mask, parameter).to(rows.device)
+            rows[~here] = shards.own_rows(pruned_values, parameter).to(rows.device, rows.dtype)[~here]
 
 
 def pattern_scalars(factor: float, patterns: Mapping[Weight, tuple[int, int]]) -> dict[str, Any]:
@@ -161,14 +213,15 @@ def change_gradient_(parameter: Tensor, mask: Tensor, *, factor: float, pull: fl
 
     Args:
         parameter: The dense weight, with its gradient.
-        mask: Which weights are kept.
+        mask: Which weights are kept, of the rows here.
         factor: What the gradient of pruned weights is multiplied by.
         pull: Weight of the pruned weights themselves in their gradient.
 
     """
     if parameter.grad is None:
         return
+    gradient = shards.local(parameter.grad)
     if factor < 1.0:
-        apply_mask_(parameter.grad, mask, factor)
+        apply_mask_(gradient, mask, factor)
     if pull:
-        parameter.grad.add_(parameter * mask.logical_not(), alpha=pull)
+        gradient.add_(shards.local(parameter) * mask.logical_not(), alpha=pull)

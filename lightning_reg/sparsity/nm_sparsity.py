@@ -8,10 +8,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_reg.engine import host
-from lightning_reg.engine.errors import check_choice, check_number
 from lightning_reg.engine.surgery import named_weights
 from lightning_reg.engine.technique import Technique
-from lightning_reg.sparsity._nm_arguments import check_patterns, check_phases
+from lightning_reg.sparsity._nm_arguments import check_arguments
 from lightning_reg.sparsity._nm_export import semi_structured_refusal, to_semi_structured
 from lightning_reg.sparsity._nm_layers import Choice, Weight, check_apart, weights_table
 from lightning_reg.sparsity._nm_masks import (
@@ -28,14 +27,16 @@ from lightning_reg.sparsity._nm_network import SparseNetwork
 from lightning_reg.sparsity._nm_permute import best_channel_permutation, permute_network_
 from lightning_reg.sparsity._nm_report import SparsityReport
 from lightning_reg.sparsity._nm_schedule import NEVER, Schedule, make_schedule
+from lightning_reg.sparsity._nm_validation import validate_hardened
 from lightning_reg.sparsity._nm_weights import (
     change_gradient_,
     pattern_scalars,
-    prune_state_dict,
     put_back_pruned_,
 )
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from lightning.pytorch import LightningModule, Trainer
     from torch.optim import Optimizer
 
@@ -56,8 +57,6 @@ __all__ = [
     "unpack_mask",
 ]
 
-
-_RECIPES = ("mdgf_linear", "mdgf_exp", "sdgf_stepwise", "sdgf_geometric", "srste", "ste", "one_shot")
 
 _DENSE = Schedule("ste", NEVER, None, 0.0)
 
@@ -83,8 +82,9 @@ class NMSparsity(Technique):
     ========================  ==========================================================================
 
     When training ends the weights are hardened: pruned ones are exactly zero in the module. From the moment that the
-    final mask is in force, checkpoints hold N:M weights too, and beside them what is needed to go on exactly. Files
-    written during training with ``save_weights_only=True``, or with averages of weights in them, hold dense weights.
+    final mask is in force, checkpoints hold N:M weights too, and beside them what is needed to go on exactly; those
+    written with ``save_weights_only=True`` hold them alone, so that training cannot go on exactly from there. Files
+    with averages of weights in them hold dense weights.
 
     Use it for 1:8 to 1:128 in feed-forward layers (MdGf) or 2:4 (SR-STE and plain STE do as well there). Training does
     not become faster; at inference some GPUs are faster with 2:4, and with no other pattern.
@@ -100,7 +100,7 @@ class NMSparsity(Technique):
         One-shot masks gradients before clipping, and multiplies by the mask where ASP overwrites the weights.
 
     Memory: a dense copy and one byte per sparse weight; in the checkpoint one bit. Masks are functions of the weights:
-    all ranks hold the same without communication.
+    ranks agree without communication. Where rows are split (``fully_shard``) all must call the methods below.
 
     Args:
         n: Weights kept in each group (N), 1 to ``m``. Neutral: ``m``.
@@ -118,12 +118,15 @@ class NMSparsity(Technique):
         grad: ``"ste"`` as published; ``"masked"`` multiplies gradients by :math:`\Phi + D\,(1 - \Phi)`.
         on_indivisible: ``"skip"`` leaves layers dense that the groups do not fit, and says so; or ``"error"``.
         permute: Whether input channels are permuted before training so that the masks keep more magnitude, where the
-            layers allow it without changing the function. For pretrained networks.
+            traced layers allow it; the table at the start says where, and why not elsewhere. For pretrained networks.
         harden_at_end: Whether pruned weights are set to zero in the module when training ends.
         exclude: Regular expressions of layers that stay dense.
         patterns: Other N and M for some layers: regular expression to ``[n, m]``; the first that matches counts.
         dense_steps: Length of the dense phase in optimizer steps, in place of ``dense_fraction``.
         finetune_steps: Length of the last phase in optimizer steps, in place of ``finetune_fraction``.
+        validate_hard_mask: Whether after each validation, which sees the weights of the moment, another one sees them
+            with the mask of the target pattern, as if training ended there. What the module logs there is logged under
+            ``reg/nm_sparsity/hard/...`` too, for loggers and checkpoint callbacks. Costs a validation.
         refresh_every: Optimizer steps between two choices of the masks, at least 1. Paper: 1.
         name: Tells several instances in one Trainer apart; they must not share a layer.
 
@@ -160,31 +163,18 @@ class NMSparsity(Technique):
         dense_steps: int | None = None,
         finetune_steps: int | None = None,
         refresh_every: int = 1,
+        validate_hard_mask: bool = False,
         name: str | None = None,
     ) -> None:
         super().__init__(name=name)
-        for argument, value, choices in (
-            ("recipe", recipe, _RECIPES),
-            ("dim", dim, ("in", "out")),
-            ("grad", grad, ("ste", "masked")),
-            ("on_indivisible", on_indivisible, ("error", "skip")),
-        ):
-            check_choice(self, argument, value, choices)
-        if beta is not None:
-            check_number(self, "beta", beta, low=0, low_open=True)
-        check_number(self, "lambda_w", lambda_w, low=0)
-        check_number(self, "refresh_every", refresh_every, low=1, integer=True)
-        shares = {"dense_fraction": dense_fraction, "finetune_fraction": finetune_fraction}
-        check_phases(self, shares, {"dense_steps": dense_steps, "finetune_steps": finetune_steps})
-        check_patterns(self, n, m, patterns or {}, recipe, geometric_k)
-        if permute and dim == "out":
-            raise ValueError('NMSparsity: `permute` must be False with dim="out", got True.')
         self.n, self.m, self.recipe, self.layers, self.dim = n, m, recipe, layers, dim
         self.beta, self.dense_fraction, self.finetune_fraction = beta, dense_fraction, finetune_fraction
         self.lambda_w, self.geometric_k, self.grad = lambda_w, geometric_k, grad
         self.on_indivisible, self.permute, self.harden_at_end = on_indivisible, permute, harden_at_end
         self.exclude, self.patterns = exclude, patterns
         self.dense_steps, self.finetune_steps, self.refresh_every = dense_steps, finetune_steps, refresh_every
+        self.validate_hard_mask = validate_hard_mask
+        check_arguments(self)
         self._choice = Choice(
             n, m, dim, layers, list(exclude or []), dict(patterns or {}), recipe, geometric_k, on_indivisible
         )
@@ -215,8 +205,8 @@ class NMSparsity(Technique):
     def check(self, trainer: "Trainer", module: "LightningModule") -> None:
         if any(getattr(callback, "save_weights_only", False) for callback in host.callbacks(trainer)):
             host.rank_zero_warn(
-                "NMSparsity: a checkpoint callback has save_weights_only=True. Files written during training hold"
-                " dense weights then; `NMSparsity.harden(module)` makes them sparse after loading."
+                "NMSparsity: a checkpoint callback has save_weights_only=True. Files written before the final mask is"
+                " in force hold dense weights; `NMSparsity.harden(module)` makes them sparse after loading."
             )
 
     @override
@@ -234,11 +224,13 @@ class NMSparsity(Technique):
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         # Only now: callbacks that average load weights when they are restored.
         put_back_pruned_(self._pruned, named_weights(pl_module))
+        self._network.masks.keep_own_rows(named_weights(pl_module))
         self._pruned = {}
+        permuted: Mapping[str, object] = {}
         if host.batches_so_far(trainer) == 0:  # a new training, not a resumed or continued one
             self._reset()
             if self.permute:
-                permute_network_(pl_module, self._network.sparse, type(self).__name__)
+                permuted = permute_network_(pl_module, self._network.sparse, type(self).__name__)
         elif self._steps == 0:  # joined a training under way
             self._steps = trainer.global_step
         # Not before: asking for the length sets up the loaders, and a loader that resumes must not be set up too early.
@@ -250,7 +242,7 @@ class NMSparsity(Technique):
             (self.finetune_fraction, self.finetune_steps),
         )
         if trainer.is_global_zero and host.prints_summary(trainer):
-            Console().print(weights_table(self._network.weights, self._choice, self.describe()))
+            Console().print(weights_table(self._network.weights, self._choice, self.describe(), permuted))
 
     @override
     def is_active(self, step: "Step") -> bool:
@@ -258,9 +250,19 @@ class NMSparsity(Technique):
         return bool(self._network.sparse) and self._schedule.factor(self._step) < 1.0
 
     @override
+    def needs_whole_parameters(self) -> str | None:
+        if self.dim == "out":
+            return 'groups along dim="out" reach over many rows'
+        return "permute=True exchanges rows" if self.permute else None
+
+    @override
+    def weights_to_save(self, trainer: "Trainer", module: "LightningModule") -> "AbstractContextManager[None] | None":
+        return self._network.hardened(module) if self._network.sparse and self._is_final() else None
+
+    @override
     def edit_weights(self, weights: Mapping[str, Tensor]) -> None:
         factor = self._schedule.factor(self._step)
-        if factor == 1.0:
+        if factor == 1.0 or self._network.is_hard:
             return
         refresh = self._network.masks.age >= self.refresh_every and self.recipe != "one_shot"
         patterns = {weight.name: self._pattern(weight) for weight in self._network.sparse}
@@ -299,6 +301,11 @@ class NMSparsity(Technique):
         self._step = self._steps
 
     @override
+    def on_validation_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        if self.validate_hard_mask and self._network.sparse and host.validates_in_fit(trainer):
+            validate_hardened(trainer, pl_module, self._network, self.log_key)
+
+    @override
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         if self._network.sparse and self.harden_at_end and not self._is_final():
             host.rank_zero_warn(
@@ -306,11 +313,12 @@ class NMSparsity(Technique):
                 f" (D = {self._schedule.factor(self._steps):.3g}): hardening now changes the network's function."
                 " Train on, or write harden_at_end=False."
             )
-        self._end(pl_module)
+        self.on_fit_end(trainer, pl_module)
 
     @override
     def on_fit_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        self._end(pl_module)  # another callback may have put its average in meanwhile
+        if self.harden_at_end:  # again after `on_train_end`: another callback may have put its average in meanwhile
+            self.harden(pl_module)
 
     def harden(self, module: nn.Module) -> None:
         """Sets pruned weights to zero, in place; once the final mask is in force this does not change the function.
@@ -372,10 +380,9 @@ class NMSparsity(Technique):
 
     @override
     def on_save_checkpoint(self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]) -> None:
-        if self._network.sparse and self._is_final():
-            masks = {weight.name: mask for weight, _, mask in self._network.final_masks(pl_module)}
-            pruned = prune_state_dict(checkpoint["state_dict"], masks, named_weights(pl_module))
-            checkpoint["callbacks"].setdefault(self.state_key, self.state_dict())["pruned"] = pruned
+        if self._network.sparse:
+            state = checkpoint["callbacks"].setdefault(self.state_key, self.state_dict())
+            state.update(self._network.state_of(pl_module, checkpoint["state_dict"], prune=self._is_final()))
 
     def _pattern(self, weight: Weight) -> tuple[int, int]:
         return self._schedule.pattern(weight.patterns(self._choice), self._step)
@@ -383,14 +390,11 @@ class NMSparsity(Technique):
     def _is_final(self) -> bool:
         return self._schedule.is_final((w.patterns(self._choice) for w in self._network.sparse), self._steps)
 
-    def _end(self, module: "LightningModule") -> None:
-        if self.harden_at_end:
-            self.harden(module)
-
     def _log(self, module: "LightningModule") -> None:
         patterns = {weight: self._pattern(weight) for weight in self._network.sparse}
         values = pattern_scalars(self._schedule.factor(self._step), patterns)
-        if self._network.masks.flips is not None:
-            values["flips"] = self._network.masks.flips.float()
-        # The same on all ranks, so there is nothing to reduce.
+        flips = self._network.masks.flips(named_weights(module))
+        if flips is not None:
+            values["flips"] = flips.float()
+        # The same on all ranks, so there is nothing left to reduce.
         module.log_dict({f"{self.log_key}/{k}": v for k, v in values.items()}, on_step=True, on_epoch=False)

@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
 
 import lightning_reg
 from lightning_reg import NMSparsity
@@ -32,6 +34,7 @@ from lightning_reg.functional import (
     to_semi_structured,
     unpack_mask,
 )
+from lightning_reg.sparsity._nm_graph import Chain
 from lightning_reg.sparsity._nm_permute import permute_network_
 from tests.conformance.case import Case
 from tests.conformance.harness import difference, fit
@@ -683,10 +686,33 @@ def test_whoever_only_tests_gets_the_sparse_weights(tmp_path):
     assert module.violations == 0
 
 
-def test_checkpoints_without_callbacks_are_warned_of(tmp_path):
-    saves = ModelCheckpoint(tmp_path, save_weights_only=True)
-    with pytest.warns(UserWarning, match="a checkpoint callback has save_weights_only=True"):
-        train(NMSparsity(1, 8), callbacks=[saves], epochs=1, enable_checkpointing=True)
+def test_files_of_weights_alone_hold_the_pattern_from_the_final_phase_on_and_training_goes_on_dense(tmp_path):
+    def saves():
+        return ModelCheckpoint(
+            tmp_path / str(len(list(tmp_path.iterdir()))),
+            "{step}",
+            save_weights_only=True,
+            every_n_train_steps=4,
+            save_top_k=-1,
+        )
+
+    sparse, watch = NMSparsity(1, 8, dense_steps=3, finetune_steps=9, harden_at_end=False), Watch()
+    with pytest.warns(UserWarning, match="save_weights_only=True. Files written before the final mask is in force"):
+        module, trainer = train(sparse, callbacks=[watch, saves()], enable_checkpointing=True)
+    assert check_nm(module.net[2].weight, 1, 8) > 0
+    for step in (4, 8, 12, 16, 20):
+        state = torch.load(tmp_path / "0" / f"step={step}.ckpt", weights_only=True)["state_dict"]
+        assert (check_nm(state["net.2.weight"], 1, 8) == 0) is (step >= 12), step
+        if 12 <= step < 20:  # what is saved after a step is what the next one computes with
+            assert torch.equal(state["net.2.weight"], watch.effective[step])
+        module.load_state_dict(state, strict=True)
+    assert "save_checkpoint" not in vars(trainer)
+    plain, _ = train(NMSparsity(1, 8, dense_steps=3, finetune_steps=9, harden_at_end=False))
+    sparse = NMSparsity(1, 8, dense_steps=3, finetune_steps=9)
+    with pytest.warns(UserWarning, match="save_weights_only=True"):
+        again, _ = train(sparse, callbacks=[saves()], enable_checkpointing=True)
+    plain_masked = plain.net[2].weight * nm_mask(plain.net[2].weight, 1, 8)
+    assert torch.equal(again.net[2].weight, plain_masked)
 
 
 def test_packed_masks_of_a_trained_network():
@@ -786,6 +812,99 @@ def test_a_trained_technique_hardens_and_verifies_another_module():
     assert all(violations == 0 for _, violations in copy.deepcopy(sparse).verify(module).values())
 
 
+# -- validation with the hard mask ------------------------------------------------------------------------------------
+
+
+class Validated(Digits):
+    """Logs the loss and a metric object; has layers that behave otherwise in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.net.append(nn.Dropout(0.0))  # Lightning does not keep random states
+        self.accuracy = MulticlassAccuracy(10, average="micro")
+        self.modes = []
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.modes.append(self.net.training)
+
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        logits = self.net(x)
+        self.accuracy(logits, y)
+        self.log("accuracy", self.accuracy)
+        self.log("loss", F.cross_entropy(logits, y))
+
+
+class Scores(Callback):
+    """What callbacks after the technique are told, and the same by hand on a copy."""
+
+    def __init__(self):
+        self.told, self.hard = [], []
+
+    def on_validation_end(self, trainer, pl_module):
+        if trainer.sanity_checking:
+            return
+        self.told.append({k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith("reg/loss")})
+        twin = copy.deepcopy(pl_module).eval()
+        with torch.no_grad():
+            for name in BODY:
+                weight = dict(twin.named_parameters())[name]
+                weight.mul_(nm_mask(weight, 1, 8))
+            x, y = digits(stop=100).tensors
+            logits = twin.net(x)
+        self.hard.append((float(F.cross_entropy(logits, y)), float((logits.argmax(1) == y).float().mean())))
+
+
+def train_validated(validate, callbacks=(), ckpt=None, **kwargs):
+    sparse = NMSparsity(1, 8, dense_steps=12, validate_hard_mask=validate)
+    seed_everything(0, verbose=False)
+    module, scores = Validated(), Scores()
+    trainer = make_trainer(max_epochs=3, callbacks=[sparse, scores, *callbacks], **kwargs)
+    # Both batches of the validation are as long, so that the mean over batches is that over samples.
+    trainer.fit(module, DataLoader(digits(), 64), DataLoader(digits(stop=100), 50), ckpt_path=ckpt)
+    return module, scores
+
+
+def test_each_validation_is_followed_by_one_with_the_hard_mask(tmp_path):
+    module, scores = train_validated(True, val_check_interval=5, logger=CSVLogger(tmp_path))
+    assert len(scores.told) == 6
+    for told, (loss, accuracy) in zip(scores.told, scores.hard, strict=True):
+        assert told["reg/nm_sparsity/hard/loss"] == pytest.approx(loss, rel=1e-5)
+        assert told["reg/nm_sparsity/hard/accuracy"] == pytest.approx(accuracy)
+    first, last = scores.told[0], scores.told[-1]
+    assert first["loss"] < first["reg/nm_sparsity/hard/loss"]  # the dense phase
+    assert (last["loss"], last["accuracy"]) == (
+        last["reg/nm_sparsity/hard/loss"], last["reg/nm_sparsity/hard/accuracy"]
+    )  # fmt: skip
+    assert all(module.modes)
+    assert module.training
+    with next(tmp_path.rglob("metrics.csv")).open() as file:
+        written = [row["reg/nm_sparsity/hard/loss"] for row in csv.DictReader(file)]
+    assert [float(value) for value in written if value] == [
+        pytest.approx(told["reg/nm_sparsity/hard/loss"]) for told in scores.told
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_training_and_the_soft_metric_do_not_notice_it_and_resume_neither(tmp_path):
+    class Save(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}.ckpt")
+
+    plain, soft = train_validated(False)
+    best = ModelCheckpoint(tmp_path, monitor="reg/nm_sparsity/hard/loss")
+    module, scores = train_validated(True, callbacks=[Save(), best], enable_checkpointing=True)
+    assert float(best.best_model_score) == min(told["reg/nm_sparsity/hard/loss"] for told in scores.told)
+    assert all(torch.equal(one, other) for one, other in zip(plain.parameters(), module.parameters(), strict=True))
+    assert [{k: v for k, v in told.items() if "/hard/" not in k} for told in scores.told] == soft.told
+    best = ModelCheckpoint(tmp_path / "again", monitor="reg/nm_sparsity/hard/loss")
+    resumed, later = train_validated(
+        True, callbacks=[Save(), best], enable_checkpointing=True, ckpt=tmp_path / "0.ckpt"
+    )
+    assert all(torch.equal(one, other) for one, other in zip(resumed.parameters(), module.parameters(), strict=True))
+    assert later.told == scores.told[1:]
+
+
 # -- effect -----------------------------------------------------------------------------------------------------------
 
 
@@ -865,12 +984,10 @@ def test_permuted_networks_compute_the_same():
     before, weights = net.eval()(x), [net[4].weight.clone(), net[6].weight.clone(), net[9].weight.clone()]
     gains = permute_network_(net, sparse._network.sparse, "NMSparsity")
     torch.testing.assert_close(net(x), before, atol=1e-5, rtol=1e-5)
-    # Flatten stands before 6.weight: its input channels are not those of the convolution.
-    assert list(gains) == ["4.weight", "9.weight"]
-    assert all(after > old for old, after in gains.values())
-    for new, old, n in ((net[4].weight, weights[0], 4), (net[9].weight, weights[2], 4)):
+    assert list(gains) == ["4.weight", "6.weight", "9.weight"]
+    assert all(gain.after > gain.before for gain in gains.values())
+    for new, old, n in ((net[4].weight, weights[0], 4), (net[6].weight, weights[1], 4), (net[9].weight, weights[2], 4)):
         assert kept(new, 1, n) > kept(old, 1, n)
-    assert torch.equal(net[6].weight.sort(0).values, weights[1].sort(0).values)
 
 
 def test_feed_forward_blocks_of_torch_are_permuted():
@@ -883,7 +1000,121 @@ def test_feed_forward_blocks_of_torch_are_permuted():
     before = layer(x)
     gains = permute_network_(nn.ModuleDict({"layer": layer}), sparse._network.sparse, "NMSparsity")
     torch.testing.assert_close(layer(x), before, atol=1e-5, rtol=1e-5)
-    assert gains["layer.linear2.weight"][1] > gains["layer.linear2.weight"][0]
+    assert gains["layer.linear2.weight"].after > gains["layer.linear2.weight"].before
+
+
+class Mlp(nn.Module):
+    """As timm writes it: no Sequential, a norm between."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.act, self.drop = nn.Linear(8, 16), nn.GELU(), nn.Dropout(0.5)
+        self.norm, self.fc2 = nn.LayerNorm(16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        x = self.drop(self.act(self.fc1(x)))
+        return self.fc2(self.norm(x * 0.5))
+
+
+class Convolutions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1)
+        self.pool, self.head = nn.AdaptiveAvgPool2d(1), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.head(torch.flatten(self.pool(F.relu(self.b(F.relu(self.norm(self.a(x)), inplace=False)))), 1))
+
+
+class Tangled(nn.Module):
+    """Every consumer has a reason why it cannot be permuted."""
+
+    def __init__(self):
+        super().__init__()
+        layers = {f"{kind}{end}": nn.Linear(8, 8) for kind in ("residual", "twice", "mixed", "first") for end in "ab"}
+        self.layers = nn.ModuleDict(layers)
+        self.flat = nn.Sequential(nn.Conv1d(8, 4, 1), nn.Flatten(), nn.Linear(32, 8))
+        self.attention, self.grouped = nn.MultiheadAttention(8, 2), nn.Conv1d(8, 16, 1, groups=2)
+
+    def forward(self, x):
+        layers = self.layers
+        h = layers["residuala"](x)
+        x = layers["residualb"](h) + h
+        x = layers["twiceb"](layers["twicea"](layers["twicea"](x)))
+        x = layers["mixedb"](layers["mixeda"](x).cumsum(-1))
+        return layers["firstb"](layers["firsta"](x) + x)
+
+
+def permuted(net, x, pattern, n=1, m=4, exclude=None):
+    sparse = NMSparsity(n, m, layers=pattern, exclude=exclude)
+    sparse.weights_to_edit(net)
+    before, modes = net.eval()(x), [module.training for module in net.modules()]
+    found = permute_network_(net, sparse._network.sparse, "NMSparsity")
+    assert [module.training for module in net.modules()] == modes
+    torch.testing.assert_close(net(x), before, atol=1e-5, rtol=1e-5)
+    return found
+
+
+def initialised(cls):
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        net = cls()
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d | nn.LayerNorm):
+                for value in (*module.parameters(), *(b for b in module.buffers() if b.dim())):
+                    value.data.uniform_(0.5, 1.5)
+    return net
+
+
+def test_layers_of_the_users_own_modules_are_permuted():
+    mlps = nn.ModuleDict({"net": nn.Sequential(initialised(Mlp), initialised(Mlp))})
+    mlps.forward = mlps["net"].forward
+    found = permuted(mlps, torch.randn(2, 5, 8), "fc2")
+    assert [name for name, gain in found.items() if gain.after > gain.before] == [
+        "net.0.fc2.weight",
+        "net.1.fc2.weight",
+    ]
+    net = nn.ModuleDict({"net": initialised(Convolutions)})
+    net.forward = net["net"].forward
+    found = permuted(net, torch.randn(2, 3, 9, 9), r"net\.(b|head)")
+    assert {name: gain.why_not for name, gain in found.items()} == {"net.b.weight": "", "net.head.weight": ""}
+    assert all(gain.after > gain.before for gain in found.values())
+
+
+def test_what_cannot_be_permuted_is_said_by_name_and_why():
+    net = nn.ModuleDict({"net": initialised(Tangled), "mlp": initialised(Mlp)})
+    net.forward = lambda x: net["mlp"](net["net"](x))
+    found = permuted(net, torch.randn(2, 8), r"layers.*b|fc2|attention$|grouped|flat\.2")
+    assert {name: gain.why_not for name, gain in found.items()} == {
+        "net.layers.residualb.weight": "the output of 'layers.residuala' is used elsewhere, too (in 'net')",
+        "net.layers.twiceb.weight": "'layers.twicea' is called more than once (in 'net')",
+        "net.layers.mixedb.weight": "'cumsum' is not known to work on each channel by itself (in 'net')",
+        "net.layers.firstb.weight": "'add' joins several inputs (in 'net')",
+        "net.flat.2.weight": "its input channels are not those of the layer before it (in 'net.flat')",
+        "net.attention.in_proj_weight": "it is a projection of an attention",
+        "net.grouped.weight": "it is a convolution in groups",
+        "mlp.fc2.weight": "",
+    }
+
+
+def test_a_permutation_that_would_change_the_function_is_undone(monkeypatch):
+    net = nn.ModuleDict({"net": initialised(Mlp), "other": initialised(Mlp)})
+    sparse = NMSparsity(1, 4, layers=["net.fc2", "other.fc2"])
+    sparse.weights_to_edit(net)
+    before = copy.deepcopy(net.state_dict())
+    # As if the norm between were not known for one.
+    monkeypatch.setattr(Chain, "norms", property(lambda chain: []))
+    with pytest.raises(MisconfigurationException, match=r"net\.fc2\.weight: it would compute something else, by 0"):
+        permute_network_(net, sparse._network.sparse, "NMSparsity")
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_the_table_says_which_layers_were_permuted(capsys):
+    train(NMSparsity(1, 8, permute=True, layers=[r"net\.[02]$"]), epochs=1, enable_model_summary=True)
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "input channels" in printed
+    assert "not permuted" in printed
+    assert "keeps" in printed
 
 
 def test_training_permutes_once_at_its_start_or_refuses_by_name():
