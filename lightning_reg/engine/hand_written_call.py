@@ -1,5 +1,6 @@
 """The loss call of a module that computes its losses itself and hands them over."""
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from torch import Tensor
