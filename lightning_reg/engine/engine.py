@@ -121,12 +121,14 @@ class Engine:
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """What the Trainer calls in place of ``Strategy.training_step``."""
         followed = self._loaders.advance()
-        step = Step(self.trainer, self.module, args[0] if args else None, followed, self._loaders.several)
+        step = Step(self.trainer, self.module, args[0] if args else None, followed, self._loaders.several, args[1:])
         active = self._active = [t for t in self.techniques if t.is_active(step)]
         if not active:
             return self._stepping.original(*args, **kwargs)
         for technique in self._in(active, "transform_batch"):
             step.batch = technique.transform_batch(step.batch, step)
+        for technique in self._in(active, "observe_batch"):
+            technique.observe_batch(step)
         self.apply_weights()
         output = self._run(step, [t for t in active if self._phases[t] & LOSS_PHASES], args, kwargs)
         output = self._add_penalties(self._in(active, "penalty"), output, step)

@@ -9,7 +9,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_reg.engine.errors import MisconfigurationException
 
-__all__ = ["FeatureTap", "named_layers", "near_names"]
+__all__ = ["FeatureTap", "is_of_a_tap", "named_layers", "near_names"]
 
 
 def near_names(name: str, names: Iterable[str]) -> str:
@@ -57,6 +57,11 @@ class FeatureTap:
             handle.remove()
         self._handles.clear()
         self.outputs.clear()
+
+
+def is_of_a_tap(hook: Any) -> bool:
+    """Whether a forward hook is a tap's."""
+    return isinstance(hook, _Keep)
 
 
 class _Keep:

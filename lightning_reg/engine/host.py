@@ -4,7 +4,7 @@ import inspect
 import random
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,10 +59,12 @@ __all__ = [
     "is_compiled",
     "is_logging_step",
     "isolated_randomness",
+    "lent_trainer",
     "prints_summary",
     "rank_zero_warn",
     "set_callbacks",
     "silenced_metrics",
+    "without_compiled_steps",
 ]
 
 
@@ -171,6 +173,39 @@ def silenced_metrics(trainer: "Trainer") -> Iterator[None]:
         trainer.loggers = loggers
         vars(connector).clear()
         vars(connector).update(before)
+
+
+@contextmanager
+def lent_trainer(module: "LightningModule", trainer: "Trainer") -> Iterator[None]:
+    """A module that is attached to no Trainer has one, with nothing logged from it."""
+    with ExitStack() as undo:
+        for part in module.modules():
+            if hasattr(part, "_trainer") and hasattr(part, "log_dict"):
+                undo.callback(setattr, part, "_trainer", None)
+                setattr(part, "_trainer", trainer)  # noqa: B010 # mypy takes what modules have for tensors
+                for name in ("log", "log_dict"):
+                    undo.callback(Replacement(part, name, _ignore).undo)
+        undo.callback(setattr, trainer, "loggers", trainer.loggers)
+        trainer.loggers = [DummyLogger() for _ in trainer.loggers]
+        yield
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+@contextmanager
+def without_compiled_steps(module: "LightningModule") -> Iterator[None]:
+    """The module without the methods that Lightning replaced if it went through ``torch.compile`` as a whole."""
+    replaced = ("forward", "training_step", "validation_step", "test_step", "predict_step", "_compiler_ctx")
+    compiled = getattr(module, "_compiler_ctx", None) is not None
+    aside = {name: module.__dict__.pop(name) for name in replaced if compiled and name in module.__dict__}
+    if compiled:
+        module._compiler_ctx = None
+    try:
+        yield
+    finally:
+        module.__dict__.update(aside)
 
 
 def arguments_of_training_step(module: "LightningModule") -> int:

@@ -14,6 +14,8 @@ from lightning_reg.engine.indices import IndexSource, entry_of_batch
 from lightning_reg.engine.loaders import find_source
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lightning.pytorch import LightningModule, Trainer
 
     from lightning_reg.engine.indices import BatchIndices
@@ -48,9 +50,11 @@ class Step:
         batch: What ``training_step`` gets (after the techniques' batch transforms).
         followed: Indices of the batch from each followed loader, by the loader's key; the only one's key is "".
         several: Whether the batch is a mapping or sequence of batches from several loaders.
+        arguments: What ``training_step`` gets besides the batch.
 
     Attributes:
         features: Outputs of the observed layers, by name; filled while the forward pass runs.
+        notes: What techniques keep for the later phases of this step, by technique.
 
     """
 
@@ -61,9 +65,12 @@ class Step:
         batch: Any,
         followed: "Mapping[str, tuple[IndexSource, BatchIndices | None]]",
         several: bool,
+        arguments: "Sequence[Any]" = (),
     ) -> None:
         self.trainer, self.module, self.batch = trainer, module, batch
+        self.arguments = arguments
         self.features: dict[str, Any] = {}
+        self.notes: dict[Technique, Any] = {}
         self._several = several
         self.scalars: dict[str, Tensor] = {}
         self._followed = followed

@@ -23,7 +23,23 @@ __all__ = ["PHASES", "Technique", "phases_of"]
 
 # In the order of the step. Gradients and optimizer steps are Lightning's own hooks on_before_optimizer_step and
 # on_train_batch_end.
-PHASES = ("transform_batch", "edit_weights", "change_targets", "sample_weights", "loss_term", "penalty")
+PHASES = (
+    "transform_batch",
+    "observe_batch",
+    "edit_weights",
+    "change_targets",
+    "sample_weights",
+    "loss_term",
+    "penalty",
+)
+    "transform_batch",
+    "observe_batch",
+    "edit_weights",
+    "change_targets",
+    "sample_weights",
+    "loss_term",
+    "penalty",
+)
 LOSS_PHASES = frozenset(("change_targets", "sample_weights", "loss_term"))
 
 
@@ -117,6 +133,13 @@ class Technique(Callback):
 
     def transform_batch(self, batch: Any, step: "Step") -> Any:
         """Returns the batch that the user's ``training_step`` gets; the given one stays as it is."""
+        raise NotImplementedError
+
+    def observe_batch(self, step: "Step") -> None:
+        """Sees ``step.batch`` as the user's ``training_step`` is about to get it; ``step.notes`` keeps what was seen.
+
+        The global random state is the one that ``training_step`` starts from, and must stay so.
+        """
         raise NotImplementedError
 
     def weights_to_edit(self, module: nn.Module) -> "Sequence[str]":
