@@ -18,6 +18,7 @@ from lightning_reg.engine.lookup import ENGINES
 from lightning_reg.engine.loss_call import HandWrittenCall, LossCall
 from lightning_reg.engine.losses import bind
 from lightning_reg.engine.mixin import LossMixin
+from lightning_reg.engine.reordering import Reordered
 from lightning_reg.engine.selection import Selection
 from lightning_reg.engine.step import Step
 from lightning_reg.engine.surgery import Surgery
@@ -130,13 +131,32 @@ class Engine:
         for technique in self._in(active, "observe_batch"):
             technique.observe_batch(step)
         self.apply_weights()
-        output = self._run(step, [t for t in active if self._phases[t] & LOSS_PHASES], args, kwargs)
+        on_loss = [t for t in active if self._phases[t] & LOSS_PHASES]
+        output = self._run(step, on_loss, lambda: self._stepping.original(*(step.batch, *args[1:]), **kwargs))
         output = self._add_penalties(self._in(active, "penalty"), output, step)
         if step.scalars:
             report.log_scalars(self.module, step.scalars, sum(step.batch_sizes))
         return output
 
-    def _run(self, step: Step, on_loss: list[Technique], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run_alone(self, technique: Technique, step: Step) -> Tensor | None:
+        """A step of a network beside the user's (``step.module``), on which the one technique acts and no other.
+
+        Args:
+            technique: Whose network it is; its phases up to the loss act as they do on the user's.
+            step: The step, with the batch on its device.
+
+        Returns:
+            The loss, ``None`` if the network's ``training_step`` skips the batch.
+
+        """
+        if "transform_batch" in self._phases[technique]:
+            step.batch = technique.transform_batch(step.batch, step)
+        if "observe_batch" in self._phases[technique]:
+            technique.observe_batch(step)
+        on_loss = [technique] if self._phases[technique] & LOSS_PHASES else []
+        return _loss_of(self._run(step, on_loss, lambda: step.module.training_step(step.batch, *step.arguments)))
+
+    def _run(self, step: Step, on_loss: list[Technique], network: Callable[[], Any]) -> Any:
         self._step, self._selection, self._last = step, Selection(on_loss), None
         if self._features is not None:
             self._features.open, step.features = True, self._features.outputs
@@ -144,7 +164,7 @@ class Engine:
         before = self.trainer.global_step if by_hand else 0
         try:
             with self._interception.watch() if on_loss and not self._by_mixin else nullcontext():
-                output = self._stepping.original(*(step.batch, *args[1:]), **kwargs)
+                output = network()
             if on_loss:
                 stepped = by_hand and self.trainer.global_step > before
                 output = self._settle(output, made_loss=stepped or _loss_of(output) is not None)
@@ -186,6 +206,27 @@ class Engine:
         """A pass over the training batches that training does not notice: neither samplers nor indices nor draws."""
         with extra_passes.training_batches(self.trainer, self._loaders.original) as batches:
             yield batches
+
+    def reordered(self, technique: Technique) -> Reordered:
+        """The training loader in another order, for a network of the technique's own.
+
+        Args:
+            technique: Whose it is; its seed and log key choose the order.
+
+        Returns:
+            The loader.
+
+        Raises:
+            MisconfigurationException: If there are several training loaders, or one that cannot be read again.
+
+        """
+        loaders = host.combined_loader(self.trainer).flattened
+        if self._loaders.several or len(loaders) != 1:
+            raise MisconfigurationException(
+                f"{type(technique).__name__} trains a second network on the training loader in another order, and there"
+                f" are {len(loaders)} training loaders. Give the Trainer one DataLoader."
+            )
+        return Reordered(self._loaders.original(loaders[0]), technique)
 
     # -- the loss -----------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """Every touch of Lightning's non-public surface in one place, and the choice between its two packages."""
 
+import importlib
 import inspect
 import random
 import sys
@@ -52,6 +53,7 @@ __all__ = [
     "MisconfigurationException",
     "Replacement",
     "arguments_of_training_step",
+    "batches_of_epoch",
     "batches_so_far",
     "callbacks",
     "combined_loader",
@@ -60,6 +62,8 @@ __all__ = [
     "is_logging_step",
     "isolated_randomness",
     "lent_trainer",
+    "optimizers_of",
+    "own_randomness",
     "prints_summary",
     "rank_zero_warn",
     "set_callbacks",
@@ -104,6 +108,27 @@ def is_logging_step(trainer: "Trainer") -> bool:
 def batches_so_far(trainer: "Trainer") -> int:
     """Training batches begun since the start of training, over resumes: the present one included."""
     return int(trainer.fit_loop.epoch_loop.batch_progress.total.ready)
+
+
+def batches_of_epoch(trainer: "Trainer") -> int:
+    """Training batches begun in the present epoch, the present one included."""
+    return int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+
+
+def optimizers_of(module: "LightningModule") -> tuple[list[Any], list[Any]]:
+    """Optimizers and scheduler configurations from the module's ``configure_optimizers``, read as Lightning reads it.
+
+    Args:
+        module: A module with a Trainer.
+
+    Returns:
+        Optimizers, and Lightning's ``LRSchedulerConfig`` objects.
+
+    """
+    package = "lightning.pytorch" if type(module.trainer).__module__.startswith("lightning.") else "pytorch_lightning"
+    read = importlib.import_module(f"{package}.core.optimizer")._init_optimizers_and_lr_schedulers
+    optimizers, schedulers = read(module)
+    return list(optimizers), list(schedulers)
 
 
 def is_compiled(module: "LightningModule") -> bool:
@@ -158,6 +183,16 @@ def isolated_randomness() -> Iterator[None]:
         random.setstate(states[2])
         if on_devices:
             torch.cuda.set_rng_state_all(on_devices)
+
+
+@contextmanager
+def own_randomness(seed: int) -> Iterator[None]:
+    """The global random states start from a seed, and are what they were at the end."""
+    with isolated_randomness():
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002 # users draw from it
+        random.seed(seed)
+        yield
 
 
 @contextmanager

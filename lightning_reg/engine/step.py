@@ -91,6 +91,11 @@ class Step:
         """Batches begun since the start of training, over resumes, this one included."""
         return host.batches_so_far(self.trainer)
 
+    @property
+    def stream(self) -> str:
+        """Tells the random draws of other networks' steps from those of the user's, which have none."""
+        return ""
+
     @cached_property
     def is_logging(self) -> bool:
         """Whether scalars are wanted from this step; compute what is only for the log if so."""
