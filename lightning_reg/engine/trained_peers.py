@@ -140,7 +140,8 @@ class TrainedPeer:
     Of the module's methods it calls ``training_step``, ``configure_optimizers``, ``backward``,
     ``configure_gradient_clipping`` and ``lr_scheduler_step``, and the transfer hooks of the user's module for its
     batches; other hooks (``on_train_batch_end`` and so on) and what is logged are the user's network's alone.
-    Precision, gradient clipping and accumulation are the Trainer's. Under DDP gradients are averaged over the ranks after the
+    Precision, gradient clipping and accumulation are the Trainer's. Under DDP gradients are averaged over the ranks
+    after the
     last backward pass of an optimizer step, in one collective, and buffers are those of the first rank at the end.
 
     Memory: parameters, buffers, gradients and optimizer state of the module once more.
