@@ -41,16 +41,13 @@ def check_composition(techniques: Sequence[Technique], trainer: "Trainer", modul
                     f"{names} cannot stand together: each {what}, so only the last would count. Remove one of them, or"
                     " let them work on different loss calls with `loss=...`."
                 )
-        sentence = one.conflict_with(two) or two.conflict_with(one)
+        sentence = _mixing_conflict(one, two) or one.conflict_with(two) or two.conflict_with(one)
         if sentence:
             raise MisconfigurationException(f"{names} cannot stand together: {sentence}")
     fetches_itself = "dataloader_iter" in inspect.signature(module.training_step).parameters
     for technique in techniques:
-        if fetches_itself and technique.needs_indices:
-            raise MisconfigurationException(
-                f"{type(technique).__name__} needs the indices of the batch, but `training_step(dataloader_iter)`"
-                " fetches batches itself, so they are not known. Write `training_step(batch, batch_idx)`."
-            )
+        if fetches_itself:
+            _check_fetching(technique)
         if not module.automatic_optimization:
             _check_manual(technique)
         technique.check(trainer, module)
@@ -71,6 +68,41 @@ def check_editable(technique: Technique, trainer: "Trainer") -> None:
     if strategy.startswith(("FSDP", "DeepSpeed", "ModelParallel", "XLAFSDP")):
         raise MisconfigurationException(
             f"{type(technique).__name__} edits whole parameters, which {strategy} splits over the processes. Use DDP."
+        )
+
+
+def _mixing_conflict(one: Technique, two: Technique) -> str | None:
+    if one.mixes == "all" and two.mixes != "none":
+        return (
+            "a batch is mixed once, and the first mixes all of them, so the second would never act. Lower the"
+            " probability of the first: the second then takes what the first has left alone."
+        )
+    for mixer, other in ((one, two), (two, one)):
+        looks_at_samples = other.needs_indices or "change_targets" in phases_of(other)
+        if mixer.mixes == "none" or not looks_at_samples:
+            continue
+        names = type(mixer).__name__, type(other).__name__
+        if not other.takes_mixed:
+            return f"{names[0]} makes one sample of two, and {names[1]} has no rule for a sample with two owners."
+        if mixer.mixes == "all" and other.needs_indices:
+            return (
+                f"{names[1]} learns about single samples from the batches that are not mixed, and {names[0]} mixes all"
+                " of them. Lower its probability (0.5, say)."
+            )
+    return None
+
+
+def _check_fetching(technique: Technique) -> None:
+    name = type(technique).__name__
+    if technique.needs_indices:
+        raise MisconfigurationException(
+            f"{name} needs the indices of the batch, but `training_step(dataloader_iter)` fetches batches itself, so"
+            " they are not known. Write `training_step(batch, batch_idx)`."
+        )
+    if "transform_batch" in phases_of(technique):
+        raise MisconfigurationException(
+            f"{name} changes the batch, but `training_step(dataloader_iter)` fetches batches itself. Write"
+            " `training_step(batch, batch_idx)`."
         )
 
 

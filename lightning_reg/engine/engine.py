@@ -17,6 +17,7 @@ from lightning_reg.engine.loaders import TrainLoaders
 from lightning_reg.engine.lookup import ENGINES
 from lightning_reg.engine.loss_call import HandWrittenCall, LossCall
 from lightning_reg.engine.losses import bind
+from lightning_reg.engine.mixed_call import MixedCall, mixed_call
 from lightning_reg.engine.mixin import LossMixin
 from lightning_reg.engine.reordering import Reordered
 from lightning_reg.engine.selection import Selection
@@ -131,7 +132,7 @@ class Engine:
         for technique in self._in(active, "observe_batch"):
             technique.observe_batch(step)
         self.apply_weights()
-        on_loss = [t for t in active if self._phases[t] & LOSS_PHASES]
+        on_loss = [t for t in active if self._phases[t] & LOSS_PHASES or t is step.mixer]
         output = self._run(step, on_loss, lambda: self._stepping.original(*(step.batch, *args[1:]), **kwargs))
         output = self._add_penalties(self._in(active, "penalty"), output, step)
         if step.scalars:
@@ -153,11 +154,11 @@ class Engine:
             step.batch = technique.transform_batch(step.batch, step)
         if "observe_batch" in self._phases[technique]:
             technique.observe_batch(step)
-        on_loss = [technique] if self._phases[technique] & LOSS_PHASES else []
+        on_loss = [technique] if self._phases[technique] & LOSS_PHASES or technique is step.mixer else []
         return _loss_of(self._run(step, on_loss, lambda: step.module.training_step(step.batch, *step.arguments)))
 
     def _run(self, step: Step, on_loss: list[Technique], network: Callable[[], Any]) -> Any:
-        self._step, self._selection, self._last = step, Selection(on_loss), None
+        self._step, self._selection, self._last = step, Selection(on_loss, step.mixer), None
         if self._features is not None:
             self._features.open, step.features = True, self._features.outputs
         by_hand = not self.module.automatic_optimization
@@ -178,6 +179,8 @@ class Engine:
     def _settle(self, output: Any, *, made_loss: bool) -> Any:
         selection = self._selection
         if not selection.seen:
+            if made_loss and selection.mixer is not None and self._call_ever_seen:
+                raise selection.not_mixed()
             if made_loss and not self._interception.missed(self.trainer.global_step):
                 if not self._call_ever_seen:
                     raise selection.nothing_seen(by_mixin=self._by_mixin)
@@ -189,7 +192,8 @@ class Engine:
         if not late or self._last is None or _loss_of(output) is None:
             return output
         call, value = self._last
-        return _with_loss(output, _swap(_loss_of(output), value, self._value(call, late), call))
+        new = self._value(self._mixed(call, late), late)
+        return _with_loss(output, _swap(_loss_of(output), value, new, call))
 
     def _say_nothing_seen(self, names: str) -> None:
         if not self._said_nothing_seen:
@@ -248,10 +252,20 @@ class Engine:
 
     def _take(self, call: LossCall) -> Tensor:
         takers = self._selection.take(call.name, call.site, str(call) if call.site else call.name)
+        call = self._mixed(call, takers)
         value = self._value(call, takers) if takers else call.plain
         if self._selection.last():
             self._last = call, value
         return value
+
+    def _mixed(self, call: LossCall, takers: list[Technique]) -> LossCall:
+        """The call as it follows the mixing of the batch."""
+        mixing = call.step.mixing
+        if mixing is None or call.step.mixer is None or isinstance(call, MixedCall):
+            return call
+        concerned = mixing.concerns(call.given_target, call.step.batch)
+        self._selection.recognized += concerned is not None
+        return mixed_call(call, mixing) if concerned or (concerned is None and mixing.by in takers) else call
 
     def _value(self, call: LossCall, techniques: list[Technique]) -> Tensor:
         step = call.step
@@ -287,6 +301,7 @@ class Engine:
 
     def _answers(self, techniques: list[Technique], phase: str, call: LossCall) -> Iterator[tuple[Technique, Tensor]]:
         for technique in self._in(techniques, phase):
+            call.reader = None if technique.takes_mixed else technique
             try:
                 answer = getattr(technique, phase)(call)
             except MisconfigurationException as error:

@@ -7,7 +7,7 @@ the k-th batch that leaves the loader has the k-th list. Nothing travels through
 
 import copy
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_reg.engine.entries import find_entry
 from lightning_reg.engine.errors import MisconfigurationException
 
 __all__ = ["BatchIndices", "IndexSource", "entry_of_batch"]
@@ -207,13 +208,7 @@ def entry_of_batch(batch: Any, key: str) -> Tensor:
         MisconfigurationException: If there is no such entry, or it is no tensor of whole numbers.
 
     """
-    entry = batch
-    try:
-        for part in key.split("."):
-            entry = _part(entry, part)
-    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
-        shape = f"keys {list(batch)}" if isinstance(batch, dict) else f"a {type(batch).__name__}"
-        raise MisconfigurationException(f"index_key={key!r} names nothing in the batch, which is {shape}.") from error
+    entry = find_entry(batch, key, "index_key")
     if not isinstance(entry, Tensor) or entry.dtype not in _WHOLE_NUMBERS or entry.dim() != 1:
         found = (
             f"a tensor of {entry.dtype}, {tuple(entry.shape)}" if isinstance(entry, Tensor) else type(entry).__name__
@@ -223,11 +218,3 @@ def entry_of_batch(batch: Any, key: str) -> Tensor:
 
 
 _WHOLE_NUMBERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
-
-def _part(entry: Any, name: str) -> Any:
-    if isinstance(entry, Mapping):
-        return entry[name] if name in entry else entry[int(name)]
-    if isinstance(entry, Sequence) and name not in getattr(entry, "_fields", ()):
-        return entry[int(name)]
-    return getattr(entry, name)

@@ -37,6 +37,8 @@ class LossCall:
 
     """
 
+    reader: "Technique | None" = None  # a technique at work that must not read targets where samples were mixed
+
     def __init__(self, function: Callable[..., Any], arguments: dict[str, Any], step: "Step", site: str = "") -> None:
         self.function = function
         self.arguments = arguments
@@ -59,6 +61,7 @@ class LossCall:
     @property
     def target(self) -> Tensor | None:
         """The target, already replaced if a technique has changed it; ``None`` where a loss has none."""
+        self._check_reader()
         return None if self.target_name is None else self.arguments[self.target_name]
 
     @property
@@ -79,8 +82,12 @@ class LossCall:
         if self.target_name is None:
             raise MisconfigurationException(f"{self} has no target that could be replaced.")
         self.arguments = {**self.arguments, self.target_name: target}
-        for name in ("decomposition", "sample_mass", "losses", "plain", "batch_size"):
+        for name in ("decomposition", "mass", "sample_mass", "losses", "plain", "batch_size"):
             self.__dict__.pop(name, None)
+
+    def _check_reader(self) -> None:
+        if self.reader is not None and self.step.mixing is not None:
+            raise self.step.mixing.two_targets(self.reader)
 
     # -- samples ------------------------------------------------------------------------------------------------------
 
@@ -117,9 +124,14 @@ class LossCall:
         return losses.decompose(self.function, self.arguments)
 
     @cached_property
+    def mass(self) -> Tensor | None:
+        """Mass of each element, float32, in the shape of the elements; ``None`` when all weigh the same."""
+        return losses.element_mass(self.function, self.arguments)
+
+    @cached_property
     def sample_mass(self) -> Tensor | None:
         """Mass ``n_i`` of each sample, ``(B,)`` float32; ``None`` when all samples weigh the same."""
-        mass = losses.element_mass(self.function, self.arguments)
+        mass = self.mass
         if mass is None or mass.shape == (self.batch_size,):
             return mass
         return mass.reshape(self.batch_size, -1).sum(1)
@@ -142,8 +154,7 @@ class LossCall:
     @property
     def element_mass(self) -> Tensor | None:
         """Mass ``m_e`` of each element, ``(E,)`` float32; ``None`` when all weigh the same."""
-        mass = losses.element_mass(self.function, self.arguments)
-        return None if mass is None else mass.flatten()
+        return None if self.mass is None else self.mass.flatten()
 
     def samples(self, technique: "Technique") -> "Samples":
         """Dataset indices of the samples, on the device of the input.
@@ -197,6 +208,7 @@ class LossCall:
     @property
     def labels(self) -> Tensor:
         """Given class of each sample, ``(B,)`` int64; the largest entry where the targets are probabilities."""
+        self._check_reader()
         target = self.given_target
         if target is None:
             raise MisconfigurationException(f"{self} has no labels.")
@@ -279,8 +291,7 @@ class LossCall:
         elements = self.decomposition.elements
         if self.reduction == "none":
             each = self._per_element(term, elements) if per_sample else term
-            counts = losses.element_mass(self.function, self.arguments) if self.sample_mass is not None else None
-            return each if counts is None else each * counts.to(elements.dtype).reshape(elements.shape)
+            return each if self.mass is None else each * self.mass.to(elements.dtype).reshape(elements.shape)
         mass = self.sample_mass
         if mass is None:
             return term.sum() * (elements.numel() // self.batch_size) if per_sample else term * elements.numel()
@@ -358,6 +369,7 @@ class HandWrittenCall(LossCall):
     @override
     def target(self) -> Tensor | None:
         """The targets as the user gave them."""
+        self._check_reader()
         return self.given_target
 
     @property
@@ -386,14 +398,8 @@ class HandWrittenCall(LossCall):
 
     @cached_property
     @override
-    def sample_mass(self) -> Tensor | None:
-        """``None``: all samples weigh the same."""
-        return None
-
-    @property
-    @override
-    def element_mass(self) -> Tensor | None:
-        """``None``: each sample is one element."""
+    def mass(self) -> Tensor | None:
+        """``None``: each sample is one element, and all weigh the same."""
         return None
 
     @cached_property

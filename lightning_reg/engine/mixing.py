@@ -3,12 +3,21 @@ r"""Samples mixed in pairs: the draws, mixup, the labels, and the loss of a samp
 A mixed sample has two owners: itself with share :math:`\lambda_i`, and sample ``permutation[i]`` with the rest.
 """
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-__all__ = ["blend", "draw_lam", "draw_permutation", "mix_targets", "mixup"]
+from lightning_reg.engine.errors import MisconfigurationException
+
+if TYPE_CHECKING:
+    from lightning_reg.engine.technique import Technique
+
+__all__ = ["Mixing", "blend", "draw_lam", "draw_permutation", "mix_targets", "mixup"]
 
 
 def draw_lam(alpha: float, generator: torch.Generator | None = None, size: int | None = None) -> float | Tensor:
@@ -112,3 +121,72 @@ def mix_targets(targets: Tensor, permutation: Tensor, lam: float | Tensor, num_c
             raise ValueError("`num_classes` is needed to mix class indices, got None.")
         targets = F.one_hot(targets.long(), num_classes).float()
     return blend(targets, permutation, lam)
+
+
+@dataclass(frozen=True, eq=False)
+class Mixing:
+    """How the samples of a batch were mixed in pairs; a technique leaves it in ``step.mixing``.
+
+    Args:
+        by: The technique that did it.
+        permutation: Partner of each sample, ``(B,)`` int64.
+        weights: Share of the sample itself: a number, or one for each sample ``(B,)``.
+        inputs: The mixed inputs as they stand in the batch.
+        part: The batch, or of several loaders' batches the one that was mixed, with its targets as they were.
+        in_targets: Whether the batch's targets are mixed as well; then the loss is left as it is.
+
+    """
+
+    by: "Technique"
+    permutation: Tensor
+    weights: float | Tensor
+    inputs: Tensor
+    part: Any
+    in_targets: bool = False
+
+    def rows(self, values: Tensor) -> Tensor:
+        """What a mixed sample has of a row per sample, ``(B, ...)``: its own and its partner's, by their shares."""
+        return blend(values, self.permutation, self.weights)
+
+    def concerns(self, target: Tensor | None, batch: Any) -> bool | None:
+        """Whether a loss's target is one of the labels that go with the mixed inputs.
+
+        Args:
+            target: The target.
+            batch: What ``training_step`` got.
+
+        Returns:
+            ``True`` if it is an entry of the batch beside the inputs or a view of one, ``False`` if it is the mixed
+            inputs or comes with another loader's batch, ``None`` if that cannot be known (a converted copy, say).
+
+        """
+        if target is None:
+            return None
+        place = _place(target)
+        if place == _place(self.inputs):
+            return False
+        if place in _places(self.part):
+            return True
+        return False if place in _places(batch) else None
+
+    def two_targets(self, reader: "Technique") -> MisconfigurationException:
+        """The error for a technique that reads the target of each sample and has no rule for two of them."""
+        names = type(reader).__name__, type(self.by).__name__
+        return MisconfigurationException(
+            f"{names[0]} and {names[1]} cannot stand together: {names[0]} reads the target of each sample, and a sample"
+            f" that {names[1]} has mixed has two."
+        )
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _places(batch: Any) -> set[int]:
+    return {_place(leaf) for leaf in _tensors(batch)}
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    leaves = tree_leaves(batch)
+    leaves += [value for leaf in leaves for value in getattr(leaf, "__dict__", {}).values()]  # dataclasses, objects
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]

@@ -21,12 +21,16 @@ class Selection:
 
     Args:
         techniques: Active techniques that work on the loss.
+        mixer: One of them whose mixing of the batch every loss on the batch's labels has to follow.
         seen: Descriptions of the calls, in order.
+        recognized: How many of them certainly compare with labels of the mixed batch, or certainly do not.
 
     """
 
     techniques: Sequence[Technique]
+    mixer: Technique | None = None
     seen: list[str] = field(default_factory=list)
+    recognized: int = 0
 
     def __post_init__(self) -> None:
         self._taken = dict.fromkeys(self.techniques, 0)
@@ -69,6 +73,8 @@ class Selection:
         calls = "".join(f"\n  loss={position}: {description}" for position, description in enumerate(self.seen))
         for technique, taken in self._taken.items():
             name = type(technique).__name__
+            if technique is self.mixer and technique.loss is None and self.recognized == len(self.seen):
+                continue
             if technique.loss is None and len(self.seen) > 1:
                 raise MisconfigurationException(
                     f"{name}: the training step calls {len(self.seen)} losses and it is not said which one the"
@@ -80,6 +86,14 @@ class Selection:
                     f"{name}(loss={technique.loss!r}) matches {taken} of the {len(self.seen)} loss calls in this"
                     f" step; it must match one.{calls}"
                 )
+
+    def not_mixed(self) -> MisconfigurationException:
+        """The error for a step whose batch was mixed and whose loss was made without a call that could be seen."""
+        return MisconfigurationException(
+            f"{type(self.mixer).__name__}: the samples of this batch are mixed, but its loss was made without a call"
+            " that could be seen, unlike those of steps before it, so it would be trained on labels that are not mixed."
+            " If part of the model was compiled since, compile it before `fit`."
+        )
 
     def nothing_seen(self, *, by_mixin: bool) -> MisconfigurationException:
         """The error for a step that made a loss without a call that could be seen."""

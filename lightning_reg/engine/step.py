@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
     from lightning_reg.engine.indices import BatchIndices
+    from lightning_reg.engine.mixing import Mixing
     from lightning_reg.engine.technique import Technique
 
 __all__ = ["Samples", "Step"]
@@ -55,6 +56,9 @@ class Step:
     Attributes:
         features: Outputs of the observed layers, by name; filled while the forward pass runs.
         notes: What techniques keep for the later phases of this step, by technique.
+        mixing: How the samples of the batch were mixed, ``None`` if they were not. A batch is mixed once: a technique
+            that mixes leaves a batch alone that another one has mixed already.
+        several: Whether the batch is a mapping or sequence of batches from several loaders.
 
     """
 
@@ -71,7 +75,8 @@ class Step:
         self.arguments = arguments
         self.features: dict[str, Any] = {}
         self.notes: dict[Technique, Any] = {}
-        self._several = several
+        self.mixing: Mixing | None = None
+        self.several = several
         self.scalars: dict[str, Tensor] = {}
         self._followed = followed
         self._given: Tensor | None = None
@@ -96,6 +101,11 @@ class Step:
         """Tells the random draws of other networks' steps from those of the user's, which have none."""
         return ""
 
+    @property
+    def mixer(self) -> "Technique | None":
+        """The technique whose mixing has to be followed by the loss; ``None`` if there is nothing to follow."""
+        return None if self.mixing is None or self.mixing.in_targets else self.mixing.by
+
     @cached_property
     def is_logging(self) -> bool:
         """Whether scalars are wanted from this step; compute what is only for the log if so."""
@@ -115,7 +125,7 @@ class Step:
     @cached_property
     def batch_sizes(self) -> tuple[int, ...]:
         """Number of samples of the batch: one number, or one for each of several loaders; empty if it is not known."""
-        if self._several:
+        if self.several:
             batches = self.batch.values() if isinstance(self.batch, Mapping) else self.batch
             sizes = [_agreed_size(batch) for batch in batches]
             return tuple(dict.fromkeys(size for size in sizes if size is not None))

@@ -1,7 +1,7 @@
 """The base class of all techniques: a callback whose methods are the phases of a training step."""
 
 import hashlib
-from typing import TYPE_CHECKING, Any, ClassVar, final
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,9 @@ class Technique(Callback):
     """
 
     needs_indices: ClassVar[bool] = False
+    # Whether it knows what to make of a batch whose samples were mixed (`step.mixing`); asked of those that look at
+    # single samples: by their indices, by their targets.
+    takes_mixed: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -111,6 +114,11 @@ class Technique(Callback):
     def conflict_with(self, other: "Technique") -> str | None:
         """Why it cannot stand beside ``other`` in one Trainer, as a sentence; ``None`` if it can."""
         return None
+
+    @property
+    def mixes(self) -> Literal["none", "some", "all"]:
+        """Which batches it mixes the samples of, over the whole training, see ``step.mixing``."""
+        return "none"
 
     def is_active(self, step: "Step") -> bool:
         """Whether it takes part in this step; an inactive technique costs this call and nothing else."""

@@ -141,8 +141,8 @@ class TrainedPeer:
     ``configure_gradient_clipping`` and ``lr_scheduler_step``, and the transfer hooks of the user's module for its
     batches; other hooks (``on_train_batch_end`` and so on) and what is logged are the user's network's alone.
     Precision, gradient clipping and accumulation are the Trainer's. Under DDP gradients are averaged over the ranks
-    after the
-    last backward pass of an optimizer step, in one collective, and buffers are those of the first rank at the end.
+    after the last backward pass of an optimizer step, in one collective, and buffers are those of the first rank at the
+    end.
 
     Memory: parameters, buffers, gradients and optimizer state of the module once more.
 
@@ -217,7 +217,8 @@ class TrainedPeer:
         epoch = self._trainer.current_epoch
         if self._scheduled < epoch:
             self._scheduled = epoch
-            self._schedule("epoch", epoch + 1)
+            with host.lent_trainer(self.module, self._trainer):
+                self._schedule("epoch", epoch + 1)
 
     def _batch(
         self, engine: "Engine", source: IndexSource, indices: BatchIndices, batch: Any, position: int
@@ -253,10 +254,9 @@ class TrainedPeer:
         self._schedule("step", position + 1)
 
     def _schedule(self, interval: str, count: int) -> None:
-        with host.lent_trainer(self.module, self._trainer):
-            for config in self._schedulers:
-                if config.interval == interval and count % config.frequency == 0:
-                    self.module.lr_scheduler_step(config.scheduler, None)
+        for config in self._schedulers:
+            if config.interval == interval and count % config.frequency == 0:
+                self.module.lr_scheduler_step(config.scheduler, None)
 
     def _average_gradients(self) -> None:
         group = host.data_parallel_group(self._trainer)

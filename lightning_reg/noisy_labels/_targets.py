@@ -118,8 +118,15 @@ class TargetTable:
             rows = rows[last_occurrences(indices)]
         targets.write(indices, rows, places=places, distinct=True)
         given.write(indices, labels[:, None], places=places, distinct=samples.distinct)
-        if self._gather and world_size() > 1:
-            self._exchange.start(indices, rows, labels[:, None].int(), capacity=samples.capacity)
+        self._send(indices, rows, labels, samples.capacity)
+        return rows
+
+    def read(self, samples: "Samples", num_classes: int) -> Tensor:
+        """The targets of a batch as they are, ``(B, C)`` float32; to be called on all ranks, like :meth:`update`."""
+        targets, _ = self._memories(samples, num_classes)
+        self.receive()
+        rows = targets.read(samples.indices)
+        self._send(torch.full_like(samples.indices, -1), rows, samples.indices, samples.capacity)
         return rows
 
     def receive(self) -> None:
@@ -170,6 +177,10 @@ class TargetTable:
             targets, labels = self._new(state["num_samples"], state["num_classes"])
             targets.load_state_dict(state["targets"])
             labels.load_state_dict(state["labels"])
+
+    def _send(self, indices: Tensor, rows: Tensor, labels: Tensor, capacity: int | None) -> None:
+        if self._gather and world_size() > 1:
+            self._exchange.start(indices, rows, labels[:, None].int(), capacity=capacity)
 
     def _memories(self, samples: "Samples", num_classes: int) -> tuple[SampleMemory, SampleMemory]:
         size = self._num_samples or samples.size

@@ -138,7 +138,9 @@ class ELRCallback(Technique):
 
     Differs:
         A class index that is ignored (``ignore_index``) takes no part. With class weights the term is weighted as the
-        sample's loss is. Otherwise nothing.
+        sample's loss is. Where another technique has mixed the samples of a batch (CutMix), the term uses the targets
+        mixed alike, as the paper's ELR+ does with mixup, and the targets stay as they are: they are learned from the
+        other batches, so some must be left unmixed. Otherwise nothing.
 
     Memory: N x C float32 (CIFAR-10 1.8 MB, ImageNet 5.1 GB) and N int32. Under DDP each step sends ``batch * (C + 3)``
     32-bit words to the other ranks and waits for none of them until the next step; afterwards all ranks hold the same
@@ -179,6 +181,7 @@ class ELRCallback(Technique):
     """
 
     needs_indices: ClassVar[bool] = True
+    takes_mixed: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -242,12 +245,16 @@ class ELRCallback(Technique):
 
     @override
     def loss_term(self, call: "LossCall") -> Tensor | None:
-        labels = call.labels
+        samples, mixing = call.samples(self), call.step.mixing
         probabilities = clamped_probabilities(call.logits, self.clamp)
-        rows = self._table.update(call.samples(self), probabilities, labels, self.beta, call.sample_mass)
-        if call.step.is_logging:
-            for name, value in agreement_with(rows, labels).items():
-                call.step.log(self, name, value)
+        if mixing is None:
+            labels = call.labels
+            rows = self._table.update(samples, probabilities, labels, self.beta, call.sample_mass)
+            if call.step.is_logging:
+                for name, value in agreement_with(rows, labels).items():
+                    call.step.log(self, name, value)
+        else:  # the prediction for a sample with two owners says nothing about one of them
+            rows = mixing.rows(self._table.read(samples, probabilities.shape[1]))
         if call.step.epoch < self.warmup_epochs:
             return None
         return self.lam * log_disagreement(probabilities, rows)
