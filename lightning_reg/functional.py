@@ -27,6 +27,11 @@ from lightning_reg.noisy_labels.elr import elr_loss as elr_loss
 from lightning_reg.noisy_labels.elr import elr_regularizer as elr_regularizer
 from lightning_reg.noisy_labels.elr import elr_targets as elr_targets
 from lightning_reg.noisy_labels.elr import elr_update_targets as elr_update_targets
+from lightning_reg.noisy_labels.elr_plus import elr_plus_decay as elr_plus_decay
+from lightning_reg.noisy_labels.elr_plus import elr_plus_loss as elr_plus_loss
+from lightning_reg.noisy_labels.elr_plus import elr_plus_targets as elr_plus_targets
+from lightning_reg.noisy_labels.elr_plus import refine_labels as refine_labels
+from lightning_reg.noisy_labels.elr_plus import sigmoid_rampup as sigmoid_rampup
 from lightning_reg.reweighting.loss_reweighting import apply_strategy as apply_strategy
 from lightning_reg.reweighting.loss_reweighting import normalize_losses as normalize_losses
 from lightning_reg.reweighting.loss_reweighting import reweight as reweight

@@ -138,9 +138,8 @@ class ELRCallback(Technique):
 
     Differs:
         A class index that is ignored (``ignore_index``) takes no part. With class weights the term is weighted as the
-        sample's loss is. Where another technique has mixed the samples of a batch (CutMix), the term uses the targets
-        mixed alike, as the paper's ELR+ does with mixup, and the targets stay as they are: they are learned from the
-        other batches, so some must be left unmixed. Otherwise nothing.
+        sample's loss is. Where another technique has mixed the batch, the term uses the targets mixed alike, as ELR+
+        does; the targets are learned from the other batches only. Otherwise nothing.
 
     Memory: N x C float32 (CIFAR-10 1.8 MB, ImageNet 5.1 GB) and N int32. Under DDP each step sends ``batch * (C + 3)``
     32-bit words to the other ranks and waits for none of them until the next step; afterwards all ranks hold the same
@@ -253,7 +252,7 @@ class ELRCallback(Technique):
             if call.step.is_logging:
                 for name, value in agreement_with(rows, labels).items():
                     call.step.log(self, name, value)
-        else:  # the prediction for a sample with two owners says nothing about one of them
+        else:  # the prediction for a sample with two owners teaches nothing about one of them
             rows = mixing.rows(self._table.read(samples, probabilities.shape[1]))
         if call.step.epoch < self.warmup_epochs:
             return None

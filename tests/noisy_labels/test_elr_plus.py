@@ -9,22 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer, seed_everything
-from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_reg import ELRPlusCallback
-from lightning_reg.engine.errors import MisconfigurationException
 from lightning_reg.engine.mixing import draw_lam, draw_permutation
 from lightning_reg.engine.reordering import Reordered
 from lightning_reg.engine.trained_peers import reset_parameters_
-from lightning_reg.functional import (
-    elr_plus_decay,
-    elr_plus_loss,
-    elr_plus_targets,
-    refine_labels,
-    sigmoid_rampup,
-)
 from tests.conformance.case import Case
 
 CASE = Case(
