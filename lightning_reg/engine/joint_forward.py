@@ -1,16 +1,13 @@
 """Networks that answer together: the mean of their logits."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_reg.engine import host
 from lightning_reg.engine.errors import MisconfigurationException
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule
 
 __all__ = ["JointForward", "MeanOfTwo", "mean_of_outputs"]
 
@@ -31,8 +28,8 @@ def mean_of_outputs(first: Any, second: Any) -> Tensor:
     """
     if not (isinstance(first, Tensor) and isinstance(second, Tensor)):
         raise MisconfigurationException(
-            f"Two networks answer by the mean of their logits, but `forward` returns a {type(first).__name__}. Let it"
-            " return the logits."
+            f"Two networks answer by the mean of their logits, but `forward` returns a {type(first).__name__}. Name a"
+            " layer that returns the logits."
         )
     return 0.5 * (first + second)
 
@@ -57,26 +54,29 @@ class MeanOfTwo(nn.Module):
 
 
 class JointForward:
-    """While it is on, the module's ``forward`` answers for two networks, each in eval mode.
+    """While it is on, a layer of the user's module answers for two networks, the second of them in eval mode.
 
     Args:
-        module: The user's module.
-        other: The second network.
+        layer: The layer of the user's module, or the module.
+        other: The layer of the second network.
+
+    Attributes:
+        calls: How often it answered.
 
     """
 
-    def __init__(self, module: "LightningModule", other: nn.Module) -> None:
-        self._other, self._modes = other, [(layer, layer.training) for layer in other.modules()]
+    def __init__(self, layer: nn.Module, other: nn.Module) -> None:
+        self._other, self._modes = other, [(part, part.training) for part in other.modules()]
         other.eval()
         self.calls = 0
-        self._replaced = host.Replacement(module, "forward", self._forward)
+        self._replaced = host.Replacement(layer, "forward", self._forward)
         self._own: Callable[..., Any] = self._replaced.original
 
     def undo(self) -> None:
-        """Puts the module's own ``forward`` and the modes of the second network back."""
+        """Puts the layer's own ``forward`` and the modes of the second network back."""
         self._replaced.undo()
-        for layer, mode in self._modes:
-            layer.training = mode
+        for part, mode in self._modes:
+            part.training = mode
 
     def _forward(self, *args: Any, **kwargs: Any) -> Tensor:
         self.calls += 1

@@ -209,8 +209,11 @@ class TrainedPeer:
                     after_step()
                 self._position = position + 1
         self._position = until
+        group = host.data_parallel_group(self._trainer)
         self.loss = torch.stack(losses).mean() if losses else self.loss
-        distributed.broadcast_(list(self.module.buffers()), host.data_parallel_group(self._trainer))
+        if self.loss is not None and group is not None:
+            self.loss = distributed.all_reduce_sum(self.loss, group) / distributed.world_size(group)
+        distributed.broadcast_(list(self.module.buffers()), group)
 
     def end_epoch(self) -> None:
         """Moves the schedulers that count epochs, once in each."""

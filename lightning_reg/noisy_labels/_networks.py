@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
+from lightning_reg.engine.features import find_layer, named_layers
 from lightning_reg.engine.joint_forward import JointForward, MeanOfTwo
 from lightning_reg.engine.peers import Peer, copy_of, load_weights_, weights_of
 from lightning_reg.engine.trained_peers import PeerInit, PeerStep, TrainedPeer
@@ -131,20 +132,20 @@ class Networks:
 
     # -- both at once -------------------------------------------------------------------------------------------------
 
-    def begin_joint_validation(self) -> None:
-        """Lets the module's ``forward`` answer for both networks."""
+    def begin_joint_validation(self, layer: str) -> None:
+        """Lets a layer of the module answer for both networks; "" is the module itself."""
         if self._second is not None and self._joint is None:
-            self._joint = JointForward(self._live[0], self._second.module)
+            self._joint = JointForward(*(_layer(network, layer) for network in self._live))
 
     def end_joint_validation(self) -> int | None:
-        """The module's own ``forward`` is back; how often the joint one was called, ``None`` if it was not there."""
+        """The layer answers for itself again; how often it answered for both, ``None`` if it did not begin to."""
         joint, self._joint = self._joint, None
         if joint is not None:
             joint.undo()
         return None if joint is None else joint.calls
 
-    def ensemble(self, module: "LightningModule", owner: "Technique") -> "MeanOfTwo":
-        """Copies of both networks in eval mode, as one."""
+    def ensemble(self, module: "LightningModule", owner: "Technique", layer: str) -> MeanOfTwo:
+        """Copies of a layer of both networks in eval mode, as one."""
         kept = self._state().get("second")
         if not kept:
             raise RuntimeError(
@@ -152,7 +153,7 @@ class Networks:
             )
         first, second = copy_of(module), copy_of(module)
         load_weights_(second, kept["weights"], owner)
-        return MeanOfTwo(first, second).eval()
+        return MeanOfTwo(_layer(first, layer), _layer(second, layer)).eval()
 
     # -- state --------------------------------------------------------------------------------------------------------
 
@@ -177,3 +178,7 @@ class Networks:
         averages = [weights_of(average.module) for average in self._averages]
         copied: list[Any] = tree_map_only(Tensor, lambda t: t.cpu().clone(), averages)
         return {"averages": copied, "second": None if self._second is None else self._second.state_dict()}
+
+
+def _layer(module: nn.Module, name: str) -> nn.Module:
+    return find_layer(named_layers(module), name) if name else module

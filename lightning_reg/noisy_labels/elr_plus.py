@@ -107,8 +107,10 @@ class ELRPlusCallback(Technique):
         peer_init: First weights of network 2. ``"reset"``: drawn anew by the layers' own ``reset_parameters``.
             ``"copy"``: those of the module, for pretrained weights; the order of the data and mixup then tell the two
             apart.
-        validation: ``"network"`` validates the module as it is. ``"ensemble"`` lets ``self(x)`` answer for both
+        validation: ``"network"`` validates the module as it is. ``"ensemble"`` lets ``logits_layer`` answer for both
             networks during validation, so that what ``validation_step`` logs is the paper's predictor's.
+        logits_layer: Layer whose output are the logits, for ``validation`` and :meth:`ensemble`, named as in
+            ``named_modules()``; "" for ``forward`` of the module itself.
         inputs: Entry of the batch with the images, for mixup: key or position (``"image"``, ``"0"``).
         num_samples: Number of training samples N; ``None`` for the length of the training dataset. Needed with
             ``index_key``.
@@ -150,6 +152,7 @@ class ELRPlusCallback(Technique):
         teacher: Literal["train", "eval"] = "train",
         peer_init: PeerInit = "reset",
         validation: Literal["network", "ensemble"] = "network",
+        logits_layer: str = "",
         inputs: str = "0",
         num_samples: int | None = None,
         num_classes: int | None = None,
@@ -182,7 +185,7 @@ class ELRPlusCallback(Technique):
         self.lam, self.beta, self.clamp, self.lam_rampup_steps = lam, beta, clamp, lam_rampup_steps
         self.mixup_alpha, self.decay, self.decay_rampup_steps = mixup_alpha, decay, decay_rampup_steps
         self.refine, self.networks, self.averaging, self.teacher = refine, networks, averaging, teacher
-        self.peer_init, self.validation, self.inputs = peer_init, validation, inputs
+        self.peer_init, self.validation, self.logits_layer, self.inputs = peer_init, validation, logits_layer, inputs
         self.num_samples, self.num_classes = num_samples, num_classes
         self.table_dtype, self.table_device = table_dtype, table_device
         self._networks = Networks(
@@ -222,6 +225,11 @@ class ELRPlusCallback(Technique):
     def check(self, trainer: "Trainer", module: "LightningModule") -> None:
         if self._works():
             check_trainable(self, trainer, module)
+        if self.validation == "ensemble" and host.is_compiled(module):
+            raise MisconfigurationException(
+                "ELRPlusCallback(validation='ensemble') replaces a layer's `forward` during validation, which compiled"
+                " code does not notice. Write `validation='network'`, and use `ensemble` after the fit."
+            )
 
     @override
     def conflict_with(self, other: Technique) -> str | None:
@@ -324,15 +332,15 @@ class ELRPlusCallback(Technique):
     @override
     def on_validation_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         if self.validation == "ensemble":
-            self._networks.begin_joint_validation()
+            self._networks.begin_joint_validation(self.logits_layer)
 
     @override
     def on_validation_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         if self._networks.end_joint_validation() == 0:
             raise MisconfigurationException(
-                f"ELRPlusCallback(validation='ensemble') averages what `self(x)` returns in validation, but"
-                f" `validation_step` of {type(pl_module).__name__} calls no `self(...)`. Call it there, or write"
-                " `validation='network'`."
+                "ELRPlusCallback(validation='ensemble') averages the outputs of"
+                f" {self.logits_layer or 'the module itself'!r}, which `validation_step` did not call. Name the layer"
+                " that gives it the logits (`logits_layer='net'`), or write `validation='network'`."
             )
 
     @override
@@ -346,19 +354,19 @@ class ELRPlusCallback(Technique):
     # -- afterwards ---------------------------------------------------------------------------------------------------
 
     def ensemble(self, module: "LightningModule") -> nn.Module:
-        """The paper's predictor: the mean of the logits that ``forward`` of both networks returns.
+        """The paper's predictor: the mean of the logits of both networks.
 
         Args:
             module: The module, as it was trained or loaded from a checkpoint.
 
         Returns:
-            A module in eval mode with copies of both networks.
+            A module in eval mode with copies of both networks, called as ``logits_layer`` is.
 
         Raises:
             RuntimeError: If there is no second network.
 
         """
-        return self._networks.ensemble(module, self)
+        return self._networks.ensemble(module, self, self.logits_layer)
 
     def suspected_label_errors(self, labels: Tensor | None = None) -> Tensor:
         """Which training samples have a label that their targets, summed over the networks, contradict.

@@ -23,9 +23,9 @@ CASE = Case(
     neutral=partial(ELRPlusCallback, lam=0.0, mixup_alpha=0.0),
     variants=[
         partial(ELRPlusCallback, mixup_alpha=1.0, lam_rampup_steps=8, decay_rampup_steps=0),
-        partial(ELRPlusCallback, refine=True, teacher="eval", validation="ensemble", peer_init="copy"),
+        partial(ELRPlusCallback, refine=True, teacher="eval", validation="ensemble", logits_layer="net"),
         partial(ELRPlusCallback, networks=1, averaging=False, table_dtype="bfloat16", table_device="cpu"),
-        partial(ELRPlusCallback, index_key="2", num_samples=30, num_classes=4, loss="cross_entropy", seed=3),
+        partial(ELRPlusCallback, index_key="2", num_samples=30, num_classes=4, peer_init="copy", seed=3),
     ],
     invalid=[
         ({"lam": -0.1}, "lam"),
