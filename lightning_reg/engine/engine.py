@@ -269,7 +269,8 @@ class Engine:
 
     def _value(self, call: LossCall, techniques: list[Technique]) -> Tensor:
         step = call.step
-        given = call.plain if step.is_logging else None
+        changed = any(self._phases[t] & LOSS_PHASES for t in techniques)  # not by a mixer: what it gives is the base
+        given = call.plain if step.is_logging and changed else None
         for _, target in self._answers(techniques, "change_targets", call):
             call.replace_target(target)
         weights: Tensor | None = None

@@ -78,6 +78,7 @@ def mixup(
     if not x.is_floating_point():
         raise TypeError(f"mixup needs floating-point inputs, got {x.dtype}; convert them first, as in `x.float()`.")
     lam = draw_lam(alpha, generator) if lam is None else lam
+    lam = lam.to(x.device, non_blocking=True) if isinstance(lam, Tensor) else lam
     permutation = draw_permutation(x, generator)
     return blend(x, permutation, lam), permutation, lam
 
@@ -87,7 +88,7 @@ def blend(x: Tensor, permutation: Tensor, lam: float | Tensor) -> Tensor:
     other = x[permutation]
     if not isinstance(lam, Tensor):
         return torch.lerp(x, other, 1.0 - lam)
-    rest = (1.0 - lam.to(x.device)).reshape(-1, *[1] * (x.dim() - 1))
+    rest = (1.0 - lam).reshape(-1, *[1] * (x.dim() - 1))
     # Shares are float32: rounded to half precision they would no longer be those that the labels are mixed with.
     exact = torch.promote_types(x.dtype, torch.float32)
     return torch.lerp(x.to(exact), other.to(exact), rest.to(exact)).to(x.dtype)

@@ -244,19 +244,18 @@ class ELRCallback(Technique):
 
     @override
     def loss_term(self, call: "LossCall") -> Tensor | None:
-        samples, mixing = call.samples(self), call.step.mixing
+        samples, labels, mixing = call.samples(self), call.labels, call.step.mixing
         probabilities = clamped_probabilities(call.logits, self.clamp)
         if mixing is None:
-            labels = call.labels
             rows = self._table.update(samples, probabilities, labels, self.beta, call.sample_mass)
-            if call.step.is_logging:
-                for name, value in agreement_with(rows, labels).items():
-                    call.step.log(self, name, value)
         else:  # the prediction for a sample with two owners teaches nothing about one of them
-            rows = mixing.rows(self._table.read(samples, probabilities.shape[1]))
+            rows = self._table.read(samples, probabilities.shape[1])
+        if call.step.is_logging:
+            for name, value in agreement_with(rows, labels).items():
+                call.step.log(self, name, value)
         if call.step.epoch < self.warmup_epochs:
             return None
-        return self.lam * log_disagreement(probabilities, rows)
+        return self.lam * log_disagreement(probabilities, rows if mixing is None else mixing.rows(rows))
 
     def suspected_label_errors(self, labels: Tensor | None = None) -> Tensor:
         """Which training samples have a label that their target contradicts: ``argmax(t) != y``.

@@ -1,0 +1,152 @@
+"""What the techniques share that mix the samples of a batch in pairs."""
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_reg.engine.entries import contents, find_entry, input_key_of, replace_entry
+from lightning_reg.engine.errors import MisconfigurationException, check_choice, check_number
+from lightning_reg.engine.mixin import LossMixin
+from lightning_reg.engine.mixing import Mixing, mix_targets
+from lightning_reg.engine.technique import Technique
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+    from lightning_reg.engine.step import Step
+
+__all__ = ["Form", "Mixer"]
+
+Form = Literal["auto", "pair", "soft"]
+
+
+class Mixer(Technique, ABC):
+    """Mixes the samples of a batch, and has the loss or the batch's targets follow."""
+
+    def __init__(
+        self,
+        alpha: float,
+        prob: float,
+        per_sample: bool,
+        input_key: str | None,
+        target_key: str | None,
+        form: Form,
+        num_classes: int | None,
+        start_epoch: int,
+        stop_epoch: int | None,
+        loss: int | str | None,
+        name: str | None,
+        seed: int,
+    ) -> None:
+        super().__init__(loss=loss, name=name, seed=seed)
+        check_number(self, "alpha", alpha, low=0, low_open=True)
+        check_number(self, "prob", prob, low=0, high=1)
+        check_choice(self, "form", form, ("auto", "pair", "soft"))
+        if num_classes is not None:
+            check_number(self, "num_classes", num_classes, low=1, integer=True)
+        check_number(self, "start_epoch", start_epoch, low=0, integer=True)
+        if stop_epoch is not None:
+            check_number(self, "stop_epoch", stop_epoch, low=start_epoch + 1, integer=True)
+        self.alpha, self.prob, self.per_sample, self.form, self.num_classes = alpha, prob, per_sample, form, num_classes
+        self.input_key, self.target_key = input_key, target_key
+        self.start_epoch, self.stop_epoch = start_epoch, stop_epoch
+
+    @abstractmethod
+    def _mix(self, inputs: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, float | Tensor]:
+        """Mixed inputs, partners and shares."""
+
+    @abstractmethod
+    def _problem_with(self, inputs: Tensor) -> str:
+        """What kind of inputs it needs, if these are not; else ""."""
+
+    @override
+    def describe(self) -> str:
+        if not self.prob:
+            return "prob=0: inactive"
+        each = "sample" if self.per_sample else "batch"
+        where = {"auto": "labels follow", "pair": "labels in the loss", "soft": "labels in the batch"}[self.form]
+        last = "" if self.stop_epoch is None else f" to {self.stop_epoch}"
+        epochs = f"; epochs {self.start_epoch}{last or ' on'}" if self.start_epoch or last else ""
+        return f"alpha={self.alpha:g}, prob={self.prob:g}, one draw per {each}; {where}{epochs}"
+
+    @property
+    @override
+    def mixes(self) -> Literal["none", "some", "all"]:
+        if not self.prob:
+            return "none"
+        return "all" if self.prob == 1 and not self.start_epoch and self.stop_epoch is None else "some"
+
+    @override
+    def check(self, trainer: "Trainer", module: "LightningModule") -> None:
+        if self.form == "pair" and isinstance(module, LossMixin):
+            raise MisconfigurationException(
+                f'{type(self).__name__}(form="pair"): the module computes its losses itself and hands them to'
+                ' `reduce_loss`, so they cannot be computed for a second target. Use form="soft".'
+            )
+
+    @override
+    def is_active(self, step: "Step") -> bool:
+        stopped = self.stop_epoch is not None and step.epoch >= self.stop_epoch
+        return self.prob > 0 and step.epoch >= self.start_epoch and not stopped
+
+    @override
+    def transform_batch(self, batch: Any, step: "Step") -> Any:
+        if step.mixing is not None:  # a batch is mixed once
+            return batch
+        generator = self.generator(step)
+        lam: float | Tensor = 1.0
+        if float(torch.rand((), generator=generator)) < self.prob:
+            batch, lam = self._mixed(batch, step, generator)
+        if step.is_logging:
+            step.log(self, "lam", torch.as_tensor(lam).mean())
+        return batch
+
+    def _mixed(self, batch: object, step: "Step", generator: torch.Generator) -> tuple[object, float | Tensor]:
+        key = self._find_key(batch, step)
+        inputs = find_entry(batch, key, f"{type(self).__name__}: input_key")
+        problem = self._problem_with(inputs) if isinstance(inputs, Tensor) else "it is no tensor"
+        if problem:
+            shape = f"{inputs.dtype} {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
+            raise MisconfigurationException(
+                f"{type(self).__name__}: the batch's inputs (input_key={key!r}) cannot be mixed: {problem}, found"
+                f" {shape}. Name another entry with `input_key`."
+            )
+        mixed, permutation, lam = self._mix(inputs, generator)
+        if not isinstance(lam, Tensor) and lam == 1.0:  # an empty box: the batch stays the very one it was
+            return batch, lam
+        part = find_entry(batch, key.partition(".")[0], "input_key") if step.several else batch
+        soft = self.form == "soft" or (self.form == "auto" and isinstance(step.module, LossMixin))
+        if soft:
+            batch = self._with_soft_targets(batch, key, permutation, lam)
+        step.mixing = Mixing(self, permutation, lam, mixed, part, in_targets=soft)
+        return replace_entry(batch, key, mixed), lam
+
+    def _find_key(self, batch: object, step: "Step") -> str:
+        if self.input_key is not None:
+            return self.input_key
+        return input_key_of(batch, self, lambda entry: not self._problem_with(entry), several=step.several)
+
+    def _with_soft_targets(self, batch: object, input_key: str, permutation: Tensor, lam: float | Tensor) -> object:
+        name, key = type(self).__name__, self.target_key
+        if key is None:
+            within, _, last = input_key.rpartition(".")
+            if last != "0":
+                raise MisconfigurationException(
+                    f"{name}: to mix the targets in the batch it must be known where they are; the batch is"
+                    f' {contents(batch)}. Name the entry: `{name}(target_key="...")`.'
+                )
+            key = f"{within}.1".lstrip(".")
+        targets = find_entry(batch, key, f"{name}: target_key")
+        if not isinstance(targets, Tensor) or targets.shape[:1] != permutation.shape:
+            raise MisconfigurationException(
+                f"{name}: target_key={key!r} must name a tensor with a row for each of the {len(permutation)} samples."
+            )
+        if not targets.is_floating_point() and (targets.dim() != 1 or self.num_classes is None):
+            raise MisconfigurationException(
+                f"{name}: the targets in the batch are {targets.dtype} {tuple(targets.shape)}; to mix them there they"
+                f" must be floating point, or class indices (B,) with `{name}(num_classes=...)`."
+            )
+        return replace_entry(batch, key, mix_targets(targets, permutation, lam, self.num_classes))
