@@ -43,16 +43,16 @@ class Networks:
     """The module, perhaps a second network, and an average of each.
 
     Args:
-        second: Whether there is a second network.
-        init: Its first weights.
+        count: 1, or 2 with a second network.
+        init: First weights of the second network.
         in_train_mode: Whether teachers run in train mode.
         decay: Decay of the averages.
         rampup_steps: Optimizer steps over which the decay grows.
 
     """
 
-    def __init__(self, *, second: bool, init: PeerInit, in_train_mode: bool, decay: float, rampup_steps: int) -> None:
-        self._has_second, self._init, self._in_train_mode = second, init, in_train_mode
+    def __init__(self, count: int, *, init: PeerInit, in_train_mode: bool, decay: float, rampup_steps: int) -> None:
+        self._has_second, self._init, self._in_train_mode = count == 2, init, in_train_mode
         self._decay, self._rampup_steps = decay, rampup_steps
         self._kept: dict[str, Any] = {}
         self._steps = 0

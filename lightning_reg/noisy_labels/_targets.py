@@ -6,16 +6,19 @@ import torch
 from torch import Tensor
 
 from lightning_reg.engine.distributed import RowExchange, world_size
-from lightning_reg.engine.errors import MisconfigurationException
+from lightning_reg.engine.errors import MisconfigurationException, check_choice, check_number
 from lightning_reg.engine.label_errors import LabelErrors
 from lightning_reg.engine.memory import SampleMemory, last_occurrences
 
 if TYPE_CHECKING:
     from lightning_reg.engine.step import Samples
+    from lightning_reg.engine.technique import Technique
 
 __all__ = [
     "TargetTable",
     "agreement_with",
+    "check_elr_arguments",
+    "check_table_arguments",
     "clamped_probabilities",
     "contradicted",
     "elr_targets",
@@ -53,6 +56,27 @@ def clamped_probabilities(logits: Tensor, clamp: float) -> Tensor:
 def log_disagreement(probabilities: Tensor, targets_rows: Tensor) -> Tensor:
     """``log(1 - <t, p>)`` of each sample, ``(B,)`` float32."""
     return (1.0 - (targets_rows.float() * probabilities).sum(1)).log()
+
+
+def check_elr_arguments(owner: "Technique", lam: float, beta: float, clamp: float) -> None:
+    """Refuses values of the term's arguments outside their ranges, by ``ValueError``."""
+    check_number(owner, "lam", lam, low=0)
+    check_number(owner, "beta", beta, low=0, high=1, high_open=True)
+    check_number(owner, "clamp", clamp, low=0, high=0.5, low_open=True, high_open=True)
+
+
+def check_table_arguments(
+    owner: "Technique", num_samples: int | None, num_classes: int | None, table_dtype: str, table_device: str
+) -> None:
+    """Refuses values of the table's arguments outside their ranges, by ``ValueError``."""
+    for argument, value in (("num_samples", num_samples), ("num_classes", num_classes)):
+        if value is not None:
+            check_number(owner, argument, value, low=1, integer=True)
+    check_choice(owner, "table_dtype", table_dtype, ("float32", "float16", "bfloat16"))
+    check_choice(owner, "table_device", table_device, ("module", "cpu"))
+    if owner.index_key is not None and num_samples is None:
+        name = type(owner).__name__
+        raise ValueError(f"{name}: `num_samples` must be given with `index_key`, got None.")
 
 
 class TargetTable:

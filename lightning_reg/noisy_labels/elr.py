@@ -14,6 +14,8 @@ from lightning_reg.engine.technique import Technique
 from lightning_reg.noisy_labels._targets import (
     TargetTable,
     agreement_with,
+    check_elr_arguments,
+    check_table_arguments,
     clamped_probabilities,
     contradicted,
     elr_targets,
@@ -200,18 +202,12 @@ class ELRCallback(Technique):
         name: str | None = None,
     ) -> None:
         super().__init__(loss=loss, index_key=index_key, dataloader=dataloader, name=name)
-        check_number(self, "lam", lam, low=0)
-        check_number(self, "beta", beta, low=0, high=1, high_open=True)
-        check_number(self, "clamp", clamp, low=0, high=0.5, low_open=True, high_open=True)
+        check_elr_arguments(self, lam, beta, clamp)
+        check_table_arguments(self, num_samples, num_classes, table_dtype, table_device)
         check_number(self, "warmup_epochs", warmup_epochs, low=0, integer=True)
-        for argument, value in (("num_samples", num_samples), ("num_classes", num_classes), ("top_k", top_k)):
-            if value is not None:
-                check_number(self, argument, value, low=1, integer=True)
-        check_choice(self, "table_dtype", table_dtype, ("float32", "float16", "bfloat16"))
-        check_choice(self, "table_device", table_device, ("module", "cpu"))
+        if top_k is not None:
+            check_number(self, "top_k", top_k, low=1, integer=True)
         check_choice(self, "sync", sync, ("gather", "local"))
-        if index_key is not None and num_samples is None:
-            raise ValueError("ELRCallback: `num_samples` must be given with `index_key`, got None.")
         self.lam, self.beta, self.clamp, self.warmup_epochs = lam, beta, clamp, warmup_epochs
         self.num_samples, self.num_classes = num_samples, num_classes
         self.table_dtype, self.table_device, self.top_k, self.sync = table_dtype, table_device, top_k, sync

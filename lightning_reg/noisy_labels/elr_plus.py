@@ -1,5 +1,6 @@
 """ELR+: early-learning regularization with two networks, averaged teachers and mixup."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -8,11 +9,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_reg.engine import host
-from lightning_reg.engine.entries import find_entry, replace_entry
 from lightning_reg.engine.errors import MisconfigurationException, check_choice, check_number
 from lightning_reg.engine.label_errors import LabelErrors
 from lightning_reg.engine.lookup import engine_of
-from lightning_reg.engine.mixing import Mixing, blend, draw_lam, draw_permutation
 from lightning_reg.engine.technique import Technique, phases_of
 from lightning_reg.engine.trained_peers import PeerInit, check_trainable
 from lightning_reg.noisy_labels._elr_plus_core import (
@@ -22,10 +21,13 @@ from lightning_reg.noisy_labels._elr_plus_core import (
     refine_labels,
     sigmoid_rampup,
 )
+from lightning_reg.noisy_labels._mixup import mix_batch
 from lightning_reg.noisy_labels._networks import Networks, Notes
 from lightning_reg.noisy_labels._targets import (
     TargetTable,
     agreement_with,
+    check_elr_arguments,
+    check_table_arguments,
     clamped_probabilities,
     contradicted,
     errors_by_confidence,
@@ -67,8 +69,7 @@ class ELRPlusCallback(Technique):
     The module stays network 1, in checkpoints too; :meth:`ensemble` gives the paper's predictor, the mean of the logits
     of both networks. Other techniques act on network 1 only.
 
-    Use it when 10-80 % of the labels of a single-label classification may be wrong and twice the training time is no
-    obstacle. ELR alone gives most of the effect at half the cost.
+    Use it when 10-80 % of the labels of a single-label classification may be wrong and double time is no obstacle.
 
     Source:
         Liu et al., "Early-Learning Regularization Prevents Memorization of Noisy Labels", NeurIPS 2020,
@@ -111,7 +112,8 @@ class ELRPlusCallback(Technique):
             networks during validation, so that what ``validation_step`` logs is the paper's predictor's.
         logits_layer: Layer whose output are the logits, for ``validation`` and :meth:`ensemble`, named as in
             ``named_modules()``; "" for ``forward`` of the module itself.
-        inputs: Entry of the batch with the images, for mixup: key or position (``"image"``, ``"0"``).
+        input_key: Entry of the batch with the images, for mixup: key, position or both (``"labelled.0"``). ``None``:
+            the first of a sequence, the only floating-point tensor of a mapping.
         num_samples: Number of training samples N; ``None`` for the length of the training dataset. Needed with
             ``index_key``.
         num_classes: Number of classes C; ``None`` to read it off the logits.
@@ -153,7 +155,7 @@ class ELRPlusCallback(Technique):
         peer_init: PeerInit = "reset",
         validation: Literal["network", "ensemble"] = "network",
         logits_layer: str = "",
-        inputs: str = "0",
+        input_key: str | None = None,
         num_samples: int | None = None,
         num_classes: int | None = None,
         table_dtype: Literal["float32", "float16", "bfloat16"] = "float32",
@@ -164,62 +166,39 @@ class ELRPlusCallback(Technique):
         seed: int = 0,
     ) -> None:
         super().__init__(loss=loss, index_key=index_key, name=name, seed=seed)
-        check_number(self, "lam", lam, low=0)
-        check_number(self, "beta", beta, low=0, high=1, high_open=True)
-        check_number(self, "clamp", clamp, low=0, high=0.5, low_open=True, high_open=True)
+        check_elr_arguments(self, lam, beta, clamp)
+        check_table_arguments(self, num_samples, num_classes, table_dtype, table_device)
         check_number(self, "mixup_alpha", mixup_alpha, low=0)
         check_number(self, "decay", decay, low=0, high=1, high_open=True)
-        check_number(self, "lam_rampup_steps", lam_rampup_steps, low=0, integer=True)
-        check_number(self, "decay_rampup_steps", decay_rampup_steps, low=0, integer=True)
-        for argument, value in (("num_samples", num_samples), ("num_classes", num_classes)):
-            if value is not None:
-                check_number(self, argument, value, low=1, integer=True)
+        for argument, value in (("lam_rampup_steps", lam_rampup_steps), ("decay_rampup_steps", decay_rampup_steps)):
+            check_number(self, argument, value, low=0, integer=True)
         check_choice(self, "networks", networks, (1, 2))
         check_choice(self, "teacher", teacher, ("train", "eval"))
         check_choice(self, "peer_init", peer_init, ("reset", "copy"))
         check_choice(self, "validation", validation, ("network", "ensemble"))
-        check_choice(self, "table_dtype", table_dtype, ("float32", "float16", "bfloat16"))
-        check_choice(self, "table_device", table_device, ("module", "cpu"))
-        if index_key is not None and num_samples is None:
-            raise ValueError("ELRPlusCallback: `num_samples` must be given with `index_key`, got None.")
         self.lam, self.beta, self.clamp, self.lam_rampup_steps = lam, beta, clamp, lam_rampup_steps
         self.mixup_alpha, self.decay, self.decay_rampup_steps = mixup_alpha, decay, decay_rampup_steps
         self.refine, self.networks, self.averaging, self.teacher = refine, networks, averaging, teacher
-        self.peer_init, self.validation, self.logits_layer, self.inputs = peer_init, validation, logits_layer, inputs
-        self.num_samples, self.num_classes = num_samples, num_classes
+        self.peer_init, self.validation, self.logits_layer = peer_init, validation, logits_layer
+        self.input_key, self.num_samples, self.num_classes = input_key, num_samples, num_classes
         self.table_dtype, self.table_device = table_dtype, table_device
-        self._networks = Networks(
-            second=networks == 2,
-            init=peer_init,
-            in_train_mode=teacher == "train",
-            decay=decay if averaging else 0.0,
-            rampup_steps=decay_rampup_steps if averaging else 0,
-        )
-        self._tables = [
-            TargetTable(
-                type(self).__name__,
-                num_samples=num_samples,
-                num_classes=num_classes,
-                dtype=table_dtype,
-                on_cpu=table_device == "cpu",
-            )
-            for _ in range(networks)
-        ]
+        used, length = (decay, decay_rampup_steps) if averaging else (0.0, 0)
+        train = teacher == "train"
+        self._networks = Networks(networks, init=peer_init, in_train_mode=train, decay=used, rampup_steps=length)
+        new_table = partial(TargetTable, type(self).__name__, num_samples=num_samples, num_classes=num_classes)
+        self._tables = [new_table(dtype=table_dtype, on_cpu=table_device == "cpu") for _ in range(networks)]
         self._has_stepped = False
 
     @override
     def describe(self) -> str:
         if not self._works():
             return "lam=0, mixup_alpha=0: inactive"
-        who = "two networks" if self.networks == 2 else "one network"
-        start = {"reset": ", the second initialized anew", "copy": ", equal at the start"}[self.peer_init]
+        start = {"reset": "two networks, the second initialized anew", "copy": "two networks, equal at the start"}
+        who = start[self.peer_init] if self.networks == 2 else "one network"
         ramp = f" from step {self.decay_rampup_steps:,} on" if self.decay_rampup_steps else ""
         averages = f"averages of decay {self.decay:g}{ramp}" if self.averaging else "no averages"
         mixup = f"mixup {self.mixup_alpha:g}" if self.mixup_alpha else "no mixup"
-        return (
-            f"lam={self.lam:g}, beta={self.beta:g}, {mixup}; {who}{start if self.networks == 2 else ''}, {averages};"
-            f" validates the {self.validation}"
-        )
+        return f"lam={self.lam:g}, beta={self.beta:g}, {mixup}; {who}, {averages}; validates the {self.validation}"
 
     @override
     def check(self, trainer: "Trainer", module: "LightningModule") -> None:
@@ -268,19 +247,7 @@ class ELRPlusCallback(Technique):
         step.notes[self] = Notes(self._networks.teacher_of(step).see(step, self).call)
         if not self.mixup_alpha:
             return batch
-        inputs, generator = find_entry(batch, self.inputs, "inputs"), self.generator(step)
-        if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
-            kind = inputs.dtype if isinstance(inputs, Tensor) else type(inputs).__name__
-            raise MisconfigurationException(
-                f"ELRPlusCallback(inputs={self.inputs!r}) must name the images, a floating-point tensor (B, ...), found"
-                f" {kind}."
-            )
-        lam = float(draw_lam(self.mixup_alpha, generator))
-        lam = max(lam, 1.0 - lam)
-        permutation = draw_permutation(inputs, generator)
-        mixed = blend(inputs, permutation, lam)
-        step.mixing = Mixing(self, permutation, lam, mixed, batch, in_targets=self.refine)
-        return replace_entry(batch, self.inputs, mixed)
+        return mix_batch(batch, step, self, alpha=self.mixup_alpha, input_key=self.input_key, in_targets=self.refine)
 
     @override
     def change_targets(self, call: "LossCall") -> Tensor | None:
@@ -325,8 +292,7 @@ class ELRPlusCallback(Technique):
             self._networks.end_epoch()
 
     @override
-    def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        # An epoch that was cut short.
+    def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:  # if it was cut short
         self._networks.catch_up(engine_of(pl_module), host.batches_of_epoch(trainer))
 
     @override
@@ -377,9 +343,6 @@ class ELRPlusCallback(Technique):
         Returns:
             bool ``(N,)`` on the CPU, by position in the training dataset. A sample never seen is not suspected.
 
-        Raises:
-            RuntimeError: If nothing was trained yet.
-
         """
         return contradicted(*self._all(labels))
 
@@ -429,8 +392,8 @@ class ELRPlusCallback(Technique):
     def _log(self, call: "LossCall") -> None:
         for name, value in agreement_with(call.step.notes[self].targets, call.labels).items():
             call.step.log(self, name, value)
-        if self._networks.second_loss is not None:
-            call.step.log(self, "second_loss", self._networks.second_loss)
+        if (second_loss := self._networks.second_loss) is not None:
+            call.step.log(self, "second_loss", second_loss)
 
     def _all(self, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         tables = [table.all(labels) for table in self._tables]

@@ -106,53 +106,60 @@ def order_of_the_first(epochs):
     return [[batch[0] for batch in loader] for _ in range(epochs)]
 
 
-def by_hand(elr_plus, *, lam, beta, alpha, gamma, ramp, coef=0, refine=False, two=True, clip=0.0, epochs=2):
+def hand_step(net, teacher, optimizer, table, index, generator, step, given):
+    """One step of one network; ``step`` counts from 1."""
+    x_all, y_all = blobs().tensors
+    x, y = x_all[index], F.one_hot(y_all[index], CLASSES).float()
+    share, partner = 1.0, torch.arange(len(x))
+    if given["alpha"]:
+        share = draw_lam(given["alpha"], generator)
+        share, partner = max(share, 1 - share), draw_permutation(x, generator)
+    with torch.no_grad():
+        seen = teacher(x).softmax(1)
+    t = table[index] = given["beta"] * table[index] + (1 - given["beta"]) * seen
+    q = share * t + (1 - share) * t[partner]
+    z = net(share * x + (1 - share) * x[partner])
+    y = share * y + (1 - share) * y[partner]
+    if given["refine"]:
+        y = y * q / (y * q).sum(1, keepdim=True)
+    p = z.softmax(1).clamp(1e-4, 1 - 1e-4)
+    coef = given["coef"]
+    strength = math.exp(-5 * (1 - min(step, coef) / coef) ** 2) if coef else 1.0
+    regularizer = (1 - (q * p).sum(1)).log().mean()
+    loss = -(y * z.log_softmax(1)).sum(1).mean() + strength * given["lam"] * regularizer
+    optimizer.zero_grad()
+    loss.backward()
+    if given["clip"]:
+        nn.utils.clip_grad_norm_(net.parameters(), given["clip"])
+    optimizer.step()
+
+
+def hand_average(average, net, step, gamma, ramp):
+    a = gamma * math.exp(-5 * (1 - min(step + 1, ramp) / ramp) ** 2) if ramp else min(1 - 1 / (step + 1), gamma)
+    with torch.no_grad():
+        for old, new in zip(average.parameters(), net.parameters(), strict=True):
+            old.copy_(a * old + (1 - a) * new)
+
+
+def by_hand(elr_plus, *, gamma, ramp, two=True, epochs=2, **given):
     """Both networks in plain PyTorch; only random draws are the technique's own."""
-    data, (x_all, y_all) = blobs(), blobs().tensors
+    given = {"coef": 0, "refine": False, "clip": 0.0, **given}
     nets = [make_model(), make_model()][: 2 if two else 1]
     if two:
         reset_parameters_(nets[1], elr_plus.derived_seed("weights"))
     averages = [copy.deepcopy(net) for net in nets]
     optimizers = [torch.optim.SGD(net.parameters(), lr=0.2, momentum=0.9, weight_decay=1e-2) for net in nets]
     tables, steps = [torch.zeros(SIZE, CLASSES) for _ in nets], [0, 0]
-    second = Reordered(make_loader(data), elr_plus)
+    second = Reordered(make_loader(), elr_plus)
     orders = [order_of_the_first(epochs), [[torch.tensor(d) for d in second.draws(e)] for e in range(epochs)]]
     for epoch in range(epochs):
         for k, net in enumerate(nets):
             for index in orders[k][epoch]:
                 steps[k] += 1
-                x, y = x_all[index], F.one_hot(y_all[index], CLASSES).float()
-                share, partner = 1.0, torch.arange(len(x))
-                if alpha:
-                    step = SimpleNamespace(batches_so_far=steps[k], stream=" peer" if k else "")
-                    generator = elr_plus.generator(step)
-                    share = draw_lam(alpha, generator)
-                    share, partner = max(share, 1 - share), draw_permutation(x, generator)
-                with torch.no_grad():
-                    seen = averages[(1 - k) % len(nets)](x).softmax(1)
-                tables[k][index] = beta * tables[k][index] + (1 - beta) * seen
-                t = tables[k][index]
-                q = share * t + (1 - share) * t[partner]
-                z = net(share * x + (1 - share) * x[partner])
-                y = share * y + (1 - share) * y[partner]
-                if refine:
-                    y = y * q / (y * q).sum(1, keepdim=True)
-                p = z.softmax(1).clamp(1e-4, 1 - 1e-4)
-                strength = math.exp(-5 * (1 - min(steps[k], coef) / coef) ** 2) if coef else 1.0
-                regularizer = (1 - (q * p).sum(1)).log().mean()
-                loss = -(y * z.log_softmax(1)).sum(1).mean() + strength * lam * regularizer
-                optimizers[k].zero_grad()
-                loss.backward()
-                if clip:
-                    nn.utils.clip_grad_norm_(net.parameters(), clip)
-                optimizers[k].step()
-                if ramp:
-                    a = gamma * math.exp(-5 * (1 - min(steps[k] + 1, ramp) / ramp) ** 2)
-                else:
-                    a = min(1 - 1 / (steps[k] + 1), gamma)
-                with torch.no_grad():
-                    for average, theta in zip(averages[k].parameters(), net.parameters(), strict=True):
-                        average.copy_(a * average + (1 - a) * theta)
+                draws = elr_plus.generator(SimpleNamespace(batches_so_far=steps[k], stream=" peer" if k else ""))
+                teacher = averages[(1 - k) % len(nets)]
+                hand_step(net, teacher, optimizers[k], tables[k], index, draws, steps[k], given)
+                hand_average(averages[k], net, steps[k], gamma, ramp)
             for group in optimizers[k].param_groups:
                 group["lr"] *= 0.5
     return nets, averages, tables
