@@ -41,7 +41,7 @@ def check_composition(techniques: Sequence[Technique], trainer: "Trainer", modul
                     f"{names} cannot stand together: each {what}, so only the last would count. Remove one of them, or"
                     " let them work on different loss calls with `loss=...`."
                 )
-        sentence = _mixing_conflict(one, two) or one.conflict_with(two) or two.conflict_with(one)
+        sentence = one.conflict_with(two) or two.conflict_with(one) or _mixing_conflict(one, two)
         if sentence:
             raise MisconfigurationException(f"{names} cannot stand together: {sentence}")
     fetches_itself = "dataloader_iter" in inspect.signature(module.training_step).parameters
