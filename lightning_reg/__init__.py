@@ -9,6 +9,11 @@ from lightning_reg.averaging.model_soups import LearnedSoup as LearnedSoup
 from lightning_reg.averaging.model_soups import SoupAverager as SoupAverager
 from lightning_reg.averaging.model_soups import SoupResult as SoupResult
 from lightning_reg.averaging.model_soups import TrainerEvaluation as TrainerEvaluation
+from lightning_reg.continual.rehearsal_free_cl import ContinualMetrics as ContinualMetrics
+from lightning_reg.continual.rehearsal_free_cl import FeatureDistillation as FeatureDistillation
+from lightning_reg.continual.rehearsal_free_cl import PredictionDistillation as PredictionDistillation
+from lightning_reg.continual.weight_anchors import EWC as EWC
+from lightning_reg.continual.weight_anchors import L2ToStart as L2ToStart
 from lightning_reg.engine.label_errors import LabelErrors as LabelErrors
 from lightning_reg.engine.mixin import LossMixin as LossMixin
 from lightning_reg.engine.technique import Technique as Technique

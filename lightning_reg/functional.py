@@ -23,6 +23,14 @@ from lightning_reg.averaging.model_soups import reestimate_batchnorm as reestima
 from lightning_reg.averaging.model_soups import slerp_merge as slerp_merge
 from lightning_reg.averaging.model_soups import ties_merge as ties_merge
 from lightning_reg.averaging.model_soups import wise_ft as wise_ft
+from lightning_reg.continual.rehearsal_free_cl import ContinualMetrics as ContinualMetrics
+from lightning_reg.continual.rehearsal_free_cl import bce_distillation_loss as bce_distillation_loss
+from lightning_reg.continual.rehearsal_free_cl import feature_distillation_loss as feature_distillation_loss
+from lightning_reg.continual.rehearsal_free_cl import forgetting as forgetting
+from lightning_reg.continual.rehearsal_free_cl import softmax_distillation_loss as softmax_distillation_loss
+from lightning_reg.continual.weight_anchors import fisher_diagonal as fisher_diagonal
+from lightning_reg.continual.weight_anchors import fisher_losses as fisher_losses
+from lightning_reg.continual.weight_anchors import quadratic_penalty as quadratic_penalty
 from lightning_reg.noisy_labels.elr import elr_loss as elr_loss
 from lightning_reg.noisy_labels.elr import elr_regularizer as elr_regularizer
 from lightning_reg.noisy_labels.elr import elr_targets as elr_targets

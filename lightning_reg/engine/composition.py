@@ -11,10 +11,10 @@ from lightning_reg.engine.technique import Technique, phases_of
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["check_composition", "check_editable"]
+__all__ = ["check_composition", "check_whole"]
 
 # Phases in which the work of a second technique would undo that of the first.
-_EXCLUSIVE = {"change_targets": "replaces the targets of the loss"}
+_EXCLUSIVE = {"change_targets": "replaces the targets of the loss", "change_losses": "replaces the loss"}
 
 
 def check_composition(techniques: Sequence[Technique], trainer: "Trainer", module: "LightningModule") -> None:
@@ -53,12 +53,13 @@ def check_composition(techniques: Sequence[Technique], trainer: "Trainer", modul
         technique.check(trainer, module)
 
 
-def check_editable(technique: Technique, trainer: "Trainer") -> None:
+def check_whole(technique: Technique, trainer: "Trainer", does: str = "edits") -> None:
     """Refuses strategies that do not keep parameters whole.
 
     Args:
-        technique: Who edits weights.
+        technique: Who needs them whole.
         trainer: The Trainer that starts to fit.
+        does: What it does with them, for the message.
 
     Raises:
         MisconfigurationException: Under FSDP, DeepSpeed and tensor parallelism.
@@ -67,7 +68,7 @@ def check_editable(technique: Technique, trainer: "Trainer") -> None:
     strategy = type(trainer.strategy).__name__
     if strategy.startswith(("FSDP", "DeepSpeed", "ModelParallel", "XLAFSDP")):
         raise MisconfigurationException(
-            f"{type(technique).__name__} edits whole parameters, which {strategy} splits over the processes. Use DDP."
+            f"{type(technique).__name__} {does} whole parameters, which {strategy} splits over the processes. Use DDP."
         )
 
 
@@ -108,11 +109,6 @@ def _check_fetching(technique: Technique) -> None:
 
 def _check_manual(technique: Technique) -> None:
     name = type(technique).__name__
-    if "penalty" in phases_of(technique):
-        raise MisconfigurationException(
-            f"{name} adds a penalty to the loss that `training_step` returns; with automatic_optimization=False nothing"
-            f" is returned that is trained on. Add `{name}.penalty(self)` to your loss before `manual_backward`."
-        )
     if technique.loss == "last":
         raise MisconfigurationException(
             f'{name}(loss="last") is known only after `training_step` has returned; with automatic_optimization=False'

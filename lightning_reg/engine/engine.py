@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_reg.engine import extra_passes, host, report
-from lightning_reg.engine.composition import check_composition, check_editable
+from lightning_reg.engine import penalties as penalties_of
+from lightning_reg.engine.composition import check_composition, check_whole
 from lightning_reg.engine.errors import MisconfigurationException
 from lightning_reg.engine.features import FeatureTap
 from lightning_reg.engine.hooks import EngineHooks
@@ -27,6 +28,7 @@ from lightning_reg.engine.technique import LOSS_PHASES, Technique, phases_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+    from torch.optim import Optimizer
 
 __all__ = ["Engine"]
 
@@ -68,7 +70,11 @@ class Engine:
         check_composition(techniques, trainer, module)
         engine = ENGINES[trainer] = cls(trainer, module, techniques)
         # First the hooks, which detach on any exception. A new list leaves the one Lightning iterates over as it is.
-        hooks = EngineHooks(engine, edits_weights=bool(engine._in(techniques, "edit_weights")))
+        hooks = EngineHooks(
+            engine,
+            edits_weights=bool(engine._in(techniques, "edit_weights")),
+            penalizes=bool(engine._in(techniques, "penalty")),
+        )
         host.set_callbacks(trainer, [hooks, *host.callbacks(trainer)])
         engine._loaders.attach()
 
@@ -91,7 +97,7 @@ class Engine:
         self._features = FeatureTap(self.module, layers) if layers else None
         editors = self._in(self.techniques, "edit_weights")
         if editors:
-            check_editable(editors[0], self.trainer)
+            check_whole(editors[0], self.trainer)
             self._surgery = Surgery(self.module, [(t.weights_to_edit(self.module), t.edit_weights) for t in editors])
             self._optimizing = host.Replacement(self.trainer.strategy, "optimizer_step", self._optimizer_step)
 
@@ -131,10 +137,12 @@ class Engine:
             step.batch = technique.transform_batch(step.batch, step)
         for technique in self._in(active, "observe_batch"):
             technique.observe_batch(step)
+        penalizing = self._in(active, "penalty") if step.is_logging else []
+        penalties = penalties_of.penalty_values(penalizing, self.module) if penalizing else {}
         self.apply_weights()
         on_loss = [t for t in active if self._phases[t] & LOSS_PHASES or t is step.mixer]
         output = self._run(step, on_loss, lambda: self._stepping.original(*(step.batch, *args[1:]), **kwargs))
-        output = self._add_penalties(self._in(active, "penalty"), output, step)
+        self._log_penalties(penalties, output, step)
         if step.scalars:
             report.log_scalars(self.module, step.scalars, sum(step.batch_sizes))
         return output
@@ -203,6 +211,12 @@ class Engine:
             )
         self._said_nothing_seen = True
 
+    def add_penalties(self, optimizer: "Optimizer") -> None:
+        """Adds the gradients of the active techniques' penalties, before the optimizer's step."""
+        penalizing = self._in(self._active, "penalty")
+        if penalizing:
+            penalties_of.add_penalties_(penalizing, self.module, self.trainer, optimizer)
+
     # -- passes of their own ------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -210,6 +224,16 @@ class Engine:
         """A pass over the training batches that training does not notice: neither samplers nor indices nor draws."""
         with extra_passes.training_batches(self.trainer, self._loaders.original) as batches:
             yield batches
+
+    @contextmanager
+    def training_steps(self) -> Iterator[Iterator[Step]]:
+        """The same as steps, for a :class:`Peer` to see."""
+        wanted = host.arguments_of_training_step(self.module) - 1
+        with self.training_batches() as batches:
+            yield (
+                Step(self.trainer, self.module, batch, {}, self._loaders.several, (position,)[:wanted])
+                for position, batch in enumerate(batches)
+            )
 
     def reordered(self, technique: Technique) -> Reordered:
         """The training loader in another order, for a network of the technique's own.
@@ -273,6 +297,8 @@ class Engine:
         given = call.plain if step.is_logging and changed else None
         for _, target in self._answers(techniques, "change_targets", call):
             call.replace_target(target)
+        for _, losses in self._answers(techniques, "change_losses", call):
+            call.replace_losses(losses)
         weights: Tensor | None = None
         for _, own in self._answers(techniques, "sample_weights", call):
             weights = call.combined(weights, own)
@@ -287,18 +313,14 @@ class Engine:
             step.scalars["reg/loss/total"] = value.detach().mean()
         return value
 
-    def _add_penalties(self, techniques: list[Technique], output: Any, step: Step) -> Any:
-        for technique in techniques:
-            penalty, loss = technique.penalty(self.module), _loss_of(output)
-            if penalty is None or loss is None:
-                continue
-            output = _with_loss(output, loss + penalty)
-            if step.is_logging:
-                step.log(technique, "penalty", penalty)
+    def _log_penalties(self, penalties: Mapping[Technique, Tensor], output: Any, step: Step) -> None:
+        loss = _loss_of(output)
+        for technique, penalty in penalties.items():
+            step.log(technique, "penalty", penalty)
+            if loss is not None:  # under manual optimization nothing need be returned
                 step.scalars.setdefault("reg/loss/base", loss.detach())
                 total = step.scalars.setdefault("reg/loss/total", loss.detach())
-                step.scalars["reg/loss/total"] = total + penalty.detach()
-        return output
+                step.scalars["reg/loss/total"] = total + penalty
 
     def _answers(self, techniques: list[Technique], phase: str, call: LossCall) -> Iterator[tuple[Technique, Tensor]]:
         for technique in self._in(techniques, phase):
@@ -313,7 +335,7 @@ class Engine:
             if answer is not None:
                 yield technique, answer
 
-    def _in(self, techniques: list[Technique], phase: str) -> list[Technique]:
+    def _in(self, techniques: Sequence[Technique], phase: str) -> list[Technique]:
         return [t for t in techniques if phase in self._phases[t]]
 
 

@@ -24,13 +24,18 @@ class EngineHooks(Callback):
     Args:
         engine: Whose hooks these are.
         edits_weights: Whether there are weights to restore.
+        penalizes: Whether there are penalties whose gradients to add.
 
     """
 
-    def __init__(self, engine: "Engine", *, edits_weights: bool) -> None:
+    def __init__(self, engine: "Engine", *, edits_weights: bool, penalizes: bool) -> None:
         self._engine = engine
         # Lightning calls the hooks that are callable; nothing to do is not even a call.
-        idle = _NEVER if edits_weights else (*_NEVER, "on_before_optimizer_step", "on_train_batch_end")
+        idle = list(_NEVER)
+        if not edits_weights:
+            idle.append("on_train_batch_end")
+        if not (edits_weights or penalizes):
+            idle.append("on_before_optimizer_step")
         for hook in idle:
             setattr(self, hook, None)
 
@@ -47,6 +52,7 @@ class EngineHooks(Callback):
         self, trainer: "Trainer", pl_module: "LightningModule", optimizer: "Optimizer"
     ) -> None:
         self._engine.restore_weights()
+        self._engine.add_penalties(optimizer)
 
     @override
     def on_train_batch_end(

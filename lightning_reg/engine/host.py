@@ -46,7 +46,9 @@ else:
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+    from torch import Tensor
     from torch.distributed import ProcessGroup
+    from torch.optim import Optimizer
 
 __all__ = [
     "Callback",
@@ -58,6 +60,7 @@ __all__ = [
     "callbacks",
     "combined_loader",
     "data_parallel_group",
+    "gradient_scale",
     "is_compiled",
     "is_logging_step",
     "isolated_randomness",
@@ -158,6 +161,16 @@ def data_parallel_group(trainer: "Trainer") -> "ProcessGroup | None":
         group: ProcessGroup = mesh["data_parallel"].get_group()
         return group
     return dist.group.WORLD
+
+
+def gradient_scale(trainer: "Trainer", optimizer: "Optimizer") -> "Tensor | None":
+    """What gradients are still multiplied by in ``on_before_optimizer_step``; ``None`` for 1."""
+    # Lightning has them unscaled by then, unless the optimizer (a fused one) does that itself in its step.
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return None
+    scale: Tensor | None = scaler._scale
+    return scale
 
 
 def callbacks(trainer: "Trainer") -> "list[Callback]":

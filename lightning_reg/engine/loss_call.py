@@ -85,6 +85,34 @@ class LossCall:
         for name in ("decomposition", "mass", "sample_mass", "losses", "plain", "batch_size"):
             self.__dict__.pop(name, None)
 
+    def replace_losses(self, per_sample: Tensor) -> None:
+        """Puts other losses of the samples in place of the call's own; they are reduced as these are.
+
+        Args:
+            per_sample: ``(B,)`` with gradient, per unit of mass.
+
+        Raises:
+            MisconfigurationException: If a sample of the call is more than one row.
+
+        """
+        if self.kind != "row" or per_sample.shape != (self.batch_size,):
+            raise MisconfigurationException(
+                f"{self} has no loss per sample that could be replaced by one of shape {tuple(per_sample.shape)}."
+            )
+        mass = self.sample_mass
+        elements = per_sample if mass is None else per_sample * mass
+        reduction, plain = self.reduction, elements
+        if reduction != "none":
+            plain = elements.sum()
+            if reduction != "sum":
+                plain = plain / (len(elements) if mass is None else mass.sum())
+        # `losses` and `plain` are computed anew from this.
+        for name in ("losses", "plain"):
+            self.__dict__.pop(name, None)
+        self.__dict__["decomposition"] = losses.Decomposition(
+            elements, plain, "mean" if "mean" in reduction else reduction
+        )
+
     def _check_reader(self) -> None:
         if self.reader is not None and self.step.mixing is not None:
             raise self.step.mixing.two_targets(self.reader)

@@ -28,7 +28,16 @@ if TYPE_CHECKING:
     from lightning_reg.engine.step import Step
     from lightning_reg.engine.technique import Technique
 
-__all__ = ["Peer", "Sight", "copy_of", "load_weights_", "update_average_", "weights_of"]
+__all__ = [
+    "Peer",
+    "Sight",
+    "check_runs_on_copy",
+    "copy_of",
+    "is_grown",
+    "load_weights_",
+    "update_average_",
+    "weights_of",
+]
 
 
 # -- copies -----------------------------------------------------------------------------------------------------------
@@ -51,6 +60,9 @@ def copy_of(module: "LightningModule") -> "LightningModule":
     """
     memo: dict[int, Any] = {id(hook): hook for layer in module.modules() for hook in layer._forward_hooks.values()}
     memo = {key: hook for key, hook in memo.items() if is_of_a_tap(hook)}
+    # Such as `self.last_logits`: torch refuses to copy a tensor with a history.
+    kept = (leaf for layer in module.modules() for leaf in tree_leaves(vars(layer)) if isinstance(leaf, Tensor))
+    memo |= {id(leaf): leaf.detach().clone() for leaf in kept if not leaf.is_leaf}
     try:
         # The innermost first, so that a compiled network inside another one is found in the memo.
         for layer in reversed(list(module.modules())):
@@ -60,8 +72,8 @@ def copy_of(module: "LightningModule") -> "LightningModule":
             twin = copy.deepcopy(module, memo)
     except (RuntimeError, TypeError) as error:
         raise MisconfigurationException(
-            f"{type(module).__name__} cannot be copied: {error}. A tensor that is kept as an attribute must be"
-            " detached, and what cannot be pickled (files, locks, generators) does not belong into the module."
+            f"{type(module).__name__} cannot be copied: {error}. What cannot be pickled (files, locks, generators) does"
+            " not belong into the module."
         ) from error
     for layer in twin.modules():
         layer._compiled_call_impl = None
@@ -69,6 +81,29 @@ def copy_of(module: "LightningModule") -> "LightningModule":
             if is_of_a_tap(hook):
                 del layer._forward_hooks[key]
     return twin
+
+
+def check_runs_on_copy(module: "LightningModule", owner: object) -> None:
+    """Refuses a module whose ``training_step`` does more than to compute a loss from its batch.
+
+    Args:
+        module: The user's module.
+        owner: Who wants to run it; its class is named in the message.
+
+    Raises:
+        MisconfigurationException: If it fetches batches or trains by itself.
+
+    """
+    if "dataloader_iter" in inspect.signature(module.training_step).parameters:
+        raise MisconfigurationException(
+            f"{type(owner).__name__} runs `training_step` on a copy of the module; one that takes `dataloader_iter`"
+            " would fetch another batch there. Write `training_step(batch, batch_idx)`."
+        )
+    if not module.automatic_optimization:
+        raise MisconfigurationException(
+            f"{type(owner).__name__} runs `training_step` on a copy of the module, which would train there under"
+            " automatic_optimization=False. Leave optimization to Lightning, or use the functional core."
+        )
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
@@ -129,7 +164,7 @@ def update_average_(average: Sequence[Tensor], params: Sequence[Tensor], decay: 
 
 @dataclass(frozen=True)
 class Sight:
-    """What a second network made of a batch; nothing in it has a gradient.
+    """What a second network made of a batch, without gradient unless it was asked for.
 
     Args:
         call: The loss call of its ``training_step``, the same one as of the user's module; ``None`` if it was not asked
@@ -156,18 +191,14 @@ class Peer:
 
     Raises:
         MisconfigurationException: If the module cannot be copied, a layer is not there, or ``training_step`` fetches
-            batches itself.
+            batches or trains itself.
 
     """
 
     def __init__(
         self, module: "LightningModule", *, layers: Sequence[str] = (), training: bool = False, owner: object
     ) -> None:
-        if "dataloader_iter" in inspect.signature(module.training_step).parameters:
-            raise MisconfigurationException(
-                f"{type(owner).__name__} runs `training_step` a second time, on a copy of the module; one that takes"
-                " `dataloader_iter` would fetch another batch. Write `training_step(batch, batch_idx)`."
-            )
+        check_runs_on_copy(module, owner)
         self.module = copy_of(module).train(training)
         self._tap = FeatureTap(self.module, layers)
         self._metrics = [layer for layer in self.module.modules() if isinstance(layer, Metric)]
@@ -176,12 +207,13 @@ class Peer:
         self._step: Step | None = None
         self._selection = Selection(())
         self._taken: LossCall | None = None
+        self._keep: Callable[[dict[str, Any]], dict[str, Any]] = _detached
 
     def update_average_(self, decay: float) -> None:
         """Moves its parameters to those of the module it was copied from: :func:`update_average_`."""
         update_average_(*self._pairs, decay)
 
-    def see(self, step: "Step", technique: "Technique | None" = None) -> Sight:
+    def see(self, step: "Step", technique: "Technique | None" = None, *, gradient: bool = False) -> Sight:
         """Runs its ``training_step`` on the step's batch.
 
         Nobody notices: random states are put back (so it draws what the user's module draws, if it is asked in
@@ -191,6 +223,7 @@ class Peer:
         Args:
             step: The step, with its final batch.
             technique: Whose ``loss`` chooses the loss call to return; ``None`` if only features are wanted.
+            gradient: Whether to keep the graph, for gradients with respect to its parameters, in full precision.
 
         Returns:
             The loss call and the features.
@@ -203,6 +236,7 @@ class Peer:
         tensors = [leaf for leaf in tree_leaves(step.batch) if isinstance(leaf, Tensor)]
         versions = [tensor._version for tensor in tensors]
         self._step, self._selection, self._taken = step, Selection([] if technique is None else [technique]), None
+        self._keep = _unchanged if gradient else _detached
         try:
             with ExitStack() as undo:
                 undo.enter_context(host.isolated_randomness())
@@ -211,12 +245,16 @@ class Peer:
                 # With a graph, so that calls with a gradient are told apart as they are in the user's own step (a
                 # metric's have none); the graph keeps nothing.
                 undo.enter_context(torch.enable_grad())
-                undo.enter_context(saved_tensors_hooks(_forget, _forgotten))
                 undo.enter_context(trainer.precision_plugin.train_step_context())
+                if gradient:
+                    undo.enter_context(torch.autocast(self.module.device.type, enabled=False))
+                else:
+                    undo.enter_context(saved_tensors_hooks(_forget, _forgotten))
                 undo.enter_context(self._watch())
                 self._tap.open = True
                 self.module.training_step(step.batch, *step.arguments)
-            features = tree_map_only(Tensor, Tensor.detach, dict(self._tap.outputs))
+            outputs = dict(self._tap.outputs)
+            features = outputs if gradient else tree_map_only(Tensor, Tensor.detach, outputs)
         finally:
             self._tap.open = False
             self._tap.outputs.clear()
@@ -246,7 +284,7 @@ class Peer:
         arguments = bind(function, args, kwargs)
         has_gradient = any(isinstance(value, Tensor) and value.requires_grad for value in arguments.values())
         if self._step is not None and torch.is_grad_enabled() and has_gradient:
-            self._note(LossCall(function, _detached(arguments), self._step, call_site()))
+            self._note(LossCall(function, self._keep(arguments), self._step, call_site()))
         return function(*args, **kwargs)
 
     def _reduce_loss(
@@ -258,7 +296,7 @@ class Peer:
         indices: Tensor | None = None,
     ) -> Tensor:
         if self._step is not None and per_sample_loss.requires_grad:
-            handed_over = _detached({"loss": per_sample_loss, "logits": logits})
+            handed_over = self._keep({"loss": per_sample_loss, "logits": logits})
             self._note(
                 HandWrittenCall(handed_over["loss"], handed_over["logits"], targets, indices, self._step, call_site())
             )
@@ -277,6 +315,10 @@ class Peer:
 
 def _detached(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value.detach() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+
+
+def _unchanged(arguments: dict[str, Any]) -> dict[str, Any]:
+    return arguments
 
 
 def _forget(tensor: Tensor) -> None:

@@ -28,11 +28,12 @@ PHASES = (
     "observe_batch",
     "edit_weights",
     "change_targets",
+    "change_losses",
     "sample_weights",
     "loss_term",
     "penalty",
 )
-LOSS_PHASES = frozenset(("change_targets", "sample_weights", "loss_term"))
+LOSS_PHASES = frozenset(("change_targets", "change_losses", "sample_weights", "loss_term"))
 
 
 class Technique(Callback):
@@ -154,6 +155,13 @@ class Technique(Callback):
         """Returns the targets for the loss function, ``None`` to keep the present ones."""
         raise NotImplementedError
 
+    def change_losses(self, call: "LossCall") -> Tensor | None:
+        """Returns losses of the samples ``(B,)`` in place of the call's own, ``None`` to keep these.
+
+        They are per unit of mass (an ignored sample counts 0, a class weight counts), and reduced as the user's own.
+        """
+        raise NotImplementedError
+
     def sample_weights(self, call: "LossCall") -> Tensor | None:
         """Returns a weight per sample ``(B,)``, or per element of the loss ``(E,)`` (token, pixel), neutral 1.
 
@@ -166,7 +174,11 @@ class Technique(Callback):
         raise NotImplementedError
 
     def penalty(self, module: "LightningModule") -> Tensor | None:
-        """Returns a scalar that depends on parameters only and is added to the step's loss; ``None`` for none."""
+        """Returns a scalar that depends on parameters only; ``None`` for none.
+
+        Its gradient joins that of the loss just before the optimizer's step, once however many batches are accumulated.
+        The weights in the module are dense then. It may be called more than once per step, without gradient too.
+        """
         raise NotImplementedError
 
     # -- services -----------------------------------------------------------------------------------------------------

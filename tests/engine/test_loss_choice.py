@@ -337,8 +337,6 @@ def test_manual_optimization_must_choose():
 
 
 def test_manual_optimization_refuses_what_comes_after_the_step():
-    with pytest.raises(MisconfigurationException, match=r"Add `Penalty.penalty\(self\)` to your loss before"):
-        fit(Players(), Penalty())
     with pytest.raises(MisconfigurationException, match=r'Term\(loss="last"\) is known only after'):
         fit(Players(), Term(loss="last"))
 

@@ -1,6 +1,7 @@
 """Second networks: copies that know nothing of the Trainer, and what they make of a batch."""
 
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -111,10 +112,19 @@ def test_compiled_parts_are_copied_as_they_were_before(how):
     assert twin.training_step((x, torch.zeros(4, dtype=torch.long)), 0) > 0.5
 
 
+def test_tensors_with_a_history_are_copied_without_it():
+    module = Classifier()
+    module.last = {"logits": [module(torch.ones(1, INPUTS))]}
+    twin = copy_of(module)
+    assert torch.equal(twin.last["logits"][0], module.last["logits"][0])
+    assert not twin.last["logits"][0].requires_grad
+    assert twin.last["logits"][0] is not module.last["logits"][0]
+
+
 def test_what_cannot_be_copied_is_refused():
     module = Classifier()
-    module.last = module(torch.ones(1, INPUTS))
-    with pytest.raises(MisconfigurationException, match="Classifier cannot be copied: Only Tensors created explicitly"):
+    module.lock = threading.Lock()
+    with pytest.raises(MisconfigurationException, match=r"Classifier cannot be copied: cannot pickle '_thread.lock'"):
         copy_of(module)
 
 
@@ -341,8 +351,15 @@ def test_a_step_that_fetches_batches_itself_is_refused():
         def training_step(self, dataloader_iter):
             return None
 
-    with pytest.raises(MisconfigurationException, match="Teach runs `training_step` a second time"):
+    with pytest.raises(MisconfigurationException, match=r"Teach runs .* would fetch another batch"):
         Peer(Fetches(), owner=Teach())
+
+
+def test_manual_optimization_is_refused():
+    module = Classifier()
+    module.automatic_optimization = False
+    with pytest.raises(MisconfigurationException, match=r"Teach runs .* which would train there under automatic_optim"):
+        Peer(module, owner=Teach())
 
 
 def test_an_exception_leaves_nothing_behind():

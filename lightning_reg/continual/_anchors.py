@@ -1,0 +1,286 @@
+"""Weights tied to anchors: the penalty, the parameters that are meant, how much each one matters."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from typing_extensions import override
+
+from lightning_reg.engine.distributed import all_reduce_sum
+from lightning_reg.engine.errors import MisconfigurationException
+from lightning_reg.engine.features import near_names
+from lightning_reg.engine.peers import is_grown
+from lightning_reg.engine.surgery import named_weights
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = [
+    "anchored_weights",
+    "fisher_diagonal",
+    "fisher_losses",
+    "pair_up",
+    "parts_like",
+    "pull_",
+    "quadratic_penalty",
+]
+
+Labels = Literal["argmax", "sample", "true"]
+
+# Numbers in the gradients of the samples that are computed at once.
+_NUMBERS_AT_ONCE = 1 << 24
+
+
+# -- the penalty ------------------------------------------------------------------------------------------------------
+
+
+def quadratic_penalty(
+    params: Sequence[Tensor], anchors: Sequence[Tensor], weights: Sequence[Tensor] | None = None
+) -> Tensor:
+    r"""Weighted squared distance of parameters from anchors; its gradient is :math:`2 w (\theta - \theta^*)`.
+
+    .. math:: \sum_j w_j (\theta_j - \theta^*_j)^2
+
+    Fused operations over all tensors, two temporary copies of them. It can be differentiated once.
+
+    Args:
+        params: Parameters, or parts of them, with gradient.
+        anchors: Constants of the same shapes.
+        weights: Constants of the same shapes, at least 0; ``None`` for 1.
+
+    Returns:
+        A scalar, in float32 at least.
+
+    Example:
+        >>> quadratic_penalty([torch.tensor([1.0, 3.0])], [torch.tensor([0.0, 1.0])], [torch.tensor([1.0, 0.5])])
+        tensor(3.)
+
+    """
+    value: Tensor = _Quadratic.apply(len(params), *params, *anchors, *(weights or ()))  # type: ignore[no-untyped-call]  # torch's
+    return value
+
+
+class _Quadratic(torch.autograd.Function):
+    @staticmethod
+    @override
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> Tensor:
+        params, anchors, weights = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
+        wide = [p if p.dtype == torch.float64 else p.float() for p in params]
+        deltas = torch._foreach_sub(wide, [a.to(p.dtype) for a, p in zip(anchors, wide, strict=True)])
+        slopes = torch._foreach_mul(deltas, list(weights)) if weights else deltas
+        ctx.slopes, ctx.dtypes = slopes, [p.dtype for p in params]
+        # Products are not negative, so that the sum of magnitudes is their sum: one operation for all tensors.
+        return torch.stack(list(torch._foreach_norm(torch._foreach_mul(slopes, deltas), 1))).sum()
+
+    @staticmethod
+    @once_differentiable
+    @override
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = torch._foreach_mul(ctx.slopes, 2.0 * grad)
+        own = [g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
+        return (None, *own, *[None] * (len(ctx.needs_input_grad) - 1 - len(own)))
+
+
+def parts_like(params: Sequence[Tensor], anchors: Sequence[Tensor]) -> list[Tensor]:
+    """The first rows of each parameter, as many as its anchor has."""
+    return [p if p.shape == a.shape else p[: len(a)] for p, a in zip(params, anchors, strict=True)]
+
+
+@torch.no_grad()
+def pull_(params: Sequence[Tensor], anchors: Sequence[Tensor], among: Sequence[Tensor], share: float) -> None:
+    """Moves parameters towards their anchors, in place.
+
+    Args:
+        params: Parameters.
+        anchors: Where to, for the first rows of each.
+        among: Only those of ``params`` that are in here and have a gradient are moved.
+        share: Part of the way, in [0, 1].
+
+    """
+    meant = {id(p) for p in among if p.grad is not None}
+    pairs = [(p, a) for p, a in zip(params, anchors, strict=True) if id(p) in meant]
+    if pairs:
+        parts = parts_like([p.detach() for p, _ in pairs], [a for _, a in pairs])
+        torch._foreach_lerp_(parts, [a for _, a in pairs], share)
+
+
+# -- the parameters ---------------------------------------------------------------------------------------------------
+
+
+def anchored_weights(
+    owner: object, module: nn.Module, params: Sequence[str] | None, exclude: Sequence[str] | None
+) -> dict[str, nn.Parameter]:
+    """Trainable parameters whose names match.
+
+    Args:
+        owner: Who asks; its class is named in messages.
+        module: The user's module.
+        params: Patterns of names as in ``named_parameters()``, one of which must match; ``None`` for all.
+        exclude: Patterns, none of which may match.
+
+    Returns:
+        Parameters by name.
+
+    Raises:
+        MisconfigurationException: If a pattern matches nothing, or no parameter is left.
+
+    """
+    named = {name: p for name, p in named_weights(module).items() if p.requires_grad}
+    for argument, patterns in (("params", params), ("exclude", exclude)):
+        for pattern in patterns or ():
+            if not any(fnmatchcase(name, pattern) for name in named):
+                raise MisconfigurationException(
+                    f"{type(owner).__name__}({argument}=[{pattern!r}]): no trainable parameter has such a name. Near"
+                    f" names: {near_names(pattern, named)}."
+                )
+    chosen = {
+        name: p
+        for name, p in named.items()
+        if (params is None or any(fnmatchcase(name, pattern) for pattern in params))
+        and not any(fnmatchcase(name, pattern) for pattern in exclude or ())
+    }
+    if not chosen:
+        raise MisconfigurationException(
+            f"{type(owner).__name__}: `params` and `exclude` leave no trainable parameter to anchor."
+        )
+    return chosen
+
+
+def pair_up(owner: object, module: nn.Module, kept: Mapping[str, Tensor]) -> tuple[list[nn.Parameter], list[Tensor]]:
+    """Parameters of the module, and what was kept of each.
+
+    Args:
+        owner: Whose it is; its class is named in messages.
+        module: The user's module.
+        kept: By name; a parameter may have more rows by now.
+
+    Returns:
+        Parameters, and constants on their devices.
+
+    Raises:
+        MisconfigurationException: If a parameter is not there or has another shape.
+
+    """
+    named = named_weights(module)
+    for name, value in kept.items():
+        if name not in named or not is_grown(named[name], value):
+            found = f"has shape {tuple(named[name].shape)}" if name in named else "is not there"
+            raise MisconfigurationException(
+                f"{type(owner).__name__}: {name!r} had shape {tuple(value.shape)} when its anchor was taken and"
+                f" {found} now. Between fits parameters may only come anew, or grow by rows at the end (new classes of"
+                " a head)."
+            )
+    return [named[name] for name in kept], [value.to(named[name].device) for name, value in kept.items()]
+
+
+# -- how much each one matters ----------------------------------------------------------------------------------------
+
+
+def fisher_losses(
+    logits: Tensor, labels: Tensor | None, which: Labels = "argmax", generator: torch.Generator | None = None
+) -> Tensor:
+    r"""Losses whose squared gradients estimate the Fisher information of a classifier.
+
+    .. math:: -\log \operatorname{softmax}(z_b)_{\hat y_b}
+
+    Args:
+        logits: ``(B, C)`` with gradient.
+        labels: ``(B,)`` int64, read with ``which="true"`` only.
+        which: Whose label :math:`\hat y` is: the model's most probable one (``"argmax"``), one drawn from its
+            probabilities (``"sample"``, which is the Fisher information itself in the mean), or the given one
+            (``"true"``, the empirical Fisher).
+        generator: For the draws.
+
+    Returns:
+        float32 ``(B,)`` with gradient.
+
+    Raises:
+        ValueError: If the true labels are asked for and not given.
+
+    """
+    if which == "true" and labels is None:
+        raise ValueError("fisher_losses: `labels` must be given with which='true', got None.")
+    scores = logits.float()
+    if which == "argmax":
+        labels = scores.argmax(1)
+    elif which == "sample":
+        labels = torch.multinomial(scores.detach().softmax(1), 1, generator=generator)[:, 0]
+    return F.cross_entropy(scores, labels, reduction="none")  # type: ignore[arg-type]  # checked above
+
+
+def fisher_diagonal(
+    params: Sequence[Tensor],
+    batches: Iterable[Tensor],
+    per_sample: bool = True,
+    group: "ProcessGroup | None" = None,
+) -> list[Tensor]:
+    r"""Diagonal of the Fisher information: the mean squared gradient of the samples' losses.
+
+    .. math:: F_j = \frac1N \sum_i \Bigl(\frac{\partial \ell_i}{\partial \theta_j}\Bigr)^2
+
+    Args:
+        params: Parameters.
+        batches: Losses of one batch after the other, ``(B,)`` each, with gradient (:func:`fisher_losses`), of a network
+            in which samples do not meet (eval mode).
+        per_sample: ``False`` squares the gradient of each batch's mean instead, :math:`\frac1K \sum_k B_k\,
+            (\overline{\partial \ell})^2` over K batches: much cheaper, and something else unless batches are of one.
+        group: Ranks that have seen other samples; ``None``: these are all.
+
+    Returns:
+        For each parameter a tensor of its shape, in float32 at least.
+
+    Raises:
+        ValueError: If there is no sample.
+
+    Example:
+        >>> w, x = torch.zeros(2, requires_grad=True), torch.tensor([[1.0, 2.0], [3.0, 0.0]])
+        >>> fisher_diagonal([w], [x @ w])
+        [tensor([5., 2.])]
+
+    """
+    sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in params]
+    count = 0
+    for losses in batches:
+        if per_sample:
+            _add_squares_(sums, losses, params)
+            count += len(losses)
+        elif len(losses):
+            _add_square_(sums, torch.autograd.grad(losses.mean(), params, allow_unused=True), len(losses))
+            count += 1
+    total = torch.tensor(float(count), device=sums[0].device)
+    if group is not None:
+        sums, total = [all_reduce_sum(s, group) for s in sums], all_reduce_sum(total, group)
+    if not total:
+        raise ValueError("fisher_diagonal: `batches` must hold a sample, got none.")
+    return [s / total for s in sums]
+
+
+def _add_squares_(sums: Sequence[Tensor], losses: Tensor, params: Sequence[Tensor]) -> None:
+    at_once = max(1, _NUMBERS_AT_ONCE // sum(p.numel() for p in params))
+    rows = torch.eye(len(losses), dtype=losses.dtype, device=losses.device)
+    for start in range(0, len(losses), at_once):
+        gradients = _gradients_of_rows(losses, params, rows[start : start + at_once])
+        for total, gradient in zip(sums, gradients, strict=True):
+            if gradient is not None:
+                total.add_(gradient.to(total.dtype).square().sum(0))
+
+
+def _gradients_of_rows(losses: Tensor, params: Sequence[Tensor], rows: Tensor) -> list[Tensor | None]:
+    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
+    if len(rows) > 1:
+        try:
+            return list(torch.autograd.grad(losses, params, rows, is_grads_batched=True, **options))
+        except RuntimeError:  # an operation that cannot be batched: one sample after the other
+            pass
+    each = [torch.autograd.grad(losses, params, row, **options) for row in rows]
+    return [None if column[0] is None else torch.stack(column) for column in zip(*each, strict=True)]
+
+
+def _add_square_(sums: Sequence[Tensor], gradients: Sequence[Tensor | None], factor: float) -> None:
+    found = [(s, g.to(s.dtype)) for s, g in zip(sums, gradients, strict=True) if g is not None]
+    if found:
+        torch._foreach_addcmul_([s for s, _ in found], [g for _, g in found], [g for _, g in found], value=factor)

@@ -1,0 +1,106 @@
+"""Losses that tie outputs and features to those of an earlier network."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["bce_distillation_loss", "feature_distillation_loss", "softmax_distillation_loss"]
+
+
+def bce_distillation_loss(
+    logits: Tensor,
+    teacher_logits: Tensor | None,
+    targets: Tensor,
+    num_old: int,
+    num_seen: int | None = None,
+    reduction: Literal["mean", "none"] = "mean",
+) -> Tensor:
+    r"""One-vs-all loss whose targets are the teacher's probabilities on old classes and the labels on new ones.
+
+    .. math:: \frac1B \sum_b \sum_{c < v} \operatorname{BCE}\bigl(\sigma(z_{bc}), t_{bc}\bigr), \qquad
+        t_{bc} = \sigma(z^\text{old}_{bc}) \;(c < o), \quad t_{bc} = [y_b = c] \;(o \le c < v)
+
+    The classes are summed, not averaged: the learning rate means the same for every number of classes.
+
+    Args:
+        logits: ``(B, C)``. Columns from ``num_seen`` on take no part.
+        teacher_logits: Logits of the earlier network, ``(B, at least num_old)``; no gradient flows into them. ``None``
+            if there are no old classes.
+        targets: Labels ``(B,)`` int64, or class probabilities ``(B, C)``. A label below ``num_old`` is no target: there
+            the teacher's word counts.
+        num_old: Number of old classes o; they come first. With 0 this is plain one-vs-all.
+        num_seen: Number of classes so far v; ``None`` for C.
+        reduction: ``"mean"`` over the batch, or ``"none"``.
+
+    Returns:
+        float32: a scalar, or ``(B,)``.
+
+    Example:
+        >>> bce_distillation_loss(torch.zeros(1, 3), None, torch.tensor([2]), num_old=0)
+        tensor(2.0794)
+
+    """
+    seen = logits[:, :num_seen].float()
+    if targets.is_floating_point():
+        wanted = targets[:, :num_seen].float().clone()
+    else:
+        wanted = (targets[:, None] == torch.arange(seen.shape[1], device=seen.device)).float()
+    if teacher_logits is not None and num_old:
+        wanted[:, :num_old] = teacher_logits[:, :num_old].detach().float().sigmoid()
+    losses = F.binary_cross_entropy_with_logits(seen, wanted, reduction="none").sum(1)
+    return losses.mean() if reduction == "mean" else losses
+
+
+def softmax_distillation_loss(
+    logits: Tensor, teacher_logits: Tensor, temperature: float = 2.0, reduction: Literal["mean", "none"] = "mean"
+) -> Tensor:
+    r"""Cross-entropy with the teacher's softened probabilities over the old classes.
+
+    .. math:: -\frac1B \sum_b \sum_{c<o} \operatorname{softmax}(z^\text{old}_b / T)_c
+        \log \operatorname{softmax}(z_b / T)_c
+
+    There is no factor :math:`T^2`.
+
+    Args:
+        logits: Logits of the old classes alone, ``(B, o)``.
+        teacher_logits: The earlier network's, ``(B, o)``; no gradient flows into them.
+        temperature: T, above 0.
+        reduction: ``"mean"`` over the batch, or ``"none"``.
+
+    Returns:
+        float32: a scalar, or ``(B,)``.
+
+    Example:
+        >>> softmax_distillation_loss(torch.zeros(1, 4), torch.tensor([[3.0, 0.0, 0.0, 0.0]]))
+        tensor(1.3863)
+
+    """
+    wanted = (teacher_logits.detach().float() / temperature).softmax(1)
+    losses = -(wanted * (logits.float() / temperature).log_softmax(1)).sum(1)
+    return losses.mean() if reduction == "mean" else losses
+
+
+def feature_distillation_loss(
+    features: Tensor, teacher_features: Tensor, reduction: Literal["mean", "none"] = "mean"
+) -> Tensor:
+    r"""Squared distance of a layer's outputs from those of an earlier network.
+
+    .. math:: \frac1B \sum_b \lVert f_b - f^\text{old}_b \rVert_2^2
+
+    Args:
+        features: ``(B, ...)``; everything but the batch is summed.
+        teacher_features: The same shape; no gradient flows into them.
+        reduction: ``"mean"`` over the batch, or ``"none"``.
+
+    Returns:
+        float32: a scalar, or ``(B,)``.
+
+    Example:
+        >>> feature_distillation_loss(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 0.0]]))
+        tensor(5.)
+
+    """
+    losses = (features.float() - teacher_features.detach().float()).square().flatten(1).sum(1)
+    return losses.mean() if reduction == "mean" else losses

@@ -1,0 +1,107 @@
+"""What counts as a task, and what is kept from one to the next."""
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import override
+
+from lightning_reg.engine.composition import check_whole
+from lightning_reg.engine.technique import Technique
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+    from lightning_reg.engine.step import Step
+
+__all__ = ["TaskTechnique"]
+
+
+class TaskTechnique(Technique, ABC):
+    """A technique that carries something from one task to the next; the user keeps the object between the fits.
+
+    A task is a fit that came to its end: not one that an exception or Ctrl-C ended, and no ``fast_dev_run``. What is
+    kept is taken in ``on_fit_end``, when averages and masks are in the module for good. A fit that is resumed from a
+    checkpoint written while it ran goes on with the same task.
+
+    Args:
+        loss: See :class:`Technique`.
+        name: See :class:`Technique`.
+        seed: See :class:`Technique`.
+
+    """
+
+    def __init__(self, *, loss: int | str | None = None, name: str | None = None, seed: int = 0) -> None:
+        super().__init__(loss=loss, name=name, seed=seed)
+        self._finished = 0
+        self._kept: dict[str, Any] = {}
+        self._begun = self._resumed = False
+
+    @property
+    def tasks(self) -> int:
+        """Number of tasks that came to their end."""
+        return self._finished
+
+    @property
+    @abstractmethod
+    def is_neutral(self) -> bool:
+        """Whether its settings make it do nothing, and keep nothing."""
+
+    @abstractmethod
+    def begin(self, step: "Step") -> None:
+        """Makes ready for a task, before its first step, from what was kept."""
+
+    @abstractmethod
+    def keep(self, trainer: "Trainer", module: "LightningModule") -> dict[str, Any]:
+        """What to keep when a task has come to its end: tensors and plain values."""
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Lets go of what was made for one fit."""
+
+    @property
+    @abstractmethod
+    def acts(self) -> bool:
+        """Whether it has anything to do in this task."""
+
+    @override
+    def check(self, trainer: "Trainer", module: "LightningModule") -> None:
+        check_whole(self, trainer, "keeps")
+
+    @override
+    def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        self._begun = False
+
+    @override
+    def is_active(self, step: "Step") -> bool:
+        if self.is_neutral:
+            return False
+        if not self._begun:
+            # Not in `on_train_start`: other callbacks may put other weights into the module there.
+            self.begin(step)
+            self._begun, self._resumed = True, False
+        return self.acts
+
+    @override
+    def on_fit_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        if self._begun and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by Lightning's debugging setup
+            self._kept = self.keep(trainer, pl_module)
+            self._finished += 1
+        self._leave()
+
+    @override
+    def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
+        self._leave()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"finished": self._finished, "in_task": self._begun, **self._kept}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        kept = dict(state_dict)
+        self._finished, self._resumed = kept.pop("finished"), kept.pop("in_task")
+        self._kept = kept
+
+    def _leave(self) -> None:
+        self._begun = False
+        self.forget()

@@ -1,0 +1,284 @@
+"""Continual learning without old samples: outputs and features tied to those of the network of the task before."""
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_reg.continual._distillation import (
+    bce_distillation_loss,
+    feature_distillation_loss,
+    softmax_distillation_loss,
+)
+from lightning_reg.continual._metrics import ContinualMetrics, forgetting
+from lightning_reg.continual._tying import Anchor, TaughtTechnique
+from lightning_reg.engine.errors import MisconfigurationException, check_choice, check_number
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lightning.pytorch import LightningModule, Trainer
+
+    from lightning_reg.engine.loss_call import LossCall
+
+__all__ = [
+    "ContinualMetrics",
+    "FeatureDistillation",
+    "PredictionDistillation",
+    "bce_distillation_loss",
+    "feature_distillation_loss",
+    "forgetting",
+    "softmax_distillation_loss",
+]
+
+
+class PredictionDistillation(TaughtTechnique):
+    r"""Keeps the outputs for old classes as the network of the task before has them, on the new samples (LwF).
+
+    ``loss_form="bce"`` replaces your loss by a sum of one-vs-all losses, from the first task on:
+
+    .. math:: \frac1B \sum_b \sum_{c<v} \operatorname{BCE}(\sigma(z_{bc}), t_{bc}), \quad
+        t_{bc} = \sigma(z^\text{old}_{bc})\;(c < o), \quad t_{bc} = [y_b = c]\;(o \le c < v)
+
+    ``loss_form="softmax"`` adds :math:`\mu` times the cross-entropy with the old network's probabilities, softened by
+    T, over the old classes. Classes of a task must come after those of the tasks before; predict by the largest logit.
+
+    Use ``"bce"`` as the base of class-incremental training without old samples. The softmax form alone does not help
+    there. A task is a fit that came to its end; keep the object from fit to fit. A head may grow by rows in between.
+
+    Source:
+        Li and Hoiem, "Learning without Forgetting", ECCV 2016, arXiv 1606.09282, in the forms compared in Smith et al.,
+        "A Closer Look at Rehearsal-Free Continual Learning", CVPR Workshops 2023, arXiv 2203.17269.
+
+    Differs:
+        Nothing. Soft targets (of a batch that was mixed) take the place of :math:`[y_b = c]`.
+
+    Memory: the module's parameters and buffers once more; a forward pass of the old network per step.
+
+    Args:
+        loss_form: ``"bce"`` (paper's good one), or ``"softmax"``.
+        weight: mu of the softmax form, at least 0; paper: 1. Not used by ``"bce"``. Neutral: 0 with ``"softmax"``.
+        temperature: T of the softmax form, above 0. Paper: 2.
+        new_classes: How many classes each task adds, in the order of the tasks, each at least 0. ``None``: the head
+            grows, and has just the classes so far.
+        loss: Which loss call it works on, if there are several: position, ``"last"``, function name, or
+            ``"model.py:42"``.
+        name: Tells several instances in one Trainer apart.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> distillation = PredictionDistillation(new_classes=[2, 2, 2, 2, 2])
+        >>> trainer = Trainer(max_epochs=10, callbacks=[distillation], logger=False, enable_checkpointing=False)
+
+    """
+
+    def __init__(
+        self,
+        loss_form: Literal["bce", "softmax"] = "bce",
+        weight: float = 1.0,
+        temperature: float = 2.0,
+        new_classes: list[int] | None = None,
+        loss: int | str | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(weight, "end_of_task", [], loss, name)
+        check_choice(self, "loss_form", loss_form, ("bce", "softmax"))
+        check_number(self, "temperature", temperature, low=0, low_open=True)
+        for count in new_classes or ():
+            check_number(self, "new_classes", count, low=0, integer=True)
+        self.loss_form, self.temperature, self.new_classes = loss_form, temperature, new_classes
+        self._columns = 0
+
+    @classmethod
+    @override
+    def key(cls) -> str:
+        return "prediction_distillation"
+
+    @property
+    @override
+    def is_neutral(self) -> bool:
+        return self.loss_form == "softmax" and self.weight == 0
+
+    @property
+    @override
+    def acts(self) -> bool:
+        return True  # in the first task too: the outputs are counted
+
+    @override
+    def describe(self) -> str:
+        if self.is_neutral:
+            return "weight=0: inactive"
+        form = (
+            "bce" if self.loss_form == "bce" else f"softmax, weight={self.weight:g}, temperature={self.temperature:g}"
+        )
+        old = f"tasks before: {self.tasks}" if self.tasks else "no old classes in the first task"
+        return f"{form}; {old}"
+
+    @override
+    def change_losses(self, call: "LossCall") -> Tensor | None:
+        if self.loss_form != "bce":
+            return None
+        old, seen = self._classes(call)
+        targets = call.labels if call.target is None else call.target
+        if call.step.is_logging or self._columns != call.logits.shape[1]:
+            self._check_labels(targets, seen)
+        self._columns = call.logits.shape[1]
+        teacher = self._teacher_logits(call)
+        losses = bce_distillation_loss(call.logits, teacher, targets, old, seen, reduction="none")
+        if call.step.is_logging:
+            call.step.log(self, "loss", losses.mean())
+        return losses
+
+    @override
+    def loss_term(self, call: "LossCall") -> Tensor | None:
+        if self.loss_form == "bce":
+            return None
+        old, _ = self._classes(call)
+        self._columns = call.logits.shape[1]
+        teacher = self._teacher_logits(call)
+        if teacher is None or not old:
+            return None
+        term = softmax_distillation_loss(call.logits[:, :old], teacher[:, :old], self.temperature, reduction="none")
+        return self.weight * term
+
+    @override
+    def keep(self, trainer: "Trainer", module: "LightningModule") -> dict[str, Any]:
+        return {**super().keep(trainer, module), "columns": self._columns}
+
+    @override
+    def forget(self) -> None:
+        super().forget()
+        self._columns = 0
+
+    def _classes(self, call: "LossCall") -> tuple[int, int]:
+        columns = call.logits.shape[1]
+        if self.new_classes is None:
+            old = int(self._kept.get("columns", 0))
+            if old and columns <= old:
+                raise MisconfigurationException(
+                    f"PredictionDistillation: the head has {columns} outputs and had {old} in the task before, so it is"
+                    " not known which classes are old. Write `new_classes=[...]`, the number that each task adds."
+                )
+            return old, columns
+        if self.tasks >= len(self.new_classes):
+            raise MisconfigurationException(
+                f"PredictionDistillation(new_classes={self.new_classes}): this is task {self.tasks + 1}, and there are"
+                f" numbers for {len(self.new_classes)}."
+            )
+        old, seen = sum(self.new_classes[: self.tasks]), sum(self.new_classes[: self.tasks + 1])
+        if seen > columns:
+            raise MisconfigurationException(
+                f"PredictionDistillation(new_classes={self.new_classes}): there are {seen} classes by task"
+                f" {self.tasks + 1}, and the head has {columns} outputs."
+            )
+        return old, seen
+
+    def _check_labels(self, targets: Tensor, seen: int) -> None:
+        if not targets.is_floating_point() and int(targets.max()) >= seen:
+            raise MisconfigurationException(
+                f"PredictionDistillation: there are {seen} classes so far, and a label is {int(targets.max())}. Classes"
+                " of a task must come after those of the tasks before, in the order of `new_classes`."
+            )
+
+    def _teacher_logits(self, call: "LossCall") -> Tensor | None:
+        sight = self.seen(call)
+        if sight is None:
+            return None
+        if sight.call is None:
+            raise MisconfigurationException(
+                "PredictionDistillation: on a copy of the module `training_step` called no loss with a gradient, so the"
+                " old network's outputs are not known."
+            )
+        return sight.call.logits
+
+
+class FeatureDistillation(TaughtTechnique):
+    r"""Keeps the outputs of a layer as the network of the task before has them, on the new samples.
+
+    .. math:: \frac{\lambda}{B} \sum_b \lVert f(x_b; \theta) - f(x_b; \theta^\text{old}) \rVert_2^2
+
+    The paper's finding is to leave it: it lowered accuracy in every combination. Use it as a baseline, or to fine-tune
+    a pre-trained network near its features (``anchor="start_of_fit"``). A task is a fit that came to its end; keep the
+    object from fit to fit.
+
+    Source:
+        Smith et al., "A Closer Look at Rehearsal-Free Continual Learning", CVPR Workshops 2023, arXiv 2203.17269.
+
+    Differs:
+        ``anchor="start_of_fit"`` is an addition: the paper has no teacher in the first task.
+
+    Memory: the module's parameters and buffers once more; a forward pass of the old network per step.
+
+    Args:
+        layer: The layer, named as in ``named_modules()``; paper: the one before the head. Its outputs are ``(B, ...)``;
+            squares are summed over everything but the batch.
+        weight: lambda, at least 0. Sensible: 1e-2 to 1. Neutral: 0.
+        anchor: ``"end_of_task"`` (paper): the network when the task before ended, in the first task none.
+            ``"start_of_fit"``: the network at the start of each fit.
+        loss: Which loss call it joins, if there are several: position, ``"last"``, function name, or ``"model.py:42"``.
+        name: Tells several instances in one Trainer apart.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> distillation = FeatureDistillation("net.body", weight=0.1)
+        >>> trainer = Trainer(max_epochs=10, callbacks=[distillation], logger=False, enable_checkpointing=False)
+
+    """
+
+    def __init__(
+        self,
+        layer: str,
+        weight: float = 0.1,
+        anchor: Anchor = "end_of_task",
+        loss: int | str | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(weight, anchor, [layer], loss, name)
+        self.layer, self.anchor = layer, anchor
+
+    @classmethod
+    @override
+    def key(cls) -> str:
+        return "feature_distillation"
+
+    @property
+    @override
+    def is_neutral(self) -> bool:
+        return self.weight == 0
+
+    @property
+    @override
+    def acts(self) -> bool:
+        return self._teacher is not None
+
+    @override
+    def describe(self) -> str:
+        if self.is_neutral:
+            return "weight=0: inactive"
+        to = f"to the {self.anchor.replace('_', ' ')}"
+        if self.anchor == "end_of_task" and not self.tasks:
+            to = "no teacher in the first task"
+        return f"layer {self.layer}, weight={self.weight:g}; {to}; tasks before: {self.tasks}"
+
+    @property
+    @override
+    def feature_layers(self) -> "Sequence[str]":
+        return () if self.is_neutral else (self.layer,)
+
+    @override
+    def loss_term(self, call: "LossCall") -> Tensor | None:
+        sight = self.seen(call)
+        own, theirs = (None if s is None else s.features.get(self.layer) for s in (call.step, sight))
+        if not isinstance(own, Tensor) or not isinstance(theirs, Tensor) or len(own) != call.batch_size:
+            found = f"a tensor of shape {tuple(own.shape)}" if isinstance(own, Tensor) else f"a {type(own).__name__}"
+            raise MisconfigurationException(
+                f"FeatureDistillation(layer={self.layer!r}): its output must be a tensor with the {call.batch_size}"
+                f" samples in its first dimension, got {found}."
+            )
+        return self.weight * feature_distillation_loss(own, theirs, reduction="none")

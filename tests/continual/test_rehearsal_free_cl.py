@@ -1,0 +1,457 @@
+"""Outputs and features tied to those of the network of the task before, and what was forgotten."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule, seed_everything
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_reg import EWC, ContinualMetrics, FeatureDistillation, L2ToStart, LossMixin, PredictionDistillation
+from lightning_reg.engine.errors import MisconfigurationException
+from lightning_reg.functional import (
+    bce_distillation_loss,
+    feature_distillation_loss,
+    forgetting,
+    softmax_distillation_loss,
+)
+from tests.conformance.case import Case
+from tests.toys import INPUTS, QUIET, Boom, BoomError, Callback, Classifier, fit, make_trainer, same_weights
+
+pytestmark = QUIET
+
+CASE = (
+    Case(
+        make=partial(PredictionDistillation, new_classes=[4, 0, 0]),
+        neutral=partial(PredictionDistillation, loss_form="softmax", weight=0.0),
+        variants=[
+            PredictionDistillation,
+            partial(PredictionDistillation, "softmax", new_classes=[4, 0], loss="cross_entropy"),
+            partial(PredictionDistillation, loss="last"),
+        ],
+        invalid=[
+            ({"weight": -0.1}, "weight"),
+            ({"temperature": 0.0}, "temperature"),
+            ({"new_classes": [2, -1]}, "new_classes"),
+        ],
+    ),
+    Case(
+        make=partial(FeatureDistillation, "net.body", weight=0.5, anchor="start_of_fit"),
+        neutral=partial(FeatureDistillation, "net.body", weight=0.0),
+        variants=[partial(FeatureDistillation, "net.act_body"), partial(FeatureDistillation, "net.body", loss="last")],
+        invalid=[({"layer": "net.body", "weight": -0.1}, "weight")],
+    ),
+)
+
+
+# -- losses -----------------------------------------------------------------------------------------------------------
+
+
+def logits(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_bce_by_loops():
+    z, old, y = logits(0, 5, 7), logits(1, 5, 3), torch.tensor([3, 4, 2, 0, 4])
+    z.requires_grad_()
+    loss = bce_distillation_loss(z, old, y, num_old=3, num_seen=5)
+    loss.backward()
+    total = 0.0
+    for b in range(5):
+        for c in range(5):
+            p = torch.sigmoid(z[b, c].detach().double())
+            t = torch.sigmoid(old[b, c].double()) if c < 3 else float(y[b] == c)
+            total += float(-(t * p.log() + (1 - t) * (1 - p).log())) / 5
+            assert z.grad[b, c].item() == pytest.approx(float(p - t) / 5, abs=1e-7)
+    assert loss.item() == pytest.approx(total, rel=1e-6)  # classes summed, samples averaged
+    assert (z.grad[:, 5:] == 0).all()
+    each = bce_distillation_loss(z, old, y, 3, 5, reduction="none")
+    assert each.mean().item() == pytest.approx(loss.item())
+
+
+def test_bce_of_a_first_task_is_one_vs_all():
+    z, y = logits(0, 4, 3), torch.tensor([0, 2, 1, 2])
+    plain = F.binary_cross_entropy_with_logits(z, F.one_hot(y, 3).float(), reduction="sum") / 4
+    assert bce_distillation_loss(z, None, y, num_old=0).item() == pytest.approx(plain.item())
+    ignored = bce_distillation_loss(z, None, torch.tensor([0, 2, 1, -100]), num_old=0, reduction="none")
+    assert torch.equal(ignored[:3], bce_distillation_loss(z, None, y, num_old=0, reduction="none")[:3])
+    soft = bce_distillation_loss(z, None, F.one_hot(y, 3).float(), num_old=0)
+    assert soft.item() == pytest.approx(plain.item())
+
+
+def test_a_student_that_is_its_teacher_has_no_gradient():
+    z = logits(0, 4, 3).requires_grad_()
+    bce_distillation_loss(z, z, torch.tensor([0, 1, 2, 0]), num_old=3).backward()
+    assert z.grad.abs().max() < 1e-8
+    z.grad = None
+    softmax_distillation_loss(z, z).backward()
+    assert z.grad.abs().max() < 1e-8
+    z.grad = None
+    feature_distillation_loss(z, z).backward()
+    assert z.grad.abs().max() == 0
+
+
+def test_softmax_by_loops():
+    z, old = logits(0, 4, 3).requires_grad_(), logits(1, 4, 3)
+    loss = softmax_distillation_loss(z, old, temperature=2.0)
+    loss.backward()
+    p, t = ((v.detach().double() / 2).exp() for v in (z, old))
+    p, t = p / p.sum(1, keepdim=True), t / t.sum(1, keepdim=True)
+    assert loss.item() == pytest.approx(float(-(t * p.log()).sum()) / 4, rel=1e-6)
+    torch.testing.assert_close(z.grad.double(), (p - t) / 2 / 4, atol=1e-7, rtol=0.0)  # no T^2 makes up for 1 / T
+
+
+def test_features_by_loops():
+    f, old = logits(0, 3, 2, 4), logits(1, 3, 2, 4)
+    total = sum((f[b, i, j] - old[b, i, j]).item() ** 2 for b in range(3) for i in range(2) for j in range(4)) / 3
+    assert feature_distillation_loss(f, old).item() == pytest.approx(total, rel=1e-6)
+    assert feature_distillation_loss(f.bfloat16(), old.bfloat16()).dtype == torch.float32
+
+
+# -- metrics ----------------------------------------------------------------------------------------------------------
+
+
+def test_forgetting_by_hand():
+    r = torch.tensor([[0.9, 9.0, 9.0], [0.5, 0.8, 9.0], [0.3, 0.6, 0.7]])
+    first = 2 / 5 * (0.9 - 0.5)
+    second = 2 / 9 * (0.9 - 0.3) + 3 / 9 * (0.8 - 0.6)
+    assert forgetting(r, [2, 3, 4]).item() == pytest.approx((first + second) / 2)
+    assert forgetting(torch.full((4, 4), 0.7), [1, 1, 1, 1]) == 0.0
+    assert forgetting(torch.tensor([[0.7]]), [5]) == 0.0
+
+
+def test_metrics_by_loops():
+    sizes, owner = [2, 1, 2], [0, 0, 1, 2, 2]
+    metrics, hits = ContinualMetrics(sizes), {}
+    for after in (1, 2, 3):
+        seen = sum(sizes[:after])
+        y = torch.arange(3 * seen) % seen
+        z = logits(after, len(y), 5) + 0.5 * F.one_hot(y, 5)
+        for half in (slice(0, 4), slice(4, None)):
+            metrics.update(z[half], y[half], after_task=after)
+        for row, label in zip(z.tolist(), y.tolist(), strict=True):
+            own = [c for c in range(5) if owner[c] == owner[label]]
+            told = max(own, key=lambda c, row=row: row[c]) == label
+            hits.setdefault((after, owner[label]), []).append((max(range(seen), key=row.__getitem__) == label, told))
+    r = [torch.zeros(3, 3), torch.zeros(3, 3)]
+    for (after, n), pairs in hits.items():
+        for matrix, values in zip(r, zip(*pairs, strict=True), strict=True):
+            matrix[after - 1, n] = sum(values) / len(values)
+    last = [hit for n in range(3) for hit, _ in hits[3, n]]
+    computed = metrics.compute()
+    assert computed["accuracy"].item() == pytest.approx(sum(last) / len(last))
+    assert computed["forgetting"].item() == pytest.approx(forgetting(r[0], sizes).item())
+    assert computed["local_forgetting"].item() == pytest.approx(forgetting(r[1], sizes).item())
+    metrics.reset()
+    metrics.update(torch.eye(5)[:2], torch.tensor([0, 0]), after_task=1)
+    assert metrics.compute()["accuracy"] == 0.5
+    for wrong in ([], [2, 0]):
+        with pytest.raises(ValueError, match="ContinualMetrics: `new_classes` must be"):
+            ContinualMetrics(wrong)
+    with pytest.raises(ValueError, match=r"`after_task` must be in \[1, 3\], got 4"):
+        metrics.update(torch.eye(5), torch.arange(5), after_task=4)
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+FIXED = [2, 1, 2]
+
+
+class Net(Classifier):
+    """Five outputs, or a head that grows; a loss in the user's own way."""
+
+    def __init__(self, outputs=5, loss=F.cross_entropy, seed=0):
+        super().__init__(seed=seed)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.net[3] = nn.Linear(8, outputs)
+        self.loss = loss
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(self.net(batch[0]), batch[1])
+
+    def grow(self, rows):
+        old = self.net[3]
+        with torch.random.fork_rng():
+            torch.manual_seed(rows)
+            self.net[3] = nn.Linear(8, len(old.weight) + rows)
+        with torch.no_grad():
+            self.net[3].weight[: len(old.weight)] = old.weight
+            self.net[3].bias[: len(old.weight)] = old.bias
+
+
+def task(number, size=24):
+    x = logits(number, size, INPUTS)
+    return TensorDataset(x, sum(FIXED[:number]) + (x[:, 0] > 0).long() * (FIXED[number] - 1))
+
+
+def learn(module, number, *callbacks, **options):
+    return fit(module, *callbacks, loader=DataLoader(task(number), 8), **options)
+
+
+def by_hand(module, number, loss, epochs=2):
+    optimizer = torch.optim.SGD(module.parameters(), 0.5)
+    for _ in range(epochs):
+        for x, y in DataLoader(task(number), 8):
+            optimizer.zero_grad()
+            loss(module, x, y).backward()
+            optimizer.step()
+
+
+def bce_by_hand(teacher, old, seen):
+    def loss(module, x, y):
+        t = F.one_hot(y, seen).float()
+        if teacher is not None:
+            with torch.no_grad():
+                t[:, :old] = teacher.net(x)[:, :old].sigmoid()
+        return F.binary_cross_entropy_with_logits(module.net(x)[:, :seen], t, reduction="sum") / len(y)
+
+    return loss
+
+
+def softmax_by_hand(teacher, old, mu, temperature):
+    def loss(module, x, y):
+        z = module.net(x)
+        value = F.cross_entropy(z, y)
+        if teacher is not None:
+            t = (teacher.net(x)[:, :old].detach() / temperature).softmax(1)
+            value = value - mu * (t * (z[:, :old] / temperature).log_softmax(1)).sum(1).mean()
+        return value
+
+    return loss
+
+
+@pytest.mark.parametrize("grows", [False, True], ids=["the head has all outputs", "the head grows"])
+@pytest.mark.parametrize("form", ["bce", "softmax"])
+def test_trains_as_the_loop_by_hand_over_three_tasks(form, grows):
+    ours, hand = (Net(2 if grows else 5) for _ in range(2))
+    distillation = PredictionDistillation(form, weight=0.7, temperature=1.5, new_classes=None if grows else FIXED)
+    teacher, seen = None, 0
+    for number, new in enumerate(FIXED):
+        if grows and number:
+            ours.grow(new)
+            hand.grow(new)
+        old, seen = seen, seen + new
+        learn(ours, number, distillation)
+        loss = bce_by_hand(teacher, old, seen) if form == "bce" else softmax_by_hand(teacher, old, 0.7, 1.5)
+        by_hand(hand, number, loss)
+        teacher = copy.deepcopy(hand)
+        assert same_weights(ours, hand, atol=2e-6 * (number + 1))  # float32, 6 steps each
+    assert distillation.tasks == 3
+
+
+def test_features_train_as_the_loop_by_hand():
+    ours, hand, distillation = Net(), Net(), FeatureDistillation("net.1", weight=0.3)
+    learn(ours, 0, distillation)
+    by_hand(hand, 0, lambda module, x, y: F.cross_entropy(module.net(x), y))
+    assert same_weights(ours, hand, atol=1e-6)  # float32, 6 steps; no teacher in the first task
+    teacher = copy.deepcopy(hand)
+    learn(ours, 1, distillation)
+
+    def loss(module, x, y):
+        f, old = module.net[:2](x), teacher.net[:2](x).detach()
+        return F.cross_entropy(module.net[3](f), y) + 0.3 * ((f - old) ** 2).sum(1).mean()
+
+    by_hand(hand, 1, loss)
+    assert same_weights(ours, hand, atol=2e-6)  # float32, 12 steps
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_the_users_reduction_is_kept(reduction):
+    def loss(z, y):
+        value = F.cross_entropy(z, y, reduction=reduction)
+        return value / len(y) if reduction == "sum" else value.mean()
+
+    ours, mean = Net(loss=loss), Net()
+    for module in (ours, mean):
+        distillation = PredictionDistillation(new_classes=FIXED)
+        learn(module, 0, distillation)
+        learn(module, 1, distillation)
+    assert same_weights(ours, mean, atol=1e-6)  # float32, 12 steps
+
+
+def test_ignored_samples_take_no_part():
+    ours, hand = Net(), Net()
+    x, y = task(0).tensors
+    y = torch.where(torch.arange(24) % 3 == 0, -100, y)
+    fit(ours, PredictionDistillation(), loader=DataLoader(TensorDataset(x, y), 8))
+    optimizer = torch.optim.SGD(hand.parameters(), 0.5)
+    for _ in range(2):
+        for start in range(0, 24, 8):
+            kept = y[start : start + 8] >= 0
+            optimizer.zero_grad()
+            z = hand.net(x[start : start + 8][kept])
+            t = F.one_hot(y[start : start + 8][kept], 5).float()
+            (F.binary_cross_entropy_with_logits(z, t, reduction="sum") / kept.sum()).backward()
+            optimizer.step()
+    assert same_weights(ours, hand, atol=1e-6)  # float32, 6 steps
+
+
+def test_a_loss_by_hand_is_replaced_too():
+    class ByHand(LossMixin, Net):
+        def training_step(self, batch, batch_idx):
+            z = self.net(batch[0])
+            return self.reduce_loss(F.cross_entropy(z, batch[1], reduction="none"), logits=z, targets=batch[1])
+
+    ours, plain = ByHand(), Net()
+    for module in (ours, plain):
+        distillation = PredictionDistillation(new_classes=FIXED)
+        learn(module, 0, distillation)
+        learn(module, 1, distillation)
+    assert same_weights(ours, plain, atol=1e-6)  # float32, 12 steps
+
+
+# -- tasks ------------------------------------------------------------------------------------------------------------
+
+
+class Save(Callback):
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.current_epoch == 0:
+            trainer.save_checkpoint(self.path)
+
+
+MAKES = [
+    partial(PredictionDistillation, new_classes=FIXED),
+    partial(PredictionDistillation, "softmax", new_classes=FIXED),
+    partial(FeatureDistillation, "net.1", 0.3),
+    partial(FeatureDistillation, "net.1", 0.3, anchor="start_of_fit"),
+]
+
+
+@pytest.mark.parametrize("make", MAKES)
+def test_the_second_task_resumes_exactly(make, tmp_path):
+    technique, module = make(), Net()
+    learn(module, 0, technique)
+    learn(module, 1, technique, Save(tmp_path / "half.ckpt"))
+    resumed, other = make(), Net(seed=4)
+    trainer = make_trainer(callbacks=[resumed])
+    trainer.fit(other, DataLoader(task(1), 8), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    assert same_weights(other, module)
+    assert resumed.tasks == technique.tasks == 2
+    assert same_weights(resumed.state_dict()["teacher"], technique.state_dict()["teacher"])
+
+
+def test_what_is_no_task():
+    for technique in (PredictionDistillation(), FeatureDistillation("net.1")):
+        with pytest.raises(BoomError):
+            fit(Classifier(step=Boom()), technique)
+        fit(Classifier(), technique, fast_dev_run=True)
+        assert technique.tasks == 0
+        assert "in the first task" in technique.describe()
+        fit(Classifier(), technique)
+        assert technique.tasks == 1
+        assert "tasks before: 1" in technique.describe()
+
+
+class Sights(Callback):
+    """Notes what the teacher makes of the first batch."""
+
+    features = None
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if self.features is None:
+            (technique,) = [c for c in trainer.callbacks if isinstance(c, FeatureDistillation)]
+            self.features = technique._teacher.module.net[:2](batch[0])
+
+
+def test_the_teacher_is_not_the_module_of_today():
+    distillation, module = FeatureDistillation("net.1", 1e-3), Net()
+    learn(module, 0, distillation)
+    teacher = copy.deepcopy(module)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.zero_()
+    seen = Sights()
+    learn(module, 1, distillation, seen, max_epochs=1)
+    x = task(1).tensors[0][:8]
+    assert torch.equal(seen.features, teacher.net[:2](x))
+
+
+@pytest.mark.parametrize(
+    ("make", "tasks", "sentence"),
+    [
+        (PredictionDistillation, [0, 1], "the head has 5 outputs and had 5 in the task before"),
+        (lambda: PredictionDistillation(new_classes=[2]), [0, 1], r"new_classes=\[2\]\): this is task 2, .* for 1\."),
+        (lambda: PredictionDistillation(new_classes=[6]), [0], r"there are 6 classes by task 1, and the head has 5"),
+        (lambda: PredictionDistillation(new_classes=[2, 1]), [1], r"there are 2 classes so far, and a label is 2"),
+        (lambda: PredictionDistillation("softmax"), [0, 1], "the head has 5 outputs and had 5"),
+    ],
+)
+def test_classes_that_are_not_known_are_refused(make, tasks, sentence):
+    technique, module = make(), Net()
+    for number in tasks[:-1]:
+        learn(module, number, technique)
+    with pytest.raises(MisconfigurationException, match=f"PredictionDistillation.*{sentence}"):
+        learn(module, tasks[-1], technique)
+
+
+def test_setups_that_are_refused():
+    module = Net()
+    module.automatic_optimization = False
+    for technique in (PredictionDistillation(), FeatureDistillation("net.1")):
+        with pytest.raises(MisconfigurationException, match=r"runs `training_step` on a copy .* would train there"):
+            fit(module, technique)
+    with pytest.raises(MisconfigurationException, match=r"No layer is named 'net.7'"):
+        learn(Net(), 0, FeatureDistillation("net.7"))
+    with pytest.raises(MisconfigurationException, match=r"PredictionDistillation: .* has no class logits"):
+        learn(Net(loss=lambda z, y: F.mse_loss(z[:, 0], y.float())), 0, PredictionDistillation())
+
+    class Pooled(nn.Module):
+        def forward(self, x):
+            return (x,)
+
+    odd = Net()
+    odd.net[2], odd.net[3] = Pooled(), nn.Sequential(Unpack(), nn.Linear(8, 5))
+    with pytest.raises(MisconfigurationException, match=r"FeatureDistillation\(layer='net.2'\): .* got a tuple"):
+        learn(odd, 0, FeatureDistillation("net.2", anchor="start_of_fit"))
+
+
+class Unpack(nn.Module):
+    def forward(self, x):
+        return x[0]
+
+
+# -- the effect -------------------------------------------------------------------------------------------------------
+
+
+class Digits(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 10))
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "low", "high"),
+    [
+        (list, 0.0, 0.25),
+        (lambda: [EWC(100.0)], 0.0, 0.3),
+        (lambda: [PredictionDistillation("softmax", new_classes=[2] * 5)], 0.0, 0.25),
+        (lambda: [PredictionDistillation(new_classes=[2] * 5), L2ToStart(0.03, anchor="end_of_task")], 0.4, 1.0),
+    ],
+    ids=["naive", "EWC alone", "softmax form", "BCE form and L2"],
+)
+def test_only_the_bce_form_remembers_digits(callbacks, low, high):
+    digits = load_digits()
+    x, y = torch.tensor(digits.data / 16, dtype=torch.float32), torch.tensor(digits.target)
+    test = torch.arange(len(x)) % 3 == 0
+    seed_everything(0, verbose=False)
+    module, techniques = Digits(), callbacks()
+    for number in range(5):
+        now = ~test & (y // 2 == number)
+        loader = DataLoader(TensorDataset(x[now], y[now]), 32, shuffle=True)
+        make_trainer(callbacks=techniques, max_epochs=6).fit(module, loader)
+    accuracy = (module.net(x[test]).argmax(1) == y[test]).float().mean().item()
+    assert low <= accuracy <= high

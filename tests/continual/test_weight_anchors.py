@@ -1,0 +1,449 @@
+"""Weights tied to their start, or to the task before by their Fisher information."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_reg import EWC, L2ToStart
+from lightning_reg.engine.errors import MisconfigurationException
+from lightning_reg.functional import fisher_diagonal, fisher_losses, quadratic_penalty
+from tests.conformance.case import Case
+from tests.toys import (
+    BATCH,
+    CLASSES,
+    INPUTS,
+    QUIET,
+    Boom,
+    BoomError,
+    Callback,
+    Classifier,
+    fit,
+    make_loader,
+    same_weights,
+)
+
+pytestmark = QUIET
+
+
+def after_one_task(**arguments):
+    """As it is when one task is over. Only what the networks of all the suite's problems share is tied."""
+    ewc = EWC(**arguments)
+    anchors = {"net.head.bias": torch.tensor([0.5, -0.5, 0.25, 0.0])}
+    fisher = {"net.head.bias": torch.tensor([0.1, 0.2, 0.05, 0.1])}
+    ewc.load_state_dict({"finished": 1, "in_task": False, "slots": [{"anchors": anchors, "weights": fisher}]})
+    return ewc
+
+
+CASE = (
+    Case(
+        make=partial(L2ToStart, weight=0.5),
+        neutral=partial(L2ToStart, weight=0.0),
+        variants=[
+            partial(L2ToStart, weight=0.5, params=["net.*.weight"], exclude=["net.head.*"]),
+            partial(L2ToStart, weight=0.5, mode="decoupled"),
+            partial(L2ToStart, anchor="end_of_task"),
+        ],
+        invalid=[({"weight": -0.1}, "weight")],
+    ),
+    Case(
+        make=partial(after_one_task, weight=5.0),
+        neutral=partial(after_one_task, weight=0.0),
+        variants=[
+            partial(after_one_task, weight=5.0, labels="sample", fisher_batches=2, memory="online"),
+            partial(after_one_task, weight=5.0, per_sample=False, labels="true", params=["net.*"]),
+        ],
+        invalid=[({"weight": -0.1}, "weight"), ({"fisher_batches": 0}, "fisher_batches")],
+    ),
+)
+
+
+# -- the penalty ------------------------------------------------------------------------------------------------------
+
+
+def tensors(seed, *shapes, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_penalty_and_gradient_by_loops(dtype):
+    shapes = [(3, 2), (4,), (), (0,)]
+    params = [p.to(dtype).requires_grad_() for p in tensors(0, *shapes)]
+    anchors, weights = [a.to(dtype) for a in tensors(1, *shapes)], [w.abs() for w in tensors(2, *shapes)]
+    value = quadratic_penalty(params, anchors, weights)
+    (0.5 * value).backward()
+    total = 0.0
+    for p, a, w in zip(params, anchors, weights, strict=True):
+        for x, y, z, g in zip(*(t.detach().double().flatten().tolist() for t in (p, a, w, p.grad)), strict=True):
+            total += z * (x - y) ** 2
+            # Half of the value's slope; a bfloat16 gradient has 8 bits.
+            assert g == pytest.approx(z * (x - y), rel=2**-8 if dtype == torch.bfloat16 else 1e-6, abs=1e-6)
+    assert value.item() == pytest.approx(total, rel=1e-6)
+    assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def test_weights_of_one_are_no_weights():
+    params, anchors = (tensors(seed, (5, 5), (5,)) for seed in (0, 1))
+    assert quadratic_penalty(params, anchors) == quadratic_penalty(params, anchors, [torch.ones(5, 5), torch.ones(5)])
+    assert quadratic_penalty(params, params) == 0.0
+
+
+# -- Fisher information -----------------------------------------------------------------------------------------------
+
+
+def test_fisher_of_a_logistic_regression():
+    x, w = tensors(0, (50, 3), (3,), dtype=torch.float64)
+    w.requires_grad_()
+    p = (x @ w).sigmoid().detach()
+
+    def logits():
+        return torch.stack([torch.zeros(50, dtype=torch.float64), x @ w], 1)
+
+    closed = ((p * (1 - p))[:, None] * x**2).mean(0)  # E over y of (y - p)^2 x^2
+    generator = torch.Generator().manual_seed(0)
+    draws = (fisher_losses(logits(), None, "sample", generator) for _ in range(2000))
+    (sampled,) = fisher_diagonal([w], draws)
+    torch.testing.assert_close(sampled, closed, rtol=0.02, atol=0.0)  # 100,000 draws
+    y = (torch.arange(50) % 3 == 0).long()
+    (empirical,) = fisher_diagonal([w], [fisher_losses(logits(), y, "true")])
+    torch.testing.assert_close(empirical, ((y - p)[:, None] ** 2 * x**2).mean(0), rtol=1e-6, atol=0.0)  # float32 losses
+    (probable,) = fisher_diagonal([w], [fisher_losses(logits(), None)])
+    torch.testing.assert_close(probable, (((p > 0.5).double() - p)[:, None] ** 2 * x**2).mean(0), rtol=1e-6, atol=0.0)
+    with pytest.raises(ValueError, match="`labels` must be given"):
+        fisher_losses(logits(), None, "true")
+
+
+class Unbatchable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.tensor(2 * grad.numpy())
+
+
+@pytest.mark.parametrize("layer", [torch.tanh, Unbatchable.apply], ids=["batched", "one after the other"])
+def test_gradients_sample_by_sample_are_those_of_batches_of_one(layer):
+    net, (x,) = nn.Linear(4, 3), tensors(0, (7, 4))
+    unused = torch.zeros(2, requires_grad=True)
+
+    def losses(rows):
+        return F.cross_entropy(layer(net(rows)), torch.arange(len(rows)) % 3, reduction="none")
+
+    together = fisher_diagonal([*net.parameters(), unused], [losses(x[:4]), losses(x[4:])])
+    alone = [torch.zeros_like(p) for p in net.parameters()]
+    for batch in (x[:4], x[4:]):
+        for i in range(len(batch)):
+            net.zero_grad()
+            F.cross_entropy(layer(net(batch[i : i + 1])), torch.tensor([i % 3])).backward()
+            for total, p in zip(alone, net.parameters(), strict=True):
+                total.add_(p.grad**2 / 7)
+    for one, two in zip(together[:2], alone, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-8)  # float32 sums in another order
+    assert together[2].tolist() == [0.0, 0.0]
+
+
+def test_gradients_batch_by_batch():
+    w = torch.zeros(1, requires_grad=True)
+    batches = [torch.tensor([1.0, 3.0]), torch.tensor([5.0])]
+    assert fisher_diagonal([w], [b * w for b in batches], per_sample=False)[0].item() == (2 * 2**2 + 5**2) / 2
+    ones = (b * w for batch in batches for b in batch.split(1))
+    assert fisher_diagonal([w], ones, per_sample=False)[0].item() == pytest.approx((1 + 9 + 25) / 3)
+    with pytest.raises(ValueError, match="`batches` must hold a sample"):
+        fisher_diagonal([w], [])
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def task(number, size=24):
+    x = tensors(number, (size, INPUTS))[0]
+    return TensorDataset(x, (x[:, :CLASSES] + (number % 2) * x[:, 3 : 3 + CLASSES]).argmax(1))
+
+
+def learn(module, number, *callbacks, **options):
+    return fit(module, *callbacks, loader=DataLoader(task(number), BATCH), **options)
+
+
+def by_hand(module, number, penalty=None, epochs=2, k=1, lr=0.5):
+    optimizer = torch.optim.SGD(module.parameters(), lr)
+    batches = list(DataLoader(task(number), BATCH))
+    for _ in range(epochs):
+        for start in range(0, len(batches), k):
+            optimizer.zero_grad()
+            for x, y in batches[start : start + k]:
+                loss = F.cross_entropy(module(x), y) + (0.0 if penalty is None else penalty(module))
+                (loss / k).backward()
+            optimizer.step()
+
+
+def distance(module, anchors, fisher=None):
+    tied = [(n, p) for n, p in module.named_parameters() if n in anchors]
+    return sum(((1 if fisher is None else fisher[n]) * (p - anchors[n]) ** 2).sum() for n, p in tied)
+
+
+def values(module, *names):
+    return {n: p.detach().clone() for n, p in module.named_parameters() if not names or n in names}
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_l2_trains_as_the_loop_by_hand(k):
+    ours, hand, plain = Classifier(), Classifier(), Classifier()
+    learn(ours, 0, L2ToStart(0.3, exclude=["net.3.*"]), accumulate_grad_batches=k)
+    start = values(hand, "net.0.weight", "net.0.bias")
+    by_hand(hand, 0, lambda module: 0.3 * distance(module, start), k=k)
+    by_hand(plain, 0, k=k)
+    assert same_weights(ours, hand, atol=1e-6)  # float32, 6 steps
+    assert not same_weights(ours, plain, atol=1e-3)
+
+
+def test_decoupled_pulls_before_the_step():
+    ours, hand = Classifier(), Classifier()
+    learn(ours, 0, L2ToStart(0.3, mode="decoupled"))
+    start = values(hand)
+    for _ in range(2):
+        for x, y in DataLoader(task(0), BATCH):
+            gradients = torch.autograd.grad(F.cross_entropy(hand(x), y), list(hand.parameters()))
+            with torch.no_grad():
+                for (n, p), g in zip(hand.named_parameters(), gradients, strict=True):
+                    p.copy_(p - 0.5 * 0.3 * (p - start[n]) - 0.5 * g)
+    assert same_weights(ours, hand, atol=1e-6)  # float32, 6 steps
+
+
+def fisher_by_hand(module, number, names):
+    """In float64, from batches of one, at the label that is most probable."""
+    net = copy.deepcopy(module).double()
+    fisher = {n: torch.zeros_like(p) for n, p in net.named_parameters() if n in names}
+    for x, _ in task(number):
+        z = net(x[None].double())
+        F.cross_entropy(z, z.argmax(1)).backward()
+        for n in fisher:
+            fisher[n] += dict(net.named_parameters())[n].grad ** 2 / len(task(number))
+        net.zero_grad()
+    return {n: f.float() for n, f in fisher.items()}
+
+
+@pytest.mark.parametrize("memory", ["separate", "online"])
+def test_ewc_over_three_tasks_is_the_loop_by_hand(memory):
+    ours, hand, ewc = Classifier(), Classifier(), EWC(4.0, params=["net.*"], exclude=["*.bias"], memory=memory)
+    names, slots = ("net.0.weight", "net.3.weight"), []
+    for number in range(3):
+        learn(ours, number, ewc)
+        by_hand(hand, number, lambda module, slots=slots: 4.0 * sum(distance(module, a, f) for a, f in slots))
+        anchors, fisher = values(hand, *names), fisher_by_hand(hand, number, names)
+        if memory == "online" and slots:
+            fisher = {n: f + slots[0][1][n] for n, f in fisher.items()}
+            slots = []
+        slots.append((anchors, fisher))
+    assert ewc.tasks == 3
+    assert same_weights(ours, hand, atol=2e-6)  # float32, 18 steps
+    plain = Classifier()
+    for number in range(3):
+        by_hand(plain, number)
+    assert not same_weights(ours, plain, atol=1e-2)
+    state = ewc.state_dict()["slots"]
+    assert len(state) == (3 if memory == "separate" else 1)
+    for ours_, (anchors, fisher) in zip(state, slots, strict=True):
+        for n in names:
+            torch.testing.assert_close(ours_["anchors"][n], anchors[n], rtol=0.0, atol=2e-6)
+            torch.testing.assert_close(ours_["weights"][n], fisher[n], rtol=1e-4, atol=1e-7)  # of weights 1e-6 apart
+
+
+def test_fisher_of_some_batches_only():
+    ewc, module = EWC(fisher_batches=1), Classifier()
+    learn(module, 0, ewc)
+    net, kept = copy.deepcopy(module), ewc.state_dict()["slots"][0]["weights"]
+    z = net(task(0).tensors[0][:BATCH])
+    expected = fisher_diagonal(list(net.parameters()), [fisher_losses(z, None)])
+    for one, two in zip(kept.values(), expected, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_the_fit_does_not_notice_the_fisher_pass():
+    class Noisy(Classifier):
+        def training_step(self, batch, batch_idx):
+            self.calls = [*getattr(self, "calls", []), batch_idx]
+            return F.cross_entropy(self.net(batch[0] + torch.rand_like(batch[0])), batch[1])
+
+    ends = []
+    for techniques in ([], [EWC(labels="sample")]):
+        module, generator = Noisy(dropout=0.5), torch.Generator().manual_seed(0)
+        module.net.append(nn.BatchNorm1d(CLASSES, affine=False))
+        fit(module, *techniques, loader=DataLoader(task(0), BATCH, shuffle=True, generator=generator))
+        ends.append((module, torch.get_rng_state(), generator.get_state()))
+    (one, *states), (two, *others) = ends
+    assert same_weights(one, two)
+    assert one.calls == two.calls
+    assert all(torch.equal(a, b) for a, b in zip(states, others, strict=True))
+
+
+# -- tasks ------------------------------------------------------------------------------------------------------------
+
+
+class Save(Callback):
+    def __init__(self, path, at):
+        self.path, self.at = path, at
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.at:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [partial(EWC, 4.0), partial(L2ToStart, 0.3), partial(L2ToStart, 0.3, anchor="end_of_task")],
+)
+def test_the_second_task_resumes_exactly_from_the_end_of_an_epoch(make, tmp_path):
+    technique, module = make(), Classifier()
+    learn(module, 0, technique)
+    fresh = copy.deepcopy(module)
+    learn(module, 1, technique, Save(tmp_path / "half.ckpt", 3))
+    resumed = make()
+    trainer = fit(fresh, resumed, loader=DataLoader(task(1), BATCH), max_epochs=0)
+    assert resumed.tasks == 0  # a fit without a step is no task
+    other = Classifier(seed=5)
+    trainer = make_resumed(other, resumed, tmp_path / "half.ckpt")
+    assert trainer.global_step == 6
+    assert same_weights(other, module)
+    assert resumed.tasks == technique.tasks == 2
+    one, two = technique.state_dict(), resumed.state_dict()
+    assert one["in_task"] is two["in_task"] is False
+    for a, b in zip(one.get("slots", []), two.get("slots", []), strict=True):
+        assert same_weights(a["anchors"], b["anchors"])
+        assert same_weights(a["weights"], b["weights"])
+
+
+def make_resumed(module, technique, path):
+    from tests.toys import make_trainer
+
+    trainer = make_trainer(callbacks=[technique])
+    trainer.fit(module, DataLoader(task(1), BATCH), ckpt_path=path, weights_only=True)
+    return trainer
+
+
+def test_what_is_no_task():
+    for technique in (EWC(4.0), L2ToStart(0.3, anchor="end_of_task")):
+        with pytest.raises(BoomError):
+            fit(Classifier(step=Boom()), technique)
+        learn(Classifier(), 0, technique, fast_dev_run=True)
+        assert technique.tasks == 0
+        assert "nothing to tie to in the first task" in technique.describe()
+        learn(Classifier(), 0, technique)
+        assert technique.tasks == 1
+        assert "tasks before: 1" in technique.describe()
+        kept = copy.deepcopy(technique.state_dict()["slots"])
+        with pytest.raises(BoomError):
+            fit(Classifier(step=Boom()), technique)
+        assert technique.tasks == 1
+        assert same_weights(technique.state_dict()["slots"][0]["anchors"], kept[0]["anchors"])
+
+
+def test_start_of_fit_starts_anew_after_an_exception():
+    tie = L2ToStart(100.0)
+    with pytest.raises(BoomError):
+        fit(Classifier(step=Boom()), tie)
+    module = Classifier(seed=3, lr=1e-3)
+    before = values(module)
+    fit(module, tie)
+    for name, p in module.named_parameters():
+        assert (p - before[name]).abs().max() < 1e-2
+
+
+class Grows(Classifier):
+    def grow(self, rows=2):
+        old, self.net[3] = self.net[3], nn.Linear(8, CLASSES + rows)
+        with torch.no_grad():
+            self.net[3].weight[:CLASSES] = old.weight
+            self.net[3].bias[:CLASSES] = old.bias
+        return self
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(EWC, 1e4),
+        partial(L2ToStart, 1e4),
+        partial(L2ToStart, 1e4, anchor="end_of_task"),
+        partial(L2ToStart, 1.5, mode="decoupled"),
+    ],
+)
+def test_new_rows_and_new_parameters_are_free(make):
+    technique, module = make(), Grows(lr=1e-5 if make.keywords.get("mode") is None else 0.5)
+    learn(module, 0, technique)
+    module.grow()
+    module.more = nn.Linear(INPUTS, CLASSES + 2)
+    module.step = lambda module, batch: F.cross_entropy(module.net(batch[0]) + module.more(batch[0]), batch[1])
+    before = values(module)
+    learn(module, 1, technique)
+    after = values(module)
+    moved = {n: (after[n] - before[n]).abs() for n in after}
+    assert moved["more.weight"].min() > 0
+    assert moved["net.3.weight"][CLASSES:].min() > 0
+
+
+def test_the_pull_of_a_grown_head_is_that_of_its_old_rows():
+    tie, module = L2ToStart(0.3), Grows()
+    learn(module, 0, tie)
+    hand = copy.deepcopy(module.grow())
+    learn(module, 1, tie)
+    start = values(hand)
+
+    def penalty(net):
+        rows = {n: CLASSES if n.startswith("net.3") else None for n in start}
+        return 0.3 * sum(((p - start[n])[: rows[n]] ** 2).sum() for n, p in net.named_parameters())
+
+    by_hand(hand, 1, penalty)
+    assert same_weights(module, hand, atol=1e-6)  # float32, 6 steps
+
+
+def test_shapes_that_cannot_be_matched_are_refused():
+    for technique in (EWC(), L2ToStart(anchor="end_of_task")):
+        module = Grows()
+        learn(module, 0, technique)
+        module.net[3] = nn.Linear(8, 2)
+        with pytest.raises(MisconfigurationException, match=r"'net.3.weight' had shape \(3, 8\) .* \(2, 8\) now"):
+            learn(module, 1, technique)
+        module.net[3] = nn.Identity()
+        with pytest.raises(MisconfigurationException, match=r"'net.3.weight' had shape .* is not there now"):
+            learn(module, 1, technique)
+
+
+def test_patterns_that_match_nothing_are_refused():
+    for make in (EWC, L2ToStart):
+        name = make.__name__
+        with pytest.raises(MisconfigurationException, match=rf"{name}\(params=\['nett.*'\]\): no .*'net.0.bias'"):
+            learn(Classifier(), 0, make(params=["nett.*"]))
+        with pytest.raises(MisconfigurationException, match=rf"{name}\(exclude=\['head.*'\]\): no trainable"):
+            learn(Classifier(), 0, make(exclude=["head.*"]))
+        with pytest.raises(MisconfigurationException, match=f"{name}: `params` and `exclude` leave no trainable"):
+            learn(Classifier(), 0, make(params=["net.0.*"], exclude=["net.*"]))
+
+
+def test_setups_that_are_refused():
+    module = Classifier()
+    module.automatic_optimization = False
+    with pytest.raises(MisconfigurationException, match=r"EWC runs `training_step` on a copy .* would train there"):
+        fit(module, EWC())
+
+    class FSDPToyStrategy:
+        pass
+
+    trainer = type("Trainer", (), {"strategy": FSDPToyStrategy()})
+    for technique in (EWC(), L2ToStart()):
+        with pytest.raises(MisconfigurationException, match="keeps whole parameters, which FSDPToyStrategy splits"):
+            technique.check(trainer, Classifier())
+    with pytest.raises(MisconfigurationException, match=r"EWC: F.mse_loss.* has no class logits"):
+        fit(Classifier(step=lambda module, batch: F.mse_loss(module(batch[0]), batch[0][:, :CLASSES])), EWC())
+
+
+def test_frozen_parameters_are_left_out():
+    tie, module = L2ToStart(0.3), Classifier()
+    module.net[0].requires_grad_(requires_grad=False)
+    fit(module, tie, Save("", -1), loader=make_loader())
+    assert list(tie.state_dict()["rows"]) == ["net.3.weight", "net.3.bias"]
