@@ -1,14 +1,17 @@
 """Techniques together, against loops written by hand; the conformance suite trains every pair, and checks less."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_reg import LossReweighting, NMSparsity, SoupAverager
-from lightning_reg.functional import nm_mask, reweight
-from tests.toys import QUIET, Callback, Classifier, fit
+from lightning_reg import CutMix, ELRCallback, LossReweighting, NMSparsity, SoupAverager
+from lightning_reg.engine.errors import MisconfigurationException
+from lightning_reg.functional import cutmix, nm_mask, reweight
+from tests.toys import QUIET, TWO_RANKS, Callback, Classifier, fit
 
 pytestmark = QUIET
 
@@ -88,3 +91,96 @@ def test_a_soup_of_reweighted_training_is_the_mean_of_its_snapshots():
     plain = Dense()
     train(plain)
     assert not torch.equal(plain.weights[-1], dense.weights[-1])
+
+
+# -- mixed samples ----------------------------------------------------------------------------------------------------
+
+
+class Flat(Net):
+    """The same for signals of one channel."""
+
+    def forward(self, x):
+        return super().forward(x.flatten(1))
+
+
+def signals():
+    x, y = data().tensors
+    return DataLoader(TensorDataset(x[:, None], y), 8)
+
+
+def cut(technique, position, x):
+    """What CutMix does to the ``position``-th batch, counted from 1; with a share of 1 nothing."""
+    generator = technique.generator(SimpleNamespace(batches_so_far=position))
+    if float(torch.rand((), generator=generator)) >= technique.prob:
+        return x, torch.arange(len(x)), 1.0
+    return cutmix(x, None, technique.alpha, generator)
+
+
+def by_hand(technique, loss_of, epochs):
+    """Trains with ``loss_of(logits, losses, mixed?, own share, partners, rows in the data set)``."""
+    reference, position, kinds = Flat(), 0, set()
+    optimizer = torch.optim.SGD(reference.parameters(), 0.2)
+    for _ in range(epochs):
+        for batch, (x, y) in enumerate(signals()):
+            position += 1
+            mixed, permutation, lam = cut(technique, position, x)
+            logits = reference(mixed)
+            losses = lam * F.cross_entropy(logits, y, reduction="none")
+            losses = losses + (1 - lam) * F.cross_entropy(logits, y[permutation], reduction="none")
+            optimizer.zero_grad()
+            loss_of(logits, losses, lam, permutation, slice(8 * batch, 8 * batch + 8)).backward()
+            optimizer.step()
+            kinds.add(lam < 1)
+    assert kinds == {True, False}
+    return reference
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["ELR first", "CutMix first"])
+def test_elr_mixes_its_targets_and_learns_them_from_unmixed_batches_only(first):
+    elr, mix, table = ELRCallback(lam=3.0, beta=0.7), CutMix(prob=0.5), torch.zeros(24, 3)
+
+    def loss_of(logits, losses, lam, permutation, rows):
+        p = logits.softmax(1).clamp(1e-4, 1 - 1e-4)
+        if lam < 1:
+            q = lam * table[rows] + (1 - lam) * table[rows][permutation]
+        else:
+            table[rows] = 0.7 * table[rows] + 0.3 * (p / p.sum(1, keepdim=True)).detach()
+            q = table[rows].clone()
+        return losses.mean() + 3.0 * (1 - (q * p).sum(1)).log().mean()
+
+    reference, module = by_hand(mix, loss_of, epochs=5), Flat()
+    fit(module, *([elr, mix] if first else [mix, elr]), loader=signals(), max_epochs=5)
+    for one, two in zip(module.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-4)  # float32, 15 steps
+    torch.testing.assert_close(elr.state_dict()["targets"]["values"], table, atol=1e-5, rtol=1e-4)
+
+
+def test_elr_is_refused_beside_a_technique_that_leaves_no_batch_unmixed():
+    for order in ([ELRCallback(), CutMix(prob=1.0)], [CutMix(prob=1.0), ELRCallback()]):
+        with pytest.raises(MisconfigurationException, match="ELRCallback learns about single samples from the batches"):
+            fit(Flat(), *order, loader=signals())
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["reweighting first", "CutMix first"])
+def test_reweighting_reads_the_mixed_losses(first):
+    techniques = [LossReweighting(warmup_steps=0), CutMix(prob=0.5)]
+    mix, module = techniques[1], Flat()
+    reference = by_hand(mix, lambda logits, losses, *_: (reweight(losses.detach()) * losses).sum(), epochs=2)
+    fit(module, *(techniques if first else techniques[::-1]), loader=signals(), max_epochs=2)
+    for one, two in zip(module.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)
+
+
+def elr_and_cutmix_on_rank():
+    elr, mix, module = ELRCallback(), CutMix(prob=0.5), Flat()
+    fit(module, elr, mix, loader=DataLoader(signals().dataset, 3, shuffle=True), max_epochs=3, **TWO_RANKS)
+    coins = [float(torch.rand((), generator=mix.generator(SimpleNamespace(batches_so_far=k)))) < 0.5 for k in range(12)]
+    return coins, elr.state_dict()["targets"]["values"], [p.detach() for p in module.parameters()]
+
+
+def test_ranks_that_mix_other_batches_hold_the_same_targets(two_processes):
+    one, two = two_processes.run(elr_and_cutmix_on_rank)
+    assert one[0] != two[0]  # in some steps one rank has rows to send and the other has none
+    assert torch.equal(one[1], two[1])
+    assert (one[1].sum(1) > 0).any()
+    assert all(torch.equal(a, b) for a, b in zip(one[2], two[2], strict=True))
