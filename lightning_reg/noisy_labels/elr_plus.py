@@ -73,15 +73,15 @@ class ELRPlusCallback(Technique):
 
     Source:
         Liu et al., "Early-Learning Regularization Prevents Memorization of Noisy Labels", NeurIPS 2020,
-        arXiv 2007.00151, section 4.3 and app. F; order of the updates, clamp, ramps and label refinement are the
-        authors' code's, which made the published numbers.
+        arXiv 2007.00151, algorithm 2; order of the updates, clamp, ramps and label refinement are the authors' code's,
+        which made the published numbers.
 
     Differs:
         The averages start as copies of their networks, not at an independent random initialization (nor at 0, as in
         the paper's algorithm 2); with the ramp their first decay is 0.0067, so nothing is left of either after a few
         steps. Batch-norm statistics of a teacher, which its train mode does not use, stay as they are. Label refinement
-        is an option and does not follow from the number of classes. Class weights and ``ignore_index`` keep their
-        meaning. Under DDP each rank mixes its own batch with a lambda of its own.
+        is an option and does not follow from the number of classes; with it an ignored sample counts as one of loss 0.
+        Under DDP each rank mixes its own batch with a lambda of its own.
 
     Memory: three more copies of the parameters (network 2 and two averages), one more of gradients and optimizer state,
     two tables of N x C float32. Time: two training passes and two forward passes of a teacher for each batch. The
