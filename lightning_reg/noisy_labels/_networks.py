@@ -163,8 +163,16 @@ class Networks:
         return {"steps": self._steps, **networks} if networks else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Keeps what :meth:`state_dict` gave for the next :meth:`start`."""
-        self._steps = state.get("steps", 0)
+        """Keeps what :meth:`state_dict` gave for the next :meth:`start`.
+
+        Raises:
+            ValueError: If it is the state of another number of networks.
+
+        """
+        count, found = 1 + self._has_second, len(state["averages"])
+        if found != count:
+            raise ValueError(f"The checkpoint has the state of {found} networks, this run has networks={count}.")
+        self._steps = state["steps"]
         self._kept = {name: value for name, value in state.items() if name != "steps"}
 
     @override

@@ -109,7 +109,7 @@ class ELRPlusCallback(Technique):
             ``"copy"``: those of the module, for pretrained weights; the order of the data and mixup then tell the two
             apart.
         validation: ``"network"`` validates the module as it is. ``"ensemble"`` lets ``logits_layer`` answer for both
-            networks during validation, so that what ``validation_step`` logs is the paper's predictor's.
+            networks in validation, for metrics of the paper's predictor; inside an epoch the second one lags behind.
         logits_layer: Layer whose output are the logits, for ``validation`` and :meth:`ensemble`, named as in
             ``named_modules()``; "" for ``forward`` of the module itself.
         input_key: Entry of the batch with the images, for mixup: key, position or both (``"labelled.0"``). ``None``:

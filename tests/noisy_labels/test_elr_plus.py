@@ -280,6 +280,8 @@ def test_ensemble_is_the_mean_of_both_networks_from_the_callback_or_its_state():
     pair = restored.ensemble(model)
     assert torch.equal(pair(x), expected)
     assert not any(p is q for p in pair.parameters() for q in model.parameters())
+    with pytest.raises(ValueError, match="has the state of 2 networks, this run has networks=1"):
+        ELRPlusCallback(networks=1).load_state_dict(elr_plus.state_dict())
     for alone in (ELRPlusCallback(), ELRPlusCallback(networks=1)):
         if alone.networks == 1:
             fit(alone, epochs=1)
