@@ -331,8 +331,8 @@ def _check_optimizers(
 ) -> None:
     name, found = type(owner).__name__, ""
     params = {id(p) for p in module.parameters()}
-    if len(optimizers) != 1 or not isinstance(optimizers[0], torch.optim.Optimizer):
-        found = "no optimizer of torch, or several; it takes one"
+    if len(optimizers) != 1:
+        found = f"{len(optimizers)} optimizers; it takes one"
     elif isinstance(optimizers[0], torch.optim.LBFGS):
         found = "LBFGS, which evaluates the loss several times per step; use another optimizer"
     elif any(id(p) not in params for group in optimizers[0].param_groups for p in group["params"]):

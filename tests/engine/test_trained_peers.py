@@ -300,7 +300,6 @@ def test_setups_that_train_in_another_way_are_refused():
     check_trainable(Second(), SimpleNamespace(strategy=SingleDeviceStrategy()), Classifier())
 
 
-@pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
 @pytest.mark.parametrize(
     ("configure", "sentence"),
     [
@@ -316,7 +315,6 @@ def test_setups_that_train_in_another_way_are_refused():
             },
             "a scheduler that waits for a metric",
         ),
-        (lambda m: None, "no optimizer of torch"),
     ],
 )
 def test_optimizers_that_cannot_be_stepped_alone_are_refused(configure, sentence):
