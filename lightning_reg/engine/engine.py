@@ -56,7 +56,7 @@ class Engine:
         self._step: Step | None = None
         self._active: Sequence[Technique] = techniques
         self._selection = Selection(())
-        self._last: tuple[LossCall, Tensor] | None = None
+        self._last: tuple[LossCall, Tensor, list[Technique]] | None = None
         self._call_ever_seen = self._said_nothing_seen = False
 
     # -- attaching and detaching --------------------------------------------------------------------------------------
@@ -199,8 +199,14 @@ class Engine:
         late = selection.last()
         if not late or self._last is None or _loss_of(output) is None:
             return output
-        call, value = self._last
-        new = self._value(self._mixed(call, late), late)
+        call, value, before = self._last
+        if isinstance(call, MixedCall):  # its labels were recognized, so the mixer has had its way already
+            late = [technique for technique in late if technique is not selection.mixer]
+        before = [technique for technique in before if technique is not selection.mixer]
+        for technique in late:
+            if before and (technique is selection.mixer or "change_targets" in self._phases[technique]):
+                raise selection.too_late(technique, before[0])
+        new = self._value(self._mixed(call, late), late) if late else value
         return _with_loss(output, _swap(_loss_of(output), value, new, call))
 
     def _say_nothing_seen(self, names: str) -> None:
@@ -279,7 +285,7 @@ class Engine:
         call = self._mixed(call, takers)
         value = self._value(call, takers) if takers else call.plain
         if self._selection.last():
-            self._last = call, value
+            self._last = call, value, takers
         return value
 
     def _mixed(self, call: LossCall, takers: list[Technique]) -> LossCall:
@@ -299,14 +305,14 @@ class Engine:
             call.replace_target(target)
         for _, losses in self._answers(techniques, "change_losses", call):
             call.replace_losses(losses)
-        weights: Tensor | None = None
+        weights, terms = call.weights, [*call.terms]
         for _, own in self._answers(techniques, "sample_weights", call):
             weights = call.combined(weights, own)
-        terms = []
         for technique, term in self._answers(techniques, "loss_term", call):
             terms.append(term)
             if step.is_logging:
                 step.log(technique, "term", term.mean())
+        call.weights, call.terms = weights, terms  # for techniques that know only later that this call is theirs
         value = call.value(weights, terms)
         if given is not None:
             step.scalars["reg/loss/base"] = given.detach().mean()

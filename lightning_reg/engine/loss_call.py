@@ -1,6 +1,6 @@
 """The loss call: what the user's ``training_step`` hands to its loss function, and what the techniques make of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -38,6 +38,8 @@ class LossCall:
     """
 
     reader: "Technique | None" = None  # a technique at work that must not read targets where samples were mixed
+    weights: Tensor | None = None  # what techniques have made of it so far
+    terms: Sequence[Tensor] = ()
 
     def __init__(self, function: Callable[..., Any], arguments: dict[str, Any], step: "Step", site: str = "") -> None:
         self.function = function

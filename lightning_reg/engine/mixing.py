@@ -189,5 +189,6 @@ def _places(batch: Any) -> set[int]:
 
 def _tensors(batch: Any) -> list[Tensor]:
     leaves = tree_leaves(batch)
-    leaves += [value for leaf in leaves for value in getattr(leaf, "__dict__", {}).values()]  # dataclasses, objects
+    # Dataclasses and other objects, mappings that torch does not know.
+    leaves += tree_leaves([vars(leaf) for leaf in leaves if hasattr(leaf, "__dict__")])
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]

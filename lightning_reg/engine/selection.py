@@ -87,6 +87,14 @@ class Selection:
                     f" step; it must match one.{calls}"
                 )
 
+    def too_late(self, late: Technique, before: Technique) -> MisconfigurationException:
+        """The error for ``loss="last"`` where others have worked with the targets that it changes."""
+        names = type(late).__name__, type(before).__name__
+        return MisconfigurationException(
+            f'{names[0]}(loss="last") changes the targets of a loss call that {names[1]} has worked on before it was'
+            ' known to be the last one. Give both `loss="last"`, or neither.'
+        )
+
     def not_mixed(self) -> MisconfigurationException:
         """The error for a step whose batch was mixed and whose loss was made without a call that could be seen."""
         return MisconfigurationException(

@@ -82,6 +82,20 @@ def test_the_second_call_can_be_chosen(choice):
     assert same_weights(ours, hand, atol=1e-6)  # float32, 8 steps
 
 
+def test_what_was_done_to_a_call_before_it_was_the_last_stays():
+    def hand_step(module, batch):
+        x, y = batch
+        logits = module(x)
+        losses = (1 + 0.5 * y) * F.cross_entropy(logits, y, reduction="none")
+        return weighted(losses) + (0.1 * logits.square().mean(1)).mean() + (0.2 * logits.square().mean(1)).mean()
+
+    ours, hand = Classifier(), Classifier(step=hand_step)
+    late = [WeightsByPosition(loss="last"), Term(factor=0.2, loss="last", name="late")]
+    fit(ours, *late, WeightsByLabel(), Term())
+    fit(hand)
+    assert same_weights(ours, hand, atol=1e-6)  # float32, 8 steps
+
+
 def test_two_techniques_work_on_two_calls():
     ours, hand = Classifier(step=two_losses), Classifier(step=by_hand(weighted, lambda s: weighted(s) + 0.3))
     recorder = LossRecorder(loss=SIDE)

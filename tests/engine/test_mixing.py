@@ -1,7 +1,7 @@
 """Mixed samples: the pair form of every loss, and what the engine does with calls, batches and other techniques."""
 
 import dataclasses
-from collections import namedtuple
+from collections import UserDict, namedtuple
 from types import SimpleNamespace
 
 import pytest
@@ -493,6 +493,32 @@ def test_weights_and_terms_join_the_mixed_loss():
     torch.testing.assert_close(recorder.losses[0], (0.75 * elements[0] + 0.25 * elements[1]).detach())
 
 
+def by_position(module, batch):
+    x, y = batch
+    logits = module(swapped(x))
+    elements = [F.cross_entropy(logits, t, reduction="none") for t in (y, y.roll(1, 0))]
+    return ((1 + torch.arange(len(x)) / len(x)) * (0.75 * elements[0] + 0.25 * elements[1])).mean()
+
+
+@pytest.mark.parametrize("choices", [(None, None), ("last", None), (None, "last"), ("last", "last")], ids=str)
+def test_weights_join_whoever_waits_for_the_last_call(choices):
+    one, two = choices
+    losses = losses_of(None, Swap(loss=one), WeightsByPosition(loss=two))
+    assert losses == pytest.approx(losses_of(by_position), rel=1e-6)
+
+
+def one_hot(module, batch):
+    return F.cross_entropy(module(batch[0]), F.one_hot(batch[1], CLASSES).float())
+
+
+@pytest.mark.parametrize("late", [Swap, ShiftTargets])
+def test_targets_that_change_too_late_are_refused(late):
+    names = rf'{late.__name__}\(loss="last"\) changes the targets of a loss call that WeightsByPosition has worked on'
+    with pytest.raises(MisconfigurationException, match=names):
+        fit(Classifier(step=one_hot), late(loss="last"), WeightsByPosition())
+    fit(Classifier(step=one_hot), Swap(loss="last"), WeightsByPosition(loss="last"))
+
+
 def test_a_technique_that_reads_targets_is_refused_by_both_names():
     with pytest.raises(MisconfigurationException, match="WeightsByLabel and Swap cannot stand together: WeightsByL"):
         fit(Classifier(), Swap(), WeightsByLabel())
@@ -551,9 +577,10 @@ def test_an_unmixed_batch_costs_no_loss_call():
     assert losses == losses_of(None)
 
 
-def test_origin_is_told_by_storage():
+@pytest.mark.parametrize("make", [SimpleNamespace, dict, UserDict], ids=["object", "dict", "mapping of its own"])
+def test_origin_is_told_by_storage(make):
     x, y, elsewhere = torch.zeros(4, 2), torch.zeros(4, 1), torch.zeros(4, 1)
-    batch = {"a": SimpleNamespace(x=x, y=y), "b": [elsewhere]}
+    batch = {"a": make(x=x, y=y), "b": [elsewhere]}
     mixed = Mixing(Swap(), PERMUTATION, 0.5, x, batch["a"])
     assert mixed.concerns(y.flatten(), batch) is True
     assert mixed.concerns(x[:, 0], batch) is False
