@@ -3,9 +3,11 @@
     python benchmarks/soups.py updates --timm-ema PATH/model_ema.py --save benchmarks/results/soups_updates.txt
     python benchmarks/soups.py files --save benchmarks/results/soups_files.txt
     python benchmarks/soups.py digits --save benchmarks/results/soups_digits.txt
+    python benchmarks/soups.py cifar --data PATH --save benchmarks/results/soups_cifar.txt
 
 All ratios are of one process or one run, in turns. ``--timm-ema`` is ``timm/utils/model_ema.py`` of
-pytorch-image-models, which need not be installed.
+pytorch-image-models, which need not be installed; ``--data`` is a folder with CIFAR-10 as parquet files (columns
+``image`` and ``label``).
 """
 
 import argparse
@@ -29,6 +31,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from rich.console import Console
 from rich.table import Table
+from soups_sweep import accuracy, sweep
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -118,6 +121,12 @@ for path in paths:
     "make_soup": """
 soup = make_soup(paths, check_ancestry=False)
 """,
+    "make_soup, sums in float32": """
+soup = make_soup(paths, check_ancestry=False, accumulate_dtype=torch.float32)
+""",
+    "make_soup, with the check of ancestry": """
+soup = make_soup(paths)
+""",
     "torch.load and sum by hand": """
 total = None
 for path in paths:
@@ -140,11 +149,15 @@ soup = {key: value.clamp(limits.min, limits.max).to(dtype=torch.float32) for key
 """,
 }
 FILE_PROGRAM = """
-import sys, time, torch
+import os, sys, time, torch
 from lightning_reg.functional import make_soup
 def used(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) / 1024
-paths = sys.argv[1:]
+cold, *paths = sys.argv[1:]
+for path in paths if cold == "cold" else ():
+    handle = os.open(path, os.O_RDONLY)
+    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(handle)
 before, started = used("VmRSS"), time.perf_counter()
 {way}
 print(time.perf_counter() - started, used("VmHWM") - before)
@@ -152,37 +165,37 @@ print(time.perf_counter() - started, used("VmHWM") - before)
 
 
 def files(options: argparse.Namespace) -> Table:
-    table = Table("form", "way", "median", "GB/s", "ratio of speed to reading", "peak memory")
-    table.title = f"mean of {options.files} files of {options.megabytes} MB (page cache warm)"
+    table = Table("form", "cache", "way", "median", "GB/s", "ratio of speed to reading", "peak memory")
+    table.title = f"mean of {options.files} files of {options.megabytes} MB"
     with tempfile.TemporaryDirectory() as name:
         for suffix in ("ckpt", "safetensors"):
             paths = write_models(Path(name), suffix, options)
-            ways = {k: v for k, v in FILE_WAYS.items() if suffix == "ckpt" or k in ("read alone", "make_soup")}
-            seconds: dict[str, list[float]] = {way: [] for way in ways}
-            peaks: dict[str, float] = {}
-            for _ in range(options.rounds):
-                for way, text in ways.items():
-                    command = [sys.executable, "-W", "ignore", "-c", FILE_PROGRAM.format(way=text), *map(str, paths)]
-                    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-                    seconds[way].append(float(printed[0]))
-                    peaks[way] = float(printed[1])
-            reading = statistics.median(seconds["read alone"])
-            for way in ways:
-                median = statistics.median(seconds[way])
-                speed = options.files * options.megabytes / 1e3 / median
-                row = (
-                    suffix,
-                    way,
-                    f"{median:.2f} s",
-                    f"{speed:.2f}",
-                    f"{reading / median:.2f}",
-                    f"{peaks[way]:.0f} MiB",
-                )
-                table.add_row(*row)
-            table.add_section()
+            ways = {k: v for k, v in FILE_WAYS.items() if suffix == "ckpt" or k.startswith(("read", "make_soup"))}
+            for cache in ("cold", "warm"):
+                add_files(table, suffix, cache, ways, paths, options)
             for path in paths:
                 path.unlink()
     return table
+
+
+def add_files(
+    table: Table, suffix: str, cache: str, ways: dict[str, str], paths: list[Path], options: argparse.Namespace
+) -> None:
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    peaks: dict[str, float] = {}
+    for _ in range(options.rounds):
+        for way, text in ways.items():
+            command = [sys.executable, "-W", "ignore", "-c", FILE_PROGRAM.format(way=text), cache, *map(str, paths)]
+            printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+            seconds[way].append(float(printed[0]))
+            peaks[way] = float(printed[1])
+    reading = statistics.median(seconds["read alone"])
+    for way in ways:
+        median = statistics.median(seconds[way])
+        speed = options.files * options.megabytes / 1e3 / median
+        numbers = (f"{median:.2f} s", f"{speed:.2f}", f"{reading / median:.2f}", f"{peaks[way]:.0f} MiB")
+        table.add_row(suffix, cache, way, *numbers)
+    table.add_section()
 
 
 def write_models(folder: Path, suffix: str, options: argparse.Namespace) -> list[Path]:
@@ -224,12 +237,13 @@ def digits_once(lr: float, repeat: int) -> list[float]:
     clean, tune, val, test = order[:600], order[600:750], order[750:1050], order[1050:]
     torch.manual_seed(repeat)
     net = digits_net()
-    train(net, x[clean], y[clean], 0.05, 15)
+    # A weak start and small batches, so that members of a high rate leave its basin.
+    train(net, x[clean], y[clean], 0.05, 3)
     members = []
     for seed in range(8):
         torch.manual_seed(1000 * repeat + seed)
         member = copy.deepcopy(net)
-        train(member, shifted[tune], y[tune], lr, 20)
+        train(member, shifted[tune], y[tune], lr, 20, batch=16)
         members.append(member.state_dict())
 
     def scored(state: dict[str, Any], where: Tensor, *, new_statistics: bool) -> float:
@@ -269,33 +283,27 @@ def train(net: nn.Module, x: Tensor, y: Tensor, lr: float, epochs: int, batch: i
             optimizer.step()
 
 
-@torch.no_grad()
-def logits_of(net: nn.Module, x: Tensor) -> Tensor:
-    net.eval()
-    return torch.cat([net(part) for part in x.split(500)])
-
-
-def accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
-    return (logits_of(net, x).argmax(1) == y).float().mean().item()
-
-
 # -- main -------------------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("updates", "files", "digits"))
+    parser.add_argument("what", choices=("updates", "files", "digits", "cifar"))
     parser.add_argument("--save", type=Path)
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--timm-ema", type=Path)
     parser.add_argument("--files", type=int, default=8)
     parser.add_argument("--megabytes", type=int, default=400)
-    parser.add_argument("--repeats", type=int, default=6)
+    parser.add_argument("--repeats", type=int, help="6 for digits, 3 for cifar")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--start-epochs", type=int, default=15)
+    parser.add_argument("--epochs", type=int, default=10)
     options = parser.parse_args()
     options.rounds = options.rounds or {"updates": 203, "files": 3}.get(options.what, 1)
+    options.repeats = options.repeats or {"digits": 6}.get(options.what, 3)
     warnings.filterwarnings("ignore")
     started = time.perf_counter()
-    table = {"updates": updates, "files": files, "digits": digits}[options.what](options)
+    table = {"updates": updates, "files": files, "digits": digits, "cifar": sweep}[options.what](options)
     threads, seconds = torch.get_num_threads(), time.perf_counter() - started
     table.caption = f"{os.cpu_count()} CPU cores, {threads} threads, torch {torch.__version__}; {seconds:.0f} s in all"
     Console().print(table)

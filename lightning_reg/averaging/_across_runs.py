@@ -83,7 +83,7 @@ def make_soup(
     files = [open_checkpoint(path, key) for path in checkpoints]
     if check_ancestry and len(files) > 1:
         ancestry(files, None if start is None else open_checkpoint(start, key), names=names)
-    scores = [] if evaluate is None else [float(evaluate(dict(aligned([file])[0]))) for file in files]
+    scores = [] if evaluate is None else [float(evaluate(aligned([file])[0].load())) for file in files]
     if method == "greedy" and evaluate is not None:
         result = greedy_soup(
             files,
@@ -152,7 +152,10 @@ class _CountedFile(CheckpointFile):
 
     @override
     def __getitem__(self, key: str) -> Any:
-        return self._file[key]
+        value = self._file[key]
+        if isinstance(value, Tensor):
+            self._advance(value.numel() * value.itemsize)
+        return value
 
     @override
     def __iter__(self) -> Iterator[str]:
@@ -171,9 +174,10 @@ class _CountedFile(CheckpointFile):
         return self._file.place(key)
 
     @override
-    def release(self, part: Tensor) -> None:
-        self._file.release(part)
+    def read(self, key: str, start: int, buffer: Tensor) -> Tensor:
+        part = self._file.read(key, start, buffer)
         self._advance(part.numel() * part.itemsize)
+        return part
 
 
 def load_averaged(path: str | Path, name: str | None = None) -> dict[str, Any]:
@@ -206,7 +210,7 @@ def load_averaged(path: str | Path, name: str | None = None) -> dict[str, Any]:
     chosen = next(iter(records)) if name is None else name
     if chosen not in records:
         raise ValueError(f"{path} has no average {chosen!r}, but {sorted(records)}.")
-    weights = {"state_dict": dict(file)}
+    weights = {"state_dict": file.load()}
     if not records[chosen]["averaged"]:
         exchange_in_checkpoint(weights, average_of_state(file.extra["callbacks"][chosen]))
     copies: dict[int, Tensor] = {}

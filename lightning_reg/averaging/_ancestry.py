@@ -8,10 +8,13 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from lightning_reg.averaging._state_dicts import Aligned, StateDict, aligned, is_averaged
+from lightning_reg.averaging._mean import in_chunks
+from lightning_reg.averaging._state_dicts import Aligned, StateDict, aligned
 from lightning_reg.engine.host import rank_zero_warn
 
 __all__ = ["Ancestry", "ancestry"]
+
+_CHUNK = 1 << 16  # elements at a time: half a MB for each model
 
 
 @dataclass(frozen=True)
@@ -93,14 +96,21 @@ def ancestry(
 def _products(members: Sequence[Aligned], start: Aligned | None) -> tuple[Tensor, list[float], float]:
     """Inner products of the (task) vectors, squared distances to the start or mean, squared norm of that."""
     count = len(members)
-    gram, squares, norm = torch.zeros(count, count, dtype=torch.float64), [0.0] * count, 0.0
-    for key, value in members[0].items():
-        if not is_averaged(value) or value.is_complex():
+    gram, squares, norm = torch.zeros(count, count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64), 0.0
+    everyone = [*members, *([] if start is None else [start])]
+    for key in members[0]:
+        known = [member.shape_and_dtype(key) for member in everyone]
+        if known[0] is None or not known[0][1].is_floating_point:
             continue
-        rows = torch.stack([member[key].detach().double().flatten().cpu() for member in members])
-        origin = rows.mean(0) if start is None else start[key].detach().double().flatten().cpu()
-        vectors = rows if start is None else rows - origin
-        gram += vectors @ vectors.T
-        norm += float(origin @ origin)
-        squares = [s + float(d) for s, d in zip(squares, (rows - origin).square().sum(1), strict=True)]
-    return gram, squares, norm
+        buffers = [torch.empty(_CHUNK, dtype=dtype) for _, dtype in filter(None, known)]
+        parts = [member.part(key) for member in everyone]
+        for first, size in in_chunks(math.prod(known[0][0]), _CHUNK):
+            chunk = [part(first, buffer[:size]) for part, buffer in zip(parts, buffers, strict=True)]
+            rows = torch.stack([values.double().cpu() for values in chunk])
+            origin = rows[:count].mean(0) if start is None else rows[count]
+            rows = rows[:count]
+            vectors = rows if start is None else rows - origin
+            gram += vectors @ vectors.T
+            norm += float(origin @ origin)
+            squares += (rows - origin).square().sum(1)
+    return gram, squares.tolist(), norm

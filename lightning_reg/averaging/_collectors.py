@@ -4,16 +4,21 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_reg.averaging._batch_norm import tracking_layers
+from lightning_reg.averaging._shards import Layouts, own_parts
 from lightning_reg.averaging._state_dicts import average_state_dicts, is_averaged, selects
+from lightning_reg.engine import host
 from lightning_reg.engine.checkpoint_files import open_checkpoint, save_weights
 from lightning_reg.engine.errors import MisconfigurationException
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
 
 __all__ = ["Exchange", "Ingredient", "MovingAverage", "RunningMean", "Shelf", "averaged_tensors", "ema_decay"]
 
@@ -84,22 +89,38 @@ def ema_decay(updates: int, decay: float, warmup_steps: int) -> float:
     return min(decay, updates / (updates + 1)) if updates < warmup_steps else decay
 
 
-class MovingAverage:
+class _Fused:
+    """A running average whose updates are fused over the tensors."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+        self.ingredients: list[Ingredient] = []
+        self._lists: _Lists | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """What was taken in, where that has names."""
+        return [ingredient.name for ingredient in self.ingredients]
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lists": None}
+
+    def let_go(self) -> None:
+        """Holds on to nothing of the module."""
+        self._lists = None
+
+
+class MovingAverage(_Fused):
     """Exponential moving average in float32 (float64 where the weights are), beside the weights; one fused update.
 
     Memory: one copy of the weights.
     """
 
     def __init__(self, decay: float, warmup_steps: int) -> None:
-        self.decay, self.warmup_steps, self.taken = decay, warmup_steps, 0
-        self.ingredients: list[Ingredient] = []
+        super().__init__()
+        self.decay, self.warmup_steps = decay, warmup_steps
         self._average: dict[str, Tensor] = {}
-        self._lists: _Lists | None = None
-
-    @property
-    def names(self) -> list[str]:
-        """None: an update is no ingredient."""
-        return []
 
     @torch.no_grad()
     def take(self, ingredient: Ingredient, weights: Weights, *, write: bool = True) -> None:
@@ -116,14 +137,6 @@ class MovingAverage:
         """The average itself, not a copy."""
         return self._average
 
-    @override
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lists": None}
-
-    def let_go(self) -> None:
-        """Holds on to nothing of the module."""
-        self._lists = None
-
     def state(self) -> dict[str, Any]:
         """Tensors and plain values."""
         return {"count": self.taken, "average": self._average}
@@ -133,13 +146,14 @@ class MovingAverage:
         self._lists = None
         self.taken, self._average = state["count"], {name: t.clone() for name, t in state["average"].items()}
 
-    def follow(self, live: Weights) -> None:
-        """Moves to the device of the weights."""
+    def follow(self, live: Weights, layouts: Layouts) -> None:
+        """Moves to the device of the weights, and keeps of whole tensors from a checkpoint this process's shards."""
         self._lists = None
-        self._average = {name: t.to(live[name].device) for name, t in self._average.items()}
+        own = own_parts(self._average, layouts)
+        self._average = {name: t.to(live[name].device) for name, t in own.items()}
 
 
-class RunningMean:
+class RunningMean(_Fused):
     """Sum in float64, divided when the mean is asked for.
 
     Memory: two copies of float32 weights, on the CPU if ``on_cpu``.
@@ -151,15 +165,9 @@ class RunningMean:
     """
 
     def __init__(self, *, on_cpu: bool, with_names: bool) -> None:
-        self.on_cpu, self.with_names, self.taken = on_cpu, with_names, 0
-        self.ingredients: list[Ingredient] = []
+        super().__init__()
+        self.on_cpu, self.with_names = on_cpu, with_names
         self._sums: dict[str, Tensor] = {}
-        self._lists: _Lists | None = None
-
-    @property
-    def names(self) -> list[str]:
-        """What was taken in."""
-        return [ingredient.name for ingredient in self.ingredients]
 
     @torch.no_grad()
     def take(self, ingredient: Ingredient, weights: Weights, *, write: bool = True) -> None:
@@ -184,14 +192,6 @@ class RunningMean:
             return {name: total / self.taken for name, total in self._sums.items()}
         return {name: (total + more[name].detach().to(total)) / (self.taken + 1) for name, total in self._sums.items()}
 
-    @override
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lists": None}
-
-    def let_go(self) -> None:
-        """Holds on to nothing of the module."""
-        self._lists = None
-
     def state(self) -> dict[str, Any]:
         """Tensors and plain values."""
         names = [asdict(ingredient) for ingredient in self.ingredients]
@@ -203,9 +203,10 @@ class RunningMean:
         self.taken, self._sums = state["count"], {name: t.clone() for name, t in state["sums"].items()}
         self.ingredients = [Ingredient(**ingredient) for ingredient in state["ingredients"]]
 
-    def follow(self, live: Weights) -> None:
-        """Moves to the device of the weights, unless it stays on the CPU."""
+    def follow(self, live: Weights, layouts: Layouts) -> None:
+        """Moves to the device of the weights, unless it stays on the CPU; keeps this process's shards."""
         self._lists = None
+        self._sums = own_parts(self._sums, layouts)
         if not self.on_cpu:
             self._sums = {name: t.to(live[name].device) for name, t in self._sums.items()}
 
@@ -270,7 +271,7 @@ class Shelf(Sequence[dict[str, Tensor]]):
     def __getitem__(self, position: Any) -> Any:
         if self.folder is None:
             return self._kept[position]
-        return dict(open_checkpoint(self._path(self.ingredients[position])))
+        return open_checkpoint(self._path(self.ingredients[position])).load()
 
     def take(self, ingredient: Ingredient, weights: Weights, *, write: bool = True) -> None:
         """Takes a snapshot; on disk only the rank that is told to writes."""
@@ -291,8 +292,9 @@ class Shelf(Sequence[dict[str, Tensor]]):
         """The mean of all."""
         return average_state_dicts(list(self))
 
-    def follow(self, live: Weights) -> None:
-        """Snapshots stay where they are."""
+    def follow(self, live: Weights, layouts: Layouts) -> None:
+        """Snapshots stay where they are, of whole tensors this process's shards."""
+        self._kept = [own_parts(kept, layouts) for kept in self._kept]
 
     def let_go(self) -> None:
         """Holds on to nothing of the module."""
@@ -333,9 +335,16 @@ class Shelf(Sequence[dict[str, Tensor]]):
 
 
 class Exchange:
-    """Other values in the tensors of a module for a time, by pointers: nothing is copied."""
+    """Other values in the tensors of a module for a time, by pointers: nothing is copied.
 
-    def __init__(self) -> None:
+    Args:
+        module: Where parameters are split over processes: their module. FSDP2 knows its shards by their memory, so
+            the values are copied into it and back.
+
+    """
+
+    def __init__(self, module: "LightningModule | None" = None) -> None:
+        self._module = module
         self._own: list[tuple[Tensor, Tensor]] = []
 
     @property
@@ -346,6 +355,12 @@ class Exchange:
     @torch.no_grad()
     def put(self, live: Weights, values: Weights) -> None:
         """Puts ``values`` in, of which only those of another type or device are copied."""
+        if self._module is not None:
+            self._own = [(tensor, tensor.clone()) for tensor in live.values()]
+            for name, tensor in live.items():
+                tensor.copy_(values[name])
+            host.reshard(self._module)
+            return
         for name, tensor in live.items():
             self._own.append((tensor, tensor.data))
             tensor.data = values[name].to(tensor)
@@ -354,5 +369,10 @@ class Exchange:
     def undo(self) -> None:
         """Puts the module's own values back, unless they are in."""
         for tensor, own in self._own:
-            tensor.data = own
+            if self._module is not None:
+                tensor.copy_(own)
+            else:
+                tensor.data = own
+        if self._own and self._module is not None:
+            host.reshard(self._module)
         self._own = []

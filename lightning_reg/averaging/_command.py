@@ -117,7 +117,7 @@ def _soup(options: argparse.Namespace, evaluate: Evaluate | None) -> SoupResult:
             **choices,
         )
     files = [open_checkpoint(path, options.key) for path in options.checkpoints]
-    own = [None if evaluate is None else float(evaluate(dict(aligned([file])[0]))) for file in files]
+    own = [None if evaluate is None else float(evaluate(aligned([file])[0].load())) for file in files]
     trace = [Candidate(str(p), score, None, True) for p, score in zip(options.checkpoints, own, strict=True)]
     mixed = _mix(options, files)
     result = SoupResult(mixed, [str(p) for p in options.checkpoints], trace)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_reg.averaging._batch_norm import reestimate_batchnorm, tracking_layers
-from lightning_reg.engine.extra_passes import replay_step
+from lightning_reg.engine.extra_passes import kept_metric_objects, replay_step
 from lightning_reg.engine.host import isolated_randomness
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class TrainerEvaluation:
                 batch = model._apply_batch_transfer_handler(batch, device=model.device)
                 replay_step(self.trainer, model, batch, next(steps))
 
-        with isolated_randomness():
+        with isolated_randomness(), kept_metric_objects(model):
             reestimate_batchnorm(model, self.train_batches or (), self.bn_update_batches, run)
 
 

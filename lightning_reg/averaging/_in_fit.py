@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_reg.averaging._batch_norm import reestimate_batchnorm, tracking_layers
-from lightning_reg.averaging._collectors import Exchange, Ingredient, MovingAverage, RunningMean, Shelf, Weights
+from lightning_reg.averaging._collectors import Ingredient, MovingAverage, RunningMean, Shelf, Weights
 from lightning_reg.averaging._greedy import Candidate, accepts, greedy_soup
 from lightning_reg.averaging._state_dicts import average_state_dicts
 from lightning_reg.engine import distributed, extra_passes, host
@@ -40,7 +40,7 @@ __all__ = [
 # -- scores -----------------------------------------------------------------------------------------------------------
 
 
-def score_in(soup: "SoupAverager", metrics: Mapping[str, float], module: "LightningModule") -> float:
+def score_in(soup: "SoupAverager", metrics: Mapping[str, Any], module: "LightningModule") -> float:
     """The metric to decide by.
 
     Returns:
@@ -55,7 +55,7 @@ def score_in(soup: "SoupAverager", metrics: Mapping[str, float], module: "Lightn
             f"SoupAverager(monitor={soup.monitor!r}): validation logged no such metric, but"
             f" {sorted(name for name in metrics if not name.startswith('reg/')) or 'none at all'}."
         )
-    score = metrics[soup.monitor]
+    score = float(metrics[soup.monitor])
     if distributed.world_size() == 1:
         return score
     scores = distributed.all_gather(torch.tensor(score, dtype=torch.float64, device=module.device)).tolist()
@@ -104,9 +104,9 @@ class Outcome:
     Args:
         ingredients: Names, where it is one of snapshots.
         count: How many snapshots or updates are in it.
-        score: Of the greedy soup.
+        score: Of the greedy soup; of another average if it has batch statistics and the metric is logged.
         trace: Decisions of the greedy soup.
-        before_batch_norm: Its score before batch statistics were estimated anew.
+        before_batch_norm: The score before batch statistics were estimated anew.
 
     """
 
@@ -185,12 +185,11 @@ def _greedy(
         return Outcome(source.names, source.taken, soup._soup_score, list(soup._trace)), source.average()
     for position, ingredient in enumerate(source.ingredients):
         if ingredient.score is None:
-            exchange = Exchange()
-            exchange.put(soup._live, source[position])
+            soup._exchange.put(soup._live, source[position])
             try:
                 ingredient.score = score_in(soup, extra_passes.validation_metrics(trainer), module)
             finally:
-                exchange.undo()
+                soup._exchange.undo()
     result = greedy_soup(
         source,
         [i.score if i.score is not None else math.nan for i in source.ingredients],
@@ -208,12 +207,17 @@ def _greedy(
 def _settle_batch_norm(
     soup: "SoupAverager", trainer: "Trainer", module: "LightningModule", average: dict[str, Tensor], outcome: Outcome
 ) -> None:
-    """Estimates the statistics of the final average, in ``average`` itself, and notes a greedy soup's score before."""
+    """Estimates the statistics of the final average, in ``average`` itself, with its score before and after."""
+    scored = trainer.enable_validation and soup.monitor in trainer.callback_metrics
     soup._exchange.put(soup._live, average)
     try:
-        if soup.method == "greedy":
+        if scored:
             outcome.before_batch_norm = score_in(soup, extra_passes.validation_metrics(trainer), module)
         reestimate(soup, trainer, module)
+        for name, tensor in soup._live.items():  # where values were copied in, so are the statistics back
+            average[name].copy_(tensor)
+        if scored and soup.method != "greedy":
+            outcome.score = score_in(soup, extra_passes.validation_metrics(trainer), module)
     finally:
         soup._exchange.undo()
 

@@ -130,12 +130,7 @@ def describe(soup: "SoupAverager") -> str:
 
 def check_setup(soup: "SoupAverager", trainer: "Trainer") -> None:
     """Refuses setups in which the average would be wrong or never made."""
-    strategy = type(trainer.strategy).__name__
-    if strategy.startswith(("FSDP", "DeepSpeed", "ModelParallel", "XLAFSDP")):
-        raise MisconfigurationException(
-            f"SoupAverager averages whole parameters, which {strategy} splits over the processes. Use DDP, or average"
-            " consolidated checkpoints afterwards: `lightning-reg soup uniform A.ckpt B.ckpt --out soup.ckpt`."
-        )
+    _check_strategy(soup, type(trainer.strategy).__name__)
     if soup.method == "greedy" and not trainer.enable_validation:
         raise MisconfigurationException(
             f"SoupAverager(method='greedy') decides by the validation metric {soup.monitor!r}, but this fit has no"
@@ -154,6 +149,27 @@ def check_setup(soup: "SoupAverager", trainer: "Trainer") -> None:
             " written while training runs hold the raw weights, without the average and without a word about it. The"
             " average is in the module when the fit ends: `trainer.save_checkpoint(path, weights_only=True)`."
         )
+
+
+def _check_strategy(soup: "SoupAverager", strategy: str) -> None:
+    if strategy.startswith(("FSDP", "DeepSpeed", "XLAFSDP")):
+        raise MisconfigurationException(
+            f"SoupAverager: {strategy} splits parameters into pieces that are no tensors of their own."
+            " Use DDP or ModelParallelStrategy (`fully_shard`), or average consolidated checkpoints afterwards:"
+            " `lightning-reg soup uniform A.ckpt B.ckpt --out soup.ckpt`."
+        )
+    if not strategy.startswith("ModelParallel"):
+        return
+    for name, is_set in (
+        ('keep="disk"', soup.keep == "disk"),
+        ("from_checkpoints=True", soup.from_checkpoints),
+        ("swap_for_validation=True", soup.swap_for_validation),
+    ):
+        if is_set:
+            raise MisconfigurationException(
+                f"SoupAverager({name}) works on files of whole models; under {strategy} each process has shards only."
+                " Leave that argument out: the shards' average is kept in memory, and checkpoints hold it whole."
+            )
 
 
 def conflict(soup: "SoupAverager", other: Technique) -> str | None:

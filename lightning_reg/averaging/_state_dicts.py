@@ -2,11 +2,15 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import reduce
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from typing_extensions import override
+
+from lightning_reg.averaging._mean import Part, Workspace, mean_of_parts, part_of
+from lightning_reg.engine.checkpoint_files import load_tied
 
 __all__ = [
     "Aligned",
@@ -16,16 +20,13 @@ __all__ = [
     "average_state_dicts",
     "combine",
     "is_averaged",
-    "mean_into",
     "selects",
     "unique",
 ]
 
 Entry: TypeAlias = Any  # a tensor, or whatever a module's `get_extra_state` gives
 StateDict = Mapping[str, Any]
-Release = Callable[[Tensor], None]
 
-_CHUNK = 1 << 18  # elements at a time: two float64 accumulators of 2 MB
 _ROWS = 20  # of the table of differences
 
 
@@ -83,17 +84,20 @@ def average_state_dicts(
     members = aligned(state_dicts, names)
     result: dict[str, Any] = {}
     done: dict[tuple[Any, ...], Tensor] = {}
-    releases = [member.release for member in members]
-    scratch: dict[Any, Tensor] = {}
-    for key, first in members[0].items():
-        if not (is_averaged(first) and selects(key, include, exclude)):
-            result[key] = first.detach().clone() if isinstance(first, Tensor) else first
-            continue
-        places = tuple(member.place(key) for member in members)
-        if places not in done:
-            tensors = [first, *(member[key] for member in members[1:])]
-            done[places] = mean_into(None, tensors, shares, accumulate_dtype, releases, scratch)
-        result[key] = done[places]
+    with Workspace() as workspace:
+        for key in members[0]:
+            known = [member.shape_and_dtype(key) for member in members]
+            dtypes = [dtype for _, dtype in filter(None, known)]
+            if not (dtypes and _is_continuous(dtypes[0]) and selects(key, include, exclude)):
+                first = members[0][key]
+                result[key] = first.detach().clone() if isinstance(first, Tensor) else first
+                continue
+            places = tuple(member.place(key) for member in members)
+            if places not in done:
+                out = members[0].empty(key, reduce(torch.promote_types, dtypes))
+                parts = [member.part(key) for member in members]
+                done[places] = mean_of_parts(out, parts, dtypes, shares, accumulate_dtype, workspace)
+            result[key] = done[places]
     return result
 
 
@@ -112,67 +116,13 @@ def _shares(count: int, weights: Sequence[float] | None) -> list[float]:
     return list(weights)
 
 
-def mean_into(
-    out: Tensor | None,
-    tensors: Sequence[Tensor],
-    shares: Sequence[float],
-    accumulate_dtype: torch.dtype,
-    releases: Sequence[Release | None] | None = None,
-    scratch: dict[Any, Tensor] | None = None,
-) -> Tensor:
-    """Mean of tensors of one shape, a chunk at a time, so that nothing but ``out`` grows with them.
-
-    Args:
-        out: Where to; ``None`` for a new tensor.
-        tensors: One of each member.
-        shares: Weight of each, with a positive sum.
-        accumulate_dtype: Type of the sums.
-        releases: For each member what to call with a chunk that is not needed any more.
-        scratch: Keeps the accumulators from one call to the next: made anew for each tensor they would leave holes in
-            the heap as large as themselves.
-
-    Returns:
-        ``out``.
-
-    """
-    if out is None:
-        dtype = tensors[0].dtype
-        for tensor in tensors[1:]:
-            dtype = torch.promote_types(dtype, tensor.dtype)
-        out = torch.empty(tensors[0].shape, dtype=dtype, device=tensors[0].device)
-    terms = zip(tensors, shares, releases or [None] * len(tensors), strict=True)
-    # A view, unless the tensor is not contiguous. 0 * inf is not 0, so what has no weight is left out.
-    flat = [(tensor.detach().reshape(-1), share, release) for tensor, share, release in terms if share != 0]
-    result = out.view(-1)
-    wide = torch.promote_types(accumulate_dtype, torch.complex64) if out.is_complex() else accumulate_dtype
-    total = sum(shares)
-    key = (wide, out.device)
-    buffers = {} if scratch is None else scratch
-    if key not in buffers:
-        buffers[key] = torch.empty(2, _CHUNK, dtype=wide, device=out.device)
-    for start in range(0, result.numel(), _CHUNK):
-        end = min(start + _CHUNK, result.numel())
-        accumulator, widened = buffers[key][:, : end - start]
-        for position, (tensor, share, release) in enumerate(flat):
-            part = tensor[start:end]
-            # Widened by a copy and then added: a sum of two types would make a temporary tensor each time.
-            target = accumulator if position == 0 else widened
-            target.copy_(part)
-            if position > 0:
-                accumulator.add_(widened, alpha=share)
-            elif share != 1:
-                accumulator.mul_(share)
-            if release is not None:
-                release(part)
-        if total != 1:
-            accumulator.div_(total)
-        result[start:end].copy_(accumulator)
-    return out
-
-
 def is_averaged(value: object) -> bool:
     """Whether a mean of such entries makes sense: integers and booleans are counts, positions and masks."""
-    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+    return isinstance(value, Tensor) and _is_continuous(value.dtype)
+
+
+def _is_continuous(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point or dtype.is_complex
 
 
 def selects(key: str, include: Sequence[str] | None, exclude: Sequence[str] | None) -> bool:
@@ -202,10 +152,23 @@ class Aligned(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self._originals)
 
-    @property
-    def release(self) -> Release | None:
-        """What a file does with a part of a tensor that is not needed any more."""
-        return getattr(self._state_dict, "release", None)
+    def load(self) -> dict[str, Any]:
+        """All entries; tied tensors are one tensor."""
+        return load_tied(self, self.place)
+
+    def part(self, key: str) -> Part:
+        """Reads parts of a tensor."""
+        read = getattr(self._state_dict, "read", None)
+        if read is None:
+            return part_of(self[key])
+        original = self._originals[key]
+        return lambda start, buffer: read(original, start, buffer)
+
+    def empty(self, key: str, dtype: torch.dtype) -> Tensor:
+        """A contiguous tensor of an entry's shape, on its device."""
+        known = self.shape_and_dtype(key)
+        device = torch.device("cpu") if hasattr(self._state_dict, "read") else self[key].device
+        return torch.empty(known[0] if known else (), dtype=dtype, device=device)
 
     def place(self, key: str) -> tuple[Any, ...]:
         """Where an entry lies: tensors of one place are tied."""

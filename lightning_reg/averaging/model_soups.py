@@ -16,6 +16,7 @@ from lightning_reg.averaging._evaluation import TrainerEvaluation
 from lightning_reg.averaging._greedy import Candidate, SoupResult, greedy_soup
 from lightning_reg.averaging._learned import LearnedSoup
 from lightning_reg.averaging._merging import dare_merge, slerp_merge, ties_merge, wise_ft
+from lightning_reg.averaging._shards import Layouts, layouts_of, local_parts, own_parts, whole
 from lightning_reg.averaging._state_dicts import average_state_dicts
 from lightning_reg.engine import host
 from lightning_reg.engine.checkpoint_files import RECORD
@@ -78,11 +79,14 @@ class SoupAverager(Technique):
     Memory: greedy and LAWA keep a copy of the weights per snapshot, in host memory and in each checkpoint
     (``keep="disk"``: in files; a checkpoint has their names). Uniform and SWA keep a sum in float64, EMA one float32
     copy. At the end there are two models more. Under DDP every rank averages, and scores are the mean over the ranks,
-    so all decide the same; FSDP, DeepSpeed and tensor parallelism are refused.
+    so all decide the same. Under ``ModelParallelStrategy`` (``fully_shard``, tensor parallelism) every rank averages
+    its own shards and :attr:`raw_weights` holds those; asking for the state, as a checkpoint does, gathers whole
+    tensors on all ranks, one after the other, in host memory. FSDP1 and DeepSpeed are refused.
 
     Args:
         method: What to average.
-        monitor: Name of the metric that validation logs, for ``"greedy"``.
+        monitor: Name of the metric that validation logs. ``"greedy"`` decides by it; other averages are scored by it,
+            if it is logged, before and after their batch statistics are estimated anew.
         mode: Whether a larger (``"max"``) or smaller metric is better.
         every_n_epochs: Snapshot at the end of each n-th epoch, at least 1. ``None``: every one for ``"greedy"``,
             ``"uniform"``, ``"lawa"``, unless ``every_n_steps`` is given.
@@ -162,6 +166,8 @@ class SoupAverager(Technique):
         self.swap_for_validation, self.load_at_end = swap_for_validation, load_at_end
         _setup.check_arguments(self)
         self._live: dict[str, Tensor] = {}
+        self._tensors: dict[str, Tensor] = {}
+        self._layouts: Layouts = {}
         self._exchange = Exchange()
         self._resumed = False
         self._begin()
@@ -199,7 +205,8 @@ class SoupAverager(Technique):
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         if not self._resumed:
             self._begin()
-        self._live = averaged_tensors(pl_module, self.include, self.exclude)
+        self._tensors = averaged_tensors(pl_module, self.include, self.exclude)
+        self._live, self._layouts = local_parts(self._tensors), layouts_of(self._tensors)
         if not self._live:
             raise MisconfigurationException(
                 f"SoupAverager: there is nothing to average; `include` {self.include} and `exclude` {self.exclude}"
@@ -207,12 +214,16 @@ class SoupAverager(Technique):
             )
         if self.keep == "disk" and isinstance(self._gathered, Shelf) and self._gathered.folder is None:
             self._gathered.folder = _setup.new_folder(self, trainer)
-        self._gathered.follow(self._live)
+        self._exchange = Exchange(pl_module if self._layouts else None)
 
     @override
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        saved_whole = self._layouts if self._resumed else {}
+        self._gathered.follow(self._live, saved_whole)
         if self._resumed and self._raw:  # the checkpoint's `state_dict` is an average; training goes on without it
-            _in_fit.copy_into(self._live, self._raw)
+            self._find_shards()
+            _in_fit.copy_into(self._live, own_parts(self._raw, saved_whole))
+            host.reshard(pl_module)
         self._resumed, self._raw, self._soup, self._outcome = False, {}, {}, None
         self._last_step = trainer.global_step
 
@@ -236,6 +247,7 @@ class SoupAverager(Technique):
             self._take(trainer, pl_module)
 
     def _take(self, trainer: "Trainer", module: "LightningModule") -> None:
+        self._find_shards()
         step = trainer.global_step
         score = self._validated[1] if self._validated is not None and self._validated[0] == step else None
         ingredient = Ingredient(f"epoch={trainer.current_epoch:03d}-step={step:07d}", step, score)
@@ -243,6 +255,11 @@ class SoupAverager(Technique):
             _in_fit.decide(self, trainer, module, ingredient)
         else:
             self._gathered.take(ingredient, self._live, write=trainer.is_global_zero)
+
+    def _find_shards(self) -> None:
+        shards = local_parts(self._tensors) if self._layouts else {}
+        if any(shard.data_ptr() != self._live[name].data_ptr() for name, shard in shards.items()):
+            self._live = shards  # FSDP2 settles in its first forward pass where they lie in memory
 
     @override
     def on_validation_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
@@ -254,8 +271,7 @@ class SoupAverager(Technique):
     def on_validation_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         self._exchange.undo()
         if self.method == "greedy" and self._live and not trainer.sanity_checking:
-            metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-            self._validated = trainer.global_step, _in_fit.score_in(self, metrics, pl_module)
+            self._validated = trainer.global_step, _in_fit.score_in(self, trainer.callback_metrics, pl_module)
             for ingredient in self._gathered.ingredients:
                 if ingredient.step == trainer.global_step and ingredient.score is None:
                     ingredient.score = self._validated[1]
@@ -264,12 +280,14 @@ class SoupAverager(Technique):
 
     @override
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        self._find_shards()
         self._outcome, average = _in_fit.finish(self, trainer, pl_module)
         if self._outcome is None:
             return
         if self.load_at_end:
             self._raw = {name: value.detach().to("cpu", copy=True) for name, value in self._live.items()}
             _in_fit.copy_into(self._live, average)
+            host.reshard(pl_module)
         else:
             self._soup = {name: value.detach().to("cpu", copy=True) for name, value in average.items()}
         if isinstance(self._gathered, Shelf) and not self.keep_files:
@@ -281,13 +299,13 @@ class SoupAverager(Technique):
     def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
         self._exchange.undo()
         self._gathered.let_go()
-        self._live = {}
+        self._live, self._tensors, self._exchange = {}, {}, Exchange()
 
     @override
     def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
         self._exchange.undo()
         self._gathered.let_go()
-        self._live = {}
+        self._live, self._tensors, self._exchange = {}, {}, Exchange()
 
     # -- what came of it ----------------------------------------------------------------------------------------------
 
@@ -303,7 +321,7 @@ class SoupAverager(Technique):
 
     @property
     def score(self) -> float | None:
-        """Validation score of the greedy soup."""
+        """Validation score of the greedy soup; of another average where :attr:`score_before_batch_norm` is."""
         return self._soup_score if self._outcome is None else self._outcome.score
 
     @property
@@ -340,9 +358,9 @@ class SoupAverager(Technique):
             "method": self.method,
             "steps": self._steps,
             "validated": self._validated,
-            "gathered": self._gathered.state(),
-            "raw": self._raw,
-            "soup": self._soup,
+            "gathered": whole(self._gathered.state(), self._layouts),
+            "raw": whole(self._raw, self._layouts),
+            "soup": whole(self._soup, self._layouts),
             "soup_score": self._soup_score,
             "trace": [asdict(candidate) for candidate in self._trace],
             "outcome": None if self._outcome is None else self._outcome.state(),
@@ -374,4 +392,9 @@ class SoupAverager(Technique):
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_live": {}, "_exchange": Exchange()}  # the module's tensors are not this callback's
+        return {
+            **self.__dict__,
+            "_live": {},
+            "_layouts": {},
+            "_exchange": Exchange(),
+        }  # the module's tensors are not this callback's

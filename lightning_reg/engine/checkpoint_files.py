@@ -1,12 +1,10 @@
 """Files with weights: read without running code in them and a tensor at a time, written whole or not at all."""
 
-import ctypes
 import json
-import mmap
 import os
 import pickle
-import sys
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from typing_extensions import override
 
-__all__ = ["CheckpointFile", "UntrustedFileError", "open_checkpoint", "save_weights", "write_atomically"]
+__all__ = ["CheckpointFile", "UntrustedFileError", "load_tied", "open_checkpoint", "save_weights", "write_atomically"]
 
 _T = TypeVar("_T")
 RECORD = "lightning_reg"  # what a file of ours says about itself stands under this key
@@ -45,7 +43,7 @@ class UntrustedFileError(pickle.UnpicklingError):
 
 
 class CheckpointFile(Mapping[str, Any]):
-    """The weights in a file, by name; a tensor is mapped to memory when it is asked for.
+    """The weights in a file, by name; a tensor is read when it is asked for, whole or a part of it.
 
     Attributes:
         path: Where it lies.
@@ -64,39 +62,93 @@ class CheckpointFile(Mapping[str, Any]):
 
     def shape_and_dtype(self, key: str) -> tuple[tuple[int, ...], torch.dtype] | None:
         """What is known of a tensor without reading it, ``None`` of an entry that is no tensor."""
-        value = self[key]
-        return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else None
+        raise NotImplementedError
 
     def place(self, key: str) -> tuple[Any, ...]:
         """Where in the file an entry lies: tensors of one place are tied."""
         return (key,)
 
-    def release(self, part: Tensor) -> None:
-        """Gives the memory under a part of a tensor back; it is read from the file again if it is needed."""
-        if _LIBC is not None and part.is_contiguous() and part.numel():
-            # The system maps pages around the one that is read. Those before a part were given back already and came
-            # again with its first page, so a margin before it goes too; without it they pile up.
-            first = max(part.untyped_storage().data_ptr(), part.data_ptr() - _MARGIN)
-            start = first // mmap.PAGESIZE * mmap.PAGESIZE
-            end = part.data_ptr() + part.numel() * part.itemsize
-            _LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _DONTNEED)
+    def load(self) -> dict[str, Any]:
+        """All entries; tied tensors are one tensor."""
+        return load_tied(self, self.place)
+
+    def read(self, key: str, start: int, buffer: Tensor) -> Tensor:
+        """A part of a tensor.
+
+        Safe to call from several threads with a buffer each.
+
+        Args:
+            key: Its name.
+            start: Its first element in the flattened tensor.
+            buffer: As many elements as are wanted, of the tensor's dtype, contiguous and on the CPU.
+
+        Returns:
+            The elements, in ``buffer`` or not.
+
+        """
+        raise NotImplementedError
 
 
-# Pages of a file count as memory of the process until they are given back. Only Linux promises to keep the file's
-# contents; elsewhere the system takes the pages when it needs them.
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-_DONTNEED = 4
-_MARGIN = 4 << 20
+def load_tied(entries: Mapping[str, Any], place: Callable[[str], tuple[Any, ...]]) -> dict[str, Any]:
+    """Reads all entries, those at one place once."""
+    loaded: dict[tuple[Any, ...], Any] = {}
+    for key in entries:
+        if place(key) not in loaded:
+            loaded[place(key)] = entries[key]
+    return {key: loaded[place(key)] for key in entries}
+
+
+class _Pieces:
+    """Reads bytes of an open file from any place; pages of a mapping would count as memory of the process."""
+
+    def __init__(self, path: Path) -> None:
+        self._handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        weakref.finalize(self, os.close, self._handle)
+
+    def base_of_mapping(self, address: int) -> int | None:
+        """Address of the file's first byte where the file is mapped around ``address``; ``None`` if nobody tells."""
+        inode = os.fstat(self._handle).st_ino
+        try:
+            lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:  # only Linux has it
+            return None
+        for line in lines:
+            span, _, offset, _, number, *_ = line.split(maxsplit=5)
+            first, last = (int(end, 16) for end in span.split("-"))
+            if first <= address < last and int(number) == inode:
+                return first - int(offset, 16)
+        return None
+
+    def read_into(self, buffer: Tensor, offset: int) -> Tensor:
+        """Fills a contiguous tensor with the bytes from ``offset`` on."""
+        view = buffer.view(torch.uint8).numpy().data
+        while view:
+            count = os.preadv(self._handle, [view], offset)
+            if count == 0:
+                raise EOFError("The file ends before the tensor does.")
+            view, offset = view[count:], offset + count
+        return buffer
+
+
+_CAN_READ_PIECES = hasattr(os, "preadv")
 
 
 class _TorchFile(CheckpointFile):
-    def __init__(self, path: Path, weights: Mapping[str, Any], extra: Mapping[str, Any], *, mapped: bool) -> None:
+    def __init__(
+        self, path: Path, weights: Mapping[str, Any], extra: Mapping[str, Any], pieces: _Pieces | None
+    ) -> None:
         super().__init__(path, extra)
-        self._weights, self._mapped = weights, mapped
+        self._weights, self._pieces, self._base = weights, pieces, None
+        addresses = (v.data_ptr() for v in weights.values() if isinstance(v, Tensor) and v.numel())
+        if pieces is not None:
+            self._base = pieces.base_of_mapping(next(addresses, 0))
 
     @override
     def __getitem__(self, key: str) -> Any:
-        return self._weights[key]
+        value = self._weights[key]
+        if self._base is None or not isinstance(value, Tensor) or not value.is_contiguous() or not value.numel():
+            return value
+        return self.read(key, 0, torch.empty(value.numel(), dtype=value.dtype)).view(value.shape)
 
     @override
     def __iter__(self) -> Iterator[str]:
@@ -107,16 +159,24 @@ class _TorchFile(CheckpointFile):
         return len(self._weights)
 
     @override
+    def shape_and_dtype(self, key: str) -> tuple[tuple[int, ...], torch.dtype] | None:
+        value = self._weights[key]
+        return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else None
+
+    @override
     def place(self, key: str) -> tuple[Any, ...]:
-        value = self[key]
+        value = self._weights[key]
         if not isinstance(value, Tensor) or value.numel() == 0:
             return (key,)
         return value.data_ptr(), value.dtype, tuple(value.shape), tuple(value.stride())
 
     @override
-    def release(self, part: Tensor) -> None:
-        if self._mapped:  # of memory that is no file's the contents would be lost
-            super().release(part)
+    def read(self, key: str, start: int, buffer: Tensor) -> Tensor:
+        mapped: Tensor = self._weights[key]
+        if self._pieces is None or self._base is None or not mapped.is_contiguous():
+            return mapped.reshape(-1)[start : start + buffer.numel()]
+        offset = mapped.data_ptr() - self._base + start * mapped.itemsize
+        return self._pieces.read_into(buffer, offset)
 
 
 class _SafetensorsFile(CheckpointFile):
@@ -129,12 +189,22 @@ class _SafetensorsFile(CheckpointFile):
         super().__init__(path, metadata)
         self._keys = list(self._file.keys())
         self._known = {key: self._file.get_slice(key) for key in self._keys}
+        self._pieces = _Pieces(path) if _CAN_READ_PIECES else None
+        with open(path, "rb") as file:  # the header, checked by the library already
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        self._offsets = {key: 8 + length + header[key]["data_offsets"][0] for key in self._keys}
 
     @override
     def __getitem__(self, key: str) -> Any:
         if key not in self._known:
             raise KeyError(key)
-        return self._file.get_tensor(key)
+        known = self._known[key]
+        dtype = _DTYPES.get(known.get_dtype())
+        if dtype is None:
+            return self._file.get_tensor(key)
+        value = torch.empty(known.get_shape(), dtype=dtype)
+        return self.read(key, 0, value.view(-1)).view(value.shape) if value.numel() else value
 
     @override
     def __iter__(self) -> Iterator[str]:
@@ -148,7 +218,14 @@ class _SafetensorsFile(CheckpointFile):
     def shape_and_dtype(self, key: str) -> tuple[tuple[int, ...], torch.dtype] | None:
         known = self._known[key]
         name = known.get_dtype()
-        return tuple(known.get_shape()), _DTYPES.get(name) or self[key].dtype
+        return tuple(known.get_shape()), _DTYPES.get(name) or self._file.get_tensor(key).dtype
+
+    @override
+    def read(self, key: str, start: int, buffer: Tensor) -> Tensor:
+        if self._pieces is None or self._known[key].get_dtype() not in _DTYPES:
+            whole: Tensor = self._file.get_tensor(key)
+            return whole.view(-1)[start : start + buffer.numel()]
+        return self._pieces.read_into(buffer, self._offsets[key] + start * buffer.itemsize)
 
 
 class _Shards(CheckpointFile):
@@ -184,9 +261,8 @@ class _Shards(CheckpointFile):
         return (self._where[key], *self._files[self._where[key]].place(key))
 
     @override
-    def release(self, part: Tensor) -> None:
-        if all(isinstance(file, _SafetensorsFile) for file in self._files.values()):
-            super().release(part)
+    def read(self, key: str, start: int, buffer: Tensor) -> Tensor:
+        return self._files[self._where[key]].read(key, start, buffer)
 
 
 def open_checkpoint(path: str | Path, key: str | None = None) -> CheckpointFile:
@@ -218,7 +294,7 @@ def open_checkpoint(path: str | Path, key: str | None = None) -> CheckpointFile:
             return _settled(path, _SafetensorsFile)
         except SafetensorError as error:
             raise ValueError(f"{path}: no whole safetensors file: {error}") from error
-    content, mapped = _settled(path, _load)
+    content, pieces = _settled(path, _load)
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: holds a {type(content).__name__}, no mapping from names to tensors.")
     inner = key or ("state_dict" if isinstance(content.get("state_dict"), Mapping) else None)
@@ -228,7 +304,7 @@ def open_checkpoint(path: str | Path, key: str | None = None) -> CheckpointFile:
     if not any(isinstance(value, Tensor) for value in weights.values()):
         raise ValueError(f"{path}: holds no tensor on its first level; it has {sorted(map(str, content))[:10]}.")
     extra = {} if inner is None else {name: value for name, value in content.items() if name != inner}
-    return _TorchFile(path, weights, extra, mapped=mapped)
+    return _TorchFile(path, weights, extra, pieces)
 
 
 def _settled(path: Path, read: Callable[[Path], _T]) -> _T:
@@ -240,15 +316,16 @@ def _settled(path: Path, read: Callable[[Path], _T]) -> _T:
             return result
 
 
-def _load(path: Path) -> tuple[Any, bool]:
+def _load(path: Path) -> tuple[Any, _Pieces | None]:
     try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True), True
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        return content, _Pieces(path) if _CAN_READ_PIECES else None
     except pickle.UnpicklingError as error:
         raise _untrusted(path, error) from error
     except (RuntimeError, EOFError):
         pass  # a file of before torch 1.6, which cannot be mapped, or a broken one
     try:
-        return torch.load(path, map_location="cpu", weights_only=True), False
+        return torch.load(path, map_location="cpu", weights_only=True), None
     except pickle.UnpicklingError as error:
         raise _untrusted(path, error) from error
     except (RuntimeError, EOFError) as error:

@@ -303,8 +303,9 @@ class Engine:
         given = call.plain if step.is_logging and changed else None
         for _, target in self._answers(techniques, "change_targets", call):
             call.replace_target(target)
-        for _, losses in self._answers(techniques, "change_losses", call):
-            call.replace_losses(losses)
+        for technique, losses in self._answers(techniques, "change_losses", call):
+            with _said_by(technique):
+                call.replace_losses(losses)
         weights, terms = call.weights, [*call.terms]
         for _, own in self._answers(techniques, "sample_weights", call):
             weights = call.combined(weights, own)
@@ -331,18 +332,25 @@ class Engine:
     def _answers(self, techniques: list[Technique], phase: str, call: LossCall) -> Iterator[tuple[Technique, Tensor]]:
         for technique in self._in(techniques, phase):
             call.reader = None if technique.takes_mixed else technique
-            try:
+            with _said_by(technique):
                 answer = getattr(technique, phase)(call)
-            except MisconfigurationException as error:
-                name = type(technique).__name__
-                if name in str(error):
-                    raise
-                raise MisconfigurationException(f"{name}: {error}") from error
             if answer is not None:
                 yield technique, answer
 
     def _in(self, techniques: Sequence[Technique], phase: str) -> list[Technique]:
         return [t for t in techniques if phase in self._phases[t]]
+
+
+@contextmanager
+def _said_by(technique: Technique) -> Iterator[None]:
+    """Errors name the technique."""
+    try:
+        yield
+    except MisconfigurationException as error:
+        name = type(technique).__name__
+        if name in str(error):
+            raise
+        raise MisconfigurationException(f"{name}: {error}") from error
 
 
 def _has_gradient(arguments: dict[str, Any]) -> bool:

@@ -6,8 +6,10 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
+from torchmetrics import Metric
 
 from lightning_reg.engine import host
 from lightning_reg.engine.hooks import EngineHooks
@@ -15,7 +17,7 @@ from lightning_reg.engine.hooks import EngineHooks
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["on_device", "replay_step", "training_batches", "validation_metrics"]
+__all__ = ["kept_metric_objects", "on_device", "replay_step", "training_batches", "validation_metrics"]
 
 
 def validation_metrics(trainer: "Trainer") -> dict[str, float]:
@@ -37,6 +39,7 @@ def validation_metrics(trainer: "Trainer") -> dict[str, float]:
     with ExitStack() as undo:
         undo.enter_context(host.isolated_randomness())
         undo.enter_context(host.silenced_metrics(trainer))
+        undo.enter_context(kept_metric_objects(trainer.lightning_module))
         undo.callback(host.set_callbacks, trainer, callbacks)
         undo.callback(setattr, trainer.state, "stage", stage)
         undo.callback(setattr, loop, "batch_progress", progress)
@@ -45,6 +48,24 @@ def validation_metrics(trainer: "Trainer") -> dict[str, float]:
         trainer.validating = True
         loop.run()
         return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+@contextmanager
+def kept_metric_objects(module: nn.Module) -> Iterator[None]:
+    """Puts the torchmetrics objects in a module back at the end, whatever they have counted meanwhile."""
+    metrics = [part for part in module.modules() if isinstance(part, Metric)]
+    before = [{name: _copied(value) for name, value in vars(metric).items()} for metric in metrics]
+    try:
+        yield
+    finally:
+        for metric, attributes in zip(metrics, before, strict=True):
+            vars(metric).update(attributes)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    return list(value) if isinstance(value, list) else value
 
 
 @contextmanager
@@ -67,7 +88,7 @@ def training_batches(trainer: "Trainer", original: Callable[[Any], Any]) -> Iter
     fresh = type(combined)(
         tree_map(lambda loader: twins[id(loader)], combined.iterables, is_leaf=lambda x: id(x) in twins), combined._mode
     )
-    with host.isolated_randomness():
+    with host.isolated_randomness(), kept_metric_objects(trainer.lightning_module):
         try:
             fresh.limits = combined.limits
             yield (on_device(trainer, batch) for batch, *_ in fresh)

@@ -69,6 +69,7 @@ __all__ = [
     "own_randomness",
     "prints_summary",
     "rank_zero_warn",
+    "reshard",
     "set_callbacks",
     "silenced_metrics",
     "without_compiled_steps",
@@ -171,6 +172,14 @@ def gradient_scale(trainer: "Trainer", optimizer: "Optimizer") -> "Tensor | None
         return None
     scale: Tensor | None = scaler._scale
     return scale
+
+
+def reshard(module: "LightningModule") -> None:
+    """Lets FSDP2 gather the parameters anew: after a pass without backward it keeps those of the root gathered."""
+    for part in module.modules():
+        if hasattr(part, "_get_fsdp_state"):  # the class has moved between releases of torch
+            again: Callable[[], None] = part.reshard  # type: ignore[assignment]  # the attribute is a method here
+            again()
 
 
 def callbacks(trainer: "Trainer") -> "list[Callback]":

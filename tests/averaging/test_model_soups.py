@@ -452,8 +452,8 @@ def test_checkpoints_that_modelcheckpoint_keeps_are_the_ingredients(tmp_path):
 
 
 def test_batch_statistics_are_those_of_a_pass_over_the_training_data_under_the_average():
-    passing, soup = Passing(), SoupAverager(method="uniform")
-    _, model = fit(passing, soup, model=User(0.5, norm=True), shuffle=False)
+    passing, soup = Passing(), SoupAverager(method="uniform", monitor="val_loss")
+    trainer, model = fit(passing, soup, model=User(0.5, norm=True), shuffle=False)
     fresh = User(norm=True)
     fresh.load_state_dict(weights_of(model))
     loader = DataLoader(data(), 6)
@@ -465,6 +465,14 @@ def test_batch_statistics_are_those_of_a_pass_over_the_training_data_under_the_a
     near({"v": model.norm.running_var}, {"v": variance}, rtol=1e-4, atol=1e-5)
     assert model.norm.num_batches_tracked.item() == 12
     assert model.norm.momentum == 0.1
+    loss = trainer.validate(model, DataLoader(data(), 12), verbose=False)[0]["val_loss"]
+    assert soup.score == pytest.approx(loss, abs=1e-6)
+    for name in ("running_mean", "running_var"):  # averaged, as before the pass
+        averaged = torch.stack([w[f"norm.{name}"].double() for w in passing.epochs]).mean(0)
+        getattr(model.norm, name).copy_(averaged)
+    loss = trainer.validate(model, DataLoader(data(), 12), verbose=False)[0]["val_loss"]
+    assert soup.score_before_batch_norm == pytest.approx(loss, abs=1e-6)
+    assert abs(soup.score - soup.score_before_batch_norm) > 1e-4
 
 
 def test_batch_statistics_can_be_left_averaged_and_one_ingredient_keeps_its_own():
@@ -662,12 +670,12 @@ def test_ranks_decide_the_same_though_their_metrics_differ(two_processes, greedy
     near(one[0], two[0], PARAMETERS)
 
 
-def test_strategies_that_split_parameters_are_refused():
+def test_strategies_that_split_parameters_into_pieces_are_refused():
     class FSDPStrategy(SingleDeviceStrategy):
         pass
 
     trainer = Trainer(strategy=FSDPStrategy(torch.device("cpu")), logger=False, enable_checkpointing=False)
-    with pytest.raises(MisconfigurationException, match="averages whole parameters, which FSDPStrategy splits"):
+    with pytest.raises(MisconfigurationException, match="FSDPStrategy splits parameters into pieces"):
         SoupAverager(method="ema").check(trainer, User())
 
 

@@ -33,8 +33,9 @@ def says_what_it_does(case: Case) -> None:
     astray = sorted(key for key in run.own_scalars if not key.startswith((own, shared)))
     assert not astray, f"logged {astray}, which is not under {own}"
     assert any(key.startswith(own) for key in run.own_scalars), f"no scalar is logged under {own}"
+    required = {name: getattr(technique, name) for name in _required(case.cls)}
     for kwargs, argument in (*case.invalid, *_wrong_kinds(case.cls)):
-        _check_refused(case.cls, dict(kwargs), argument)
+        _check_refused(case.cls, required | dict(kwargs), argument)
 
 
 def _check_line(technique: Any) -> None:
@@ -45,6 +46,11 @@ def _check_line(technique: Any) -> None:
     console.print(techniques_table([technique], {}))
     table = console.file.getvalue()
     assert line in table, f"the table swallows a part of {line!r} (square brackets are markup: escape them)"
+
+
+def _required(cls: type[Any]) -> list[str]:
+    parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+    return [parameter.name for parameter in parameters if parameter.default is parameter.empty]
 
 
 def _wrong_kinds(cls: type[Any]) -> list[tuple[dict[str, Any], str]]:

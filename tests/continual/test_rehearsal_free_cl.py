@@ -40,8 +40,8 @@ CASE = (
         ],
     ),
     Case(
-        make=partial(FeatureDistillation, "net.body", weight=0.5, anchor="start_of_fit"),
-        neutral=partial(FeatureDistillation, "net.body", weight=0.0),
+        make=partial(FeatureDistillation, layer="net.body", weight=0.5, anchor="start_of_fit"),
+        neutral=partial(FeatureDistillation, layer="net.body", weight=0.0),
         variants=[partial(FeatureDistillation, "net.act_body"), partial(FeatureDistillation, "net.body", loss="last")],
         invalid=[({"layer": "net.body", "weight": -0.1}, "weight")],
     ),

@@ -45,9 +45,7 @@ def test_all_forms_give_the_same_weights(tmp_path):
         file = open_checkpoint(tmp_path / name)
         assert same(file)
         assert file.nbytes == 24 + 8 + 2
-        for key in file:  # memory given back is read again
-            file.release(file[key])
-        assert same(file)
+        assert file.read("a.w", 1, torch.empty(4)).tolist() == [1.0, 2.0, 3.0, 4.0]
     assert open_checkpoint(tmp_path / "lightning.ckpt").extra == {"epoch": 3}
     assert same(open_checkpoint(tmp_path / "several.pt", "ema"))
     with pytest.raises(KeyError):
