@@ -242,25 +242,8 @@ class Engine:
             )
 
     def reordered(self, technique: Technique) -> Reordered:
-        """The training loader in another order, for a network of the technique's own.
-
-        Args:
-            technique: Whose it is; its seed and log key choose the order.
-
-        Returns:
-            The loader.
-
-        Raises:
-            MisconfigurationException: If there are several training loaders, or one that cannot be read again.
-
-        """
-        loaders = host.combined_loader(self.trainer).flattened
-        if self._loaders.several or len(loaders) != 1:
-            raise MisconfigurationException(
-                f"{type(technique).__name__} trains a second network on the training loader in another order, and there"
-                f" are {len(loaders)} training loaders. Give the Trainer one DataLoader."
-            )
-        return Reordered(self._loaders.original(loaders[0]), technique)
+        """The training loader in another order, chosen by the technique's seed, for a network of its own."""
+        return Reordered(self._loaders.the_only_one(technique), technique)
 
     # -- the loss -----------------------------------------------------------------------------------------------------
 
