@@ -21,6 +21,7 @@ from lightning_reg.engine.mixin import LossMixin as LossMixin
 from lightning_reg.engine.technique import Technique as Technique
 from lightning_reg.metric_learning.conr import ConR as ConR
 from lightning_reg.noisy_labels.elr import ELRCallback as ELRCallback
+from lightning_reg.noisy_labels.elr_plus import ELRPlusCallback as ELRPlusCallback
 from lightning_reg.regularization.weight_compander import Compander as Compander
 from lightning_reg.regularization.weight_compander import Companding as Companding
 from lightning_reg.regularization.weight_compander import WeightCompander as WeightCompander

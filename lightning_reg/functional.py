@@ -44,6 +44,11 @@ from lightning_reg.noisy_labels.elr import elr_loss as elr_loss
 from lightning_reg.noisy_labels.elr import elr_regularizer as elr_regularizer
 from lightning_reg.noisy_labels.elr import elr_targets as elr_targets
 from lightning_reg.noisy_labels.elr import elr_update_targets as elr_update_targets
+from lightning_reg.noisy_labels.elr_plus import elr_plus_decay as elr_plus_decay
+from lightning_reg.noisy_labels.elr_plus import elr_plus_loss as elr_plus_loss
+from lightning_reg.noisy_labels.elr_plus import elr_plus_targets as elr_plus_targets
+from lightning_reg.noisy_labels.elr_plus import refine_labels as refine_labels
+from lightning_reg.noisy_labels.elr_plus import sigmoid_rampup as sigmoid_rampup
 from lightning_reg.regularization.weight_compander import Compander as Compander
 from lightning_reg.regularization.weight_compander import Companding as Companding
 from lightning_reg.regularization.weight_compander import bake_companders as bake_companders

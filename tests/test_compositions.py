@@ -156,7 +156,7 @@ def signals():
 
 def cut(technique, position, x):
     """What CutMix does to the ``position``-th batch, counted from 1; with a share of 1 nothing."""
-    generator = technique.generator(SimpleNamespace(batches_so_far=position))
+    generator = technique.generator(SimpleNamespace(batches_so_far=position, stream=""))
     if float(torch.rand((), generator=generator)) >= technique.prob:
         return x, torch.arange(len(x)), 1.0
     return cutmix(x, None, technique.alpha, generator)
@@ -311,7 +311,8 @@ def test_resuming_companded_weights_beside_an_average_that_is_validated_is_exact
 def elr_and_cutmix_on_rank():
     elr, mix, module = ELRCallback(), CutMix(prob=0.5), Flat()
     fit(module, elr, mix, loader=DataLoader(signals().dataset, 3, shuffle=True), max_epochs=3, **TWO_RANKS)
-    coins = [float(torch.rand((), generator=mix.generator(SimpleNamespace(batches_so_far=k)))) < 0.5 for k in range(12)]
+    steps = [SimpleNamespace(batches_so_far=position, stream="") for position in range(12)]
+    coins = [float(torch.rand((), generator=mix.generator(step))) < 0.5 for step in steps]
     return coins, elr.state_dict()["targets"]["values"], [p.detach() for p in module.parameters()]
 
 

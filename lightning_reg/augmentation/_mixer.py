@@ -1,14 +1,13 @@
 """What the techniques share that mix the samples of a batch in pairs."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_reg.engine.entries import contents, find_entry, replace_entry
+from lightning_reg.engine.entries import contents, find_entry, input_key_of, replace_entry
 from lightning_reg.engine.errors import MisconfigurationException, check_choice, check_number
 from lightning_reg.engine.mixin import LossMixin
 from lightning_reg.engine.mixing import Mixing, mix_targets
@@ -128,19 +127,7 @@ class Mixer(Technique, ABC):
     def _find_key(self, batch: object, step: "Step") -> str:
         if self.input_key is not None:
             return self.input_key
-        found = [""] if isinstance(batch, Tensor) else []
-        if isinstance(batch, Sequence) and not step.several:
-            found = ["0"]
-        elif isinstance(batch, Mapping) and not step.several:
-            fitting = (k for k, v in batch.items() if isinstance(v, Tensor) and v.dim() > 1 and v.is_floating_point())
-            found = [str(key) for key in fitting if not self._problem_with(batch[key])]
-        if len(found) != 1:
-            raise MisconfigurationException(
-                f"{type(self).__name__}: which entry of the batch holds the inputs is not certain: the batch is"
-                f" {contents(batch)}, and {len(found)} entries could be meant. Name it:"
-                f' `{type(self).__name__}(input_key="...")`, a key, a position or both ("labelled.0").'
-            )
-        return found[0]
+        return input_key_of(batch, self, lambda entry: not self._problem_with(entry), several=step.several)
 
     def _with_soft_targets(self, batch: object, input_key: str, permutation: Tensor, lam: float | Tensor) -> object:
         name, key = type(self).__name__, self.target_key

@@ -258,9 +258,8 @@ class SoupAverager(Technique):
             self._gathered.take(ingredient, self._live, write=trainer.is_global_zero)
 
     def _find_shards(self) -> None:
-        shards = local_parts(self._tensors) if self._layouts else {}
-        if any(shard.data_ptr() != self._live[name].data_ptr() for name, shard in shards.items()):
-            self._live = shards  # FSDP2 settles in its first forward pass where they lie in memory
+        if self._layouts:  # FSDP2 settles in its first forward pass where they lie in memory
+            self._live = local_parts(self._tensors)
 
     @override
     def on_validation_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:

@@ -57,14 +57,15 @@ def conflict_between(one: Technique, two: Technique) -> str | None:
     """
     if one.log_key == two.log_key:
         return f'in one Trainer share the log key {one.log_key!r}. Tell them apart by `name="..."`.'
+    sentence = one.conflict_with(two) or two.conflict_with(one)
+    if sentence is None:
+        sentence = _mixing_conflict(one, two) or _copies_conflict(one, two) or _views_conflict(one, two)
     for phase, what in _EXCLUSIVE.items():
-        if phase in phases_of(one) and phase in phases_of(two) and one.loss == two.loss:
-            return (
-                f"cannot stand together: each {what}, so only the last would count. Remove one of them, or"
-                " let them work on different loss calls with `loss=...`."
+        if sentence is None and phase in phases_of(one) and phase in phases_of(two) and one.loss == two.loss:
+            sentence = (
+                f"each {what}, so only the last would count. Remove one of them, or let them work on different loss"
+                " calls with `loss=...`."
             )
-    sentence = _mixing_conflict(one, two) or _copies_conflict(one, two) or _views_conflict(one, two)
-    sentence = sentence or one.conflict_with(two) or two.conflict_with(one)
     return None if sentence is None else f"cannot stand together: {sentence}"
 
 

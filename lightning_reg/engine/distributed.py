@@ -1,5 +1,6 @@
 """Collectives over the data-parallel ranks; on one process each is a no-op."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,8 @@ __all__ = [
     "all_reduce_max",
     "all_reduce_mean",
     "all_reduce_sum",
+    "average_",
+    "broadcast_",
     "rank",
     "world_size",
 ]
@@ -141,6 +144,26 @@ def all_reduce_sum(tensor: Tensor, group: "ProcessGroup | None" = None) -> Tenso
 def all_reduce_mean(tensor: Tensor) -> Tensor:
     """Mean over the ranks, without gradient."""
     return all_reduce_sum(tensor) / world_size()
+
+
+def average_(tensors: Sequence[Tensor], group: "ProcessGroup | None" = None) -> None:
+    """Replaces tensors by their means over the ranks: one collective for each type."""
+    ranks = world_size(group)
+    if ranks == 1:
+        return
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        alike = [tensor.detach() for tensor in tensors if tensor.dtype is dtype]
+        flat = torch.cat([tensor.flatten() for tensor in alike])
+        dist.all_reduce(flat, group=group)
+        parts = torch.split(flat / ranks, [tensor.numel() for tensor in alike])
+        torch._foreach_copy_(alike, [part.view_as(tensor) for part, tensor in zip(parts, alike, strict=True)])
+
+
+def broadcast_(tensors: Sequence[Tensor], group: "ProcessGroup | None" = None) -> None:
+    """Replaces tensors by those of the first rank."""
+    if world_size(group) > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), group=group, group_src=0)
 
 
 class RowExchange:

@@ -24,7 +24,9 @@ from lightning_reg.engine.loss_call import LossCall
 from lightning_reg.engine.losses import bind
 from lightning_reg.engine.mixed_call import MixedCall, mixed_call
 from lightning_reg.engine.mixin import LossMixin
+from lightning_reg.engine.reordering import Reordered
 from lightning_reg.engine.replays import Replays
+from lightning_reg.engine.returned import loss_of, swapped, with_loss
 from lightning_reg.engine.selection import Selection
 from lightning_reg.engine.step import Step
 from lightning_reg.engine.strategies import check_editable, check_split
@@ -224,7 +226,9 @@ class Engine:
         penalties = penalties_of.penalty_values(penalizing, self.module) if penalizing else {}
         self.apply_weights()
         on_loss = [t for t in active if self._phases[t] & LOSS_PHASES or t is step.mixer]
-        output = self._run(step, on_loss, args, kwargs)
+        copies = self._copies if self._copies is not None and self._copies.owner in active else None
+        passes = self._pass if self._edits is None else self._passes
+        output = self._run(step, on_loss, lambda: passes(step, args, kwargs), copies)
         self._log_penalties(penalties, output, step)
         if step.scalars:
             report.log_scalars(self.module, step.scalars, sum(step.batch_sizes))
@@ -241,19 +245,38 @@ class Engine:
             raise MisconfigurationException(f"{name} adds views to the batch, but the batch {why}.")
         return Views(step.batch, step.batch_sizes[0], made)
 
-    def _run(self, step: Step, on_loss: list[Technique], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run_alone(self, technique: Technique, step: Step) -> Tensor | None:
+        """A step of a network beside the user's (``step.module``), on which the one technique acts and no other.
+
+        Args:
+            technique: Whose network it is; its phases up to the loss act as they do on the user's.
+            step: The step, with the batch on its device.
+
+        Returns:
+            The loss, ``None`` if the network's ``training_step`` skips the batch.
+
+        """
+        if "transform_batch" in self._phases[technique]:
+            step.batch = technique.transform_batch(step.batch, step)
+        if "observe_batch" in self._phases[technique]:
+            technique.observe_batch(step)
+        on_loss = [technique] if self._phases[technique] & LOSS_PHASES or technique is step.mixer else []
+        return loss_of(self._run(step, on_loss, lambda: step.module.training_step(step.batch, *step.arguments)))
+
+    def _run(
+        self, step: Step, on_loss: list[Technique], network: Callable[[], Any], copies: Copies | None = None
+    ) -> Any:
         self._step, self._selection, self._last = step, Selection(on_loss, step.mixer), None
         if self._features is not None:
             self._features.open, step.features, step.passes = True, self._features.outputs, self._features.passes
-        copies = self._copies if self._copies is not None and self._copies.owner in self._active else None
         rows_differ = step.views is not None or (copies is not None and copies.plan.way == "rows")
         watched = not self._by_mixin and bool(on_loss or rows_differ)
         by_hand = not self.module.automatic_optimization
         before = self.trainer.global_step if by_hand else 0
         try:
             with self._interception.watch() if watched else nullcontext():
-                output = self._passes(step, args, kwargs) if self._edits is not None else self._pass(step, args, kwargs)
-            made_loss = (by_hand and self.trainer.global_step > before) or _loss_of(output) is not None
+                output = network()
+            made_loss = (by_hand and self.trainer.global_step > before) or loss_of(output) is not None
             missed = made_loss and bool(on_loss or watched) and self._missed()
             if on_loss:
                 output = self._settle(output, nothing_seen=made_loss and not missed)
@@ -284,13 +307,13 @@ class Engine:
         if self._replays is None or self._copies is None or self._copies.owner not in self._active:
             return once(step.given_batch, 0)
         outputs = self._replays.run(once, step.given_batch)
-        losses = [loss for output in outputs if (loss := _loss_of(output)) is not None]
+        losses = [loss for output in outputs if (loss := loss_of(output)) is not None]
         if not losses:
             return outputs[0]
         values = torch.stack([loss.to(torch.promote_types(loss.dtype, torch.float32)) for loss in losses])
         if step.is_logging:
             step.log(self._copies.owner, "spread", values.detach().std())
-        return _with_loss(outputs[0], values.mean())
+        return with_loss(outputs[0], values.mean())
 
     def _missed(self) -> bool:
         """Whether the gate did not see a call that the mode may see from the next step on."""
@@ -312,7 +335,7 @@ class Engine:
         self._call_ever_seen = True
         selection.check()
         late = selection.last()
-        if not late or self._last is None or _loss_of(output) is None:
+        if not late or self._last is None or loss_of(output) is None:
             return output
         call, value, before = self._last
         if isinstance(call, MixedCall):  # its labels were recognized, so the mixer has had its way already
@@ -322,7 +345,7 @@ class Engine:
             if before and (technique is selection.mixer or "change_targets" in self._phases[technique]):
                 raise selection.too_late(technique, before[0])
         new = self._value(self._mixed(call, late), late) if late else value
-        return _with_loss(output, _swap(_loss_of(output), value, new, call))
+        return with_loss(output, swapped(loss_of(output), value, new, call))
 
     def _say_nothing_seen(self, names: str) -> None:
         if not self._said_nothing_seen:
@@ -355,6 +378,10 @@ class Engine:
                 Step(self.trainer, self.module, batch, {}, self._loaders.several, (position,)[:wanted])
                 for position, batch in enumerate(batches)
             )
+
+    def reordered(self, technique: Technique) -> Reordered:
+        """The training loader in another order, chosen by the technique's seed, for a network of its own."""
+        return Reordered(self._loaders.the_only_one(technique), technique)
 
     # -- the loss -----------------------------------------------------------------------------------------------------
 
@@ -424,7 +451,7 @@ class Engine:
         return call.given_value(value)
 
     def _log_penalties(self, penalties: Mapping[Technique, Tensor], output: Any, step: Step) -> None:
-        loss = _loss_of(output)
+        loss = loss_of(output)
         for technique, penalty in penalties.items():
             step.log(technique, "penalty", penalty)
             if loss is not None:  # under manual optimization nothing need be returned
@@ -458,26 +485,3 @@ def _said_by(technique: Technique) -> Iterator[None]:
 
 def _has_gradient(arguments: dict[str, Any]) -> bool:
     return any(isinstance(value, Tensor) and value.requires_grad for value in arguments.values())
-
-
-def _loss_of(output: Any) -> Tensor | None:
-    loss = output.get("loss") if isinstance(output, Mapping) else output
-    return loss if isinstance(loss, Tensor) else None
-
-
-def _with_loss(output: Any, loss: Tensor) -> Any:
-    if not isinstance(output, Mapping):
-        return loss
-    return {**output, "loss": loss}  # the user may keep the mapping
-
-
-def _swap(total: Tensor | None, old: Tensor, new: Tensor, call: LossCall) -> Tensor:
-    """The total loss with one of its parts exchanged, for a total that is linear in that part."""
-    if total is None:
-        raise MisconfigurationException("`training_step` returned no loss.")
-    (factor,) = torch.autograd.grad(total, old, retain_graph=True, allow_unused=True)
-    if factor is None:
-        raise MisconfigurationException(
-            f'loss="last": the last loss call, {call}, does not contribute to the loss that `training_step` returns.'
-        )
-    return total + (factor * (new - old)).sum()

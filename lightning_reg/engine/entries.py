@@ -3,12 +3,14 @@
 import copy
 import dataclasses
 import difflib
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from lightning_reg.engine.errors import MisconfigurationException
 
-__all__ = ["contents", "find_entry", "replace_entry"]
+__all__ = ["contents", "find_entry", "input_key_of", "replace_entry"]
 
 
 def find_entry(batch: Any, key: str, argument: str) -> Any:
@@ -35,6 +37,38 @@ def find_entry(batch: Any, key: str, argument: str) -> Any:
             f"{argument}={key!r} names nothing in the batch, which is {contents(batch)}.{_nearest(entry, name)}"
         ) from error
     return entry
+
+
+def input_key_of(batch: Any, owner: object, fits: Callable[[Tensor], bool], *, several: bool) -> str:
+    """Key of the entry that holds the inputs, where the batch's structure says it.
+
+    Args:
+        batch: The batch: a tensor, a sequence (the inputs come first), or a mapping with one entry that fits.
+        owner: Who asks; its class and its argument ``input_key`` are named in the error.
+        fits: Whether a floating-point tensor of at least two dimensions can be the inputs.
+        several: Whether the batch is put together from several loaders' batches.
+
+    Returns:
+        The key, for :func:`find_entry`.
+
+    Raises:
+        MisconfigurationException: If it is not certain which entry is meant.
+
+    """
+    found = [""] if isinstance(batch, Tensor) else []
+    if isinstance(batch, Sequence) and not several:
+        found = ["0"]
+    elif isinstance(batch, Mapping) and not several:
+        candidates = (k for k, v in batch.items() if isinstance(v, Tensor) and v.dim() > 1 and v.is_floating_point())
+        found = [str(key) for key in candidates if fits(batch[key])]
+    if len(found) != 1:
+        name = type(owner).__name__
+        raise MisconfigurationException(
+            f"{name}: which entry of the batch holds the inputs is not certain: the batch is {contents(batch)}, and"
+            f' {len(found)} entries could be meant. Name it: `{name}(input_key="...")`, a key, a position or both'
+            ' ("labelled.0").'
+        )
+    return found[0]
 
 
 def replace_entry(batch: Any, key: str, value: Any) -> Any:

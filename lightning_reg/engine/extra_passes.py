@@ -15,7 +15,7 @@ from lightning_reg.engine.hooks import EngineHooks
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["replay_step", "training_batches", "validation_metrics"]
+__all__ = ["on_device", "replay_step", "training_batches", "validation_metrics"]
 
 
 def validation_metrics(trainer: "Trainer") -> dict[str, float]:
@@ -74,13 +74,14 @@ def training_batches(trainer: "Trainer", original: Callable[[Any], Any]) -> Iter
     with host.isolated_randomness(), host.metrics_kept(trainer.lightning_module):
         try:
             fresh.limits = combined.limits
-            yield (_on_device(trainer, batch) for batch, *_ in fresh)
+            yield (on_device(trainer, batch) for batch, *_ in fresh)
         finally:
             for generator, state in states:
                 generator.set_state(state)
 
 
-def _on_device(trainer: "Trainer", batch: Any) -> Any:
+def on_device(trainer: "Trainer", batch: Any) -> Any:
+    """A batch as Lightning hands it to ``training_step``: converted, through the module's hooks, on its device."""
     batch = trainer.precision_plugin.convert_input(batch)
     batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)

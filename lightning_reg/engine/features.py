@@ -1,7 +1,7 @@
 """Observing the outputs of layers that are named as in ``named_modules()``."""
 
 import difflib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -9,7 +9,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_reg.engine.errors import MisconfigurationException
 
-__all__ = ["FeatureTap", "is_of_a_tap", "named_layers", "near_names"]
+__all__ = ["FeatureTap", "find_layer", "is_of_a_tap", "named_layers", "near_names"]
 
 
 def near_names(name: str, names: Iterable[str]) -> str:
@@ -23,6 +23,28 @@ def named_layers(module: nn.Module) -> dict[str, nn.Module]:
     """Layers by the names the user knows: without the ``_orig_mod.`` that ``torch.compile`` puts in between."""
     layers = ((f"{name}.".replace("._orig_mod.", ".")[:-1], layer) for name, layer in module.named_modules())
     return {name: layer for name, layer in layers if name and name != "_orig_mod"}
+
+
+def find_layer(layers: Mapping[str, nn.Module], name: str) -> nn.Module:
+    """The layer of a name.
+
+    Args:
+        layers: As :func:`named_layers` gives them.
+        name: What the user wrote.
+
+    Returns:
+        The layer.
+
+    Raises:
+        MisconfigurationException: If there is none; the message lists near names.
+
+    """
+    if name not in layers:
+        raise MisconfigurationException(
+            f"No layer is named {name!r}. Near names: {near_names(name, layers)}. Layers are named as in"
+            " `module.named_modules()`."
+        )
+    return layers[name]
 
 
 class FeatureTap:
@@ -47,14 +69,8 @@ class FeatureTap:
         self.passes: dict[str, list[Any]] = {}
         self.open = False
         self._handles: list[RemovableHandle] = []
-        for name in dict.fromkeys(names):
-            if name not in layers:
-                raise MisconfigurationException(
-                    f"No layer is named {name!r}. Near names: {near_names(name, layers)}. Layers are named as in"
-                    " `module.named_modules()`."
-                )
-        for name in dict.fromkeys(names):
-            self._handles.append(layers[name].register_forward_hook(_Keep(self, name)))
+        for name, layer in [(name, find_layer(layers, name)) for name in dict.fromkeys(names)]:
+            self._handles.append(layer.register_forward_hook(_Keep(self, name)))
 
     def shut(self) -> None:
         """Keeps no more, and forgets the outputs."""

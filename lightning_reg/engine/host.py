@@ -1,6 +1,7 @@
 """Every touch of Lightning's non-public surface in one place, and the choice between its two packages."""
 
 import copy
+import importlib
 import inspect
 import random
 import sys
@@ -56,6 +57,7 @@ __all__ = [
     "MisconfigurationException",
     "Replacement",
     "arguments_of_training_step",
+    "batches_of_epoch",
     "batches_so_far",
     "callbacks",
     "combined_loader",
@@ -68,10 +70,11 @@ __all__ = [
     "log_beside",
     "metrics_kept",
     "nominal_batch_size",
+    "optimizers_of",
+    "own_randomness",
     "prints_summary",
     "rank_zero_warn",
     "reaches_step_through_call",
-    "seeded_randomness",
     "set_callbacks",
     "silenced_metrics",
     "validates_in_fit",
@@ -115,6 +118,27 @@ def is_logging_step(trainer: "Trainer") -> bool:
 def batches_so_far(trainer: "Trainer") -> int:
     """Training batches begun since the start of training, over resumes: the present one included."""
     return int(trainer.fit_loop.epoch_loop.batch_progress.total.ready)
+
+
+def batches_of_epoch(trainer: "Trainer") -> int:
+    """Training batches begun in the present epoch, the present one included."""
+    return int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+
+
+def optimizers_of(module: "LightningModule") -> tuple[list[Any], list[Any]]:
+    """Optimizers and scheduler configurations from the module's ``configure_optimizers``, read as Lightning reads it.
+
+    Args:
+        module: A module with a Trainer.
+
+    Returns:
+        Optimizers, and Lightning's ``LRSchedulerConfig`` objects.
+
+    """
+    package = "lightning.pytorch" if type(module.trainer).__module__.startswith("lightning.") else "pytorch_lightning"
+    read = importlib.import_module(f"{package}.core.optimizer")._init_optimizers_and_lr_schedulers
+    optimizers, schedulers = read(module)
+    return list(optimizers), list(schedulers)
 
 
 def is_compiled(module: "LightningModule") -> bool:
@@ -189,14 +213,11 @@ def isolated_randomness() -> Iterator[None]:
 
 
 @contextmanager
-def seeded_randomness(generator: torch.Generator) -> Iterator[None]:
-    """Global random states that depend on the generator's next draw alone; they are put back at the end."""
-    seed = int(torch.randint(2**32, (), generator=generator))
+def own_randomness(seed: int) -> Iterator[None]:
+    """The global random states start from a seed, and are what they were at the end."""
     with isolated_randomness():
-        torch.default_generator.manual_seed(seed)
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch's
-            torch.cuda.manual_seed_all(seed)
-        np.random.seed(seed)  # noqa: NPY002 # users draw from it
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002 # users draw from it
         random.seed(seed)
         yield
 

@@ -102,6 +102,11 @@ class Step:
         return host.batches_so_far(self.trainer)
 
     @property
+    def stream(self) -> str:
+        """Tells the random draws of other networks' steps from those of the user's, which have none."""
+        return ""
+
+    @property
     def mixer(self) -> "Technique | None":
         """The technique whose mixing has to be followed by the loss; ``None`` if there is nothing to follow."""
         return None if self.mixing is None or self.mixing.in_targets else self.mixing.by

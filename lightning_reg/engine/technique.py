@@ -278,9 +278,12 @@ class Technique(Callback):
 
         """
         where = 0 if same_on_ranks else distributed.rank()
-        text = f"{self.seed} {self.log_key} {where} {step.batches_so_far}"
-        seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
-        return torch.Generator(device).manual_seed(seed)
+        return torch.Generator(device).manual_seed(self.derived_seed(f"{where} {step.batches_so_far}{step.stream}"))
+
+    def derived_seed(self, purpose: str) -> int:
+        """A seed for one purpose: depends on it, the technique's seed and its name, and on nothing else."""
+        text = f"{self.seed} {self.log_key} {purpose}"
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def phases_of(technique: Technique | type[Technique]) -> tuple[str, ...]:

@@ -200,7 +200,8 @@ class ConR(Technique):
             return [batch] * count
         augment = user_function(self.augment, step.trainer, step.module, "ConR(augment=...)")
         x = find_entry(batch, self.input_key, "input_key")
-        with host.seeded_randomness(self.generator(step)), torch.no_grad():
+        seed = int(torch.randint(2**32, (), generator=self.generator(step)))
+        with host.own_randomness(seed), torch.no_grad():
             return [replace_entry(batch, self.input_key, augment(x)) for _ in range(count)]
 
     @override

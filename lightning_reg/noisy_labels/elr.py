@@ -2,44 +2,34 @@ r"""Early-learning regularization: keeps a network from memorising wrong labels.
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_reg.engine import host
-from lightning_reg.engine.distributed import RowExchange, world_size
-from lightning_reg.engine.errors import MisconfigurationException, check_choice, check_number
+from lightning_reg.engine.errors import check_choice, check_number
 from lightning_reg.engine.label_errors import LabelErrors
-from lightning_reg.engine.memory import SampleMemory, last_occurrences
+from lightning_reg.engine.memory import last_occurrences
 from lightning_reg.engine.technique import Technique
+from lightning_reg.noisy_labels._targets import (
+    TargetTable,
+    agreement_with,
+    check_elr_arguments,
+    check_table_arguments,
+    clamped_probabilities,
+    contradicted,
+    elr_targets,
+    errors_by_confidence,
+    log_disagreement,
+)
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
     from lightning_reg.engine.loss_call import LossCall
-    from lightning_reg.engine.step import Samples, Step
+    from lightning_reg.engine.step import Step
 
 __all__ = ["ELRCallback", "elr_loss", "elr_regularizer", "elr_targets", "elr_update_targets"]
-
-
-def elr_targets(targets_rows: Tensor, probabilities: Tensor, beta: float) -> Tensor:
-    r"""One step of the moving average of a network's own predictions.
-
-    .. math:: t \leftarrow \beta\, t + (1 - \beta)\, \hat p, \qquad \hat p_c = p_c / \textstyle\sum_k p_k
-
-    Args:
-        targets_rows: Targets of the batch before the step, ``(B, C)`` float32, initially 0.
-        probabilities: Clamped softmax outputs ``p``, ``(B, C)``; no gradient flows into them.
-        beta: Momentum, in [0, 1).
-
-    Returns:
-        The new targets ``(B, C)``, constant. After k visits a row sums to ``1 - beta ** k``: there is no bias
-        correction, which is what makes the regularizer weak early on.
-
-    """
-    p = probabilities.detach()
-    return beta * targets_rows + (1.0 - beta) * (p / p.sum(1, keepdim=True))
 
 
 def elr_update_targets(targets: Tensor, index: Tensor, logits: Tensor, beta: float, clamp: float = 1e-4) -> Tensor:
@@ -59,12 +49,13 @@ def elr_update_targets(targets: Tensor, index: Tensor, logits: Tensor, beta: flo
         The updated rows, ``(B, C)``, constant.
 
     Example:
+        >>> import torch
         >>> targets = torch.zeros(3, 2)
         >>> elr_update_targets(targets, torch.tensor([2]), torch.zeros(1, 2), beta=0.7)
         tensor([[0.1500, 0.1500]])
 
     """
-    rows = elr_targets(targets[index].float(), _probabilities(logits, clamp), beta)
+    rows = elr_targets(targets[index].float(), clamped_probabilities(logits, clamp), beta)
     rows = rows[last_occurrences(index)]
     targets.index_copy_(0, index, rows.to(targets.dtype))
     return rows
@@ -88,11 +79,12 @@ def elr_regularizer(
         float32: a scalar, or ``(B,)``.
 
     Example:
+        >>> import torch
         >>> elr_regularizer(torch.zeros(1, 2), torch.tensor([[0.15, 0.15]]))
         tensor(-0.1625)
 
     """
-    term = _log_disagreement(_probabilities(logits, clamp), targets_rows)
+    term = log_disagreement(clamped_probabilities(logits, clamp), targets_rows)
     return term.mean() if reduction == "mean" else term
 
 
@@ -124,16 +116,6 @@ def elr_loss(
     """
     rows = elr_update_targets(targets, index, logits, beta, clamp)
     return F.cross_entropy(logits, labels) + lam * elr_regularizer(logits, rows, clamp)
-
-
-def _probabilities(logits: Tensor, clamp: float) -> Tensor:
-    # In float16 and bfloat16 1 - 1e-4 rounds to 1, the clamp is void and log(0) follows. Autocast lowers none of the
-    # operations here, so float32 once is float32 throughout.
-    return logits.float().softmax(1).clamp(clamp, 1.0 - clamp)
-
-
-def _log_disagreement(probabilities: Tensor, targets_rows: Tensor) -> Tensor:
-    return (1.0 - (targets_rows.float() * probabilities).sum(1)).log()
 
 
 class ELRCallback(Technique):
@@ -220,24 +202,24 @@ class ELRCallback(Technique):
         name: str | None = None,
     ) -> None:
         super().__init__(loss=loss, index_key=index_key, dataloader=dataloader, name=name)
-        check_number(self, "lam", lam, low=0)
-        check_number(self, "beta", beta, low=0, high=1, high_open=True)
-        check_number(self, "clamp", clamp, low=0, high=0.5, low_open=True, high_open=True)
+        check_elr_arguments(self, lam, beta, clamp)
+        check_table_arguments(self, num_samples, num_classes, table_dtype, table_device)
         check_number(self, "warmup_epochs", warmup_epochs, low=0, integer=True)
-        for argument, value in (("num_samples", num_samples), ("num_classes", num_classes), ("top_k", top_k)):
-            if value is not None:
-                check_number(self, argument, value, low=1, integer=True)
-        check_choice(self, "table_dtype", table_dtype, ("float32", "float16", "bfloat16"))
-        check_choice(self, "table_device", table_device, ("module", "cpu"))
+        if top_k is not None:
+            check_number(self, "top_k", top_k, low=1, integer=True)
         check_choice(self, "sync", sync, ("gather", "local"))
-        if index_key is not None and num_samples is None:
-            raise ValueError("ELRCallback: `num_samples` must be given with `index_key`, got None.")
         self.lam, self.beta, self.clamp, self.warmup_epochs = lam, beta, clamp, warmup_epochs
         self.num_samples, self.num_classes = num_samples, num_classes
         self.table_dtype, self.table_device, self.top_k, self.sync = table_dtype, table_device, top_k, sync
-        self._targets: SampleMemory | None = None
-        self._labels: SampleMemory | None = None
-        self._exchange = RowExchange()
+        self._table = TargetTable(
+            type(self).__name__,
+            num_samples=num_samples,
+            num_classes=num_classes,
+            dtype=table_dtype,
+            on_cpu=table_device == "cpu",
+            top_k=top_k,
+            gather=sync == "gather",
+        )
 
     @override
     def describe(self) -> str:
@@ -250,8 +232,7 @@ class ELRCallback(Technique):
     @override
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         if host.batches_so_far(trainer) == 0:  # a new training, not a resumed or continued one
-            self._targets = self._labels = None
-            self._exchange = RowExchange()
+            self._table.clear()
 
     @override
     def is_active(self, step: "Step") -> bool:
@@ -259,28 +240,18 @@ class ELRCallback(Technique):
 
     @override
     def loss_term(self, call: "LossCall") -> Tensor | None:
-        logits, labels, samples, mixing = call.logits, call.labels, call.samples(self), call.step.mixing
-        targets, given = self._memories(samples, logits.shape[1])
-        self._receive()
-        probabilities, indices = _probabilities(logits, self.clamp), samples.indices
-        if mixing is not None:  # the prediction for a sample with two owners teaches nothing about one of them
-            rows, indices = targets.read(indices), torch.full_like(indices, -1)
-        else:
-            if call.sample_mass is not None:  # ignored samples have no label to be wrong
-                indices = torch.where(call.sample_mass > 0, indices, -1)
-            places = targets.places(indices)
-            rows = elr_targets(targets.read(indices, places), probabilities, self.beta)
-            if not samples.distinct:
-                rows = rows[last_occurrences(indices)]
-            targets.write(indices, rows, places=places, distinct=True)
-            given.write(indices, labels[:, None], places=places, distinct=samples.distinct)
-        if self.sync == "gather" and world_size() > 1:
-            self._exchange.start(indices, rows, labels[:, None].int(), capacity=samples.capacity)
+        samples, labels, mixing = call.samples(self), call.labels, call.step.mixing
+        probabilities = clamped_probabilities(call.logits, self.clamp)
+        if mixing is None:
+            rows = self._table.update(samples, probabilities, labels, self.beta, call.sample_mass)
+        else:  # the prediction for a sample with two owners teaches nothing about one of them
+            rows = self._table.read(samples, probabilities.shape[1])
         if call.step.is_logging:
-            self._log(call.step, rows, labels)
+            for name, value in agreement_with(rows, labels).items():
+                call.step.log(self, name, value)
         if call.step.epoch < self.warmup_epochs:
             return None
-        return self.lam * _log_disagreement(probabilities, rows if mixing is None else mixing.rows(rows))
+        return self.lam * log_disagreement(probabilities, rows if mixing is None else mixing.rows(rows))
 
     def suspected_label_errors(self, labels: Tensor | None = None) -> Tensor:
         """Which training samples have a label that their target contradicts: ``argmax(t) != y``.
@@ -295,8 +266,7 @@ class ELRCallback(Technique):
             RuntimeError: If nothing was trained yet.
 
         """
-        targets, given = self._table(labels)
-        return (targets.sum(1) > 0) & (given >= 0) & (targets.argmax(1) != given)
+        return contradicted(*self._table.all(labels))
 
     def label_errors(self, labels: Tensor | None = None) -> LabelErrors:
         """The suspected label errors with the suggested labels, most confident first.
@@ -308,90 +278,23 @@ class ELRCallback(Technique):
             A report to print through rich or to write as CSV.
 
         """
-        targets, given = self._table(labels)
-        (index,) = self.suspected_label_errors(labels).nonzero(as_tuple=True)
-        confidence, suggested = (targets[index] / targets[index].sum(1, keepdim=True)).max(1)
-        order = confidence.argsort(descending=True, stable=True)
-        return LabelErrors(index[order], given[index][order], suggested[order], confidence[order])
+        return errors_by_confidence(*self._table.all(labels))
 
     @property
     def targets_nbytes(self) -> int:
         """Bytes that the targets take, 0 before the first step."""
-        return 0 if self._targets is None else self._targets.nbytes
+        targets = self._table.targets
+        return 0 if targets is None else targets.nbytes
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        self._receive()  # a collective under way cannot be pickled
+        self._table.receive()  # a collective under way cannot be pickled
         return self.__dict__.copy()
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        self._receive()
-        if self._targets is None or self._labels is None:
-            return {}
-        return {
-            "num_samples": self._targets.num_samples,
-            "num_classes": self._targets.width,
-            "targets": self._targets.state_dict(),
-            "labels": self._labels.state_dict(),
-        }
+        return self._table.state_dict()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict:
-            targets, labels = self._new_memories(state_dict["num_samples"], state_dict["num_classes"])
-            targets.load_state_dict(state_dict["targets"])
-            labels.load_state_dict(state_dict["labels"])
-
-    def _memories(self, samples: "Samples", num_classes: int) -> tuple[SampleMemory, SampleMemory]:
-        size = self.num_samples or samples.size
-        if size is None:
-            raise MisconfigurationException(
-                "ELRCallback: the indices come from `reduce_loss`, so the number of training samples is not known."
-                " Write `ELRCallback(num_samples=...)`."
-            )
-        if samples.size is not None and samples.size > size:
-            raise MisconfigurationException(
-                f"ELRCallback(num_samples={size}): the training dataset has {samples.size} samples."
-            )
-        if self.num_classes not in (None, num_classes):
-            raise MisconfigurationException(
-                f"ELRCallback(num_classes={self.num_classes}): the logits have {num_classes} classes."
-            )
-        targets, labels = self._targets, self._labels
-        if targets is None or labels is None:
-            return self._new_memories(size, num_classes)
-        if (targets.num_samples, targets.width) != (size, num_classes):
-            raise MisconfigurationException(
-                f"ELRCallback: the targets are for {targets.num_samples} samples of {targets.width} classes, the data"
-                f" now has {size} of {num_classes}. Sample indices must mean the same throughout a training."
-            )
-        return targets, labels
-
-    def _new_memories(self, num_samples: int, num_classes: int) -> tuple[SampleMemory, SampleMemory]:
-        on_cpu = self.table_device == "cpu"
-        self._targets = SampleMemory(num_samples, num_classes, dtype=self.table_dtype, top_k=self.top_k, on_cpu=on_cpu)
-        self._labels = SampleMemory(num_samples, 1, dtype="int32", on_cpu=on_cpu, fill=-1)
-        return self._targets, self._labels
-
-    def _receive(self) -> None:
-        received = self._exchange.finish()
-        if received is not None and self._targets is not None and self._labels is not None:
-            indices, rows, labels = received
-            self._targets.write(indices, rows)
-            self._labels.write(indices, labels.view(torch.int32))
-
-    def _log(self, step: "Step", rows: Tensor, labels: Tensor) -> None:
-        known, visited = labels.clamp(0, rows.shape[1] - 1), rows.sum(1)
-        on_label = rows.gather(1, known[:, None])[:, 0] / torch.where(visited > 0, visited, 1.0)
-        step.log(self, "agreement", on_label.mean())
-        step.log(self, "suspects", ((rows.argmax(1) != labels) & (visited > 0)).float().mean())
-
-    def _table(self, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        self._receive()
-        if self._targets is None or self._labels is None:
-            raise RuntimeError("ELRCallback: there are no targets yet; fit first, or load a checkpoint.")
-        targets = self._targets.all()
-        if labels is not None and labels.shape != (len(targets),):
-            raise ValueError(f"ELRCallback: `labels` must have shape ({len(targets)},), got {tuple(labels.shape)}.")
-        return targets, self._labels.all()[:, 0].long() if labels is None else labels.cpu()
+        self._table.load_state_dict(state_dict)

@@ -267,7 +267,7 @@ def loader(form=tuple):
 
 
 def step_of(position, epoch=0):
-    return SimpleNamespace(batches_so_far=position, epoch=epoch)
+    return SimpleNamespace(batches_so_far=position, stream="", epoch=epoch)
 
 
 def drawn(technique, position, x):
@@ -505,7 +505,7 @@ def test_a_module_that_writes_its_loss_gets_soft_targets():
 
 def test_an_empty_box_leaves_the_very_batch():
     technique, batch = CutMix(prob=1.0, alpha=1.0), [torch.rand(4, 1, 1, 1), torch.zeros(4)]  # a pixel is never cut out
-    step = SimpleNamespace(mixing=None, batches_so_far=1, is_logging=False, several=False)
+    step = SimpleNamespace(mixing=None, batches_so_far=1, stream="", is_logging=False, several=False)
     assert technique.transform_batch(batch, step) is batch
     assert step.mixing is None
 

@@ -134,7 +134,7 @@ def train_elr(sync):
     elr = ELRCallback(beta=0.5, sync=sync)
     fit(Classifier(), elr, loader=DataLoader(data, 4), max_epochs=2, **TWO_RANKS)
     plain = pickle.loads(pickle.dumps(copy.deepcopy(elr)))  # the last step's exchange may still be under way
-    return plain._targets.all(), plain._labels.all()[:, 0], data.tensors[1]
+    return plain._table.targets.all(), plain._table.labels.all()[:, 0], data.tensors[1]
 
 
 def test_elr_targets_are_equal_on_all_ranks_and_complete(two_processes):

@@ -63,7 +63,7 @@ def test_elr_attaches_to_a_classifier_called_with_labels():
     targets = torch.zeros(8, 3)
     for start, logits in zip((0, 4), model.seen, strict=True):
         elr_update_targets(targets, torch.arange(start, start + 4), logits, beta=0.5)
-    assert torch.equal(elr._targets.all(), targets)
+    assert torch.equal(elr._table.targets.all(), targets)
 
 
 @pytest.mark.parametrize("kind", ["GPT2", "Llama"])

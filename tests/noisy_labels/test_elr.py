@@ -263,7 +263,7 @@ def test_trains_as_the_loop_by_hand_does(warmup_epochs):
     expected, targets = by_hand(2.0, 0.6, warmup_epochs=warmup_epochs)
     for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)  # float32, lam before the mean or after
-    torch.testing.assert_close(elr._targets.all(), targets, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(elr._table.targets.all(), targets, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
@@ -283,7 +283,7 @@ def test_validation_leaves_the_targets_alone():
     one, two = ELRCallback(), ELRCallback()
     fit(one, validate=True)
     fit(two)
-    assert torch.equal(one._targets.all(), two._targets.all())
+    assert torch.equal(one._table.targets.all(), two._table.targets.all())
 
 
 def test_ignored_samples_take_no_part():
@@ -291,7 +291,7 @@ def test_ignored_samples_take_no_part():
     y = torch.where(torch.arange(20) % 4 == 0, -100, y)
     elr = ELRCallback()
     fit(elr, data=TensorDataset(x, y))
-    visited = elr._targets.all().sum(1) > 0
+    visited = elr._table.targets.all().sum(1) > 0
     assert torch.equal(visited, y >= 0)
     assert not elr.suspected_label_errors()[y < 0].any()
 
@@ -299,12 +299,12 @@ def test_ignored_samples_take_no_part():
 def test_a_new_training_starts_with_new_targets_and_a_continued_one_goes_on():
     elr = ELRCallback(beta=0.5)
     trainer, model = fit(elr, epochs=1)
-    assert elr._targets.all().sum(1).tolist() == pytest.approx([0.5] * 20)
+    assert elr._table.targets.all().sum(1).tolist() == pytest.approx([0.5] * 20)
     trainer.fit_loop.max_epochs = 3
     trainer.fit(model, DataLoader(blobs(), 6))
-    assert elr._targets.all().sum(1).tolist() == pytest.approx([1 - 0.5**3] * 20)
+    assert elr._table.targets.all().sum(1).tolist() == pytest.approx([1 - 0.5**3] * 20)
     fit(elr, epochs=1)
-    assert elr._targets.all().sum(1).tolist() == pytest.approx([0.5] * 20)
+    assert elr._table.targets.all().sum(1).tolist() == pytest.approx([0.5] * 20)
 
 
 def test_smaller_stores_hold_what_they_promise():
@@ -316,20 +316,20 @@ def test_smaller_stores_hold_what_they_promise():
     )
     for elr in (full, half, top, cpu):
         fit(elr, epochs=1)
-    reference = full._targets.all()
-    assert torch.equal(cpu._targets.all(), reference)
-    torch.testing.assert_close(half._targets.all(), reference, atol=1e-3, rtol=1e-3)
-    assert half._targets.nbytes * 2 == full._targets.nbytes
+    reference = full._table.targets.all()
+    assert torch.equal(cpu._table.targets.all(), reference)
+    torch.testing.assert_close(half._table.targets.all(), reference, atol=1e-3, rtol=1e-3)
+    assert half._table.targets.nbytes * 2 == full._table.targets.nbytes
     best, where = reference.max(1)
     expected = torch.zeros_like(reference).scatter(1, where[:, None], best[:, None])
-    torch.testing.assert_close(top._targets.all(), expected)
-    assert top._targets.nbytes == 21 * (4 + 2)
+    torch.testing.assert_close(top._table.targets.all(), expected)
+    assert top._table.targets.nbytes == 21 * (4 + 2)
 
 
 def test_suspects_are_the_samples_whose_target_contradicts_the_label(tmp_path):
     elr = ELRCallback(beta=0.5)
     fit(elr, epochs=1)
-    targets, (_, labels) = elr._targets.all(), blobs().tensors
+    targets, (_, labels) = elr._table.targets.all(), blobs().tensors
     suspects = elr.suspected_label_errors()
     assert torch.equal(suspects, targets.argmax(1) != labels)
     assert torch.equal(elr.suspected_label_errors(targets.argmax(1)), torch.zeros(20, dtype=torch.bool))
@@ -359,7 +359,7 @@ def test_suspects_are_the_samples_whose_target_contradicts_the_label(tmp_path):
 def test_logs_term_agreement_and_suspects():
     elr = ELRCallback(lam=2.0, beta=0.0)
     trainer, _ = fit(elr, epochs=1, batch_size=20, log_every_n_steps=1)
-    logged, targets, labels = trainer.callback_metrics, elr._targets.all(), blobs().tensors[1]
+    logged, targets, labels = trainer.callback_metrics, elr._table.targets.all(), blobs().tensors[1]
     assert logged["reg/elr/suspects"].item() == pytest.approx((targets.argmax(1) != labels).float().mean().item())
     agreement = targets.gather(1, labels[:, None]).mean()
     assert logged["reg/elr/agreement"].item() == pytest.approx(agreement.item(), abs=1e-6)
@@ -373,7 +373,7 @@ def test_checkpoint_survives_weights_only_loading_and_another_shape_is_refused()
     fit(elr, epochs=1)
     other = ELRCallback()
     other.load_state_dict(elr.state_dict())
-    assert torch.equal(other._targets.all(), elr._targets.all())
+    assert torch.equal(other._table.targets.all(), elr._table.targets.all())
     assert torch.equal(other.suspected_label_errors(), elr.suspected_label_errors())
     with pytest.raises(ValueError, match="`top_k` changed"):
         ELRCallback(top_k=2).load_state_dict(elr.state_dict())
@@ -410,7 +410,7 @@ def test_index_key_reads_the_indices_from_the_batch():
     followed, named = ELRCallback(), ELRCallback(index_key="2", num_samples=20)
     fit(followed)
     fit(named, data=Indexed(blobs()))
-    assert torch.equal(named._targets.all(), followed._targets.all())
+    assert torch.equal(named._table.targets.all(), followed._table.targets.all())
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI, of jsonargparse

@@ -1,0 +1,55 @@
+"""Mixup of a batch as ELR+ does it: one share for all samples, never below one half."""
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from lightning_reg.engine.entries import find_entry, input_key_of, replace_entry
+from lightning_reg.engine.errors import MisconfigurationException
+from lightning_reg.engine.mixing import Mixing, blend, draw_lam, draw_permutation
+
+if TYPE_CHECKING:
+    from lightning_reg.engine.step import Step
+    from lightning_reg.engine.technique import Technique
+
+__all__ = ["mix_batch"]
+
+
+def mix_batch(
+    batch: object, step: "Step", by: "Technique", *, alpha: float, input_key: str | None, in_targets: bool
+) -> object:
+    r"""Blends each sample with another one, and notes in ``step.mixing`` how.
+
+    .. math:: \lambda \sim \text{Beta}(\alpha, \alpha), \quad \lambda \leftarrow \max(\lambda, 1 - \lambda), \quad
+        \tilde x_i = \lambda x_i + (1 - \lambda)\, x_{\pi(i)}
+
+    Args:
+        batch: The batch; it stays as it is.
+        step: The step, for its draws.
+        by: Who mixes.
+        alpha: Parameter of the Beta distribution, above 0.
+        input_key: Entry with the inputs; ``None`` where the batch's structure says it.
+        in_targets: Whether ``by`` mixes the targets itself, so that the loss is left as it is.
+
+    Returns:
+        The batch with mixed inputs.
+
+    Raises:
+        MisconfigurationException: If the inputs are not found, or are no floating-point tensor.
+
+    """
+    key = input_key_of(batch, by, lambda entry: True, several=step.several) if input_key is None else input_key
+    inputs = find_entry(batch, key, f"{type(by).__name__}: input_key")
+    if not isinstance(inputs, Tensor) or not inputs.is_floating_point() or not inputs.dim():
+        kind = f"{inputs.dtype} {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
+        raise MisconfigurationException(
+            f"{type(by).__name__}: the batch's inputs (input_key={key!r}) must be a floating-point tensor (B, ...), to"
+            f" be mixed, found {kind}. Name another entry with `input_key`, or write `mixup_alpha=0`."
+        )
+    generator = by.generator(step)
+    lam = float(draw_lam(alpha, generator))
+    lam = max(lam, 1.0 - lam)
+    permutation = draw_permutation(inputs, generator)
+    mixed = blend(inputs, permutation, lam)
+    step.mixing = Mixing(by, permutation, lam, mixed, batch, in_targets=in_targets)
+    return replace_entry(batch, key, mixed)

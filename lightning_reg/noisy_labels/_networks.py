@@ -1,0 +1,192 @@
+"""The two networks of ELR+ while a fit runs, their averages, and what is kept of them in between."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from typing_extensions import override
+
+from lightning_reg.engine.features import find_layer, named_layers
+from lightning_reg.engine.joint_forward import JointForward, MeanOfTwo
+from lightning_reg.engine.peers import Peer, copy_of, load_weights_, weights_of
+from lightning_reg.engine.trained_peers import PeerInit, PeerStep, TrainedPeer
+from lightning_reg.noisy_labels._elr_plus_core import elr_plus_decay
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+    from lightning_reg.engine.engine import Engine
+    from lightning_reg.engine.loss_call import LossCall
+    from lightning_reg.engine.step import Step
+    from lightning_reg.engine.technique import Technique
+
+__all__ = ["Networks", "Notes"]
+
+
+@dataclass
+class Notes:
+    """What a step keeps between its phases.
+
+    Args:
+        teacher: The teacher's loss call on the batch before mixing, ``None`` if its step made no loss.
+        targets: Targets of the batch before mixing, ``(B, C)``, once they are updated.
+
+    """
+
+    teacher: "LossCall | None"
+    targets: Tensor | None = None
+
+
+class Networks:
+    """The module, perhaps a second network, and an average of each.
+
+    Args:
+        count: 1, or 2 with a second network.
+        init: First weights of the second network.
+        in_train_mode: Whether teachers run in train mode.
+        decay: Decay of the averages.
+        rampup_steps: Optimizer steps over which the decay grows.
+
+    """
+
+    def __init__(self, count: int, *, init: PeerInit, in_train_mode: bool, decay: float, rampup_steps: int) -> None:
+        self._has_second, self._init, self._in_train_mode = count == 2, init, in_train_mode
+        self._decay, self._rampup_steps = decay, rampup_steps
+        self._kept: dict[str, Any] = {}
+        self._steps = 0
+        self._live: list[LightningModule] = []
+        self._averages: list[Peer] = []
+        self._second: TrainedPeer | None = None
+        self._joint: JointForward | None = None
+
+    @property
+    def second_loss(self) -> Tensor | None:
+        """Mean loss of the second network in the part of an epoch that it trained last."""
+        return None if self._second is None else self._second.loss
+
+    def clear(self) -> None:
+        """Forgets everything: a new training begins."""
+        self.stop()
+        self._kept, self._steps = {}, 0
+
+    def start(self, owner: "Technique", trainer: "Trainer", module: "LightningModule") -> None:
+        """Makes the networks for a fit, and puts in what was kept."""
+        self.stop()
+        self._live = [module]
+        if self._has_second:
+            self._second = TrainedPeer(trainer, module, owner, self._init)
+            self._live.append(self._second.module)
+        self._averages = [Peer(network, training=self._in_train_mode, owner=owner) for network in self._live]
+        if self._kept:
+            for average, weights in zip(self._averages, self._kept["averages"], strict=True):
+                load_weights_(average.module, weights, owner)
+            if self._second is not None:
+                self._second.load_state_dict(self._kept["second"])
+        self._kept = {}
+
+    def stop(self) -> None:
+        """Keeps plain tensors of the networks and lets go of them."""
+        self.end_joint_validation()
+        self._kept = self._state()
+        self._live, self._averages, self._second = [], [], None
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def steps_of(self, step: "Step") -> int:
+        """Optimizer steps that the network of a step has had."""
+        return step.global_step if isinstance(step, PeerStep) else self._steps
+
+    def number_of(self, step: "Step") -> int:
+        """0 for the module, 1 for the second network."""
+        return int(isinstance(step, PeerStep))
+
+    def teacher_of(self, step: "Step") -> Peer:
+        """The average of the other network; of the only one, where there is one."""
+        return self._averages[(1 - self.number_of(step)) % len(self._averages)]
+
+    def after_step(self) -> None:
+        """To be told of an optimizer step of the module."""
+        self._steps += 1
+        self._update_average(0, self._steps)
+
+    def catch_up(self, engine: "Engine | None", batches: int) -> None:
+        """Trains the second network on as many batches of this epoch as the module has had."""
+        if self._second is not None and engine is not None:
+            second = self._second
+            second.train(engine, batches, lambda: self._update_average(1, second.steps))
+
+    def end_epoch(self) -> None:
+        """Moves the second network's schedulers that count epochs."""
+        if self._second is not None:
+            self._second.end_epoch()
+
+    @torch.no_grad()
+    def _update_average(self, number: int, steps: int) -> None:
+        average = self._averages[number]
+        average.update_average_(elr_plus_decay(steps, self._decay, self._rampup_steps))
+        if not self._in_train_mode:  # running statistics count: those of the network
+            for own, live in zip(average.module.buffers(), self._live[number].buffers(), strict=True):
+                own.copy_(live)
+
+    # -- both at once -------------------------------------------------------------------------------------------------
+
+    def begin_joint_validation(self, layer: str) -> None:
+        """Lets a layer of the module answer for both networks; "" is the module itself."""
+        if self._second is not None and self._joint is None:
+            self._joint = JointForward(*(_layer(network, layer) for network in self._live))
+
+    def end_joint_validation(self) -> int | None:
+        """The layer answers for itself again; how often it answered for both, ``None`` if it did not begin to."""
+        joint, self._joint = self._joint, None
+        if joint is not None:
+            joint.undo()
+        return None if joint is None else joint.calls
+
+    def ensemble(self, module: "LightningModule", owner: "Technique", layer: str) -> MeanOfTwo:
+        """Copies of a layer of both networks in eval mode, as one."""
+        kept = self._state().get("second")
+        if not kept:
+            raise RuntimeError(
+                f"{type(owner).__name__}: there is no second network; fit with networks=2 first, or load a checkpoint."
+            )
+        first, second = copy_of(module), copy_of(module)
+        load_weights_(second, kept["weights"], owner)
+        return MeanOfTwo(_layer(first, layer), _layer(second, layer)).eval()
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors on the CPU and plain values; empty before the first fit."""
+        networks = self._state()
+        return {"steps": self._steps, **networks} if networks else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Keeps what :meth:`state_dict` gave for the next :meth:`start`.
+
+        Raises:
+            ValueError: If it is the state of another number of networks.
+
+        """
+        count, found = 1 + self._has_second, len(state["averages"])
+        if found != count:
+            raise ValueError(f"The checkpoint has the state of {found} networks, this run has networks={count}.")
+        self._steps = state["steps"]
+        self._kept = {name: value for name, value in state.items() if name != "steps"}
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        running: dict[str, Any] = {"_live": [], "_averages": [], "_second": None, "_joint": None}
+        return {**self.__dict__, **running, "_kept": self._state()}
+
+    def _state(self) -> dict[str, Any]:
+        if not self._averages:
+            return self._kept
+        averages = [weights_of(average.module) for average in self._averages]
+        copied: list[Any] = tree_map_only(Tensor, lambda t: t.cpu().clone(), averages)
+        return {"averages": copied, "second": None if self._second is None else self._second.state_dict()}
+
+
+def _layer(module: nn.Module, name: str) -> nn.Module:
+    return find_layer(named_layers(module), name) if name else module

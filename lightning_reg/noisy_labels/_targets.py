@@ -1,0 +1,257 @@
+"""What the early-learning techniques share: targets per training sample, and the term that pulls towards them."""
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_reg.engine.distributed import RowExchange, world_size
+from lightning_reg.engine.errors import MisconfigurationException, check_choice, check_number
+from lightning_reg.engine.label_errors import LabelErrors
+from lightning_reg.engine.memory import SampleMemory, last_occurrences
+
+if TYPE_CHECKING:
+    from lightning_reg.engine.step import Samples
+    from lightning_reg.engine.technique import Technique
+
+__all__ = [
+    "TargetTable",
+    "agreement_with",
+    "check_elr_arguments",
+    "check_table_arguments",
+    "clamped_probabilities",
+    "contradicted",
+    "elr_targets",
+    "errors_by_confidence",
+    "log_disagreement",
+]
+
+
+def elr_targets(targets_rows: Tensor, probabilities: Tensor, beta: float) -> Tensor:
+    r"""One step of the moving average of a network's predictions.
+
+    .. math:: t \leftarrow \beta\, t + (1 - \beta)\, \hat p, \qquad \hat p_c = p_c / \textstyle\sum_k p_k
+
+    Args:
+        targets_rows: Targets of the batch before the step, ``(B, C)`` float32, initially 0.
+        probabilities: Softmax outputs ``p``, clamped or not, ``(B, C)``; no gradient flows into them.
+        beta: Momentum, in [0, 1).
+
+    Returns:
+        The new targets ``(B, C)``, constant. After k visits a row sums to ``1 - beta ** k``: there is no bias
+        correction, which is what makes the regularizer weak early on.
+
+    """
+    p = probabilities.detach()
+    return beta * targets_rows + (1.0 - beta) * (p / p.sum(1, keepdim=True))
+
+
+def clamped_probabilities(logits: Tensor, clamp: float) -> Tensor:
+    """Softmax in float32, between ``clamp`` and ``1 - clamp``; an entry at its bound has no gradient."""
+    # In float16 and bfloat16 1 - 1e-4 rounds to 1, the clamp is void and log(0) follows. Autocast lowers none of the
+    # operations here, so float32 once is float32 throughout.
+    return logits.float().softmax(1).clamp(clamp, 1.0 - clamp)
+
+
+def log_disagreement(probabilities: Tensor, targets_rows: Tensor) -> Tensor:
+    """``log(1 - <t, p>)`` of each sample, ``(B,)`` float32."""
+    return (1.0 - (targets_rows.float() * probabilities).sum(1)).log()
+
+
+def check_elr_arguments(owner: "Technique", lam: float, beta: float, clamp: float) -> None:
+    """Refuses values of the term's arguments outside their ranges, by ``ValueError``."""
+    check_number(owner, "lam", lam, low=0)
+    check_number(owner, "beta", beta, low=0, high=1, high_open=True)
+    check_number(owner, "clamp", clamp, low=0, high=0.5, low_open=True, high_open=True)
+
+
+def check_table_arguments(
+    owner: "Technique", num_samples: int | None, num_classes: int | None, table_dtype: str, table_device: str
+) -> None:
+    """Refuses values of the table's arguments outside their ranges, by ``ValueError``."""
+    for argument, value in (("num_samples", num_samples), ("num_classes", num_classes)):
+        if value is not None:
+            check_number(owner, argument, value, low=1, integer=True)
+    check_choice(owner, "table_dtype", table_dtype, ("float32", "float16", "bfloat16"))
+    check_choice(owner, "table_device", table_device, ("module", "cpu"))
+    if owner.index_key is not None and num_samples is None:
+        name = type(owner).__name__
+        raise ValueError(f"{name}: `num_samples` must be given with `index_key`, got None.")
+
+
+class TargetTable:
+    """Targets and given labels of all training samples, the same on all ranks.
+
+    Args:
+        owner: Name of the technique, for errors.
+        num_samples: Number of training samples; ``None`` for the length of the training dataset.
+        num_classes: Number of classes; ``None`` to read it off the predictions.
+        dtype: Type the targets are kept in.
+        on_cpu: Whether to keep them in host memory.
+        top_k: How many of the largest targets of a sample to keep; ``None`` for all.
+        gather: Whether rows go to the other ranks.
+
+    """
+
+    def __init__(
+        self,
+        owner: str,
+        *,
+        num_samples: int | None = None,
+        num_classes: int | None = None,
+        dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+        on_cpu: bool = False,
+        top_k: int | None = None,
+        gather: bool = True,
+    ) -> None:
+        self._owner, self._num_samples, self._num_classes = owner, num_samples, num_classes
+        self._dtype, self._on_cpu, self._top_k, self._gather = dtype, on_cpu, top_k, gather
+        self.targets: SampleMemory | None = None
+        self.labels: SampleMemory | None = None
+        self._exchange = RowExchange()
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self.targets = self.labels = None
+        self._exchange = RowExchange()
+
+    def update(
+        self, samples: "Samples", probabilities: Tensor, labels: Tensor, beta: float, mass: Tensor | None = None
+    ) -> Tensor:
+        """Moves the targets of a batch towards its predictions.
+
+        Args:
+            samples: Dataset indices of the batch.
+            probabilities: ``(B, C)``; no gradient flows into them.
+            labels: Given labels ``(B,)``.
+            beta: Momentum of the targets.
+            mass: Mass of each sample ``(B,)``; one of mass 0 is ignored and leaves its row as it is.
+
+        Returns:
+            The new targets of the batch, ``(B, C)`` float32, constant.
+
+        """
+        indices = samples.indices
+        if mass is not None:  # ignored samples have no label to be wrong
+            indices = torch.where(mass > 0, indices, -1)
+        targets, given = self._memories(samples, probabilities.shape[1])
+        self.receive()
+        places = targets.places(indices)
+        rows = elr_targets(targets.read(indices, places), probabilities, beta)
+        if not samples.distinct:
+            rows = rows[last_occurrences(indices)]
+        targets.write(indices, rows, places=places, distinct=True)
+        given.write(indices, labels[:, None], places=places, distinct=samples.distinct)
+        self._send(indices, rows, labels, samples.capacity)
+        return rows
+
+    def read(self, samples: "Samples", num_classes: int) -> Tensor:
+        """The targets of a batch as they are, ``(B, C)`` float32; to be called on all ranks, like :meth:`update`."""
+        targets, _ = self._memories(samples, num_classes)
+        self.receive()
+        rows = targets.read(samples.indices)
+        self._send(torch.full_like(samples.indices, -1), rows, samples.indices, samples.capacity)
+        return rows
+
+    def receive(self) -> None:
+        """Takes in what the other ranks sent."""
+        received = self._exchange.finish()
+        if received is not None and self.targets is not None and self.labels is not None:
+            indices, rows, labels = received
+            self.targets.write(indices, rows)
+            self.labels.write(indices, labels.view(torch.int32))
+
+    def all(self, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """All targets ``(N, C)`` and labels ``(N,)`` on the CPU.
+
+        Args:
+            labels: Labels in place of those seen in training.
+
+        Returns:
+            Targets and labels; the label of a sample never seen is -1.
+
+        Raises:
+            RuntimeError: If nothing was trained yet.
+            ValueError: If ``labels`` are not one per sample.
+
+        """
+        self.receive()
+        if self.targets is None or self.labels is None:
+            raise RuntimeError(f"{self._owner}: there are no targets yet; fit first, or load a checkpoint.")
+        targets = self.targets.all()
+        if labels is not None and labels.shape != (len(targets),):
+            raise ValueError(f"{self._owner}: `labels` must have shape ({len(targets)},), got {tuple(labels.shape)}.")
+        return targets, self.labels.all()[:, 0].long() if labels is None else labels.cpu()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values; empty before the first step."""
+        self.receive()
+        if self.targets is None or self.labels is None:
+            return {}
+        return {
+            "num_samples": self.targets.num_samples,
+            "num_classes": self.targets.width,
+            "targets": self.targets.state_dict(),
+            "labels": self.labels.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what :meth:`state_dict` gave."""
+        if state:
+            targets, labels = self._new(state["num_samples"], state["num_classes"])
+            targets.load_state_dict(state["targets"])
+            labels.load_state_dict(state["labels"])
+
+    def _send(self, indices: Tensor, rows: Tensor, labels: Tensor, capacity: int | None) -> None:
+        if self._gather and world_size() > 1:
+            self._exchange.start(indices, rows, labels[:, None].int(), capacity=capacity)
+
+    def _memories(self, samples: "Samples", num_classes: int) -> tuple[SampleMemory, SampleMemory]:
+        size = self._num_samples or samples.size
+        if size is None:
+            raise MisconfigurationException(
+                f"{self._owner}: the indices come from `reduce_loss`, so the number of training samples is not known."
+                f" Write `{self._owner}(num_samples=...)`."
+            )
+        if samples.size is not None and samples.size > size:
+            raise MisconfigurationException(
+                f"{self._owner}(num_samples={size}): the training dataset has {samples.size} samples."
+            )
+        if self._num_classes not in (None, num_classes):
+            raise MisconfigurationException(
+                f"{self._owner}(num_classes={self._num_classes}): the logits have {num_classes} classes."
+            )
+        if self.targets is None or self.labels is None:
+            return self._new(size, num_classes)
+        if (self.targets.num_samples, self.targets.width) != (size, num_classes):
+            raise MisconfigurationException(
+                f"{self._owner}: the targets are for {self.targets.num_samples} samples of {self.targets.width}"
+                f" classes, the data now has {size} of {num_classes}. Sample indices must mean the same throughout a"
+                " training."
+            )
+        return self.targets, self.labels
+
+    def _new(self, num_samples: int, num_classes: int) -> tuple[SampleMemory, SampleMemory]:
+        self.targets = SampleMemory(num_samples, num_classes, dtype=self._dtype, top_k=self._top_k, on_cpu=self._on_cpu)
+        self.labels = SampleMemory(num_samples, 1, dtype="int32", on_cpu=self._on_cpu, fill=-1)
+        return self.targets, self.labels
+
+
+def contradicted(targets: Tensor, labels: Tensor) -> Tensor:
+    """Which labels their targets contradict: bool ``(N,)``; a sample never seen is not suspected."""
+    return (targets.sum(1) > 0) & (labels >= 0) & (targets.argmax(1) != labels)
+
+
+def errors_by_confidence(targets: Tensor, labels: Tensor) -> LabelErrors:
+    """The labels that their targets contradict, most confident first."""
+    (index,) = contradicted(targets, labels).nonzero(as_tuple=True)
+    confidence, suggested = (targets[index] / targets[index].sum(1, keepdim=True)).max(1)
+    order = confidence.argsort(descending=True, stable=True)
+    return LabelErrors(index[order], labels[index][order], suggested[order], confidence[order])
+
+
+def agreement_with(rows: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """To log of the targets of a batch: ``agreement``, their mean share of the given label, and ``suspects``."""
+    known = labels.clamp(0, rows.shape[1] - 1)
+    on_label = rows.gather(1, known[:, None])[:, 0] / rows.sum(1)
+    return {"agreement": on_label.mean(), "suspects": (rows.argmax(1) != labels).float().mean()}

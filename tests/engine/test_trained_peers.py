@@ -1,0 +1,422 @@
+"""A second network that trains: its weights, order of the data and optimizer steps; networks that answer together."""
+
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+from lightning_reg.engine import host
+from lightning_reg.engine.distributed import average_, broadcast_
+from lightning_reg.engine.errors import MisconfigurationException
+from lightning_reg.engine.joint_forward import JointForward, MeanOfTwo
+from lightning_reg.engine.lookup import engine_of
+from lightning_reg.engine.peers import copy_of, weights_of
+from lightning_reg.engine.reordering import Reordered
+from lightning_reg.engine.trained_peers import PeerStep, TrainedPeer, check_trainable, reset_parameters_
+from tests.toys import BATCH, CLASSES, INPUTS, QUIET, SAMPLES, Classifier, _Toy, fit, make_tensors
+
+pytestmark = QUIET
+BATCHES = SAMPLES // BATCH
+ELSEWHERE = Classifier()
+
+
+class Second(_Toy):
+    """Trains a second network after each epoch; its own loss term is ``factor`` times the mean square of the logits."""
+
+    needs_indices = True
+
+    def __init__(self, factor=0.0, init="reset", **kwargs):
+        super().__init__(**kwargs)
+        self.factor, self.init, self.peer, self.steps, self.seen = factor, init, None, [], []
+
+    def on_train_start(self, trainer, pl_module):
+        self.peer = TrainedPeer(trainer, pl_module, self, self.init)
+
+    def loss_term(self, call):
+        if isinstance(call.step, PeerStep):
+            self.seen.append((call.samples(self).indices.tolist(), call.step.batches_so_far, call.step.global_step))
+            return self.factor * call.logits.square().mean(1)
+        return None
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.peer.train(
+            engine_of(pl_module), host.batches_of_epoch(trainer), lambda: self.steps.append(self.peer.steps)
+        )
+        self.peer.end_epoch()
+
+
+class Scheduled(Classifier):
+    def __init__(self, interval="epoch", frequency=1, **kwargs):
+        super().__init__(**kwargs)
+        self.interval, self.frequency = interval, frequency
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.Adam(self.parameters(), 0.1)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        config = {"scheduler": scheduler, "interval": self.interval, "frequency": self.frequency}
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+
+def shuffled(dataset=None, **kwargs):
+    dataset = dataset or TensorDataset(*make_tensors())
+    return DataLoader(dataset, BATCH, shuffle=True, generator=torch.Generator().manual_seed(5), **kwargs)
+
+
+def by_hand(second, module, *, accumulate=1, clip=0.0, epochs=2):
+    """The second network in plain PyTorch, in the order that the technique's seed gives."""
+    x, y = make_tensors()
+    reset_parameters_(module, second.derived_seed("weights"))
+    configured = module.configure_optimizers()
+    optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    for epoch in range(epochs):
+        for position, index in enumerate(Reordered(shuffled(), second).draws(epoch), 1):
+            logits = module(x[index])
+            loss = F.cross_entropy(logits, y[index]) + second.factor * logits.square().mean(1).mean()
+            (loss / accumulate).backward()
+            if position % accumulate == 0 or position == BATCHES:
+                if clip:
+                    nn.utils.clip_grad_norm_(module.parameters(), clip)
+                optimizer.step()
+                optimizer.zero_grad()
+                if module.interval == "step" and position % module.frequency == 0:
+                    scheduler.step()
+        if module.interval == "epoch" and (epoch + 1) % module.frequency == 0:
+            scheduler.step()
+    return module
+
+
+@pytest.mark.parametrize(
+    ("scheduled", "options", "given"),
+    [
+        ({}, {}, {}),
+        ({"interval": "step", "frequency": 2}, {"gradient_clip_val": 0.1}, {"clip": 0.1}),
+        ({"frequency": 2}, {"accumulate_grad_batches": 3}, {"accumulate": 3}),
+    ],
+)
+def test_trains_as_a_loop_by_hand_and_leaves_the_users_network_alone(scheduled, options, given):
+    second, module, plain = Second(factor=0.2), Scheduled(**scheduled), Scheduled(**scheduled)
+    fit(module, second, loader=shuffled(), **options)
+    fit(plain, loader=shuffled(), **options)
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), plain.parameters(), strict=True))
+    expected = by_hand(second, Scheduled(**scheduled), **given)
+    for name, value in expected.named_parameters():  # float32, 8 steps of Adam
+        torch.testing.assert_close(weights_of(second.peer.module)[name], value.detach(), atol=1e-5, rtol=1e-4)
+    steps = 2 * -(-BATCHES // given.get("accumulate", 1))
+    assert second.steps == list(range(1, steps + 1))
+    assert [begun for _, begun, _ in second.seen] == list(range(1, 2 * BATCHES + 1))
+    orders = [[index for indices, *_ in part for index in indices] for part in (second.seen[:4], second.seen[4:])]
+    assert [sorted(order) for order in orders] == [list(range(SAMPLES))] * 2
+    assert orders[0] != orders[1]
+
+
+def test_half_precision_has_a_scaler_of_its_own():
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+    second, module = Second(), Scheduled()
+    fit(module, second, loader=shuffled(), plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    assert second.peer.state_dict()["scaler"]["scale"] == 2.0**12  # grown twice in 8 steps
+    assert second.peer._scaler is not scaler
+    expected = by_hand(second, Scheduled())
+    for name, value in expected.named_parameters():  # half precision; Adam's first steps have the gradient's sign
+        torch.testing.assert_close(weights_of(second.peer.module)[name], value.detach(), atol=0.05, rtol=0.05)
+
+
+def test_random_numbers_depend_on_nothing_but_the_seed_and_disturb_nobody():
+    class Noisy(Dataset):
+        def __len__(self):
+            return SAMPLES
+
+        def __getitem__(self, index):
+            x, y = make_tensors()
+            return x[index] + random.random() + np.random.rand() + torch.rand(()), y[index]  # noqa: NPY002 # a user may
+
+    runs = []
+    for seed, techniques in ((1, []), (1, [Second()]), (2, [Second()]), (1, [Second(seed=1)])):
+        module = Classifier(dropout=0.5)
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002 # as above
+        fit(module, *techniques, loader=shuffled(Noisy()), seed=seed)
+        state = (torch.rand(()).item(), random.random(), np.random.rand())  # noqa: NPY002 # as above
+        runs.append((weights_of(module), state, weights_of(techniques[0].peer.module) if techniques else None))
+    same = [all(torch.equal(a, b) for a, b in zip(runs[0][0].values(), r[0].values(), strict=True)) for r in runs]
+    assert same == [True, True, False, True]
+    assert runs[0][1] == runs[1][1] == runs[3][1]
+    peers = [torch.cat([w.flatten() for w in r[2].values()]) for r in runs[1:]]
+    assert torch.equal(peers[0], peers[1])
+    assert not torch.equal(peers[0], peers[2])
+
+
+# -- weights ----------------------------------------------------------------------------------------------------------
+
+
+def test_first_weights_are_drawn_anew_by_the_layers_themselves():
+    module, before = Classifier(), torch.get_rng_state()
+    old = {name: p.clone() for name, p in weights_of(module).items()}
+    assert reset_parameters_(module, 3) == []
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(not torch.equal(p, old[name]) for name, p in weights_of(module).items())
+    other = Classifier()
+    reset_parameters_(other, 3)
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), other.parameters(), strict=True))
+    module.reset_parameters = lambda: nn.init.zeros_(module.net[3].weight)
+    module.scale = nn.Parameter(torch.ones(2))
+    module.free = nn.Module()
+    module.free.scale = nn.Parameter(torch.ones(3))
+    assert reset_parameters_(module, 3) == ["free.scale"]
+    assert torch.equal(module.net[3].weight, torch.zeros(CLASSES, 8))  # the module has the last word
+    attention = nn.MultiheadAttention(4, 2)
+    old = attention.in_proj_weight.clone()
+    assert reset_parameters_(attention, 3) == []
+    assert not torch.equal(attention.in_proj_weight, old)
+
+
+def test_parameters_that_keep_their_start_are_named_and_a_copy_keeps_all():
+    class Scaled(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            return self.scale * super().forward(x)
+
+    with pytest.warns(UserWarning, match=r"Second: the second network starts with the first one's values for scale:"):
+        fit(Scaled(), Second(), max_epochs=1)
+    second, module = Second(init="copy"), Classifier(lr=0.0)
+    fit(module, second)
+    assert all(torch.equal(a, b) for a, b in zip(second.peer.module.parameters(), module.parameters(), strict=True))
+
+
+# -- order ------------------------------------------------------------------------------------------------------------
+
+
+def flat(draws):
+    return [index for draw in draws for index in draw]
+
+
+def test_the_second_order_is_another_one_and_the_users_goes_on():
+    loader, second = shuffled(), Second()
+    state = loader.generator.get_state()
+    reordered = Reordered(loader, second)
+    one, two = reordered.draws(0), reordered.draws(1)
+    assert torch.equal(loader.generator.get_state(), state)
+    assert one == reordered.draws(0)
+    users = [x[:, 0].tolist() for x, _ in loader]
+    orders = [tuple(flat(one)), tuple(flat(two)), tuple(flat(Reordered(loader, Second(seed=1)).draws(0)))]
+    assert len(set(orders)) == 3
+    assert all(sorted(order) == list(range(SAMPLES)) for order in orders)
+    x, _ = make_tensors()
+    assert flat(users) != x[list(orders[0]), 0].tolist()
+    parts = [*reordered.batches(one[:2], 0, 0), *reordered.batches(one, 0, 2)]
+    assert [(at, indices.list) for at, indices, _ in parts] == list(enumerate(one))
+    assert all(torch.equal(batch[0], x[draw]) for (_, _, batch), draw in zip(parts, one, strict=True))
+
+
+def test_the_users_samplers_make_the_order():
+    data, second = TensorDataset(*make_tensors()), Second()
+    weights = [1.0] * 4 + [0.0] * (SAMPLES - 4)
+    weighted = DataLoader(data, BATCH, sampler=WeightedRandomSampler(weights, 16))
+    before = torch.get_rng_state()
+    draws = Reordered(weighted, second).draws(0)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [len(draw) for draw in draws] == [BATCH, BATCH]
+    assert set(flat(draws)) <= {0, 1, 2, 3}
+    shards = [DistributedSampler(data, 2, rank, seed=0) for rank in range(2)]
+    halves = [Reordered(DataLoader(data, 4, sampler=shard), second).draws(1) for shard in shards]
+    whole = Reordered(DataLoader(data, 8, sampler=DistributedSampler(data, 1, 0, seed=0)), second).draws(1)
+    assert [sorted(a + b) for a, b in zip(*halves, strict=True)] == [sorted(draw) for draw in whole]
+    assert [shard.epoch for shard in shards] == [0, 0]
+    batched = DataLoader(data, batch_size=None, sampler=BatchSampler(RandomSampler(data), 5, drop_last=False))
+    reordered = Reordered(batched, second)
+    draws = reordered.draws(0)
+    assert sorted(flat(draws)) == list(range(SAMPLES))
+    assert [len(batch[1]) for *_, batch in reordered.batches(draws, 0, 0)] == [5] * 6 + [2]
+
+
+def test_workers_give_the_same_batches_and_skipped_ones_are_left_out():
+    second = Second()
+    here, there = (Reordered(shuffled(num_workers=workers), second) for workers in (0, 2))
+    batches = [[(at, i.list, batch[0]) for at, i, batch in r.batches(r.draws(2), 2, 1)] for r in (here, there)]
+    assert all(a[:2] == b[:2] and torch.equal(a[2], b[2]) for a, b in zip(*batches, strict=True))
+    skipping = Reordered(DataLoader(range(8), 2, collate_fn=lambda items: None if 3 in items else items), second)
+    draws = skipping.draws(0)
+    assert [at for at, *_ in skipping.batches(draws, 0, 0)] == [0, 2, 3]
+
+
+def test_loaders_that_cannot_be_read_again_are_refused():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter([])
+
+    with pytest.raises(MisconfigurationException, match="Second reads the training data in a second order, and a Str"):
+        Reordered(DataLoader(Stream()), Second())
+    with pytest.raises(MisconfigurationException, match="and a list has only the one"):
+        Reordered([1], Second())
+    with pytest.raises(MisconfigurationException, match=r"there are 2 training loaders. Give the Trainer one"):
+        fit(
+            Classifier(step=lambda module, batch: F.cross_entropy(module(batch["a"][0]), batch["a"][1])),
+            Second(dataloader="a"),
+            loader={"a": shuffled(), "b": shuffled()},
+        )
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_setups_that_train_in_another_way_are_refused():
+    class Manual(Classifier):
+        automatic_optimization = False
+
+    class OwnStep(Classifier):
+        def optimizer_step(self, *args, **kwargs):
+            super().optimizer_step(*args, **kwargs)
+
+    class FSDPStrategy:
+        pass
+
+    class SingleDeviceStrategy:
+        pass
+
+    for module, strategy, sentence in (
+        (Manual(), SingleDeviceStrategy(), "with automatic_optimization=False only"),
+        (OwnStep(), SingleDeviceStrategy(), "OwnStep overrides `optimizer_step`"),
+        (Classifier(), FSDPStrategy(), "which FSDPStrategy does not do. Use DDP"),
+    ):
+        with pytest.raises(MisconfigurationException, match=f"Second .*{sentence}"):
+            check_trainable(Second(), SimpleNamespace(strategy=strategy), module)
+    check_trainable(Second(), SimpleNamespace(strategy=SingleDeviceStrategy()), Classifier())
+
+
+@pytest.mark.parametrize(
+    ("configure", "sentence"),
+    [
+        (lambda m: torch.optim.LBFGS(m.parameters()), "LBFGS, which evaluates the loss several times"),
+        (lambda m: torch.optim.SGD(ELSEWHERE.parameters(), 0.1), "parameters that are not the copy's"),
+        (
+            lambda m: {
+                "optimizer": (optimizer := torch.optim.SGD(m.parameters(), 0.1)),
+                "lr_scheduler": {
+                    "scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer),
+                    "monitor": "loss",
+                },
+            },
+            "a scheduler that waits for a metric",
+        ),
+    ],
+)
+def test_optimizers_that_cannot_be_stepped_alone_are_refused(configure, sentence):
+    class Configured(Classifier):
+        def configure_optimizers(self):
+            return configure(self)
+
+    with pytest.raises(MisconfigurationException, match=f"Second trains a second network with what.*({sentence})"):
+        fit(Configured(), Second())
+
+
+# -- state ------------------------------------------------------------------------------------------------------------
+
+
+def test_goes_on_from_its_state_to_the_last_bit():
+    class Resumed(Second):
+        def __init__(self, state=None):
+            super().__init__()
+            self.state, self.states = state, []
+
+        def on_train_start(self, trainer, pl_module):
+            super().on_train_start(trainer, pl_module)
+            if self.state is not None:
+                self.peer.load_state_dict(self.state)
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            super().on_train_epoch_end(trainer, pl_module)
+            self.states.append(self.peer.state_dict())
+
+    whole = Resumed()
+    fit(Scheduled(), whole, loader=shuffled(), max_epochs=2)
+    before = whole.states[0]["weights"]["net.0.weight"].clone()
+    first = Resumed()
+    trainer = fit(Scheduled(), first, loader=shuffled(), max_epochs=1)
+    assert torch.equal(before, first.states[0]["weights"]["net.0.weight"])
+    rest = Resumed(first.states[0])
+    trainer.callbacks[:] = [rest]
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(Scheduled(), shuffled())
+    one, two = whole.states[1], rest.states[0]
+    assert one.keys() == two.keys() == {*two, "optimizer", "schedulers", "scaler", "loss", "weights"}
+    assert all(torch.equal(one["weights"][name], two["weights"][name]) for name in one["weights"])
+    assert all(
+        torch.equal(one["optimizer"]["state"][p][name], two["optimizer"]["state"][p][name])
+        for p in one["optimizer"]["state"]
+        for name in one["optimizer"]["state"][p]
+    )
+    assert one["schedulers"] == two["schedulers"]
+    assert (one["steps"], one["_batches"], one["_epoch"]) == (two["steps"], two["_batches"], two["_epoch"]) == (8, 8, 1)
+    assert torch.equal(one["loss"], two["loss"])
+
+
+# -- two processes ----------------------------------------------------------------------------------------------------
+
+
+class Halves(Classifier):
+    """One rank leaves a layer out, or all do so in their first batch."""
+
+    def __init__(self, late):
+        super().__init__()
+        self.extra, self.late = nn.Linear(INPUTS, CLASSES), late
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        uses = batch_idx > 0 if self.late else torch.distributed.get_rank() == 1
+        return F.cross_entropy(self(x) + self.extra(x) if uses else self(x), y)
+
+
+def on_rank(late):
+    second = Second()
+    fit(Halves(late), second, loader=shuffled(), strategy="ddp_find_unused_parameters_true", devices=2)
+    values = [torch.full((2,), float(torch.distributed.get_rank())), torch.arange(3)]
+    average_(values[:1])
+    broadcast_(values[:1])
+    return {name: w.clone() for name, w in weights_of(second.peer.module).items()}, values[0], second.peer.loss
+
+
+def test_ranks_train_one_second_network(two_processes):
+    ranks = two_processes.run(on_rank, False)
+    assert all(torch.equal(ranks[0][0][name], ranks[1][0][name]) for name in ranks[0][0])
+    assert ranks[0][1].tolist() == ranks[1][1].tolist() == [0.5, 0.5]
+    assert torch.equal(ranks[0][2], ranks[1][2])
+    with pytest.raises(MisconfigurationException, match="parameters of the second network have gradients that had non"):
+        two_processes.run(on_rank, True)
+
+
+# -- networks that answer together ------------------------------------------------------------------------------------
+
+
+def test_a_layer_answers_for_two_until_it_is_put_back():
+    one, other, x = Classifier(dropout=0.5), Classifier(dropout=0.5, seed=1), torch.rand(4, INPUTS)
+    one.eval()
+    expected = 0.5 * (one(x) + copy_of(other).eval()(x))
+    joint = JointForward(one, other)
+    assert torch.equal(one(x), expected)
+    assert torch.equal(MeanOfTwo(copy_of(other), copy_of(other)).eval()(x), copy_of(other).eval()(x))
+    assert joint.calls == 1
+    joint.undo()
+    assert "forward" not in vars(one)
+    assert other.net[2].training
+    other.forward = lambda x: {"logits": x}
+    joint = JointForward(one, other)
+    with pytest.raises(MisconfigurationException, match=r"`forward` returns a Tensor|Name a layer"):
+        one(x)
+    joint.undo()
