@@ -376,7 +376,7 @@ def test_elr_remembers_the_mean_prediction_over_the_copies():
     reference = by_hand_on_copies(module.masks, loss)
     for one, two in zip(module.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(elr._targets.all(), targets, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(elr._table.targets.all(), targets, atol=1e-6, rtol=1e-5)
 
 
 # -- two tasks --------------------------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ def test_all_passes_are_kept_in_order_until_they_are_forgotten():
     assert [output.tolist() for output in tap.passes["body.1"]] == [[[1.0, 0.0]], [[0.0, 2.0]]]
     tap.shut()
     assert tap.passes == tap.outputs == {}
+    tap.open = True
     net(X)
     assert len(tap.passes["body.1"]) == 1
 
