@@ -20,7 +20,7 @@ demo-short: .venv/.demo  ## the same in a few seconds: one seed, 20 epochs
 	$(DEMO) --seeds 1 --epochs 20
 
 test: .venv/.dev  ## run the tests and the docstrings' examples
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/.dev  ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .
