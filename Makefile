@@ -29,6 +29,7 @@ lint: .venv/.dev  ## ruff check, ruff format --check, mypy
 
 docs: .venv/.dev  ## rewrite the generated files
 	$(BIN)/python -m lightning_reg generate
+	$(BIN)/python -m tests.conformance.matrix
 
 clean:  ## remove .venv, caches and builds
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache checkpoints lightning_logs *.png

@@ -60,6 +60,7 @@ def train(*callbacks, module=None):
     return module
 
 
+@pytest.mark.by_hand("NMSparsity", "SoupAverager")
 @pytest.mark.parametrize("first", [True, False], ids=["average first", "sparsity first"])
 def test_an_average_of_different_masks_is_masked_anew(first):
     dense, sparse = Dense(), NMSparsity(1, 4, recipe="srste", dense_fraction=0.0)
@@ -75,6 +76,7 @@ def test_an_average_of_different_masks_is_masked_anew(first):
     assert sparse.verify(module) == {"net.2.weight": (0.25, 0)}
 
 
+@pytest.mark.by_hand("LossReweighting", "NMSparsity")
 @pytest.mark.parametrize("first", [True, False], ids=["reweighting first", "sparsity first"])
 def test_reweighting_reads_the_losses_of_the_sparse_network(first):
     techniques = [LossReweighting(warmup_steps=0), NMSparsity(1, 4, recipe="ste", dense_fraction=0.0)]
@@ -96,6 +98,7 @@ def test_reweighting_reads_the_losses_of_the_sparse_network(first):
         torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.by_hand("LossReweighting", "SoupAverager")
 def test_a_soup_of_reweighted_training_is_the_mean_of_its_snapshots():
     dense = Dense()
     module = train(LossReweighting(warmup_steps=0), dense, SoupAverager(method="uniform"))
@@ -120,6 +123,7 @@ def skewed():
     return DataLoader(TensorDataset(x, (4 * x[:, :3]).round()), 8)
 
 
+@pytest.mark.by_hand("ConR", "LossReweighting")
 @pytest.mark.parametrize("first", [True, False], ids=["reweighting first", "ConR first"])
 def test_reweighting_weights_the_batch_alone_and_conr_its_views(first):
     conr = ConR("net.3", window=1.0, beta=0.3, temperature=0.5, augment="augment")
@@ -181,6 +185,7 @@ def by_hand(technique, loss_of, epochs):
     return reference
 
 
+@pytest.mark.by_hand("CutMix", "ELRCallback")
 @pytest.mark.parametrize("first", [True, False], ids=["ELR first", "CutMix first"])
 def test_elr_mixes_its_targets_and_learns_them_from_unmixed_batches_only(first):
     elr, mix, table = ELRCallback(lam=3.0, beta=0.7), CutMix(prob=0.5), torch.zeros(24, 3)
@@ -201,12 +206,60 @@ def test_elr_mixes_its_targets_and_learns_them_from_unmixed_batches_only(first):
     torch.testing.assert_close(elr.state_dict()["targets"]["values"], table, atol=1e-5, rtol=1e-4)
 
 
+class Stops(Callback):
+    """Saves after so many batches and stops there, in the middle of an epoch."""
+
+    def __init__(self, path, batches):
+        self.path, self.batches = path, batches
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.batches -= 1
+        if self.batches == 0:
+            trainer.save_checkpoint(self.path)
+            trainer.should_stop = True
+
+
+@pytest.mark.by_hand("ELRCallback", "SoupAverager")
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+@pytest.mark.parametrize("first", [True, False], ids=["ELR first", "average first"])
+def test_an_average_of_early_learning_survives_a_stop_in_mid_epoch(first, tmp_path):
+    def techniques(*more):
+        elr, soup = ELRCallback(lam=3.0, beta=0.7), SoupAverager(method="ema", decay=0.5)
+        return [elr, soup, *more] if first else [soup, elr, *more]
+
+    trainer = make_trainer(callbacks=techniques(Stops(tmp_path / "stop.ckpt", 4)), max_epochs=3, min_epochs=0)
+    trainer.fit(Net(), DataLoader(data(), 8))
+    assert trainer.global_step == 4  # of 9
+    module, resumed = Net(), techniques()
+    trainer = make_trainer(callbacks=resumed, max_epochs=3)
+    trainer.fit(module, DataLoader(data(), 8), ckpt_path=tmp_path / "stop.ckpt", weights_only=True)
+
+    reference, table, mean = Net(), torch.zeros(24, 3), None
+    optimizer = torch.optim.SGD(reference.parameters(), 0.2)
+    for _ in range(3):
+        for batch, (x, y) in enumerate(DataLoader(data(), 8)):
+            rows, logits = slice(8 * batch, 8 * batch + 8), reference(x)
+            p = logits.softmax(1).clamp(1e-4, 1 - 1e-4)
+            table[rows] = 0.7 * table[rows] + 0.3 * (p / p.sum(1, keepdim=True)).detach()
+            term = (1 - (table[rows].clone() * p).sum(1)).log().mean()
+            optimizer.zero_grad()
+            (F.cross_entropy(logits, y) + 3.0 * term).backward()
+            optimizer.step()
+            now = [parameter.detach().clone() for parameter in reference.parameters()]
+            mean = now if mean is None else [0.5 * one + 0.5 * two for one, two in zip(mean, now, strict=True)]
+    for one, two in zip(module.parameters(), mean, strict=True):
+        torch.testing.assert_close(one.detach(), two, atol=1e-5, rtol=1e-4)  # float32, 9 steps
+    elr = resumed[0 if first else 1]
+    torch.testing.assert_close(elr.state_dict()["targets"]["values"], table, atol=1e-5, rtol=1e-4)
+
+
 def test_elr_is_refused_beside_a_technique_that_leaves_no_batch_unmixed():
     for order in ([ELRCallback(), CutMix(prob=1.0)], [CutMix(prob=1.0), ELRCallback()]):
         with pytest.raises(MisconfigurationException, match="ELRCallback learns about single samples from the batches"):
             fit(Flat(), *order, loader=signals())
 
 
+@pytest.mark.by_hand("CutMix", "LossReweighting")
 @pytest.mark.parametrize("first", [True, False], ids=["reweighting first", "CutMix first"])
 def test_reweighting_reads_the_mixed_losses(first):
     techniques = [LossReweighting(warmup_steps=0), CutMix(prob=0.5)]
@@ -229,6 +282,7 @@ class Latent(nn.Module):
         return self.log_a.exp() * (self.v / self.log_b.exp()).atan()
 
 
+@pytest.mark.by_hand("NMSparsity", "WeightCompander")
 @pytest.mark.parametrize("recipe", ["ste", "srste"])
 @pytest.mark.parametrize("first", [True, False], ids=["compander first", "sparsity first"])
 def test_sparsity_prunes_companded_weights_and_the_gradient_goes_on_through_the_map(first, recipe):
@@ -263,6 +317,7 @@ def test_sparsity_prunes_companded_weights_and_the_gradient_goes_on_through_the_
     assert not torch.allclose(shape, torch.tensor([0.4, 0.3]).log(), rtol=0, atol=1e-4)
 
 
+@pytest.mark.by_hand("SoupAverager", "WeightCompander")
 @pytest.mark.parametrize("first", [True, False], ids=["average first", "compander first"])
 @pytest.mark.parametrize("arguments", [{"method": "uniform"}, {"method": "ema", "decay": 0.5}], ids=["uniform", "ema"])
 def test_an_average_of_companded_weights_is_one_of_the_weights(first, arguments):
@@ -348,6 +403,7 @@ def by_hand_on_copies(masks, loss):
     return reference
 
 
+@pytest.mark.by_hand("LossReweighting", "MultiSampleDropout")
 @pytest.mark.parametrize("first", [True, False], ids=["reweighting first", "dropout first"])
 def test_reweighting_weighs_samples_by_the_mean_loss_over_their_copies(first):
     techniques = [LossReweighting(warmup_steps=0), MultiSampleDropout("net.2", num_samples=3)]
@@ -362,6 +418,7 @@ def test_reweighting_weighs_samples_by_the_mean_loss_over_their_copies(first):
         torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.by_hand("ELRCallback", "MultiSampleDropout")
 def test_elr_remembers_the_mean_prediction_over_the_copies():
     elr = ELRCallback(lam=2.0, beta=0.6)
     module = train(elr, MultiSampleDropout("net.2", num_samples=3), module=Dropped())
@@ -415,6 +472,7 @@ def cross_entropy(net, x, y, start):
     return F.cross_entropy(net(x), y)
 
 
+@pytest.mark.by_hand("EWC", "NMSparsity")
 @pytest.mark.parametrize("first", [True, False], ids=["EWC first", "sparsity first"])
 def test_ewc_ties_dense_weights_to_dense_anchors(first):
     techniques = [EWC(300.0), NMSparsity(1, 4, recipe="ste", dense_fraction=0.0)]
@@ -435,6 +493,7 @@ def test_ewc_ties_dense_weights_to_dense_anchors(first):
     assert not torch.allclose(plain.net[2].weight, hand.net[2].weight, atol=1e-3)
 
 
+@pytest.mark.by_hand("EWC", "SoupAverager")
 @pytest.mark.parametrize("first", [True, False], ids=["EWC first", "average first"])
 def test_ewc_ties_to_the_average_that_the_fit_ends_with(first):
     techniques = [EWC(3.0), SoupAverager(method="uniform")]
@@ -452,6 +511,7 @@ def one_vs_all(net, teacher, x):
     return F.binary_cross_entropy_with_logits(net(x), t, reduction="none").sum(1)
 
 
+@pytest.mark.by_hand("LossReweighting", "PredictionDistillation")
 @pytest.mark.parametrize("first", [True, False], ids=["reweighting first", "distillation first"])
 def test_reweighting_reads_the_losses_that_distillation_has_put_in(first):
     techniques = [LossReweighting(warmup_steps=0), PredictionDistillation(new_classes=[3, 0])]
@@ -472,6 +532,7 @@ def test_reweighting_reads_the_losses_that_distillation_has_put_in(first):
         torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)  # float32, 6 steps
 
 
+@pytest.mark.by_hand("ELRCallback", "PredictionDistillation")
 @pytest.mark.parametrize("first", [True, False], ids=["early learning first", "distillation first"])
 def test_early_learning_regularization_joins_distillation(first):
     techniques = [ELRCallback(lam=2.0, beta=0.6), PredictionDistillation(new_classes=[3, 0])]

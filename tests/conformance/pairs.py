@@ -6,13 +6,14 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_reg.engine.composition import conflict_between
 from lightning_reg.engine.technique import Technique
 from tests.conformance.case import Case
 from tests.conformance.discovery import MissingCaseError, case_of, technique_classes
 from tests.conformance.harness import Run, demand, difference, fit
 from tests.conformance.problems import Problem
 
-__all__ = ["order", "train_pair"]
+__all__ = ["common_problem", "order", "train_pair"]
 
 
 def order(case: Case) -> None:
@@ -21,17 +22,21 @@ def order(case: Case) -> None:
     for cls in technique_classes():
         with suppress(MissingCaseError):  # a failure of its own
             others.append(case_of(cls))
+    alone: dict[int, Any] = {}  # weights after a fit without a second technique, by problem
     for other in others:
-        problem = _common_problem(case, other)
+        problem = common_problem(case, other)
         if problem is not None and (other is case or other.cls is not case.cls):
-            _check_pair(case, other, problem)
+            _check_pair(case, other, problem, alone)
 
 
-def _check_pair(case: Case, other: Case, problem: Problem) -> None:
+def _check_pair(case: Case, other: Case, problem: Problem, alone: dict[int, Any]) -> None:
     run = train_pair(case.make(name="one"), other.make(name="two"), problem)
-    if run is None:
-        return
     names = f"{case.cls.__name__} before {other.cls.__name__}"
+    said = conflict_between(case.make(name="one"), other.make(name="two"))
+    if run is None:
+        assert said, f"{names}: refused in the middle of the fit; `conflict_with` must say it when the fit starts"
+        return
+    assert not said, f"{names}: trains, although it is refused: {said}"
     assert all(bool(torch.isfinite(w).all()) for w in run.weights.values()), f"{names}: the weights are not finite"
     for technique, its_case in zip(run.techniques, (case, other), strict=True):
         at_work = any(key.startswith(f"{technique.log_key}/") for key in run.own_scalars)
@@ -40,7 +45,9 @@ def _check_pair(case: Case, other: Case, problem: Problem) -> None:
         return
     with_neutral = train_pair(case.make(name="one"), other.neutral(name="two"), problem)
     if with_neutral is not None:
-        found = difference(fit([case.make(name="one")], problem).weights, with_neutral.weights)
+        if id(problem) not in alone:
+            alone[id(problem)] = fit([case.make(name="one")], problem).weights
+        found = difference(alone[id(problem)], with_neutral.weights)
         assert not found, f"{names}: at its neutral setting the second changes the weights: {found}"
 
 
@@ -67,7 +74,8 @@ def train_pair(one: Technique, two: Technique, problem: Problem) -> Run | None:
         raise AssertionError(f"{names[0]} before {names[1]}: {type(error).__name__}: {error}") from error
 
 
-def _common_problem(one: Case, two: Case) -> Problem | None:
+def common_problem(one: Case, two: Case) -> Problem | None:
+    """What two techniques can both train on."""
     for case, guest in ((one, two), (two, one)):
         serves: list[Any] = [case.data, *case.problem.serves]
         if any(kind in serves for kind in (guest.data, *guest.also)):

@@ -284,7 +284,7 @@ class Loose:
         (Frozen(1, 2), "image"),
         (Loose(1, 2), "image"),
     ],
-    ids=repr,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_an_entry_is_replaced_in_a_copy(batch, key):
     changed = replace_entry(batch, key, 9)
