@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, Sampler, TensorDataset
 from typing_extensions import override
 
-__all__ = ["BATCH", "BATCHES", "KINDS", "SIZE", "Problem", "make_loader", "seeded"]
+__all__ = ["BATCH", "BATCHES", "KINDS", "SIZE", "Loader", "Problem", "Resumable", "make_loader", "seeded"]
 
 BATCH, SIZE = 4, 30  # the last batch of an epoch has 2 samples
 BATCHES = -(-SIZE // BATCH)
@@ -92,7 +92,7 @@ KINDS = {
 # -- data -------------------------------------------------------------------------------------------------------------
 
 
-class _Resumable(Sampler[int]):
+class Resumable(Sampler[int]):
     """Shuffles by epoch and knows its position."""
 
     def __init__(self, size: int) -> None:
@@ -140,7 +140,7 @@ def make_loader(problem: Problem, batch: int, size: int, ranks: tuple[int, int] 
     with seeded(1):
         dataset = TensorDataset(*problem.data(size), torch.arange(size))
     if ranks is None:
-        return Loader(dataset, batch, sampler=_Resumable(size))
+        return Loader(dataset, batch, sampler=Resumable(size))
     return DataLoader(dataset, batch, sampler=DistributedSampler(dataset, ranks[1], ranks[0], seed=0))
 
 
