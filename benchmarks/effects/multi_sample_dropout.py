@@ -86,10 +86,10 @@ def train(seed, p, num_samples, epochs=EPOCHS, early=EARLY):
     }
 
 
-def run(seeds, rates=(0.3, 0.5, 0.7), epochs=EPOCHS, early=EARLY):
+def run(seeds):
     arms = [Arm("M = 1"), Arm("M = 8")]
     for arm, num_samples in zip(arms, (1, 8), strict=True):
         for seed in seeds:
-            for p in rates:
-                arm.add(**train(seed, p, num_samples, epochs, early))
+            for p in (0.3, 0.5, 0.7):
+                arm.add(**train(seed, p, num_samples))
     return arms

@@ -110,7 +110,7 @@ def _mixing_conflict(one: Technique, two: Technique) -> str | None:
             " probability of the first: the second then takes what the first has left alone."
         )
     for mixer, other in ((one, two), (two, one)):
-        looks_at_samples = other.needs_indices or "change_targets" in phases_of(other)
+        looks_at_samples = other.needs_indices or {"change_targets", "change_losses"}.intersection(phases_of(other))
         if mixer.mixes == "none" or not looks_at_samples:
             continue
         names = type(mixer).__name__, type(other).__name__

@@ -6,7 +6,7 @@ import tests.test_compositions
 from lightning_reg.engine.composition import conflict_between
 from tests.conformance.case import Case
 from tests.conformance.discovery import case_of, technique_classes
-from tests.conformance.pairs import common_problem
+from tests.conformance.pairs import common_problem, need_other_layers
 
 __all__ = ["PATH", "hand_checked", "matrix"]
 
@@ -20,6 +20,7 @@ among the callbacks, the column the second.
 - law: trained together by the law of order (`tests/conformance/pairs.py`): both at work, finite weights, and a second
   technique at its neutral setting changes nothing
 - no: refused when `fit` starts, in the words below
+- apart: two of the class need different layers; where they meet, the fit is refused in words
 - `-`: not tried, because the two work on different kinds of data
 
 The settings are those of the conformance suite; a refusal can depend on them, and then its words say on what.
@@ -53,6 +54,8 @@ def _cell(first: Case, second: Case, by_hand: set[frozenset[str]], refusals: lis
         if text not in refusals:
             refusals.append(text)
         return f"no ({refusals.index(text) + 1})"
+    if need_other_layers(first, second):
+        return "apart"
     if frozenset(names) in by_hand:
         return "**hand**"
     return "law" if common_problem(first, second) is not None else "-"

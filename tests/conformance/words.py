@@ -34,7 +34,7 @@ def says_what_it_does(case: Case) -> None:
     assert not astray, f"logged {astray}, which is not under {own}"
     assert any(key.startswith(own) for key in run.own_scalars), f"no scalar is logged under {own}"
     for kwargs, argument in (*case.invalid, *_wrong_kinds(case.cls)):
-        _check_refused(case.cls, _required(case) | dict(kwargs), argument)
+        _check_refused(case.cls, _required(case, technique) | dict(kwargs), argument)
 
 
 def _check_line(technique: Any) -> None:
@@ -71,11 +71,10 @@ def _wrong_kinds(cls: type[Any]) -> list[tuple[dict[str, Any], str]]:
     return wrong
 
 
-def _required(case: Case) -> dict[str, Any]:
-    """Arguments of ``case.make`` that the class has no default for."""
-    parameters = inspect.signature(case.cls.__init__).parameters
-    given: dict[str, Any] = getattr(case.make, "keywords", {})
-    return {name: value for name, value in given.items() if parameters[name].default is inspect.Parameter.empty}
+def _required(case: Case, technique: Any) -> dict[str, Any]:
+    """Arguments that the class has no default for, as ``technique`` has them."""
+    parameters = list(inspect.signature(case.cls.__init__).parameters.values())[1:]
+    return {p.name: getattr(technique, p.name) for p in parameters if p.default is p.empty}
 
 
 def _check_refused(cls: type[Any], kwargs: dict[str, Any], argument: str) -> None:
