@@ -62,7 +62,7 @@ def make_soup(
         min_delta: By how much, at least 0.
         max_ingredients: Largest number in a greedy soup; ``None`` for no limit.
         accumulate_dtype: Type of a uniform soup's sums.
-        check_ancestry: Whether to measure if the files share a basin and to warn if not; costs a pass over the files.
+        check_ancestry: Whether to measure, on a sample of each tensor, if the files share a basin, and to warn if not.
         progress: Whether to show a bar with bytes per second.
 
     Returns:

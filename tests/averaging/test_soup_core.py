@@ -636,6 +636,18 @@ def test_ancestry_measures_distances_and_cosines():
     assert len(found.suspicions) == 1
 
 
+def test_ancestry_samples_large_tensors():
+    generator = torch.Generator().manual_seed(3)
+    start = torch.randn(500_000, generator=generator)
+    ends = [start + 0.1 * torch.randn(500_000, generator=generator) for _ in range(2)]
+    ends[1] += 0.1 * (ends[0] - start)
+    found = ancestry([{"w": end} for end in ends], {"w": start})
+    moved = [(end - start).double() for end in ends]
+    assert found.distances == pytest.approx([float(m.norm() / start.double().norm()) for m in moved], rel=0.02)
+    cosine = float(moved[0] @ moved[1] / (moved[0].norm() * moved[1].norm()))
+    assert found.cosines[0, 1].item() == pytest.approx(cosine, abs=0.02)
+
+
 def test_ancestry_tells_fine_tunings_from_strangers():
     common = draw(4000)
     tuned = [{"w": common + 0.05 * draw(4000, seed=i)} for i in (1, 2)]
