@@ -75,10 +75,11 @@ class WeightCompander(Technique):
         log a and log b of each layer, without weight decay. Biases, norms and embeddings are left alone.
 
     Gradients of log a and log b are sums over a layer, hence large, and clipping by the norm counts them in; that is
-    why their learning rate is a fraction of the weights' (on digits the same rate did no harm, and no good). They form a group of the optimizer for the time of its step, at
-    the end of its groups; schedulers never meet it, and its learning rate is always ``shape_lr_factor`` times that of
-    the layer's own group. The optimizer in a checkpoint is therefore the plain model's; their state and v lie in the
-    callback's, which adds one copy of these weights to the file. A resumed training keeps its shapes.
+    why their learning rate is a fraction of the weights' (on digits the same rate did no harm, and no good). They form
+    a group of the optimizer for the time of its step, at the end of its groups; schedulers never meet it, and its
+    learning rate is always ``shape_lr_factor`` times that of the layer's own group. The optimizer in a checkpoint is
+    therefore the plain model's; their state and v lie in the callback's, which adds one copy of these weights to the
+    file. A resumed training keeps its shapes.
 
     Memory: one copy of the companded weights, three more while the optimizer steps. No communication: with gradients
     averaged over ranks, all of this is the same on each.
