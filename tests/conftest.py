@@ -2,6 +2,9 @@
 
 import os
 
+# The tests run on two processes, and start more: threads of torch in each of them would wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch.nn.functional as F
 from torch.overrides import _get_current_function_mode_stack
