@@ -1,36 +1,25 @@
-"""Parameters that are split over processes (FSDP2, tensor parallelism): averaged shard by shard, saved whole."""
+"""Averages of parameters that are split over processes: by shards, and whole in the state."""
 
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.distributed.tensor.placement_types import Placement
+
+from lightning_reg.engine.shards import Layout, layout_of, local, own_rows, whole_like
 
 __all__ = ["Layouts", "layouts_of", "local_parts", "own_parts", "whole"]
 
-# Of each tensor that is split: the mesh, the placements, the shape and the strides of the whole.
-Layouts = dict[str, tuple[Any, tuple[Placement, ...], torch.Size, tuple[int, ...]]]
+Layouts = dict[str, Layout]
 
 
 def layouts_of(tensors: Mapping[str, Tensor]) -> Layouts:
     """How those that are split are laid out; empty where nothing is."""
-    return {
-        name: (tensor.device_mesh, tuple(tensor.placements), tensor.shape, tensor.stride())
-        for name, tensor in tensors.items()
-        if isinstance(tensor, DTensor)
-    }
+    return {name: layout for name, tensor in tensors.items() if (layout := layout_of(tensor)) is not None}
 
 
-def local_parts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def local_parts(tensors: Mapping[str, Tensor], layouts: Layouts) -> dict[str, Tensor]:
     """This process's shards, on the memory of the given tensors; tensors that are whole as they are."""
-    return {name: _local(tensor) if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
-
-
-@torch.no_grad()
-def _local(tensor: DTensor) -> Tensor:
-    return tensor.to_local()
+    return {name: local(tensor) if name in layouts else tensor for name, tensor in tensors.items()}
 
 
 def whole(state: dict[str, Any], layouts: Layouts) -> dict[str, Any]:
@@ -49,10 +38,7 @@ def whole(state: dict[str, Any], layouts: Layouts) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in state.items():
         if name in layouts and isinstance(value, Tensor):
-            mesh, placements, shape, stride = layouts[name]
-            shard = value.to(mesh.device_type)
-            split = DTensor.from_local(shard, mesh, placements, run_check=False, shape=shape, stride=stride)
-            result[name] = split.full_tensor().cpu()
+            result[name] = whole_like(value.to(layouts[name].device_mesh.device_type), layouts[name]).cpu()
         elif isinstance(value, dict):
             result[name] = whole(value, layouts)
         elif isinstance(value, list) and value and isinstance(value[0], dict):
@@ -63,10 +49,5 @@ def whole(state: dict[str, Any], layouts: Layouts) -> dict[str, Any]:
 
 
 def own_parts(values: Mapping[str, Tensor], layouts: Layouts) -> dict[str, Tensor]:
-    """This process's shards of whole tensors, each where it was; all processes must take part."""
-    result = dict(values)
-    for name in [name for name in layouts if name in values]:  # every process in the same order
-        mesh, placements, _, _ = layouts[name]
-        split = distribute_tensor(values[name].to(mesh.device_type), mesh, placements)
-        result[name] = _local(split).to(values[name].device, copy=True)
-    return result
+    """This process's shards of whole tensors; others as they are."""
+    return {name: own_rows(v, layouts[name]).clone() if name in layouts else v for name, v in values.items()}

@@ -207,7 +207,8 @@ class SoupAverager(Technique):
         if not self._resumed:
             self._begin()
         self._tensors = averaged_tensors(pl_module, self.include, self.exclude)
-        self._live, self._layouts = local_parts(self._tensors), layouts_of(self._tensors)
+        self._layouts = layouts_of(self._tensors)
+        self._live = local_parts(self._tensors, self._layouts)
         if not self._live:
             raise MisconfigurationException(
                 f"SoupAverager: there is nothing to average; `include` {self.include} and `exclude` {self.exclude}"
@@ -259,7 +260,7 @@ class SoupAverager(Technique):
 
     def _find_shards(self) -> None:
         if self._layouts:  # FSDP2 settles in its first forward pass where they lie in memory
-            self._live = local_parts(self._tensors)
+            self._live = local_parts(self._tensors, self._layouts)
 
     @override
     def on_validation_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:

@@ -4,7 +4,7 @@ Parameters that are not split pass through every function as they are, so that c
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -13,12 +13,38 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["cut_rows", "is_split", "local", "own_rows", "reshard_", "total", "whole", "whole_like"]
+__all__ = [
+    "Layout",
+    "cut_rows",
+    "is_split",
+    "layout_of",
+    "local",
+    "own_rows",
+    "reshard_",
+    "total",
+    "whole",
+    "whole_like",
+]
 
 
 def is_split(tensor: Tensor) -> "TypeGuard[DTensor]":
     """Whether a tensor is distributed over processes, be it in equal copies."""
     return type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "placements")
+
+
+class Layout(NamedTuple):
+    """How a tensor is split, without the tensor."""
+
+    device_mesh: Any
+    placements: tuple[Any, ...]
+    shape: torch.Size
+
+
+def layout_of(tensor: Tensor | Layout) -> Layout | None:
+    """How a tensor is split; ``None`` if it is not."""
+    if isinstance(tensor, Layout):
+        return tensor
+    return Layout(tensor.device_mesh, tuple(tensor.placements), tensor.shape) if is_split(tensor) else None
 
 
 def cut_rows(parameter: Tensor) -> str:
@@ -50,30 +76,32 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def whole_like(rows: Tensor, parameter: Tensor) -> Tensor:
-    """All rows of something that belongs to a parameter (a mask), each process having its own rows: a collective."""
-    if not is_split(parameter):
-        return rows
+def whole_like(part: Tensor, like: Tensor | Layout) -> Tensor:
+    """The whole of what is split as a parameter is (a mask, an average) from each process's part: a collective."""
+    layout = layout_of(like)
+    if layout is None:
+        return part
     from torch.distributed.tensor import DTensor
 
     # Collectives of booleans are not everywhere.
-    plain = rows.to(torch.uint8) if rows.dtype is torch.bool else rows
-    stride = torch.empty(parameter.shape, device="meta").stride()
+    plain = part.to(torch.uint8) if part.dtype is torch.bool else part
+    stride = torch.empty(layout.shape, device="meta").stride()
     split = DTensor.from_local(
-        plain.contiguous(), parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=stride
+        plain.contiguous(), layout.device_mesh, layout.placements, shape=layout.shape, stride=stride
     )
-    return split.full_tensor().to(rows.dtype)
+    return split.full_tensor().to(part.dtype)
 
 
-def own_rows(values: Tensor, parameter: Tensor) -> Tensor:
-    """Those of all rows that are this process's."""
-    if not is_split(parameter):
+def own_rows(values: Tensor, like: Tensor | Layout) -> Tensor:
+    """Of a whole tensor this process's part, usually rows; a view."""
+    layout = layout_of(like)
+    if layout is None:
         return values
-    mesh = parameter.device_mesh
-    for dim, (placement, place) in enumerate(zip(parameter.placements, mesh.get_coordinate() or (), strict=True)):
+    mesh = layout.device_mesh
+    for dim, (placement, place) in enumerate(zip(layout.placements, mesh.get_coordinate() or (), strict=True)):
         if placement.is_shard():
-            chunks = values.chunk(mesh.size(dim))  # there may be fewer of them than processes
-            values = chunks[place] if place < len(chunks) else values[:0]
+            chunks = values.chunk(mesh.size(dim), placement.dim)  # there may be fewer of them than processes
+            values = chunks[place] if place < len(chunks) else values.narrow(placement.dim, 0, 0)
     return values
 
 
