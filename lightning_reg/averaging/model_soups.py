@@ -393,9 +393,5 @@ class SoupAverager(Technique):
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "_live": {},
-            "_layouts": {},
-            "_exchange": Exchange(),
-        }  # the module's tensors are not this callback's
+        held = {"_live": {}, "_tensors": {}, "_layouts": {}, "_exchange": Exchange()}
+        return self.__dict__ | held  # the module's tensors are not this callback's
