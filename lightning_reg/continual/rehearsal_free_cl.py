@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -127,10 +128,7 @@ class PredictionDistillation(TaughtTechnique):
             self._check_labels(targets, seen)
         self._columns = call.logits.shape[1]
         teacher = self._teacher_logits(call)
-        losses = bce_distillation_loss(call.logits, teacher, targets, old, seen, reduction="none")
-        if call.step.is_logging:
-            call.step.log(self, "loss", losses.mean())
-        return losses
+        return bce_distillation_loss(call.logits, teacher, targets, old, seen, reduction="none")
 
     @override
     def loss_term(self, call: "LossCall") -> Tensor | None:
@@ -141,8 +139,11 @@ class PredictionDistillation(TaughtTechnique):
         teacher = self._teacher_logits(call)
         if teacher is None or not old:
             return None
-        term = softmax_distillation_loss(call.logits[:, :old], teacher[:, :old], self.temperature, reduction="none")
-        return self.weight * term
+        of_copies = [
+            softmax_distillation_loss(copy.logits[:, :old], teacher[:, :old], self.temperature, reduction="none")
+            for copy in call.copies()
+        ]
+        return self.weight * torch.stack(of_copies).mean(0)
 
     @override
     def keep(self, trainer: "Trainer", module: "LightningModule") -> dict[str, Any]:

@@ -5,7 +5,7 @@ Copies lie one after the other: row ``j * B + b`` is copy j of row b. What runs 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -350,6 +350,18 @@ class CopiesCall(LossCall):
         """The same call with other arguments; those that were given for all copies and are changed count for all."""
         kept = {n: v for n, v in self._given_rows.items() if arguments[n] is self.arguments[n]}
         return CopiesCall(self.function, arguments, kept, self._number, self.step, self.site)
+
+    @override
+    def copies(self) -> Sequence[LossCall]:
+        """The call for the rows of each copy."""
+        rows = {name: self._copies_of(value) for name, value in self._given_rows.items()}
+        calls = []
+        for number in range(self._number):
+            own = {name: value[number] for name, value in rows.items()}
+            call = LossCall(self.function, {**self.arguments, **own}, self.step, self.site)
+            call.given_target = self.given_target
+            calls.append(call)
+        return calls
 
     @property
     @override

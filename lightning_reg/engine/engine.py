@@ -269,6 +269,8 @@ class Engine:
         self._step, self._selection, self._last = step, Selection(on_loss, step.mixer), None
         if self._features is not None:
             self._features.open, step.features, step.passes = True, self._features.outputs, self._features.passes
+            if step.views is not None:
+                self._features.own = step.views.own
         rows_differ = step.views is not None or (copies is not None and copies.plan.way == "rows")
         watched = not self._by_mixin and bool(on_loss or rows_differ)
         by_hand = not self.module.automatic_optimization
@@ -433,9 +435,8 @@ class Engine:
         given = call.plain if step.is_logging and changed else None
         for _, target in self._answers(techniques, "change_targets", call):
             call.replace_target(target)
-        for technique, losses in self._answers(techniques, "change_losses", call):
-            with _said_by(technique):
-                call.replace_losses(losses)
+        for technique in self._in(techniques, "change_losses"):
+            self._change_losses(technique, call)
         weights, terms = call.weights, [*call.terms]
         for _, own in self._answers(techniques, "sample_weights", call):
             weights = call.combined(weights, own)
@@ -449,6 +450,18 @@ class Engine:
             step.scalars["reg/loss/base"] = given.detach().mean()
             step.scalars["reg/loss/total"] = value.detach().mean()
         return call.given_value(value)
+
+    def _change_losses(self, technique: Technique, call: LossCall) -> None:
+        of_copies = [
+            losses for copy in call.copies() for _, losses in self._answers([technique], "change_losses", copy)
+        ]
+        if not of_copies:
+            return
+        losses = of_copies[0] if len(of_copies) == 1 else torch.stack(of_copies).mean(0)
+        with _said_by(technique):
+            call.replace_losses(losses)
+        if call.step.is_logging:
+            call.step.log(technique, "loss", losses.mean())
 
     def _log_penalties(self, penalties: Mapping[Technique, Tensor], output: Any, step: Step) -> None:
         loss = loss_of(output)

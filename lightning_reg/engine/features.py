@@ -55,6 +55,9 @@ class FeatureTap:
         names: Layer names.
         view: What is kept of an output.
 
+    Attributes:
+        own: What is kept, of that, of the last output; set anew for each step.
+
     Raises:
         MisconfigurationException: If a name matches no layer; the message lists near ones.
 
@@ -65,6 +68,7 @@ class FeatureTap:
     ) -> None:
         layers = named_layers(module)
         self.view = view
+        self.own: Callable[[Any], Any] = _all_of_it
         self.outputs: dict[str, Any] = {}
         self.passes: dict[str, list[Any]] = {}
         self.open = False
@@ -74,7 +78,7 @@ class FeatureTap:
 
     def shut(self) -> None:
         """Keeps no more, and forgets the outputs."""
-        self.open = False
+        self.open, self.own = False, _all_of_it
         self.outputs.clear()
         self.passes.clear()
 
@@ -84,6 +88,10 @@ class FeatureTap:
             handle.remove()
         self._handles.clear()
         self.shut()
+
+
+def _all_of_it(output: Any) -> Any:
+    return output
 
 
 def is_of_a_tap(hook: Any) -> bool:
@@ -97,5 +105,6 @@ class _Keep:
 
     def __call__(self, layer: nn.Module, args: Any, output: Any) -> None:
         if self.tap.open:
-            kept = self.tap.outputs[self.name] = self.tap.view(output)
+            kept = self.tap.view(output)
+            self.tap.outputs[self.name] = self.tap.own(kept)
             self.tap.passes.setdefault(self.name, []).append(kept)

@@ -127,6 +127,18 @@ class LossCall:
         """The same call with other arguments."""
         return LossCall(self.function, arguments, self.step, self.site)
 
+    def copies(self) -> "Sequence[LossCall]":
+        """The call for each copy of the rows.
+
+        A technique whose term is to be the mean over the copies computes it for each of them; ``logits`` of the whole
+        call are those of the mean prediction.
+
+        Returns:
+            Calls with B samples each; where there are no copies, this call alone.
+
+        """
+        return [self]
+
     def _check_reader(self) -> None:
         if self.reader is not None and self.step.mixing is not None:
             raise self.step.mixing.two_targets(self.reader)

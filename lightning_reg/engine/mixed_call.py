@@ -8,6 +8,7 @@ meaning: element by element :math:`\ell_e = \lambda \ell^{own}_e + (1 - \lambda)
 :math:`\lambda` for the batch the two terms have the same sum of weights, and so has the mixed loss.
 """
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -78,6 +79,14 @@ class MixedCall(LossCall):
     def logits(self) -> Tensor:
         """See the user's call."""
         return self._call.logits
+
+    @override
+    def copies(self) -> Sequence[LossCall]:
+        """The call for each copy of the rows, mixed as this one is."""
+        calls = [MixedCall(call, self.mixing) for call in self._call.with_arguments(self.arguments).copies()]
+        for call in calls:
+            call.given_target = self.given_target
+        return calls
 
     @cached_property
     def own(self) -> LossCall:

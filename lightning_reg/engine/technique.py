@@ -200,6 +200,7 @@ class Technique(Callback):
         """Returns losses of the samples ``(B,)`` in place of the call's own, ``None`` to keep these.
 
         They are per unit of mass (an ignored sample counts 0, a class weight counts), and reduced as the user's own.
+        Where a technique runs on several copies of the rows it is asked for each copy, and their mean counts.
         """
         raise NotImplementedError
 
@@ -211,7 +212,11 @@ class Technique(Callback):
         raise NotImplementedError
 
     def loss_term(self, call: "LossCall") -> Tensor | None:
-        """Returns a term that joins each sample's loss ``(B,)``, or the whole loss ``()``; ``None`` for none."""
+        """Returns a term that joins each sample's loss ``(B,)``, or the whole loss ``()``; ``None`` for none.
+
+        Where a technique runs on several copies of the rows, ``call.logits`` are those of the mean prediction; a term
+        that is to be the mean over the copies asks :meth:`LossCall.copies`.
+        """
         raise NotImplementedError
 
     def penalty(self, module: "LightningModule") -> Tensor | None:

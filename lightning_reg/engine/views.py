@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from lightning_reg.engine.errors import MisconfigurationException
 
@@ -70,6 +71,10 @@ class Views:
     def first(self, rows: Tensor) -> Tensor:
         """The batch's own rows of a tensor with rows for all blocks; any other tensor as it is."""
         return rows[: len(rows) // self.count] if self._has_blocks(rows) else rows
+
+    def own(self, output: Any) -> Any:
+        """The batch's own part of what a layer put out for all blocks: a tensor, or a nest of them."""
+        return tree_map_only(Tensor, self.first, output)
 
     def spread(self, value: Tensor, reduction: str) -> Tensor:
         """A narrowed call's value as the user's code expects it, as if each view were the batch itself.

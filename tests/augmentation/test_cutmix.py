@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_reg import CutMix, LossMixin, Mixup
 from lightning_reg.engine.errors import MisconfigurationException
-from lightning_reg.engine.mixing import draw_lam
+from lightning_reg.engine.mixing import draw_lam, draw_permutation
 from lightning_reg.functional import cutmix, cutmix_loss, mix_targets, mixup, paste_box, rand_box
+from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
 from tests.toys import QUIET, TWO_RANKS, StepLosses, fit
 
@@ -38,9 +39,38 @@ _RANKS = {
     "ranks_agree": "a rank mixes within its own batch, so samples that meet in a joined batch do not meet on two ranks"
 }
 
+
+class MixedByHand(Hand):
+    """With probability 0.75 two images in one, by the technique's own draws."""
+
+    def mix(self, moment):
+        draws = moment.draws(self.technique)
+        return self.blend(moment.x, draws) if float(torch.rand((), generator=draws)) < 0.75 else None
+
+
+class CutMixByHand(MixedByHand):
+    def blend(self, x, draws):
+        height, width = x.shape[2:]
+        partners, share = draw_permutation(x, draws), draw_lam(1.0, draws)
+        y1, y2, x1, x2 = reference_box(height, width, share, *centres(height, width, draws))
+        if y1 == y2 or x1 == x2:
+            return None
+        mixed = x.clone()
+        for row in range(y1, y2):
+            mixed[:, :, row, x1:x2] = x[partners, :, row, x1:x2]
+        return mixed, partners, 1 - (y2 - y1) * (x2 - x1) / (height * width)
+
+
+class MixupByHand(MixedByHand):
+    def blend(self, x, draws):
+        share, partners = draw_lam(1.0, draws), draw_permutation(x, draws)
+        return share * x + (1 - share) * x[partners], partners, share
+
+
 CASE = (
     Case(
         make=partial(CutMix, prob=0.75),
+        by_hand=CutMixByHand,
         neutral=partial(CutMix, prob=0.0),
         data="images",
         variants=[
@@ -53,6 +83,7 @@ CASE = (
     ),
     Case(
         make=partial(Mixup, prob=0.75),
+        by_hand=MixupByHand,
         neutral=partial(Mixup, prob=0.0),
         variants=[
             partial(Mixup, per_sample=True, input_key="0", loss=0),

@@ -17,11 +17,27 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_reg import SoupAverager
 from lightning_reg.engine.errors import MisconfigurationException
 from lightning_reg.functional import ema_decay, load_averaged
+from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
+
+
+class AverageByHand(Hand):
+    """It starts as the weights after the first step."""
+
+    mean = None
+
+    def after_step(self, loop, moment):
+        now = loop.constants()
+        self.mean = {name: 0.8 * self.mean[name] + 0.2 * w for name, w in now.items()} if self.mean else now
+
+    def end(self, weights):
+        return self.mean
+
 
 CASE = Case(
     make=partial(SoupAverager, method="ema", decay=0.8),
     neutral=partial(SoupAverager, method="lawa", last_k=1),
+    by_hand=AverageByHand,
     also=["regression"],
     variants=[
         partial(SoupAverager, method="greedy", monitor="val_loss", mode="min"),

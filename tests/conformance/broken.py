@@ -10,8 +10,9 @@ from typing_extensions import override
 
 from lightning_reg.engine import host
 from lightning_reg.engine.technique import Technique
+from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
-from tests.conformance.sound import Sound, spread_loss
+from tests.conformance.sound import Sound, SoundByHand, spread_loss
 
 __all__ = ["BROKEN", "SOUND", "spread_loss"]
 
@@ -297,7 +298,26 @@ class DocumentsTooLittle(Sound):
     __doc__ = (Sound.__doc__ or "").replace("        decay: Decay of the mean, in [0, 1).\n", "")
 
 
-# -- 12 order ---------------------------------------------------------------------------------------------------------
+# -- 12 as_by_hand ----------------------------------------------------------------------------------------------------
+
+
+class Halves(Sound):
+    @override
+    def loss_term(self, call):
+        return super().loss_term(call) / 2
+
+
+class WithoutHand(Sound):
+    pass
+
+
+class WithIdleHand(Sound):
+    @override
+    def loss_term(self, call):
+        return 0.0 * super().loss_term(call)
+
+
+# -- 13 order ---------------------------------------------------------------------------------------------------------
 
 
 class FailsInPairs(Sound):
@@ -313,9 +333,19 @@ class GivesWayInSilence(Sound):
         return sum(isinstance(c, Technique) for c in step.trainer.callbacks) == 1
 
 
+class DoublesBesideOthers(Sound):
+    @override
+    def loss_term(self, call):
+        others = sum(isinstance(c, Technique) for c in call.step.trainer.callbacks) - 1
+        return super().loss_term(call) * (1 + others)
+
+
 def _case(cls: type[Technique]) -> Case:
     return Case(
-        make=partial(cls, strength=0.3), neutral=partial(cls, strength=0.0), invalid=[({"strength": -1}, "strength")]
+        make=partial(cls, strength=0.3),
+        neutral=partial(cls, strength=0.0),
+        by_hand={WithoutHand: None, WithIdleHand: Hand}.get(cls, SoundByHand),
+        invalid=[({"strength": -1}, "strength")],
     )
 
 
@@ -371,6 +401,15 @@ _BROKEN = {
         DrawsFromAForkOfTheGlobal: "under two global seeds",
     },
     "cited": {HasNoSource: "no section `Source:`", DocumentsTooLittle: r"does not document \['decay'\]"},
-    "order": {FailsInPairs: "KeyError", GivesWayInSilence: "nothing logged under"},
+    "as_by_hand": {
+        Halves: "the loop by hand and the fit differ",
+        WithoutHand: "write `by_hand=` into the CASE",
+        WithIdleHand: "trains as one without the technique",
+    },
+    "order": {
+        FailsInPairs: "KeyError",
+        GivesWayInSilence: "nothing logged under",
+        DoublesBesideOthers: "before DoublesBesideOthers: the loop by hand and the fit differ",
+    },
 }
 BROKEN = [(law, _case(cls), sentence) for law, broken in _BROKEN.items() for cls, sentence in broken.items()]

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 
 from lightning_reg.engine.technique import Technique
+from tests.conformance.by_hand import Hand
 from tests.conformance.problems import KINDS, Problem
 
 __all__ = ["Case"]
@@ -23,6 +24,8 @@ class Case:
             constructor arguments (``name``): ``partial(TailTrimmer, fraction=0.25)``.
         neutral: Makes an instance at the neutral setting, in the same way; ``None`` if there is no such setting (the
             law ``neutral_is_nothing`` then needs an exemption).
+        by_hand: Makes its part of a loop written in plain PyTorch from an instance: the class of a
+            :class:`~tests.conformance.by_hand.Hand`. Fits with it, alone and in pairs, are compared with that loop.
         data: What it trains on: one of the harness's problems, or a :class:`Problem` of its own. The layers of the
             former are ``net.first``, ``net.body`` and ``net.head``; every batch is ``(x, y, index)``.
         also: Further kinds of problems it trains on, besides those that its own problem serves: for the pairs.
@@ -36,6 +39,7 @@ class Case:
 
     make: Callable[..., Technique]
     neutral: Callable[..., Technique] | None
+    by_hand: Callable[[Any], Hand] | None = None
     data: DataKind | Problem = "classification"
     also: Sequence[DataKind] = ()
     variants: Sequence[Callable[..., Technique]] = ()

@@ -140,7 +140,12 @@ class _Watch(Checkpoint):  # Lightning calls checkpoint callbacks last
     def __init__(self, folder: Path | None, mid_epoch: int) -> None:
         self.folder, self.mid_epoch = folder, mid_epoch
         self.random: list[tuple[Any, ...]] = []
+        self.random_before: list[Tensor] = []  # torch's
         self.weights: list[dict[str, Tensor]] = []
+
+    @override
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.random_before.append(torch.get_rng_state())
 
     @override
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

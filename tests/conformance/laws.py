@@ -20,7 +20,7 @@ from torch import Tensor
 from tests.conformance.case import Case
 from tests.conformance.footprint import footprint, globals_of_torch
 from tests.conformance.harness import Interruption, Run, demand, difference, fit, go, new_run
-from tests.conformance.pairs import order, train_pair
+from tests.conformance.pairs import as_by_hand, order, train_pair
 from tests.conformance.problems import BATCHES, KINDS
 from tests.conformance.words import cited, says_what_it_does
 
@@ -329,6 +329,7 @@ LAWS: dict[str, Callable[..., None]] = {
         says_what_it_does,
         own_randomness,
         cited,
+        as_by_hand,
         order,
     )
 }

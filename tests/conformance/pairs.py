@@ -1,6 +1,8 @@
-"""The law of order: any two techniques train together, or are refused by name."""
+"""Fits against loops in plain PyTorch: a technique alone, and any two of them, unless they are refused by name."""
 
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,16 +10,36 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_reg.engine.composition import conflict_between
 from lightning_reg.engine.technique import Technique, phases_of
+from tests.conformance.by_hand import train_by_hand
 from tests.conformance.case import Case
 from tests.conformance.discovery import MissingCaseError, case_of, technique_classes
 from tests.conformance.harness import Run, demand, difference, fit
-from tests.conformance.problems import Problem
+from tests.conformance.problems import KINDS, Problem
 
-__all__ = ["common_problem", "need_other_layers", "order", "train_pair"]
+__all__ = ["as_by_hand", "common_problem", "made_for", "need_other_layers", "order", "train_pair"]
+
+# float32, sums in another order, 16 steps; what a technique does is larger by at least 10.
+_TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
+_EFFECT = {"rtol": 1e-3, "atol": 2e-4}
+
+
+def as_by_hand(case: Case) -> None:
+    """The technique alone trains as a loop written in plain PyTorch does, in which it makes a difference."""
+    name = case.cls.__name__
+    assert case.by_hand is not None, (
+        f"{name}: write `by_hand=` into the CASE: the class of a `Hand` (tests/conformance/by_hand.py), the technique's"
+        " part of a loop in plain PyTorch. Fits alone and in pairs are compared with it."
+    )
+    run = fit([case.make()], case.problem)
+    hand = train_by_hand(case.problem, [case.by_hand(case.make())], run.watch.random_before)
+    found = difference(hand, run.weights, **_TOLERANCE)
+    assert not found, f"{name}: the loop by hand and the fit differ: {found}"
+    plain = train_by_hand(case.problem, [])
+    assert difference(hand, plain, **_EFFECT), f"{name}: the loop by hand trains as one without the technique"
 
 
 def order(case: Case) -> None:
-    """The technique before every other one, itself included, trains with both at work, or is refused by both names."""
+    """The technique before every other one, itself included, trains as a loop of both, or is refused by both names."""
     others = [case]
     for cls in technique_classes():
         with suppress(MissingCaseError):  # a failure of its own
@@ -30,9 +52,10 @@ def order(case: Case) -> None:
 
 
 def _check_pair(case: Case, other: Case, problem: Problem, alone: dict[int, Any]) -> None:
-    run = train_pair(case.make(name="one"), other.make(name="two"), problem)
+    first, second = partial(made_for, case, "one", problem), partial(made_for, other, "two", problem)
+    run = train_pair(first(), second(), problem)
     names = f"{case.cls.__name__} before {other.cls.__name__}"
-    said = conflict_between(case.make(name="one"), other.make(name="two"))
+    said = conflict_between(first(), second())
     if run is None:
         assert said or need_other_layers(case, other), (
             f"{names}: refused in the middle of the fit; `conflict_with` must say it when the fit starts"
@@ -43,14 +66,33 @@ def _check_pair(case: Case, other: Case, problem: Problem, alone: dict[int, Any]
     for technique, its_case in zip(run.techniques, (case, other), strict=True):
         at_work = any(key.startswith(f"{technique.log_key}/") for key in run.own_scalars)
         assert at_work or "says_what_it_does" in its_case.exempt, f"{names}: nothing logged under {technique.log_key}/"
+    _check_by_hand(names, case, other, problem, run)
     if other.neutral is None or "neutral_is_nothing" in other.exempt:
         return
-    with_neutral = train_pair(case.make(name="one"), other.neutral(name="two"), problem)
+    with_neutral = train_pair(first(), second(other.neutral), problem)
     if with_neutral is not None:
         if id(problem) not in alone:
-            alone[id(problem)] = fit([case.make(name="one")], problem).weights
+            alone[id(problem)] = fit([first()], problem).weights
         found = difference(alone[id(problem)], with_neutral.weights)
         assert not found, f"{names}: at its neutral setting the second changes the weights: {found}"
+
+
+def _check_by_hand(names: str, case: Case, other: Case, problem: Problem, run: Run) -> None:
+    if case.by_hand is None or other.by_hand is None:
+        return  # the law `as_by_hand` asks for it
+
+    def trained(*cases: tuple[Case, str]) -> Any:
+        hands = [one.by_hand(made_for(one, name, problem)) for one, name in cases if one.by_hand is not None]
+        for hand, (one, _) in zip(hands, cases, strict=True):
+            hand.kind = str(one.data) if problem.parts else ""
+        return train_by_hand(problem, hands, run.watch.random_before)
+
+    both = trained((case, "one"), (other, "two"))
+    found = difference(both, run.weights, **_TOLERANCE)
+    assert not found, f"{names}: the loop by hand and the fit differ: {found}"
+    for one, name, rest in ((case, "one", other), (other, "two", case)):
+        alone = difference(trained((one, name)), both, **_EFFECT)
+        assert alone, f"{names}: beside {one.cls.__name__} the loop by hand does nothing for {rest.cls.__name__}"
 
 
 def need_other_layers(one: Case, two: Case) -> bool:
@@ -87,4 +129,24 @@ def common_problem(one: Case, two: Case) -> Problem | None:
         serves: list[Any] = [case.data, *case.problem.serves]
         if any(kind in serves for kind in (guest.data, *guest.also)):
             return case.problem
-    return None
+    of_one_loss = all(isinstance(case.data, str) and case.data in KINDS["both"].parts for case in (one, two))
+    return KINDS["both"] if of_one_loss else None
+
+
+def made_for(case: Case, name: str, problem: Problem, make: Callable[..., Technique] | None = None) -> Technique:
+    """A technique for a pair on a problem; of several losses it works on the one of its own kind.
+
+    Args:
+        case: The technique's case.
+        name: The instance's name.
+        problem: What it is to train on.
+        make: How it is made; ``None`` for the case's own way.
+
+    Returns:
+        A new instance.
+
+    """
+    options = {"name": name}
+    if problem.parts:
+        options["loss"] = problem.parts[str(case.data)].loss.__name__
+    return (make or case.make)(**options)

@@ -2,9 +2,9 @@
 
 import random
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,27 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, Sampler, TensorDataset
 from typing_extensions import override
 
-__all__ = ["BATCH", "BATCHES", "KINDS", "SIZE", "Loader", "Problem", "Resumable", "make_loader", "seeded"]
+__all__ = ["BATCH", "BATCHES", "KINDS", "SIZE", "Loader", "Part", "Problem", "Resumable", "make_loader", "seeded"]
 
 BATCH, SIZE = 4, 30  # the last batch of an epoch has 2 samples
 BATCHES = -(-SIZE // BATCH)
 CLASSES = 4
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the losses of a problem with several.
+
+    Args:
+        loss: The function of ``torch.nn.functional``.
+        outputs: Columns of the network's output that it gets.
+        targets: Its targets, from ``y``.
+
+    """
+
+    loss: Callable[[Tensor, Tensor], Tensor]
+    outputs: slice
+    targets: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -32,6 +48,7 @@ class Problem:
         data: Makes ``(x, y)`` with as many samples as asked for; random draws in here are seeded.
         loss: Value from the network's output and ``y``.
         serves: Names of the problems whose techniques train on this one too, besides its own.
+        parts: If ``loss`` is the sum of several, these by the name of the problem that each one is.
 
     """
 
@@ -39,6 +56,7 @@ class Problem:
     data: Callable[[int], tuple[Tensor, Tensor]]
     loss: Callable[[Tensor, Tensor], Tensor]
     serves: Sequence[str] = ()
+    parts: Mapping[str, Part] = field(default_factory=dict)
 
 
 def _layers(first: nn.Module, body: nn.Module, head: nn.Module) -> nn.Module:
@@ -77,6 +95,23 @@ def _numbers(size: int) -> tuple[Tensor, Tensor]:
     return x, (x[:, :2] + x[:, 2:4]).tanh() + 0.1 * torch.randn(size, 2)
 
 
+def _labels_and_numbers(size: int) -> tuple[Tensor, Tensor]:
+    x, y = _numbers(size)
+    return x, torch.cat([(x[:, :CLASSES] + torch.randn(size, CLASSES)).argmax(1, keepdim=True), y], 1)
+
+
+_BOTH = {
+    "classification": Part(F.cross_entropy, slice(CLASSES), lambda y: y[:, 0].long()),
+    "regression": Part(F.mse_loss, slice(CLASSES, None), lambda y: y[:, 1:]),
+}
+
+
+def _sum_of_both(outputs: Tensor, y: Tensor) -> Tensor:
+    classes, numbers = _BOTH.values()
+    loss = F.cross_entropy(outputs[:, classes.outputs], classes.targets(y))
+    return loss + F.mse_loss(outputs[:, numbers.outputs], numbers.targets(y))
+
+
 def _token_loss(logits: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), y.flatten())
 
@@ -85,6 +120,12 @@ KINDS = {
     "classification": Problem(_vectors, _labelled(8), F.cross_entropy),
     "images": Problem(_images, _labelled(3, 8, 8), F.cross_entropy, serves=["classification"]),
     "regression": Problem(lambda: _layers(nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 2)), _numbers, F.mse_loss),
+    "both": Problem(
+        lambda: _layers(nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, CLASSES + 2)),
+        _labels_and_numbers,
+        _sum_of_both,
+        parts=_BOTH,
+    ),
     "tokens": Problem(_tokens, _sequences, _token_loss),
 }
 

@@ -10,6 +10,7 @@ from lightning_reg.engine import host
 from lightning_reg.engine.distributed import all_reduce_mean
 from lightning_reg.engine.errors import check_choice, check_number
 from lightning_reg.engine.technique import Technique
+from tests.conformance.by_hand import Hand
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from lightning_reg.engine.loss_call import LossCall
     from lightning_reg.engine.step import Step
 
-__all__ = ["Sound", "spread_loss"]
+__all__ = ["Sound", "SoundByHand", "spread_loss"]
 
 
 def spread_loss(logits: Tensor, mean: Tensor) -> Tensor:
@@ -104,3 +105,16 @@ class Sound(Technique):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._mean = state_dict["mean"].clone() if state_dict else None
+
+
+class SoundByHand(Hand):
+    """The same in the plain loop."""
+
+    mean = None
+
+    def term(self, loop, moment):
+        logits = moment.logits
+        now = logits.detach().mean(0)
+        self.mean = now if self.mean is None else 0.9 * self.mean + 0.1 * now
+        strength = 0.3 * (0.5 + torch.rand((), generator=moment.draws(self.technique)))
+        return strength * (logits - self.mean).square().sum() / logits.numel()

@@ -19,14 +19,54 @@ from lightning_reg.functional import (
     forgetting,
     softmax_distillation_loss,
 )
+from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
 from tests.toys import INPUTS, QUIET, Boom, BoomError, Callback, Classifier, fit, make_trainer, same_weights
 
 pytestmark = QUIET
 
+
+OLD_BIAS = torch.tensor([0.5, -0.5, 0.25, 0.0])
+
+
+def after_one_task(*arguments, **options):
+    """As it is when one task is over: its teacher is the network at the start with another bias at the end."""
+    distillation = PredictionDistillation(*arguments, **options)
+    state = {"finished": 1, "in_task": False, "columns": 2, "teacher": {"net.head.bias": OLD_BIAS.clone()}}
+    distillation.load_state_dict(state)
+    return distillation
+
+
+class PredictionsByHand(Hand):
+    """Two old classes as the teacher has them, two new ones as they are labelled; each a yes or no."""
+
+    def begin(self, loop):
+        self.teacher = loop.constants()
+        self.teacher["net.head.bias"][:4] = OLD_BIAS
+
+    def observe(self, loop, moment):
+        self.wanted = F.one_hot(moment.y, 4).float()
+        self.wanted[:, :2] = loop.run(self.teacher, moment.x)[0].detach().sigmoid()[:, :2]
+
+    def losses(self, output, moment):
+        return -(self.wanted * output.sigmoid().log() + (1 - self.wanted) * (-output).sigmoid().log()).sum(1)
+
+
+class FeaturesByHand(Hand):
+    def begin(self, loop):
+        self.teacher = loop.constants()
+
+    def observe(self, loop, moment):
+        self.wanted = loop.run(self.teacher, moment.x)[1]["net.body"].detach()
+
+    def term(self, loop, moment):
+        return 0.5 * (moment.features["net.body"] - self.wanted).square().sum() / len(moment.x)
+
+
 CASE = (
     Case(
-        make=partial(PredictionDistillation, new_classes=[4, 0, 0]),
+        make=partial(after_one_task, new_classes=[2, 2, 0, 0]),
+        by_hand=PredictionsByHand,
         neutral=partial(PredictionDistillation, loss_form="softmax", weight=0.0),
         variants=[
             PredictionDistillation,
@@ -41,6 +81,8 @@ CASE = (
     ),
     Case(
         make=partial(FeatureDistillation, layer="net.body", weight=0.5, anchor="start_of_fit"),
+        by_hand=FeaturesByHand,
+        also=["regression"],
         neutral=partial(FeatureDistillation, layer="net.body", weight=0.0),
         variants=[partial(FeatureDistillation, "net.act_body"), partial(FeatureDistillation, "net.body", loss="last")],
         invalid=[({"layer": "net.body", "weight": -0.1}, "weight")],

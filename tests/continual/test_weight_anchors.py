@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_reg import EWC, L2ToStart
 from lightning_reg.engine.errors import MisconfigurationException
 from lightning_reg.functional import fisher_diagonal, fisher_losses, quadratic_penalty
+from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
 from tests.toys import (
     BATCH,
@@ -30,18 +31,35 @@ from tests.toys import (
 pytestmark = QUIET
 
 
+ANCHOR, FISHER = torch.tensor([0.5, -0.5, 0.25, 0.0]), torch.tensor([0.1, 0.2, 0.05, 0.1])
+
+
 def after_one_task(**arguments):
     """As it is when one task is over. Only what the networks of all the suite's problems share is tied."""
     ewc = EWC(**arguments)
-    anchors = {"net.head.bias": torch.tensor([0.5, -0.5, 0.25, 0.0])}
-    fisher = {"net.head.bias": torch.tensor([0.1, 0.2, 0.05, 0.1])}
-    ewc.load_state_dict({"finished": 1, "in_task": False, "slots": [{"anchors": anchors, "weights": fisher}]})
+    slot = {"anchors": {"net.head.bias": ANCHOR.clone()}, "weights": {"net.head.bias": FISHER.clone()}}
+    ewc.load_state_dict({"finished": 1, "in_task": False, "slots": [slot]})
     return ewc
+
+
+class TieByHand(Hand):
+    def begin(self, loop):
+        self.start = loop.constants()
+
+    def penalty(self, weights):
+        return 0.5 * sum((w - self.start[name]).square().sum() for name, w in weights.items())
+
+
+class FirmTieByHand(Hand):
+    def penalty(self, weights):
+        return 5.0 * (FISHER * (weights["net.head.bias"][:4] - ANCHOR).square()).sum()
 
 
 CASE = (
     Case(
         make=partial(L2ToStart, weight=0.5),
+        by_hand=TieByHand,
+        also=["regression"],
         neutral=partial(L2ToStart, weight=0.0),
         variants=[
             partial(L2ToStart, weight=0.5, params=["net.*.weight"], exclude=["net.head.*"]),
@@ -52,6 +70,7 @@ CASE = (
     ),
     Case(
         make=partial(after_one_task, weight=5.0),
+        by_hand=FirmTieByHand,
         neutral=partial(after_one_task, weight=0.0),
         variants=[
             partial(after_one_task, weight=5.0, labels="sample", fisher_batches=2, memory="online"),

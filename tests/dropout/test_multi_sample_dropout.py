@@ -3,6 +3,7 @@
 import math
 from collections import OrderedDict
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from torchmetrics import SumMetric
 from lightning_reg import LossMixin, MultiSampleDropout, MultiSampleDropoutLayer
 from lightning_reg.dropout._layers import kind_of, mask_shape
 from lightning_reg.engine.errors import MisconfigurationException
+from lightning_reg.engine.row_draws import keep_mask
 from lightning_reg.functional import dropout_copies, fold, multi_sample_dropout, multi_sample_loss
+from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
 from tests.conformance.problems import Problem
 from tests.toys import (
@@ -56,10 +59,25 @@ def data(size):
     return x, (x.flatten(1)[:, :4] + torch.randn(size, 4)).argmax(1)
 
 
+class CopiesByHand(Hand):
+    """The network once for each mask; the masks are the technique's own draws."""
+
+    copies = 4
+
+    def edit(self, name, rows, moment, copy):
+        if name != "net.drop":
+            return rows
+        step = SimpleNamespace(batches_so_far=moment.count, stream="")
+        seed = self.technique._seed_of(SimpleNamespace(step=step, number=0))
+        keep = keep_mask(seed, torch.arange(len(rows)), range(copy, copy + 1), rows.shape[1:], 0.5)
+        return rows * keep[0] * 2
+
+
 SAMPLED = partial(MultiSampleDropout, "net.drop", num_samples=4)
 CASE = Case(
     make=SAMPLED,
     neutral=partial(MultiSampleDropout, "net.drop", num_samples=1),
+    by_hand=CopiesByHand,
     data=Problem(net, data, F.cross_entropy, serves=["images", "classification"]),
     variants=[
         partial(SAMPLED, p=0.3),

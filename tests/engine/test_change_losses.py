@@ -4,8 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_reg import LossMixin
+from lightning_reg import LossMixin, Mixup, MultiSampleDropout
 from lightning_reg.engine.errors import MisconfigurationException
+from tests.conformance.by_hand import Hand, train_by_hand
+from tests.conformance.discovery import case_of
+from tests.conformance.harness import difference
+from tests.conformance.harness import fit as fit_quietly
 from tests.toys import CLASSES, QUIET, Classifier, Term, WeightsByLabel, _Toy, fit, same_weights
 
 pytestmark = QUIET
@@ -78,6 +82,33 @@ def test_losses_by_hand_and_the_last_call():
         fit(module, Squares(loss=loss))
     assert same_weights(modules[0], modules[1], atol=1e-6)  # float32, 8 steps
     assert same_weights(modules[2], modules[1], atol=1e-6)
+
+
+class Spread(_Toy):
+    """The sum of squares of the logits, whoever owns the sample."""
+
+    takes_mixed = True
+
+    def change_losses(self, call):
+        return call.logits.square().sum(1)
+
+
+class SpreadByHand(Hand):
+    def losses(self, output, moment):
+        return output.square().sum(1)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_losses_of_copies_are_those_of_each_copy(mixed):
+    dropout = case_of(MultiSampleDropout)
+    cases = [*([case_of(Mixup)] if mixed else []), dropout]
+    run = fit_quietly([*(case.make() for case in cases), Spread()], dropout.problem)
+    hands = [*(case.by_hand(case.make()) for case in cases), SpreadByHand(None)]
+    hand = train_by_hand(dropout.problem, hands)
+    assert not difference(run.weights, hand, rtol=1e-4, atol=1e-5)  # float32, 16 steps
+    # The logits of the mean prediction are other ones.
+    assert difference(hand, train_by_hand(dropout.problem, hands[-1:]), rtol=1e-3, atol=1e-4)
+    assert {row["reg/spread/loss"] for _, row in run.logged if "reg/spread/loss" in row}
 
 
 def test_refusals():

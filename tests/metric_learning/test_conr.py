@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_reg import ConR, LossMixin
 from lightning_reg.engine.errors import MisconfigurationException
 from lightning_reg.functional import conr_loss, inverse_density_weights, label_distance, pair_masks
+from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
 from tests.toys import QUIET, make_trainer
 
@@ -34,9 +35,32 @@ def jitter(x):
 
 HERE = "tests.metric_learning.test_conr"
 SMALL = {"layer": "net.body", "window": 0.5, "temperature": 0.5, "eta": 0.5}
+
+
+class ContrastByHand(Hand):
+    """Two views of the batch through the network, one pair of rows after the other."""
+
+    def term(self, loop, moment):
+        x, y = shrink(moment.x).repeat(2, 1), moment.y.repeat(2, 1)
+        predictions, features = loop.run(loop.used(loop.weights()), x)
+        z = features["net.body"] / features["net.body"].norm(dim=1, keepdim=True)
+        total = torch.zeros(())
+        for i in range(len(x)):
+            apart, close = ((t - t[i]).abs().sum(1) for t in (y, predictions.detach()))
+            positives = [j for j in range(len(x)) if j != i and apart[j] <= 0.5]
+            negatives = [j for j in range(len(x)) if apart[j] > 0.5 and close[j] <= 0.5]
+            if negatives:
+                alike = ((z @ z[i]) / 0.5).exp()
+                pushed = sum((0.5 * apart[j]).exp() * alike[j] for j in negatives)
+                denominator = sum(alike[j] for j in positives) + pushed
+                total = total - sum((alike[j] / denominator).log() for j in positives) / len(positives)
+        return total / len(x)
+
+
 CASE = Case(
     make=partial(ConR, **SMALL, augment=f"{HERE}.shrink"),
     neutral=partial(ConR, **SMALL, beta=0.0, augment=f"{HERE}.shrink"),
+    by_hand=ContrastByHand,
     data="regression",
     variants=[
         partial(ConR, **SMALL, augment=f"{HERE}.jitter", seed=3),

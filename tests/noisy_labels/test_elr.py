@@ -19,10 +19,28 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from lightning_reg import ELRCallback
 from lightning_reg.engine.errors import MisconfigurationException
 from lightning_reg.functional import elr_loss, elr_regularizer, elr_update_targets
+from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
+
+
+class EarlyLearningByHand(Hand):
+    """Targets move with unmixed batches only; a mixed sample has a share of two of them."""
+
+    def begin(self, loop):
+        self.targets = torch.zeros(len(loop.x), 4)
+
+    def term(self, loop, moment):
+        p = moment.probabilities.clamp(1e-4, 1 - 1e-4)
+        if moment.partners is None:
+            seen = (p / p.sum(1, keepdim=True)).detach()
+            self.targets[moment.index] = 0.7 * self.targets[moment.index] + 0.3 * seen
+        q = moment.mixed(self.targets[moment.index])
+        return 3.0 * (1 - (q * p).sum(1)).log().mean()
+
 
 CASE = Case(
     make=partial(ELRCallback, lam=3.0, beta=0.7),
+    by_hand=EarlyLearningByHand,
     neutral=partial(ELRCallback, lam=0.0),
     variants=[
         partial(ELRCallback, warmup_epochs=1),

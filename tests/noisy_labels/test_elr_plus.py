@@ -19,9 +19,73 @@ from lightning_reg.engine.mixing import draw_lam, draw_permutation
 from lightning_reg.engine.reordering import Reordered
 from lightning_reg.engine.trained_peers import reset_parameters_
 from lightning_reg.functional import elr_plus_decay, elr_plus_loss, elr_plus_targets, refine_labels, sigmoid_rampup
+from tests.conformance.by_hand import LEARNING_RATE, MOMENTUM, Hand
 from tests.conformance.case import Case
+from tests.conformance.problems import make_loader as make_loader_of
+
+
+class TwoNetworksByHand(Hand):
+    """The first network learns from the second one's average; the second trains after each epoch, on its own."""
+
+    def begin(self, loop):
+        net = copy.deepcopy(loop.net)
+        reset_parameters_(net, self.technique.derived_seed("weights"))
+        self.second = {f"net.{name}": p.detach().requires_grad_() for name, p in net.named_parameters()}
+        self.optimizer = torch.optim.SGD(list(self.second.values()), LEARNING_RATE, MOMENTUM)
+        self.averages = [loop.constants(), {name: w.detach().clone() for name, w in self.second.items()}]
+        self.targets, self.steps = [torch.zeros(len(loop.x), 4) for _ in range(2)], [0, 0]
+        self.order = Reordered(make_loader_of(loop.problem, 4, len(loop.x), None), self.technique)
+
+    def update_average(self, number, now):
+        self.steps[number] += 1
+        share = 0.9 * math.exp(-5 * (1 - min(self.steps[number] + 1, 10) / 10) ** 2)
+        old = self.averages[number]
+        self.averages[number] = {name: share * old[name] + (1 - share) * w.detach() for name, w in now.items()}
+
+    def update_targets(self, number, index, teacher_logits):
+        table = self.targets[number]
+        table[index] = 0.7 * table[index] + 0.3 * teacher_logits.detach().softmax(1)
+        return table[index]
+
+    def regularizer(self, q, probabilities):
+        return 3.0 * (1 - (q * probabilities.clamp(1e-4, 1 - 1e-4)).sum(1)).log().mean()
+
+    def observe(self, loop, moment):
+        torch.set_rng_state(moment.random)  # dropout is that of the user's own step
+        logits = loop.read(drop_out(loop.whole, self.averages[1], moment.x))
+        self.q = self.update_targets(0, moment.index, logits)
+
+    def term(self, loop, moment):
+        return self.regularizer(self.q, moment.probabilities)
+
+    def after_step(self, loop, moment):
+        self.update_average(0, loop.constants())
+
+    def after_epoch(self, loop, epoch):
+        for position, index in enumerate(self.order.draws(epoch)):
+            outputs = []
+            for weights in (self.averages[0], self.second):
+                torch.manual_seed(self.technique.derived_seed(f"batch 0 {epoch} {position}"))
+                outputs.append(drop_out(loop.whole, weights, loop.x[index]))
+            q = self.update_targets(1, index, loop.read(outputs[0]))
+            loss = loop.problem.loss(outputs[1], loop.y[index])
+            loss = loss + self.regularizer(q, loop.read(outputs[1]).softmax(1))
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.update_average(1, self.second)
+
+
+def drop_out(loop, weights, x):
+    """The network in train mode."""
+    loop.net.train()
+    output, _ = loop.run(weights, x)
+    loop.net.eval()
+    return output
+
 
 CASE = Case(
+    by_hand=TwoNetworksByHand,
     make=partial(ELRPlusCallback, mixup_alpha=0.0, decay=0.9, decay_rampup_steps=10),
     neutral=partial(ELRPlusCallback, lam=0.0, mixup_alpha=0.0),
     variants=[

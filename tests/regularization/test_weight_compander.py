@@ -19,12 +19,25 @@ from lightning_reg import Compander, WeightCompander
 from lightning_reg.engine.errors import MisconfigurationException
 from lightning_reg.functional import bake_companders, compand, compand_gradients, expand, weight_stats
 from lightning_reg.regularization._companding import compand_all, pull_back_all_, shapes_for
+from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
 from tests.conformance.laws import LAWS
 from tests.toys import QUIET, Callback, Classifier, fit, make_loader, make_trainer, same_weights, weights_of
 
+
+class CompandedByHand(Hand):
+    layer, a, b = "net.", 0.5, 0.3
+
+    def latent(self, name, weight):
+        if weight.dim() < 2 or not name.startswith(self.layer):
+            return None
+        return self.b * (weight / self.a).tan(), lambda v: self.a * (v / self.b).atan()
+
+
 CASE = Case(
     make=partial(WeightCompander, a=0.5, b=0.3),
+    by_hand=CompandedByHand,
+    also=["regression"],
     neutral=partial(WeightCompander, fn="identity"),
     variants=[
         partial(WeightCompander, a=0.5, b=0.3, learn=True, shape_lr_factor=0.1),

@@ -32,14 +32,22 @@ from lightning_reg.functional import (
     sequence_losses,
     weighted_loss,
 )
+from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
 from tests.toys import QUIET, TWO_RANKS, Callback, Classifier, StepLosses, fit, make_trainer, same_weights
 
 ROOT = Path(__file__).parents[2]
 
+
+class ReweightingByHand(Hand):
+    def weights(self, losses):
+        return len(losses) * torch.tensor(by_hand(losses.tolist()))
+
+
 CASE = Case(
     make=partial(LossReweighting, warmup_steps=0),
     neutral=partial(LossReweighting, strategy="uniform", warmup_steps=0),
+    by_hand=ReweightingByHand,
     also=["regression"],
     variants=[
         partial(LossReweighting, strategy="quadratic", r=1.0, warmup_steps=5),

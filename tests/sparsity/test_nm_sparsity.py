@@ -36,15 +36,36 @@ from lightning_reg.functional import (
 )
 from lightning_reg.sparsity._nm_graph import Chain
 from lightning_reg.sparsity._nm_permute import permute_network_
+from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
 from tests.conformance.harness import difference, fit
 from tests.toys import QUIET, make_trainer
 
 # D depends on the optimizer step by definition, so `make` has a constant one: the law of precision compares runs with
 # different numbers of optimizer steps. The recipes that decay are among the variants.
+
+
+class SparsityByHand(Hand):
+    """Straight through masks of 1:4 in the middle layer, and a pull on what is pruned."""
+
+    layer, pattern, pull = "net.body.", (1, 4), 0.1
+
+    def mask(self, name, weight):
+        is_sparse = name.startswith(self.layer) and weight.dim() > 1
+        kept = torch.ones_like(weight, dtype=torch.bool)
+        return reference_mask(weight.detach(), *self.pattern) if is_sparse else kept
+
+    def used(self, name, weight):
+        return weight - (weight * ~self.mask(name, weight)).detach()
+
+    def penalty(self, weights):
+        return sum(self.pull / 2 * (w * ~self.mask(name, w)).square().sum() for name, w in weights.items())
+
+
 CASE = Case(
     make=partial(NMSparsity, 1, 4, recipe="srste", lambda_w=0.1, dense_fraction=0.0),
     neutral=partial(NMSparsity, 4, 4),
+    by_hand=SparsityByHand,
     also=["regression"],
     variants=[
         partial(NMSparsity, 2, 4, recipe="mdgf_exp"),

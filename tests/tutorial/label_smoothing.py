@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -27,7 +28,6 @@ def label_smoothing_term(logits: Tensor, labels: Tensor) -> Tensor:
         ``(B,)``, float32.
 
     Example:
-        >>> import torch
         >>> label_smoothing_term(torch.zeros(1, 4), torch.tensor([2]))
         tensor([0.])
 
@@ -79,4 +79,5 @@ class LabelSmoothing(Technique):
     def loss_term(self, call: "LossCall") -> Tensor | None:
         if not self.epsilon:
             return None
-        return self.epsilon * label_smoothing_term(call.logits, call.labels)
+        terms = [label_smoothing_term(copy.logits, call.labels) for copy in call.copies()]
+        return self.epsilon * torch.stack(terms).mean(0)

@@ -6,15 +6,27 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
 from tests.toys import QUIET, Classifier, fit
 from tests.tutorial.label_smoothing import LabelSmoothing, label_smoothing_term
 
 pytestmark = QUIET
 
+
+class SmoothedByHand(Hand):
+    def term(self, loop, moment):
+        smooth, plain = (
+            sum(F.cross_entropy(output, moment.y, label_smoothing=epsilon) for output in moment.outputs)
+            for epsilon in (0.2, 0.0)
+        )
+        return (smooth - plain) / len(moment.outputs)
+
+
 CASE = Case(
     make=partial(LabelSmoothing, 0.2),
     neutral=partial(LabelSmoothing, 0.0),
+    by_hand=SmoothedByHand,
     invalid=[({"epsilon": -0.1}, "epsilon"), ({"epsilon": 1.0}, "epsilon")],
 )
 

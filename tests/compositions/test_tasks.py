@@ -1,0 +1,138 @@
+"""Techniques that carry something from task to task beside others, against loops written by hand."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lightning_reg import (
+    EWC,
+    ELRCallback,
+    LossReweighting,
+    NMSparsity,
+    PredictionDistillation,
+    SoupAverager,
+)
+from lightning_reg.functional import elr_regularizer, elr_targets, nm_mask, reweight
+from tests.compositions.shared import Net, data, train
+from tests.toys import QUIET
+
+pytestmark = QUIET
+
+
+def fisher_by_hand(net):
+    """In float64, from batches of one, at the label that is most probable."""
+    net = copy.deepcopy(net).double()
+    fisher = [torch.zeros_like(p) for p in net.parameters()]
+    for x, _ in data():
+        z = net(x[None].double())
+        gradients = torch.autograd.grad(F.cross_entropy(z, z.argmax(1)), list(net.parameters()))
+        fisher = [f + g**2 / len(data()) for f, g in zip(fisher, gradients, strict=True)]
+    return [f.float() for f in fisher]
+
+
+def train_task(net, loss, gradients=lambda net: [0.0] * 6, sparse=False):
+    """A task: the weight in the middle is masked in forward and backward if ``sparse``, and for good at the end."""
+    middle = net.net[2].weight
+    for _ in range(2):
+        for start in range(0, 24, 8):
+            x, y = (t[start : start + 8] for t in data().tensors)
+            dense = middle.detach().clone()
+            if sparse:
+                middle.data.mul_(nm_mask(dense, 1, 4))
+            found = torch.autograd.grad(loss(net, x, y, start), list(net.parameters()))
+            middle.data.copy_(dense)
+            with torch.no_grad():
+                for p, g, more in zip(net.parameters(), found, gradients(net), strict=True):
+                    p.sub_(0.2 * (g + more))
+    if sparse:
+        middle.data.mul_(nm_mask(middle.detach(), 1, 4))
+
+
+def cross_entropy(net, x, y, start):
+    return F.cross_entropy(net(x), y)
+
+
+@pytest.mark.by_hand("EWC", "NMSparsity")
+@pytest.mark.parametrize("first", [True, False], ids=["EWC first", "sparsity first"])
+def test_ewc_ties_dense_weights_to_dense_anchors(first):
+    techniques = [EWC(300.0), NMSparsity(1, 4, recipe="ste", dense_fraction=0.0)]
+    module, hand = Net(), Net()
+    for _ in range(2):
+        train(*(techniques if first else techniques[::-1]), module=module)
+    train_task(hand, cross_entropy, sparse=True)
+    anchors, fisher = [p.detach().clone() for p in hand.parameters()], fisher_by_hand(hand)
+
+    def pull(net):
+        return [600.0 * f * (p - a) for p, a, f in zip(net.parameters(), anchors, fisher, strict=True)]
+
+    plain = copy.deepcopy(hand)
+    train_task(hand, cross_entropy, pull, sparse=True)
+    train_task(plain, cross_entropy, sparse=True)
+    for one, two in zip(module.parameters(), hand.parameters(), strict=True):
+        torch.testing.assert_close(one, two, atol=2e-6, rtol=1e-5)  # float32, 12 steps
+    assert not torch.allclose(plain.net[2].weight, hand.net[2].weight, atol=1e-3)
+
+
+@pytest.mark.by_hand("EWC", "SoupAverager")
+@pytest.mark.parametrize("first", [True, False], ids=["EWC first", "average first"])
+def test_ewc_ties_to_the_average_that_the_fit_ends_with(first):
+    techniques = [EWC(3.0), SoupAverager(method="uniform")]
+    module = train(*(techniques if first else techniques[::-1]))
+    (slot,) = techniques[0].state_dict()["slots"]
+    for (name, p), fisher in zip(module.named_parameters(), fisher_by_hand(module), strict=True):
+        assert torch.equal(slot["anchors"][name], p)
+        torch.testing.assert_close(slot["weights"][name], fisher, rtol=1e-4, atol=1e-9)  # float32
+
+
+def one_vs_all(net, teacher, x):
+    """Losses of a task without new classes: the teacher's word alone."""
+    with torch.no_grad():
+        t = teacher(x).sigmoid()
+    return F.binary_cross_entropy_with_logits(net(x), t, reduction="none").sum(1)
+
+
+@pytest.mark.by_hand("LossReweighting", "PredictionDistillation")
+@pytest.mark.parametrize("first", [True, False], ids=["reweighting first", "distillation first"])
+def test_reweighting_reads_the_losses_that_distillation_has_put_in(first):
+    techniques = [LossReweighting(warmup_steps=0), PredictionDistillation(new_classes=[3, 0])]
+    module = train(*(techniques if first else techniques[::-1]))
+    teacher, hand = copy.deepcopy(module), copy.deepcopy(module)
+    with torch.no_grad():
+        for net in (module, hand):
+            for p in net.parameters():
+                p.mul_(0.5)
+    train(*(techniques if first else techniques[::-1]), module=module)
+
+    def loss(net, x, y, start):
+        losses = one_vs_all(net, teacher, x)
+        return (reweight(losses.detach()) * losses).sum()
+
+    train_task(hand, loss)
+    for one, two in zip(module.parameters(), hand.parameters(), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)  # float32, 6 steps
+
+
+@pytest.mark.by_hand("ELRCallback", "PredictionDistillation")
+@pytest.mark.parametrize("first", [True, False], ids=["early learning first", "distillation first"])
+def test_early_learning_regularization_joins_distillation(first):
+    techniques = [ELRCallback(lam=2.0, beta=0.6), PredictionDistillation(new_classes=[3, 0])]
+    module = train(*(techniques if first else techniques[::-1]))
+    teacher, hand = copy.deepcopy(module), copy.deepcopy(module)
+    with torch.no_grad():
+        for net in (module, hand):
+            for p in net.parameters():
+                p.mul_(0.5)
+    train(*(techniques if first else techniques[::-1]), module=module)
+    targets = torch.zeros(24, 3)
+
+    def loss(net, x, y, start):
+        z = net(x)
+        rows = elr_targets(targets[start : start + 8], z.softmax(1).clamp(1e-4, 1 - 1e-4), 0.6)
+        targets[start : start + 8] = rows
+        return one_vs_all(net, teacher, x).mean() + 2.0 * elr_regularizer(z, rows)
+
+    train_task(hand, loss)
+    for one, two in zip(module.parameters(), hand.parameters(), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)  # float32, 6 steps

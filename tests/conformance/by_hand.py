@@ -1,0 +1,315 @@
+"""Training in plain PyTorch with the techniques written out, for the laws to compare fits with.
+
+Nothing here comes from the engine: weights are tensors by name, what trains is a leaf of the autograd graph, a sparse
+or mapped weight is a function of it, a penalty is a term of the loss. A technique's part of the loop is a
+:class:`Hand` in its test file; the loop knows no technique. Where a problem has several losses, each technique works on
+one of them, and sees targets and outputs of that one.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from tests.conformance.problems import BATCH, SIZE, Part, Problem, seeded
+
+__all__ = ["EPOCHS", "LEARNING_RATE", "MOMENTUM", "Hand", "Loop", "Moment", "View", "train_by_hand"]
+
+EPOCHS, LEARNING_RATE, MOMENTUM = 2, 0.05, 0.9  # those of the harness
+
+
+@dataclass
+class Moment:
+    """A step of the loop.
+
+    Args:
+        x: Inputs ``(B, ...)``, mixed once they are.
+        y: Targets as the data set has them.
+        index: Positions in the data set ``(B,)``.
+        count: Batches so far, this one included.
+        random: Global random state of torch when the user's step began.
+
+    Attributes:
+        partners: ``(B,)`` where the batch is mixed, else ``None``.
+        share: Each sample's own share.
+        outputs: The network's output for each copy of the rows.
+        features: Outputs of the layers by name, for the first copy.
+
+    """
+
+    x: Tensor
+    y: Tensor
+    index: Tensor
+    count: int
+    random: Tensor | None = None
+    partners: Tensor | None = None
+    share: float = 1.0
+    outputs: list[Tensor] = field(default_factory=list)
+    features: dict[str, Tensor] = field(default_factory=dict)
+
+    def of(self, part: Part) -> "Moment":
+        """The step as one of several losses has it."""
+        return replace(self, y=part.targets(self.y), outputs=[o[:, part.outputs] for o in self.outputs])
+
+    @property
+    def probabilities(self) -> Tensor:
+        """Mean over the copies of the predicted probabilities."""
+        return torch.stack([output.softmax(1) for output in self.outputs]).mean(0)
+
+    @property
+    def logits(self) -> Tensor:
+        """The output; of several copies the logarithm of their mean probabilities."""
+        return self.outputs[0] if len(self.outputs) == 1 else self.probabilities.log()
+
+    def mixed(self, rows: Tensor) -> Tensor:
+        """What a sample has of one row per sample: its own, or a share of two."""
+        return rows if self.partners is None else self.share * rows + (1 - self.share) * rows[self.partners]
+
+    def draws(self, technique: Any, stream: str = "") -> torch.Generator:
+        """The technique's own random generator in this step."""
+        return technique.generator(SimpleNamespace(batches_so_far=self.count, stream=stream), same_on_ranks=True)
+
+
+class Hand:
+    """A technique's part of the loop: what a method returns is done; each does nothing unless it is overridden.
+
+    Args:
+        technique: The instance that is trained with, for its arguments and its random draws.
+
+    """
+
+    copies = 1
+    kind = ""  # which of several losses it works on
+
+    def __init__(self, technique: Any) -> None:
+        self.technique = technique
+
+    def latent(self, name: str, weight: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
+        """What is trained in place of a weight, and the weight as a function of it."""
+
+    def begin(self, loop: "View") -> None:
+        """Before the first step."""
+
+    def mix(self, moment: Moment) -> tuple[Tensor, Tensor, float] | None:
+        """Mixed inputs, partners and own share, if it mixes this batch; asked while nobody has."""
+
+    def observe(self, loop: "View", moment: Moment) -> None:
+        """The batch is final."""
+
+    def used(self, name: str, weight: Tensor) -> Tensor:
+        """The weight that the network uses, with gradient."""
+        return weight
+
+    def edit(self, name: str, rows: Tensor, moment: Moment, copy: int) -> Tensor:
+        """Output of a layer in one of the copies."""
+        return rows
+
+    def losses(self, output: Tensor, moment: Moment) -> Tensor | None:
+        """Losses of the samples ``(B,)`` that replace the user's, for the output of one copy."""
+
+    def weights(self, losses: Tensor) -> Tensor | None:
+        """Weights of the samples ``(B,)``, whose mean without effect is 1."""
+
+    def term(self, loop: "View", moment: Moment) -> Tensor | None:
+        """Joins the loss; ``()``."""
+
+    def penalty(self, weights: dict[str, Tensor]) -> Tensor | None:
+        """A term of the weights alone; ``()``."""
+
+    def after_step(self, loop: "View", moment: Moment) -> None:
+        """After the optimizer's step."""
+
+    def after_epoch(self, loop: "View", epoch: int) -> None:
+        """After the last step of an epoch, counted from 0."""
+
+    def end(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weights to end with, before the network's own use of them."""
+        return weights
+
+
+class Loop:
+    """Weights, data, and the steps.
+
+    Args:
+        problem: What is trained on what.
+        hands: The techniques' parts, in the order of the callbacks.
+        random: Global random state of torch before each step.
+
+    """
+
+    def __init__(self, problem: Problem, hands: Sequence[Hand], random: Sequence[Tensor] = ()) -> None:
+        self.problem, self.hands, self.random = problem, hands, random
+        self.parts = problem.parts or {"": Part(problem.loss, slice(None), lambda y: y)}
+        self.views = {kind: View(self, part) for kind, part in self.parts.items()}
+        with seeded(0):
+            self.net = problem.net().eval()
+        with seeded(1):
+            self.x, self.y = problem.data(SIZE)
+        self.leaves: dict[str, Tensor] = {}
+        self.maps: dict[str, Callable[[Tensor], Tensor]] = {}
+        for name, parameter in self.net.named_parameters():
+            self._add(f"net.{name}", parameter.detach().clone())
+
+    def _add(self, name: str, weight: Tensor) -> None:
+        for hand in self.hands:
+            latent = hand.latent(name, weight)
+            if latent is not None:
+                weight, self.maps[name] = latent
+        self.leaves[name] = weight.requires_grad_()
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights by the module's names, with gradient to what is trained."""
+        return {name: self.maps[name](leaf) if name in self.maps else leaf for name, leaf in self.leaves.items()}
+
+    def constants(self) -> dict[str, Tensor]:
+        """A copy of the present weights."""
+        return {name: weight.detach().clone() for name, weight in self.weights().items()}
+
+    def steps(self, epoch: int) -> Iterator[Moment]:
+        """The batches of an epoch."""
+        order = torch.randperm(SIZE, generator=torch.Generator().manual_seed(epoch)).split(BATCH)
+        for count, index in enumerate(order, epoch * len(order) + 1):
+            random = self.random[count - 1] if len(self.random) else None
+            yield Moment(self.x[index], self.y[index], index, count, random)
+
+    def run(
+        self, weights: dict[str, Tensor], x: Tensor, edit: Callable[[str, Tensor], Tensor] = lambda _, rows: rows
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The network layer by layer: its output, and that of each layer by name."""
+        features = {}
+        for child, layer in self.net.named_children():
+            name = f"net.{child}"
+            own = {key[len(name) + 1 :]: w for key, w in weights.items() if key.startswith(f"{name}.")}
+            x = features[name] = edit(name, functional_call(layer, own, x))
+        return x, features
+
+    def train(self) -> None:
+        """All epochs."""
+        optimizer = torch.optim.SGD(list(self.leaves.values()), LEARNING_RATE, MOMENTUM)
+        for hand in self.hands:
+            hand.begin(self.views[hand.kind])
+        for epoch in range(EPOCHS):
+            for moment in self.steps(epoch):
+                self._mix(moment)
+                loss = self._loss(moment)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                for hand in self.hands:
+                    hand.after_step(self.views[hand.kind], moment)
+            for hand in self.hands:
+                hand.after_epoch(self.views[hand.kind], epoch)
+
+    def result(self) -> dict[str, Tensor]:
+        """The module's weights when the fit has ended."""
+        weights = self.constants()
+        for hand in self.hands:
+            weights = hand.end(weights)
+        return {name: weight.detach() for name, weight in self.used(weights).items()}
+
+    def used(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weights as the network uses them."""
+        for hand in self.hands:
+            weights = {name: hand.used(name, weight) for name, weight in weights.items()}
+        return weights
+
+    def _mix(self, moment: Moment) -> None:
+        for hand in self.hands:
+            found = None if moment.partners is not None else hand.mix(moment)
+            if found is not None:
+                moment.x, moment.partners, moment.share = found
+        for hand in self.hands:
+            hand.observe(self.views[hand.kind], self._seen(hand, moment))
+
+    def _seen(self, hand: Hand, moment: Moment) -> Moment:
+        return moment.of(self.parts[hand.kind]) if hand.kind else moment
+
+    def _loss(self, moment: Moment) -> Tensor:
+        weights = self.weights()
+        used = self.used(weights)
+        for copy in range(max([1, *(hand.copies for hand in self.hands)])):
+            output, features = self.run(used, moment.x, lambda name, rows, c=copy: self._edited(name, rows, moment, c))
+            moment.outputs.append(output)
+            moment.features = moment.features or features
+        own = [
+            self._weighted([hand for hand in self.hands if hand.kind == kind], part, moment.of(part))
+            for kind, part in self.parts.items()
+        ]
+        terms = [hand.term(self.views[hand.kind], self._seen(hand, moment)) for hand in self.hands]
+        penalties = [hand.penalty(weights) for hand in self.hands]
+        return sum(value for value in (*own, *terms, *penalties) if value is not None)
+
+    def _edited(self, name: str, rows: Tensor, moment: Moment, copy: int) -> Tensor:
+        for hand in self.hands:
+            rows = hand.edit(name, rows, moment, copy)
+        return rows
+
+    def _weighted(self, hands: Sequence[Hand], part: Part, moment: Moment) -> Tensor:
+        losses = torch.stack([_losses(hands, part, output, moment) for output in moment.outputs]).mean(0)
+        weighted = losses
+        for hand in hands:
+            factor = hand.weights(losses.detach())
+            weighted = weighted if factor is None else weighted * factor
+        return weighted.mean()
+
+
+class View:
+    """The loop as a technique sees it that works on one of its losses; everything else is the loop's.
+
+    Args:
+        whole: The loop.
+        part: The loss.
+
+    """
+
+    def __init__(self, whole: Loop, part: Part) -> None:
+        self.whole, self.part = whole, part
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.whole, name)
+
+    def read(self, output: Tensor) -> Tensor:
+        """The loss's columns of the network's output."""
+        return output[:, self.part.outputs]
+
+    def run(self, weights: dict[str, Tensor], x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same of the network's output, and the outputs of its layers by name."""
+        output, features = self.whole.run(weights, x)
+        return self.read(output), features
+
+
+def _losses(hands: Sequence[Hand], part: Part, output: Tensor, moment: Moment) -> Tensor:
+    for hand in hands:
+        losses = hand.losses(output, moment)
+        if losses is not None:
+            return losses
+    own = _each(part, output, moment.y)
+    if moment.partners is None:
+        return own
+    return moment.share * own + (1 - moment.share) * _each(part, output, moment.y[moment.partners])
+
+
+def _each(part: Part, output: Tensor, y: Tensor) -> Tensor:
+    return torch.stack([part.loss(o[None], t[None]) for o, t in zip(output, y, strict=True)])
+
+
+def train_by_hand(problem: Problem, hands: Sequence[Hand], random: Sequence[Tensor] = ()) -> dict[str, Tensor]:
+    """Trains as a fit of the harness does.
+
+    Args:
+        problem: What is trained on what.
+        hands: The techniques' parts, in the order of the callbacks.
+        random: Global random state of torch before each step of the fit, for parts that follow the user's own draws.
+
+    Returns:
+        Weights by the module's names.
+
+    """
+    with torch.random.fork_rng(devices=[]):
+        loop = Loop(problem, hands, random)
+        loop.train()
+    return loop.result()
