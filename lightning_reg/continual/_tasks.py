@@ -42,6 +42,12 @@ class TaskTechnique(Technique, ABC):
         return self._finished
 
     @property
+    @override
+    def remembers_channels(self) -> bool:
+        """Whether what was kept of earlier tasks belongs to single channels."""
+        return self.tasks > 0 and not self.is_neutral
+
+    @property
     @abstractmethod
     def is_neutral(self) -> bool:
         """Whether its settings make it do nothing, and keep nothing."""

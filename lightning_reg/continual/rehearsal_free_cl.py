@@ -100,6 +100,12 @@ class PredictionDistillation(TaughtTechnique):
 
     @property
     @override
+    def remembers_channels(self) -> bool:
+        """No: the teacher is a network of its own, and classes stay in their order."""
+        return False
+
+    @property
+    @override
     def is_neutral(self) -> bool:
         return self.loss_form == "softmax" and self.weight == 0
 
@@ -247,6 +253,12 @@ class FeatureDistillation(TaughtTechnique):
     @override
     def key(cls) -> str:
         return "feature_distillation"
+
+    @property
+    @override
+    def remembers_channels(self) -> bool:
+        """Whether the teacher's features are those of an earlier task."""
+        return self.anchor == "end_of_task" and super().remembers_channels
 
     @property
     @override

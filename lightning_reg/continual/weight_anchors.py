@@ -84,6 +84,12 @@ class L2ToStart(TyingTechnique):
     def key(cls) -> str:
         return "l2_to_start"
 
+    @property
+    @override
+    def remembers_channels(self) -> bool:
+        """Whether it ties to an earlier task."""
+        return self.anchor == "end_of_task" and super().remembers_channels
+
     @override
     def describe(self) -> str:
         if self.is_neutral:

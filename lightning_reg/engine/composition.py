@@ -60,6 +60,7 @@ def conflict_between(one: Technique, two: Technique) -> str | None:
     sentence = one.conflict_with(two) or two.conflict_with(one)
     if sentence is None:
         sentence = _mixing_conflict(one, two) or _copies_conflict(one, two) or _views_conflict(one, two)
+        sentence = sentence or _order_conflict(one, two)
     for phase, what in _EXCLUSIVE.items():
         if sentence is None and phase in phases_of(one) and phase in phases_of(two) and one.loss == two.loss:
             sentence = (
@@ -120,6 +121,18 @@ def _mixing_conflict(one: Technique, two: Technique) -> str | None:
             return (
                 f"{names[1]} learns about single samples from the batches that are not mixed, and {names[0]} mixes all"
                 " of them. Lower its probability (0.5, say)."
+            )
+    return None
+
+
+def _order_conflict(one: Technique, two: Technique) -> str | None:
+    for orders, remembers in ((one, two), (two, one)):
+        if orders.reorders_channels and remembers.remembers_channels:
+            names = type(orders).__name__, type(remembers).__name__
+            return (
+                f"{names[0]} puts channels in another order when a training begins, and {names[1]} holds values of"
+                f" single channels from an earlier one. Let {names[0]} do so in the first fit only; the order stays in"
+                " the weights."
             )
     return None
 

@@ -128,6 +128,16 @@ class Technique(Callback):
         """Which batches it mixes the samples of, over the whole training, see ``step.mixing``."""
         return "none"
 
+    @property
+    def reorders_channels(self) -> bool:
+        """Whether it puts channels of the module's layers in another order when a training begins."""
+        return False
+
+    @property
+    def remembers_channels(self) -> bool:
+        """Whether it holds, from an earlier fit, numbers that belong to single channels of the module's layers."""
+        return False
+
     def is_active(self, step: "Step") -> bool:
         """Whether it takes part in this step; an inactive technique costs this call and nothing else."""
         return True

@@ -118,7 +118,7 @@ class NMSparsity(Technique):
         grad: ``"ste"`` as published; ``"masked"`` multiplies gradients by :math:`\Phi + D\,(1 - \Phi)`.
         on_indivisible: ``"skip"`` leaves layers dense that the groups do not fit, and says so; or ``"error"``.
         permute: Whether input channels are permuted before training so that the masks keep more magnitude, where the
-            traced layers allow it; the table at the start says where, and why not elsewhere. For pretrained networks.
+            traced layers allow it; the table at the start says where, or why not. For pretrained networks, once.
         harden_at_end: Whether pruned weights are set to zero in the module when training ends.
         exclude: Regular expressions of layers that stay dense.
         patterns: Other N and M for some layers: regular expression to ``[n, m]``; the first that matches counts.
@@ -234,13 +234,8 @@ class NMSparsity(Technique):
         elif self._steps == 0:  # joined a training under way
             self._steps = trainer.global_step
         # Not before: asking for the length sets up the loaders, and a loader that resumes must not be set up too early.
-        self._schedule = make_schedule(
-            self.recipe,
-            trainer.estimated_stepping_batches,
-            self.beta,
-            (self.dense_fraction, self.dense_steps),
-            (self.finetune_fraction, self.finetune_steps),
-        )
+        dense, final = (self.dense_fraction, self.dense_steps), (self.finetune_fraction, self.finetune_steps)
+        self._schedule = make_schedule(self.recipe, trainer.estimated_stepping_batches, self.beta, dense, final)
         if trainer.is_global_zero and host.prints_summary(trainer):
             Console().print(weights_table(self._network.weights, self._choice, self.describe(), permuted))
 
@@ -248,6 +243,11 @@ class NMSparsity(Technique):
     def is_active(self, step: "Step") -> bool:
         self._step, self._counted, self._measures = self._steps, False, step.is_logging
         return bool(self._network.sparse) and self._schedule.factor(self._step) < 1.0
+
+    @property
+    @override
+    def reorders_channels(self) -> bool:
+        return self.permute
 
     @override
     def needs_whole_parameters(self) -> str | None:

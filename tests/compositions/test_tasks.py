@@ -9,11 +9,14 @@ import torch.nn.functional as F
 from lightning_reg import (
     EWC,
     ELRCallback,
+    FeatureDistillation,
+    L2ToStart,
     LossReweighting,
     NMSparsity,
     PredictionDistillation,
     SoupAverager,
 )
+from lightning_reg.engine.errors import MisconfigurationException
 from lightning_reg.functional import elr_regularizer, elr_targets, nm_mask, reweight
 from tests.compositions.shared import Net, data, train
 from tests.toys import QUIET
@@ -136,3 +139,19 @@ def test_early_learning_regularization_joins_distillation(first):
     train_task(hand, loss)
     for one, two in zip(module.parameters(), hand.parameters(), strict=True):
         torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)  # float32, 6 steps
+
+
+@pytest.mark.parametrize(
+    "tie", [EWC(1.0), L2ToStart(anchor="end_of_task"), FeatureDistillation("net.3")], ids=lambda tie: type(tie).__name__
+)
+def test_channels_are_put_in_another_order_in_the_first_task_only(tie):
+    tie, module = copy.deepcopy(tie), Net()
+    permuting = NMSparsity(1, 4, recipe="ste", dense_fraction=0.0, permute=True)
+    train(tie, permuting, module=module)
+    with pytest.raises(MisconfigurationException, match="NMSparsity puts channels in another order"):
+        train(tie, permuting, module=module)
+    train(tie, NMSparsity(1, 4, recipe="ste", dense_fraction=0.0), module=module)
+    for other in (L2ToStart(), PredictionDistillation(new_classes=[3, 0])):  # they hold nothing of that kind
+        again = Net()
+        for _ in range(2):
+            train(other, permuting, module=again)
