@@ -48,7 +48,8 @@ class Digits(LightningModule):
         self.log("loss", F.cross_entropy(self.net(x), y), sync_dist=True)
 
     def on_validation_end(self):
-        self.validated.append(float(self.trainer.callback_metrics["loss"]))
+        metrics = self.trainer.callback_metrics
+        self.validated += [float(metrics[key]) for key in ("loss", "reg/nm_sparsity/hard/loss") if key in metrics]
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=2e-3, weight_decay=1e-2, eps=1e-4)
@@ -144,13 +145,15 @@ def on_rank(how, kwargs):
     sparse = NMSparsity(1, 4, layers=["net.2", "net.4"], **kwargs)
     # Ranks of one row of the mesh hold the same samples.
     ranks = 1 if how == "columns" else 2
-    module = train(Sharded(how), sparse, ranks, strategy=mesh(how), devices=2)
+    whole = how == "copies"
+    strategy = "ddp" if whole else mesh(how)
+    module = train(Digits() if whole else Sharded(how), sparse, ranks, strategy=strategy, devices=2)
     split = [name for name, p in module.named_parameters() if isinstance(p, DTensor)]
     return split, found(module, sparse)
 
 
 RECIPES = {
-    "srste": {"recipe": "srste", "lambda_w": 0.1, "dense_steps": 3},
+    "srste": {"recipe": "srste", "lambda_w": 0.1, "dense_steps": 3, "validate_hard_mask": True},
     "mdgf": {"recipe": "mdgf_linear", "dense_steps": 2, "finetune_steps": 6, "grad": "masked"},
     "one shot": {"recipe": "one_shot", "dense_steps": 5},
     "frames": {"recipe": "sdgf_stepwise", "refresh_every": 2, "harden_at_end": False},
@@ -159,16 +162,24 @@ RECIPES = {
 
 @pytest.mark.parametrize(
     ("how", "recipe"),
-    [("layers", "srste"), ("at once", "mdgf"), ("layers", "one shot"), ("at once", "frames"), ("columns", "mdgf")],
+    [
+        ("layers", "srste"),
+        ("at once", "mdgf"),
+        ("layers", "one shot"),
+        ("at once", "frames"),
+        ("columns", "mdgf"),
+        ("copies", "srste"),
+        ("copies", "mdgf"),
+    ],
 )
-def test_split_rows_train_as_one_process(two_processes, how, recipe):
-    kwargs = RECIPES[recipe]
+def test_several_processes_train_as_one(two_processes, how, recipe):
+    kwargs = RECIPES[recipe] | ({"validate_hard_mask": True} if recipe == "mdgf" else {})
     if how == "columns":
         kwargs = {**kwargs, "exclude": ["net.4"]}
     sparse = NMSparsity(1, 4, layers=["net.2", "net.4"], **kwargs)
     weights, masks, rows, verified, validated, logged = found(train(Digits(), sparse), sparse)
     for split, answer in two_processes.run(on_rank, how, kwargs):
-        assert "net.2.weight" in split
+        assert ("net.2.weight" in split) == (how != "copies")
         for name, weight in weights.items():
             torch.testing.assert_close(answer[0][name], weight, atol=2e-6, rtol=1e-5)
         assert list(answer[1]) == list(masks)
@@ -182,6 +193,13 @@ def test_split_rows_train_as_one_process(two_processes, how, recipe):
             assert other == pytest.approx(mine)
     if sparse.harden_at_end:
         assert verified == dict.fromkeys(masks, (0.25, 0))
+    if sparse.validate_hard_mask:
+        # In the sanity check none; else what the module sees in the second validation, and both at its own end.
+        seen, soft, hard = validated[1::3], validated[2::3], validated[3::3]
+        assert len(soft) == 3
+        assert seen == hard
+        assert (soft[0] != hard[0]) == (recipe == "mdgf")  # SR-STE is hard by then
+        assert soft[-1] == hard[-1]
 
 
 class Save(Callback):
