@@ -70,8 +70,8 @@ class MixupByHand(MixedByHand):
 CASE = (
     Case(
         make=partial(CutMix, prob=0.75),
-        by_hand=CutMixByHand,
         neutral=partial(CutMix, prob=0.0),
+        by_hand=CutMixByHand,
         data="images",
         variants=[
             partial(CutMix, prob=1.0, per_sample=True, correct_lam=False, input_key="0", loss="cross_entropy"),
@@ -83,8 +83,8 @@ CASE = (
     ),
     Case(
         make=partial(Mixup, prob=0.75),
-        by_hand=MixupByHand,
         neutral=partial(Mixup, prob=0.0),
+        by_hand=MixupByHand,
         variants=[
             partial(Mixup, per_sample=True, input_key="0", loss=0),
             partial(Mixup, prob=0.5, form="soft", num_classes=4, target_key="1", stop_epoch=1),

@@ -66,8 +66,8 @@ class FeaturesByHand(Hand):
 CASE = (
     Case(
         make=partial(after_one_task, new_classes=[2, 2, 0, 0]),
-        by_hand=PredictionsByHand,
         neutral=partial(PredictionDistillation, loss_form="softmax", weight=0.0),
+        by_hand=PredictionsByHand,
         variants=[
             PredictionDistillation,
             partial(PredictionDistillation, "softmax", new_classes=[4, 0], loss="cross_entropy"),

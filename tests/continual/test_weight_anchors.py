@@ -70,8 +70,8 @@ CASE = (
     ),
     Case(
         make=partial(after_one_task, weight=5.0),
-        by_hand=FirmTieByHand,
         neutral=partial(after_one_task, weight=0.0),
+        by_hand=FirmTieByHand,
         variants=[
             partial(after_one_task, weight=5.0, labels="sample", fisher_batches=2, memory="online"),
             partial(after_one_task, weight=5.0, per_sample=False, labels="true", params=["net.*"]),

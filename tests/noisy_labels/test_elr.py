@@ -40,8 +40,8 @@ class EarlyLearningByHand(Hand):
 
 CASE = Case(
     make=partial(ELRCallback, lam=3.0, beta=0.7),
-    by_hand=EarlyLearningByHand,
     neutral=partial(ELRCallback, lam=0.0),
+    by_hand=EarlyLearningByHand,
     variants=[
         partial(ELRCallback, warmup_epochs=1),
         partial(ELRCallback, table_dtype="float16", table_device="cpu"),

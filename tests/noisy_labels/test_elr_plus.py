@@ -85,9 +85,9 @@ def drop_out(loop, weights, x):
 
 
 CASE = Case(
-    by_hand=TwoNetworksByHand,
     make=partial(ELRPlusCallback, mixup_alpha=0.0, decay=0.9, decay_rampup_steps=10),
     neutral=partial(ELRPlusCallback, lam=0.0, mixup_alpha=0.0),
+    by_hand=TwoNetworksByHand,
     variants=[
         partial(ELRPlusCallback, mixup_alpha=1.0, lam_rampup_steps=8, decay_rampup_steps=0),
         partial(ELRPlusCallback, refine=True, teacher="eval", validation="ensemble", logits_layer="net"),

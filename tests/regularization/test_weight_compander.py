@@ -22,7 +22,18 @@ from lightning_reg.regularization._companding import compand_all, pull_back_all_
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
 from tests.conformance.laws import LAWS
-from tests.toys import QUIET, Callback, Classifier, fit, make_loader, make_trainer, same_weights, weights_of
+from tests.toys import (
+    BATCH,
+    QUIET,
+    TWO_RANKS,
+    Callback,
+    Classifier,
+    fit,
+    make_loader,
+    make_trainer,
+    same_weights,
+    weights_of,
+)
 
 
 class CompandedByHand(Hand):
@@ -36,9 +47,9 @@ class CompandedByHand(Hand):
 
 CASE = Case(
     make=partial(WeightCompander, a=0.5, b=0.3),
+    neutral=partial(WeightCompander, fn="identity"),
     by_hand=CompandedByHand,
     also=["regression"],
-    neutral=partial(WeightCompander, fn="identity"),
     variants=[
         partial(WeightCompander, a=0.5, b=0.3, learn=True, shape_lr_factor=0.1),
         partial(WeightCompander),
@@ -201,7 +212,7 @@ WEIGHTS = ("net.0.weight", "net.3.weight")
 A, B = 0.5, 0.4  # both layers begin within +-0.41; the bound is 0.785
 
 
-class Hand:
+class PlainLoop:
     """The same training in plain PyTorch: latents, and log a and log b with an optimizer of their own."""
 
     def __init__(self, optimizer, factor=0.01, a=A, b=B, learn=True):
@@ -273,7 +284,7 @@ def agree(module, hand, atol=2e-6):
 def test_a_fit_is_the_loop_by_hand(optimizer, learn, accumulate):
     module, compander = Module(optimizer), WeightCompander(a=A, b=B, learn=learn, shape_lr_factor=0.5)
     fit(module, compander, max_epochs=3, accumulate_grad_batches=accumulate)
-    hand, batches = Hand(optimizer, 0.5, learn=learn), list(make_loader())
+    hand, batches = PlainLoop(optimizer, 0.5, learn=learn), list(make_loader())
     for _ in range(3):
         for start in range(0, len(batches), accumulate):
             hand.step(*batches[start : start + accumulate])
@@ -289,7 +300,7 @@ def test_a_fit_is_the_loop_by_hand(optimizer, learn, accumulate):
 def test_clipping_counts_the_shapes_in():
     module = Module()
     fit(module, WeightCompander(a=A, b=B, learn=True), gradient_clip_val=0.1)
-    hand, without = Hand(sgd), Hand(sgd, learn=False)
+    hand, without = PlainLoop(sgd), PlainLoop(sgd, learn=False)
     for _ in range(2):
         for batch in make_loader():
             hand.step(batch, clip=0.1)
@@ -333,7 +344,7 @@ def test_schedules_are_followed_and_never_meet_the_group(kind):
 
     module = Logging(configure=configure)
     trainer = fit(module, WeightCompander(a=A, b=B, learn=True, shape_lr_factor=0.05), max_epochs=3)
-    hand = Hand(sgd, 0.05)
+    hand = PlainLoop(sgd, 0.05)
     names = list(hand.params)
     groups = [
         {"params": [hand.params[n] for n in names if n[:5] == p], "lr": r} for p, r in (("net.0", 0.2), ("net.3", 0.1))
@@ -377,7 +388,7 @@ class Manual(Module):
 def test_manual_optimization_with_two_optimizers():
     module = Manual()
     fit(module, WeightCompander(a=A, b=B, learn=True))
-    hand = Hand(sgd)
+    hand = PlainLoop(sgd)
     parts = [[hand.params[n] for n in hand.params if n.startswith(layer)] for layer in ("net.0", "net.3")]
     shapes = list(hand.shapes.values())
     optimizers = [(sgd(part), torch.optim.SGD([s], 0.003, momentum=0.9)) for part, s in zip(parts, shapes, strict=True)]
@@ -415,7 +426,7 @@ def lbfgs(params):
 def test_an_optimizer_that_calls_its_closure_several_times():
     module = Module(lbfgs)
     fit(module, WeightCompander(a=A, b=B))
-    hand = Hand(sgd, learn=False)
+    hand = PlainLoop(sgd, learn=False)
     optimizer = lbfgs(list(hand.params.values()))
     for _ in range(2):
         for batch in make_loader():
@@ -428,6 +439,41 @@ def test_an_optimizer_that_calls_its_closure_several_times():
 
             optimizer.step(closure)
     agree(module, hand, atol=1e-4)  # the steps of LBFGS divide by differences of gradients
+
+
+def test_a_closure_of_the_users_own_is_called_as_often():
+    ours, manual = Module(lbfgs), ManualClosure()
+    for module in (ours, manual):
+        fit(module, WeightCompander(a=A, b=B))
+    assert same_weights(ours, manual, atol=1e-6)  # float32
+    assert not same_weights(ours, Module(), atol=1e-2)
+
+
+def split_over_ranks(learn):
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # here: the import warns
+
+    module = Module(lambda params: ZeroRedundancyOptimizer(params, torch.optim.SGD, lr=0.1, momentum=0.9))
+    try:
+        fit(module, WeightCompander(a=A, b=B, learn=learn), loader=make_loader(batch_size=BATCH // 2), **TWO_RANKS)
+    except MisconfigurationException as error:
+        return str(error)
+    return weights_of(module)
+
+
+def not_split(learn):
+    module = Module(lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9))
+    fit(module, WeightCompander(a=A, b=B, learn=learn), loader=make_loader(batch_size=BATCH // 2), **TWO_RANKS)
+    return weights_of(module)
+
+
+def test_optimizer_states_that_are_split_over_ranks(two_processes):
+    for split, whole in zip(
+        two_processes.run(split_over_ranks, False), two_processes.run(not_split, False), strict=True
+    ):
+        assert same_weights(split, whole, atol=1e-6)  # float32
+        assert not same_weights(split, Module(), atol=1e-2)
+    for refusal in two_processes.run(split_over_ranks, True):
+        assert refusal.startswith("WeightCompander: ZeroRedundancyOptimizer takes no further group of parameters")
 
 
 def test_its_shape_cannot_be_learned_with_one_group_only():
@@ -450,7 +496,7 @@ def test_a_step_that_overflows_changes_nothing():
     ((weights, shapes),) = seen
     assert same_weights(weights, Module(), atol=1e-7)  # by the inverse and back
     assert all(torch.equal(s, torch.tensor([A, B]).log()) for s in shapes.values())
-    hand = Hand(sgd)
+    hand = PlainLoop(sgd)
     for index, batch in enumerate([*make_loader(), *make_loader()]):
         if index:
             hand.step(batch)
@@ -554,7 +600,7 @@ class Writes(Callback):
 def test_what_somebody_else_writes_goes_through_the_inverse():
     module = Module()
     fit(module, WeightCompander(a=A, b=B), Writes(0.9))
-    hand = Hand(sgd, learn=False)
+    hand = PlainLoop(sgd, learn=False)
     for _ in range(2):
         for batch in make_loader():
             hand.step(batch)
