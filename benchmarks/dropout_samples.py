@@ -7,20 +7,11 @@ The network is ResNet-18 or a small transformer with dropout before a head of tw
 """
 
 import argparse
-import logging
-import statistics
-import threading
-import warnings
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
-from lightning.pytorch import Trainer
-from overhead import CLASSES, Plain, ResNet18, SmallTransformer, TakeTurns, Turns, data, ratio
-from rich.console import Console
-from rich.table import Table
+from overhead import CLASSES, Plain, ResNet18, SmallTransformer, data, in_turns, quiet, show
 from torch import nn
-from torch.utils.data import DataLoader
 
 from lightning_reg import MultiSampleDropout
 from lightning_reg.functional import multi_sample_loss
@@ -71,25 +62,7 @@ def measure(model, samples, batch, steps):
         "by hand": (ByHand(Net(model), samples), []),
         "full passes": (FullPasses(Net(model), samples), []),
     }
-    turns, threads = Turns(arms, steps), []
-    dataset = data(model, batch, steps)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    for arm, (module, callbacks) in arms.items():
-        trainer = Trainer(
-            max_steps=steps,
-            callbacks=[*callbacks, TakeTurns(turns, arm)],
-            accelerator="cpu",
-            enable_model_summary=False,
-            **quiet,
-        )
-        loader = DataLoader(dataset, batch, shuffle=True, drop_last=True)
-        threads.append(threading.Thread(target=trainer.fit, args=(module, loader), daemon=True))
-    for thread in threads:
-        thread.start()
-    turns.run()
-    for thread in threads:
-        thread.join()
-    return turns.times
+    return in_turns(arms, data(model, batch, steps), batch, steps)
 
 
 def main(argv=None):
@@ -100,25 +73,11 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--save", type=Path, help="append the table to this file")
     options = parser.parse_args(argv)
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    torch.set_num_threads(1)
+    quiet()
     times = measure(options.model, options.samples, options.batch, options.steps)
-    title = f"{options.model}, M = {options.samples}, batch {options.batch}, {options.steps} rounds, torch"
-    table = Table("ratio", "median", "95 % interval", title=f"{title} {torch.__version__}, CPU, 1 thread")
     pairs = [("callback", "plain"), ("callback", "by hand"), ("callback", "full passes"), ("full passes", "plain")]
-    for over, under in pairs:
-        middle, low, high = ratio(times, over, under, skip=min(10, options.steps // 4))
-        table.add_row(f"{over} / {under}", f"{middle:.4f}", f"{low:.4f} to {high:.4f}")
-    arguments = f"--model {options.model} --samples {options.samples} --batch {options.batch} --steps {options.steps}"
-    table.caption = (
-        f"python benchmarks/dropout_samples.py {arguments}; plain step: median"
-        f" {statistics.median(times['plain']) * 1e3:.1f} ms"
-    )
-    Console().print(table)
-    if options.save:
-        with options.save.open("a") as file:
-            Console(file=file, width=120).print(table)
+    title = f"{options.model}, M = {options.samples}, batch {options.batch}, {options.steps} rounds"
+    show(times, pairs, title, options.save, skip=min(10, options.steps // 4))
     return times
 
 

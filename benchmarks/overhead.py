@@ -149,18 +149,8 @@ def data(model, batch, steps):
     return TensorDataset(x, torch.randint(0, CLASSES, (size,)), torch.arange(size))
 
 
-def measure(model, batch, steps, chosen):
-    """Step times of the chosen arms, in seconds."""
-    dataset = data(model, batch, steps)
-    net = ResNet18 if model == "resnet18" else SmallTransformer
-    arms = {
-        "plain": (Plain(net()), []),
-        "inactive": (Plain(net()), [ELRCallback(lam=0.0)]),
-        "by hand": (ByHand(net(), len(dataset)), []),
-        "core by hand": (Core(net(), len(dataset)), []),
-        "engine": (Plain(net()), [ELRCallback(lam=3.0, beta=0.7)]),
-    }
-    arms = {arm: arms[arm] for arm in chosen}
+def in_turns(arms, dataset, batch, steps):
+    """Step times in seconds of arms ``name: (module, callbacks)`` that train in turns."""
     turns = Turns(arms, steps)
     threads = []
     for arm, (module, callbacks) in arms.items():
@@ -183,6 +173,20 @@ def measure(model, batch, steps, chosen):
     return turns.times
 
 
+def measure(model, batch, steps, chosen):
+    """Step times of the chosen arms, in seconds."""
+    dataset = data(model, batch, steps)
+    net = ResNet18 if model == "resnet18" else SmallTransformer
+    arms = {
+        "plain": (Plain(net()), []),
+        "inactive": (Plain(net()), [ELRCallback(lam=0.0)]),
+        "by hand": (ByHand(net(), len(dataset)), []),
+        "core by hand": (Core(net(), len(dataset)), []),
+        "engine": (Plain(net()), [ELRCallback(lam=3.0, beta=0.7)]),
+    }
+    return in_turns({arm: arms[arm] for arm in chosen}, dataset, batch, steps)
+
+
 class Core(ByHand):
     """By hand with the suite's functional core."""
 
@@ -198,6 +202,28 @@ def ratio(times, over, under, skip=10, draws=2000):
     return statistics.median(ratios), medians[int(0.025 * draws)], medians[int(0.975 * draws)]
 
 
+def show(times, pairs, title, save=None, skip=10):
+    """Prints the ratios of pairs of arms, and appends them to a file."""
+    table = Table("ratio", "median", "95 % interval", title=f"{title}, torch {torch.__version__}, CPU")
+    for over, under in pairs:
+        if over in times and under in times:
+            middle, low, high = ratio(times, over, under, skip)
+            table.add_row(f"{over} / {under}", f"{middle:.4f}", f"{low:.4f} to {high:.4f}")
+    arm = next(iter(times))
+    table.caption = f"{arm} step: median {statistics.median(times[arm]) * 1e3:.1f} ms"
+    Console().print(table)
+    if save:
+        with save.open("a") as file:
+            Console(file=file, width=120).print(table)
+
+
+def quiet():
+    """Neither warnings nor remarks of Lightning, and one torch thread."""
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("resnet18", "transformer"), default="transformer")
@@ -209,23 +235,12 @@ def main(argv=None):
     parser.add_argument("--threads", type=int, default=1, help="torch threads per step")
     parser.add_argument("--save", type=Path, help="append the table to this file")
     options = parser.parse_args(argv)
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    quiet()
     torch.set_num_threads(options.threads)
     times = measure(options.model, options.batch, options.steps, options.arms)
-    title = f"{options.model}, batch {options.batch}, {options.steps} rounds, torch {torch.__version__}, CPU"
-    table = Table("ratio", "median", "95 % interval", title=title)
     pairs = [("engine", "by hand"), ("engine", "plain"), ("by hand", "plain"), ("core by hand", "by hand")]
-    for over, under in [*pairs, ("inactive", "plain")]:
-        if over in times and under in times:
-            middle, low, high = ratio(times, over, under)
-            table.add_row(f"{over} / {under}", f"{middle:.4f}", f"{low:.4f} to {high:.4f}")
-    arm = options.arms[0]
-    table.caption = f"{arm} step: median {statistics.median(times[arm]) * 1e3:.1f} ms"
-    Console().print(table)
-    if options.save:
-        with options.save.open("a") as file:
-            Console(file=file, width=100).print(table)
+    title = f"{options.model}, batch {options.batch}, {options.steps} rounds"
+    show(times, [*pairs, ("inactive", "plain")], title, options.save)
     return times
 
 

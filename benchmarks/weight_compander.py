@@ -9,20 +9,12 @@ The bar: engine / by hand <= 1.02.
 """
 
 import argparse
-import logging
-import statistics
-import threading
-import warnings
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Trainer
-from overhead import Plain, ResNet18, SmallTransformer, TakeTurns, Turns, data, ratio
-from rich.console import Console
-from rich.table import Table
+from overhead import Plain, ResNet18, SmallTransformer, data, in_turns, quiet, show
 from torch import nn
 from torch.nn.utils import parametrize
-from torch.utils.data import DataLoader
 
 from lightning_reg import WeightCompander
 
@@ -68,25 +60,7 @@ def measure(model, batch, steps):
         "by hand, learned": (Parametrized(net(), learn=True), []),
         "engine, learned": (Plain(net()), [WeightCompander(a=A, b=B, learn=True)]),
     }
-    turns, threads = Turns(arms, steps), []
-    for arm, (module, callbacks) in arms.items():
-        trainer = Trainer(
-            max_steps=steps,
-            callbacks=[*callbacks, TakeTurns(turns, arm)],
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        loader = DataLoader(dataset, batch, shuffle=True, drop_last=True)
-        threads.append(threading.Thread(target=trainer.fit, args=(module, loader), daemon=True))
-    for thread in threads:
-        thread.start()
-    turns.run()
-    for thread in threads:
-        thread.join()
-    return turns.times
+    return in_turns(arms, dataset, batch, steps)
 
 
 def main(argv=None):
@@ -97,21 +71,11 @@ def main(argv=None):
     parser.add_argument("--threads", type=int, default=1, help="torch threads per step")
     parser.add_argument("--save", type=Path, help="append the table to this file")
     options = parser.parse_args(argv)
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    quiet()
     torch.set_num_threads(options.threads)
     times = measure(options.model, options.batch, options.steps)
-    title = f"{options.model}, batch {options.batch}, {options.steps} rounds, torch {torch.__version__}, CPU"
-    table = Table("ratio", "median", "95 % interval", title=title)
     pairs = [("engine", "by hand"), ("engine, learned", "by hand, learned"), ("engine", "plain"), ("by hand", "plain")]
-    for over, under in pairs:
-        middle, low, high = ratio(times, over, under)
-        table.add_row(f"{over} / {under}", f"{middle:.4f}", f"{low:.4f} to {high:.4f}")
-    table.caption = f"plain step: median {statistics.median(times['plain']) * 1e3:.1f} ms"
-    Console().print(table)
-    if options.save:
-        with options.save.open("a") as file:
-            Console(file=file, width=100).print(table)
+    show(times, pairs, f"{options.model}, batch {options.batch}, {options.steps} rounds", options.save)
 
 
 if __name__ == "__main__":
