@@ -394,4 +394,4 @@ class SoupAverager(Technique):
     @override
     def __getstate__(self) -> dict[str, Any]:
         held = {"_live": {}, "_tensors": {}, "_layouts": {}, "_exchange": Exchange()}
-        return self.__dict__ | held  # the module's tensors are not this callback's
+        return super().__getstate__() | held  # the module's tensors are not this callback's

@@ -61,6 +61,10 @@ class TyingTechnique(TaskTechnique):
         return bool(self._tied)
 
     @override
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_tied": []}  # the module's parameters; the anchors are kept
+
+    @override
     def forget(self) -> None:
         self._tied = []
 
@@ -129,6 +133,10 @@ class TaughtTechnique(TaskTechnique):
     @override
     def keep(self, trainer: "Trainer", module: "LightningModule") -> dict[str, Any]:
         return {"teacher": {name: value.clone() for name, value in weights_of(module).items()}}
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_teacher": None}  # its weights are kept
 
     @override
     def forget(self) -> None:

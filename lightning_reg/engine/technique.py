@@ -92,6 +92,11 @@ class Technique(Callback):
         if "setup" in cls.__dict__:
             raise TypeError(f"{cls.__name__} must not override `setup`; use `on_fit_start` or `check`.")
 
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        # Lightning puts bound methods of the module on callbacks: a copy would carry the module and its Trainer.
+        return {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
+
     # -- identity -----------------------------------------------------------------------------------------------------
 
     @classmethod

@@ -289,7 +289,7 @@ class ELRCallback(Technique):
     @override
     def __getstate__(self) -> dict[str, Any]:
         self._table.receive()  # a collective under way cannot be pickled
-        return self.__dict__.copy()
+        return super().__getstate__()
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -362,7 +362,7 @@ class ELRPlusCallback(Technique):
     def __getstate__(self) -> dict[str, Any]:
         for table in self._tables:
             table.receive()  # a collective under way cannot be pickled
-        return self.__dict__.copy()
+        return super().__getstate__()
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -238,6 +238,13 @@ class LosesStateWhenCopied(Sound):
         return {**self.__dict__, "_mean": None}
 
 
+class KeepsTheParameters(Sound):
+    @override
+    def on_train_start(self, trainer, pl_module):
+        super().on_train_start(trainer, pl_module)
+        self._parameters = list(pl_module.parameters())
+
+
 # -- 9 says_what_it_does ----------------------------------------------------------------------------------------------
 
 
@@ -389,6 +396,7 @@ _BROKEN = {
         SavesASet: "seen.*is a <class 'set'>",
         LosesStateWhenCopied: "state of a trained technique and of its copy",
         TakesAFunction: "function.*is a <class 'builtin_function_or_method'>",
+        KeepsTheParameters: "carries the user's module along",
     },
     "says_what_it_does": {
         LogsUnderAnotherKey: r"logged \['mean'\]",

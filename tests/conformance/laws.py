@@ -6,6 +6,7 @@ What is compared "to the last bit" is compared without tolerance; where there is
 import copy
 import dataclasses
 import inspect
+import io
 import pickle
 import tempfile
 import warnings
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
 from torch import Tensor
 
 from tests.conformance.case import Case
@@ -241,8 +243,40 @@ def plain_data(case: Case) -> None:
         _same("the state of a technique and of its pickled copy, after training", _state(run), _state(second))
         for copied in (_pickled(technique), copy.deepcopy(technique)):
             _same("the state of a trained technique and of its copy", technique.state_dict(), copied.state_dict())
+        _check_copies_while_it_fits(make(), case)
         odd = _not_plain(technique.state_dict(), "state")
         assert not odd, f"{odd}: state is tensors and plain values only"
+
+
+def _check_copies_while_it_fits(technique: Any, case: Case) -> None:
+    class Copies(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step == BATCHES + 3:
+                _check_carries_no_module(technique, pl_module)
+                states.append((copy.deepcopy(technique.state_dict()), _pickled(technique).state_dict()))
+
+    states: list[Any] = []
+    run = fit([technique, Copies()], case.problem)
+    assert states, "the fit is shorter than others"
+    _same("the state of a technique and of its copy, while it fits", *states[0])
+    _check_carries_no_module(technique, run.model)
+
+
+def _check_carries_no_module(technique: Any, module: Any) -> None:
+    own, found = {p.data_ptr() for p in module.parameters()}, []
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value: Any) -> None:  # asked for everything that is pickled
+            if value is module or (isinstance(value, Tensor) and value.data_ptr() in own):
+                found.append(type(value).__name__)
+
+    try:
+        Pickler(io.BytesIO()).dump(technique)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise AssertionError(f"{type(technique).__name__} does not pickle while it fits: {error}") from error
+    demand(
+        not found, f"a copy of {type(technique).__name__} carries the user's module along, or tensors of it: {found}"
+    )
 
 
 def _pickled(technique: Any) -> Any:
@@ -303,15 +337,18 @@ def _users(run: Run) -> list[tuple[int, dict[str, float]]]:
     return [(step, row) for step, row in rows if row]
 
 
-def _tensors(value: Any, where: str = "") -> list[tuple[str, Tensor]]:
+def _tensors(value: Any, where: str = "", seen: tuple[int, ...] = ()) -> list[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
         return [(where, value)]
+    if id(value) in seen:
+        return []
+    seen = (*seen, id(value))
     if isinstance(value, Mapping):
-        return [found for k, v in value.items() for found in _tensors(v, f"{where}[{k!r}]")]
+        return [found for k, v in value.items() for found in _tensors(v, f"{where}[{k!r}]", seen)]
     if isinstance(value, list | tuple):
-        return [found for i, v in enumerate(value) for found in _tensors(v, f"{where}[{i}]")]
+        return [found for i, v in enumerate(value) for found in _tensors(v, f"{where}[{i}]", seen)]
     if type(value).__module__.startswith(("lightning_reg", "tests")) and hasattr(value, "__dict__"):
-        return _tensors(vars(value), where)
+        return _tensors(vars(value), where, seen)
     return []
 
 
