@@ -184,12 +184,12 @@ KEYS = ("l2_to_start", "ewc", "prediction_distillation", "feature_distillation",
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("keys", nargs="*", choices=[*KEYS, []], default=KEYS, help="techniques; all if none is named")
+    parser.add_argument("keys", nargs="*", metavar="KEY", help=f"techniques of {', '.join(KEYS)}; all by default")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--save", type=Path, help="append the tables to this file")
     options = parser.parse_args(argv)
     quiet()
-    for key in options.keys:
+    for key in options.keys or KEYS:
         model, batch = ("resnet18", 8) if key == "cutmix" else ("transformer", 64)
         dataset = data(model, batch, options.steps)
         times = in_turns(arms(key, len(dataset)), dataset, batch, options.steps)
