@@ -16,9 +16,12 @@ __all__ = ["ExportedLayer", "semi_structured_refusal", "to_semi_structured"]
 _MULTIPLES = {
     ("cusparselt", torch.float16): (16, 16),
     ("cusparselt", torch.bfloat16): (16, 16),
+    ("cusparselt", torch.int8): (32, 32),
+    ("cusparselt", torch.float8_e4m3fn): (32, 32),
     ("cutlass", torch.float16): (32, 64),
     ("cutlass", torch.bfloat16): (32, 64),
     ("cutlass", torch.float32): (32, 32),
+    ("cutlass", torch.int8): (16, 128),
 }
 
 
@@ -45,7 +48,8 @@ def semi_structured_refusal(weight: Tensor, backend: Literal["cusparselt", "cutl
 
     Args:
         weight: As it would be converted: with its zeros, in its final type.
-        backend: ``"cusparselt"`` takes float16 and bfloat16, ``"cutlass"`` float32 (pattern 1:2) too.
+        backend: ``"cusparselt"`` takes float16, bfloat16, int8 and float8_e4m3fn; ``"cutlass"`` float16, bfloat16, int8
+            and float32 (pattern 1:2).
 
     Returns:
         The reason; "" if it can be compressed.

@@ -16,6 +16,10 @@ from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
 from sklearn.datasets import load_digits
 from torch import nn
+from torch.sparse._semi_structured_conversions import (
+    sparse_semi_structured_from_dense_cutlass,
+    sparse_semi_structured_to_dense_cutlass,
+)
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -1179,6 +1183,10 @@ def test_training_permutes_once_at_its_start_or_refuses_by_name():
         ((32, 32), torch.float16, "cutlass", "shape (32, 32): must be multiples of 32 and 64"),
         ((32, 32), torch.float64, "cutlass", "cutlass does not take float64"),
         ((32, 64, 3), torch.float16, "cutlass", "3 dimensions"),
+        ((32, 64), torch.int8, "cusparselt", ""),
+        ((16, 64), torch.float8_e4m3fn, "cusparselt", "shape (16, 64): must be multiples of 32 and 32"),
+        ((16, 128), torch.int8, "cutlass", ""),
+        ((32, 64), torch.float8_e4m3fn, "cutlass", "cutlass does not take float8_e4m3fn"),
     ],
 )
 def test_what_can_be_compressed(shape, dtype, backend, reason):
@@ -1196,6 +1204,17 @@ def test_a_wrong_pattern_is_refused_and_sparser_aligned_ones_are_not():
     single = weight.float() * nm_mask(weight, 2, 4)
     assert semi_structured_refusal(single, "cutlass").startswith("not 1:2")
     assert semi_structured_refusal(single * nm_mask(single, 1, 2), "cutlass") == ""
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (1, 8), (2, 8), (1, 16), (4, 8)])
+def test_what_is_not_refused_is_compressed_without_loss(n, m, dtype):
+    weight = (10 * torch.randn(64, 128, generator=torch.Generator().manual_seed(0))).to(dtype)
+    weight = weight * nm_mask(weight.float(), n, m)
+    # The layout of CUTLASS, which torch makes on a CPU as well.
+    again = sparse_semi_structured_to_dense_cutlass(*sparse_semi_structured_from_dense_cutlass(weight))
+    assert torch.equal(again, weight) == (semi_structured_refusal(weight, "cutlass") == "")
+    assert torch.equal(again, weight) == ((n, m) != (4, 8))
 
 
 def test_compression_is_refused_on_a_cpu_and_changes_nothing():
