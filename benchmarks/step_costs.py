@@ -151,7 +151,7 @@ def after_one_task(technique, **state):
 def ewc(net):
     anchors = {f"net.{name}": p.detach().clone() for name, p in net.named_parameters()}
     fisher = {name: anchor.abs() for name, anchor in anchors.items()}
-    return after_one_task(EWC(LAM), slots=[{"anchors": anchors, "weights": fisher}])
+    return after_one_task(EWC(LAM, fisher_batches=1), slots=[{"anchors": anchors, "weights": fisher}])
 
 
 def arms(key, samples):

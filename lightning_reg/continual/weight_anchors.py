@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 __all__ = ["EWC", "L2ToStart", "fisher_diagonal", "fisher_losses", "quadratic_penalty"]
 
 
+_SAMPLES_AT_ONCE = 4  # of the Fisher pass; fewer do not pay for their calls
+
+
 class L2ToStart(TyingTechnique):
     r"""Ties weights to their values at the start of the fit (L2-SP): pre-trained ones, those of the task before.
 
@@ -152,7 +155,7 @@ class EWC(TyingTechnique):
         the gradient of a batch's mean (``per_sample=False``).
 
     Memory: the tied parameters twice more for each task (``memory="online"``: twice in all); in the Fisher pass one
-    copy of the module and the gradients of a few samples.
+    copy of the module and the gradients of a few samples. Time: the Fisher pass takes as long as about three epochs.
 
     Args:
         weight: lambda, at least 0. Sensible: 10 to 1e4. Neutral: 0.
@@ -222,9 +225,11 @@ class EWC(TyingTechnique):
     def begin(self, step: "Step") -> None:
         super().begin(step)
         # What the Fisher pass cannot do is told now, not when the training is over.
-        call = Peer(step.module, owner=self).see(step, self).call
-        if call is not None:
-            self._logits(call)
+        peer = Peer(step.module, owner=self)
+        for part in islice(self._parts(step), 1):
+            call = peer.see(part, self).call
+            if call is not None:
+                self._logits(call)
 
     @override
     def keep(self, trainer: "Trainer", module: "LightningModule") -> dict[str, Any]:
@@ -248,12 +253,16 @@ class EWC(TyingTechnique):
 
     def _losses(self, peer: Peer, steps: "Iterator[Step]") -> Iterator[Tensor]:
         generator: torch.Generator | None = None
-        for step in steps:
-            call = peer.see(step, self, gradient=True).call
+        for part in (part for step in steps for part in self._parts(step)):
+            call = peer.see(part, self, gradient=True).call
             if call is not None:
-                generator = generator or self.generator(step, call.input.device)
+                generator = generator or self.generator(part, call.input.device)
                 losses = fisher_losses(self._logits(call), call.labels, self.labels, generator)
                 yield losses if call.sample_mass is None else losses[call.sample_mass > 0]
+
+    def _parts(self, step: "Step") -> "Iterator[Step]":
+        # The gradients of B samples out of one pass cost B passes: a few samples at a time.
+        return step.parts(_SAMPLES_AT_ONCE) if self.per_sample else iter([step])
 
     @staticmethod
     def _logits(call: "LossCall") -> Tensor:

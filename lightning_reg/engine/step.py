@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_reg.engine import host
+from lightning_reg.engine.batches import samples_of
 from lightning_reg.engine.indices import IndexSource, entry_of_batch
 from lightning_reg.engine.loaders import find_source
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from lightning.pytorch import LightningModule, Trainer
 
@@ -147,6 +148,26 @@ class Step:
     def capacity(self) -> int | None:
         """Most samples of a batch, the same on all ranks; ``None`` if it is not known or there are several loaders."""
         return None if self.several else host.nominal_batch_size(self.trainer)
+
+    def parts(self, size: int) -> "Iterator[Step]":
+        """Steps with a few samples of the batch each; the step itself if its samples cannot be told apart.
+
+        Args:
+            size: Most samples of a part.
+
+        Returns:
+            Steps for a :class:`Peer` to see, without indices.
+
+        """
+        whole = 0 if self.several or len(self.batch_sizes) != 1 else self.batch_sizes[0]
+        cuts = [slice(start, min(start + size, whole)) for start in range(0, whole, size)]
+        batches = [samples_of(self.batch, whole, cut) for cut in cuts]
+        if not batches or batches[0] is None:
+            return iter([self])
+        steps = [Step(self.trainer, self.module, batch, {}, False, self.arguments) for batch in batches]
+        for step, cut in zip(steps, cuts, strict=True):
+            step.batch_sizes = (cut.stop - cut.start,)
+        return iter(steps)
 
     def give_indices(self, indices: Tensor) -> None:
         """Takes the indices from the user's code, for :meth:`samples`."""

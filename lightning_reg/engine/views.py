@@ -5,8 +5,6 @@ loss call that has a row for each of them is narrowed to the first block, so all
 weights, targets, terms) is about the batch alone; the views' predictions and features are there for whoever made them.
 """
 
-import copy
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from lightning_reg.engine.errors import MisconfigurationException
+from lightning_reg.engine.batches import join_batches
 
 if TYPE_CHECKING:
     from lightning_reg.engine.technique import Technique
@@ -51,7 +49,7 @@ class Views:
             self._blocks[technique] = list(range(len(parts), len(parts) + len(own)))
             parts += own
         self.count = len(parts)
-        self.batch = _join(parts, size)
+        self.batch = join_batches(parts, size)
 
     def narrow(self, arguments: dict[str, Any]) -> dict[str, Any] | None:
         """Arguments of a loss call for the batch alone; ``None`` if the call has no row for each sample and view."""
@@ -112,47 +110,3 @@ class Views:
     def _has_blocks(self, rows: Tensor) -> bool:
         samples = self.count * self._size
         return rows.dim() > 0 and len(rows) > 0 and len(rows) % samples == 0
-
-
-def _join(parts: Sequence[Any], size: int) -> Any:
-    first = parts[0]
-    if isinstance(first, Tensor):
-        return _join_tensors(parts) if first.dim() and len(first) == size else first
-    if isinstance(first, Mapping):
-        return _rebuilt(first, {key: _join([part[key] for part in parts], size) for key in first})
-    if isinstance(first, tuple | list):
-        if len(first) == size and all(isinstance(item, str | int | float | bool) for item in first):
-            return type(first)(item for part in parts for item in part)  # one item per sample: a name, a path
-        items = [_join(list(column), size) for column in zip(*parts, strict=True)]
-        return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
-    if dataclasses.is_dataclass(first) and not isinstance(first, type):
-        names = [field.name for field in dataclasses.fields(first)]
-        return _with_attributes(first, {n: _join([getattr(part, n) for part in parts], size) for n in names})
-    return first
-
-
-def _join_tensors(parts: Sequence[Tensor]) -> Tensor:
-    try:
-        return torch.cat([part.to(parts[0].dtype) for part in parts])
-    except RuntimeError as error:
-        shapes = ", ".join(str(tuple(part.shape)) for part in parts)
-        raise MisconfigurationException(
-            f"The batch and its views have entries of different shapes, {shapes}, so they cannot pass the network"
-            " together. An augmentation has to keep the shape of its input."
-        ) from error
-
-
-def _rebuilt(mapping: Any, entries: dict[Any, Any]) -> Any:
-    if type(mapping) is dict:
-        return entries
-    rebuilt = copy.copy(mapping)
-    for key, value in entries.items():
-        rebuilt[key] = value
-    return rebuilt
-
-
-def _with_attributes(owner: Any, values: dict[str, Any]) -> Any:
-    changed = copy.copy(owner)
-    for name, value in values.items():
-        object.__setattr__(changed, name, value)  # a dataclass may be frozen
-    return changed

@@ -284,6 +284,26 @@ def test_fisher_of_some_batches_only():
         torch.testing.assert_close(one, two)
 
 
+class Thing:
+    """A batch that nobody but its owner can take apart."""
+
+    def __init__(self, samples):
+        self.x, self.y = (torch.stack(column) for column in zip(*samples, strict=True))
+
+
+def test_fisher_of_batches_that_cannot_be_taken_apart():
+    def step(module, batch):
+        return F.cross_entropy(module(batch.x), batch.y)
+
+    fishers = []
+    for module, collate in ((Classifier(), None), (Classifier(step=step), Thing)):
+        ewc = EWC()
+        fit(module, ewc, loader=DataLoader(task(0), 5, collate_fn=collate))
+        fishers.append(ewc.state_dict()["slots"][0]["weights"])
+    for name, fisher in fishers[0].items():
+        torch.testing.assert_close(fishers[1][name], fisher)
+
+
 def test_the_fit_does_not_notice_the_fisher_pass():
     class Noisy(Classifier):
         def training_step(self, batch, batch_idx):
