@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, seed_everything
 from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
 from sklearn.datasets import load_digits
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -70,7 +71,9 @@ class Sharded(Digits):
             parallelize_module(self.net, self.device_mesh["tensor_parallel"], plan)
             return
         mesh = self.device_mesh["data_parallel"]
-        if self.how == "layers":
+        if self.how == "hybrid":  # copies of shards
+            mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("copies", "shards"))
+        if self.how in ("layers", "hybrid"):
             for layer in self.net[::2]:
                 fully_shard(layer, mesh=mesh)
         fully_shard(self.net, mesh=mesh)
@@ -168,6 +171,7 @@ RECIPES = {
         ("layers", "one shot"),
         ("at once", "frames"),
         ("columns", "mdgf"),
+        ("hybrid", "srste"),
         ("copies", "srste"),
         ("copies", "mdgf"),
     ],
