@@ -70,6 +70,8 @@ class Sharded(Digits):
             plan = {"2": ColwiseParallel(), "4": RowwiseParallel()}
             parallelize_module(self.net, self.device_mesh["tensor_parallel"], plan)
             return
+        if self.how == "both":
+            parallelize_module(self.net, self.device_mesh["tensor_parallel"], {"2": ColwiseParallel()})
         mesh = self.device_mesh["data_parallel"]
         if self.how == "hybrid":  # copies of shards
             mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("copies", "shards"))
@@ -140,7 +142,7 @@ def found(module, sparse):
 
 
 def mesh(how="layers", **kwargs):
-    parallel = 1 if how in ("columns", "rows") else 2
+    parallel = 1 if how in ("columns", "rows", "both") else 2
     return ModelParallelStrategy(data_parallel_size=parallel, tensor_parallel_size=2 // parallel, **kwargs)
 
 
@@ -254,6 +256,7 @@ def refused(how, kwargs):
         ("layers", {"dim": "out", "layers": "net.2"}, 'NMSparsity: groups along dim="out" reach over many rows, but'),
         ("layers", {"permute": True, "layers": "net.2"}, "NMSparsity: permute=True exchanges rows, but 'net.2.weight'"),
         ("rows", {"layers": "net.4"}, "'net.4.weight' is split as S(1), which cuts its rows. Split it along"),
+        ("both", {"layers": "net.2"}, "'net.2.weight' is split in a way that does not leave rows in order"),
     ],
 )
 def test_what_rows_do_not_suffice_for_is_refused(two_processes, how, kwargs, sentence):
