@@ -244,8 +244,9 @@ class Peer:
                 undo.enter_context(host.lent_trainer(self.module, trainer))
                 undo.enter_context(_kept_buffers(self.module))
                 # With a graph, so that calls with a gradient are told apart as they are in the user's own step (a
-                # metric's have none); the graph keeps nothing.
-                undo.enter_context(torch.enable_grad())
+                # metric's have none); the graph keeps nothing. Without one, where no call is asked for: torch's
+                # transformer layers have a faster way then.
+                undo.enter_context(torch.set_grad_enabled(gradient or technique is not None))
                 undo.enter_context(trainer.precision_plugin.train_step_context())
                 if gradient:
                     undo.enter_context(torch.autocast(self.module.device.type, enabled=False))
@@ -256,6 +257,10 @@ class Peer:
                 self.module.training_step(step.batch, *step.arguments)
             outputs = dict(self._tap.outputs)
             features = outputs if gradient else tree_map_only(Tensor, Tensor.detach, outputs)
+        except RuntimeError as error:
+            if technique is None and "does not require grad" in str(error):
+                raise RuntimeError(_ASKS_FOR_GRADIENTS) from error
+            raise
         finally:
             self._tap.open = False
             self._tap.outputs.clear()
@@ -322,12 +327,15 @@ def _unchanged(arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
+_ASKS_FOR_GRADIENTS = "`training_step` asks for gradients itself; a second network, which gets none, cannot run it."
+
+
 def _forget(tensor: Tensor) -> None:
     return None
 
 
 def _forgotten(nothing: None) -> Tensor:
-    raise RuntimeError("`training_step` asks for gradients itself; a second network, which gets none, cannot run it.")
+    raise RuntimeError(_ASKS_FOR_GRADIENTS)
 
 
 @contextmanager

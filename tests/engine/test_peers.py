@@ -11,7 +11,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_reg import LossMixin
+from lightning_reg import FeatureDistillation, LossMixin
 from lightning_reg.engine.errors import MisconfigurationException
 from lightning_reg.engine.features import FeatureTap
 from lightning_reg.engine.peers import Peer, copy_of, load_weights_, update_average_, weights_of
@@ -342,8 +342,9 @@ def test_gradients_inside_the_step_are_refused():
         (slope,) = torch.autograd.grad(logits.exp().sum(), x, create_graph=True)
         return F.cross_entropy(logits, batch[1]) + slope.square().mean()
 
-    with pytest.raises(RuntimeError, match="`training_step` asks for gradients itself"):
-        fit(Classifier(step), Teach())
+    for technique in (Teach(), FeatureDistillation("net.0", anchor="start_of_fit")):
+        with pytest.raises(RuntimeError, match="`training_step` asks for gradients itself"):
+            fit(Classifier(step), technique)
 
 
 def test_a_step_that_fetches_batches_itself_is_refused():
