@@ -140,7 +140,7 @@ class SparseNetwork:
         state = self.masks.state_dict(parameters)
         if prune:
             masks = {weight.name: mask for weight, _, mask in self.final_masks(module)}
-            state["pruned"] = prune_state_dict(state_dict, masks, parameters)
+            state["pruned"] = prune_state_dict(state_dict, masks, parameters, _aliases(module))
         return state
 
     def _row(self, weight: Weight, value: Tensor, mask: Tensor | None) -> SparsityRow:
@@ -168,6 +168,14 @@ class SparseNetwork:
         if self._choice.n == self._choice.m and not self._choice.patterns:
             return []
         return choose_weights(module, self._choice, self._owner)
+
+
+def _aliases(module: nn.Module) -> dict[str, list[str]]:
+    """All names of each parameter, by its first."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name.replace("_orig_mod.", ""))
+    return {group[0]: group for group in names.values()}
 
 
 def _kept_magnitude(weight: Tensor, mask: Tensor) -> float:

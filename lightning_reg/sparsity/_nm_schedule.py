@@ -4,12 +4,16 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from lightning_reg.engine import host
 from lightning_reg.engine.errors import MisconfigurationException
 from lightning_reg.sparsity._nm_masks import decay_factor
 
-__all__ = ["NEVER", "Schedule", "make_schedule", "solved_beta"]
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+__all__ = ["NEVER", "Schedule", "length_of_training", "make_schedule", "say_it_goes_back", "solved_beta"]
 
 NEVER = 1 << 62  # a step that no training gets to
 _DONE_AT = 0.7  # share of the training at which the decay is over: the paper's advice
@@ -129,3 +133,41 @@ def make_schedule(
     if beta is None:
         beta = solved_beta(recipe, steps, dense, final) if recipe.startswith("mdgf") else math.inf
     return Schedule(recipe, dense, final, beta)
+
+
+def length_of_training(trainer: "Trainer") -> float:
+    """Optimizer steps of the training; infinite or negative if not known. Says where that count may be wrong."""
+    total, limited = trainer.estimated_stepping_batches, trainer.max_steps > 0
+    accumulates = any(type(c).__name__ == "GradientAccumulationScheduler" for c in host.callbacks(trainer))
+    several = len(trainer.optimizers) > 1
+    if accumulates and not limited:
+        _warn(
+            f"phases are counted from {total} optimizer steps, which is not what a training with"
+            " GradientAccumulationScheduler will have. Give the Trainer `max_steps`."
+        )
+    elif several and limited:
+        _warn(
+            f"phases are counted from max_steps={total}, which counts the steps of all {len(trainer.optimizers)}"
+            " optimizers, and masks count once for a batch. Give the Trainer `max_epochs` in its place, or write"
+            " `dense_steps` and `finetune_steps` for it."
+        )
+    return total
+
+
+def say_it_goes_back(before: float, now: float) -> None:
+    """Warns of a resumed training that falls back into an earlier phase.
+
+    Args:
+        before: What pruned weights were multiplied by in the last step before.
+        now: What they will be multiplied by.
+
+    """
+    _warn(
+        f"the checkpoint was written with pruned weights multiplied by {before:.3g}, and in this training, which is"
+        f" longer or has other phases, they are multiplied by {now:.3g} again: it goes back to an earlier phase. Resume"
+        " with the length that the training began with, or give phases in steps."
+    )
+
+
+def _warn(sentence: str) -> None:
+    host.rank_zero_warn(f"NMSparsity: {sentence}")

@@ -1,7 +1,7 @@
 """Masks over the course of training; gradients and checkpoints of pruned weights; what is logged of them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -122,7 +122,10 @@ class Masks:
 
 @torch.no_grad()
 def prune_state_dict(
-    state_dict: dict[str, Tensor], masks: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+    state_dict: dict[str, Tensor],
+    masks: Mapping[str, Tensor],
+    parameters: Mapping[str, Tensor],
+    aliases: Mapping[str, Sequence[str]],
 ) -> dict[str, dict[str, Any]]:
     """Exchanges dense weights in a state dict for sparse ones; the tensors themselves stay as they are.
 
@@ -134,6 +137,7 @@ def prune_state_dict(
             parameters there may be the rows of this process, the whole weight, or nothing in this process.
         masks: Which weights are kept, of the rows here, by name of the parameter.
         parameters: By name.
+        aliases: All names of each parameter; a state dict has one that is shared under each of them.
 
     Returns:
         What was left out, of all processes, in the first: by name the packed mask and the pruned values in row order.
@@ -144,10 +148,13 @@ def prune_state_dict(
     for name, mask in masks.items():
         parameter = parameters[name]
         everything, whole_mask = shards.whole(parameter), shards.whole_like(mask.to(parameter.device), parameter)
-        value = state_dict.get(keys.get(name, ""))
-        if value is None or not _holds(value, everything, parameter):
+        places = [keys[alias] for alias in aliases[name] if alias in keys]
+        places = [place for place in places if _holds(state_dict[place], everything, parameter)]
+        if not places:
             continue
-        state_dict[keys[name]] = _masked(value, mask if shards.is_split(value) else whole_mask)
+        value = state_dict[places[0]]
+        masked = _masked(value, mask if shards.is_split(value) else whole_mask)
+        state_dict.update(dict.fromkeys(places, masked))
         rest = everything[~whole_mask]
         if distributed.rank() == 0 and rest.any():
             pruned[name] = {"bits": pack_mask(whole_mask), "values": rest}

@@ -26,7 +26,7 @@ from lightning_reg.sparsity._nm_masks import (
 from lightning_reg.sparsity._nm_network import SparseNetwork
 from lightning_reg.sparsity._nm_permute import best_channel_permutation, permute_network_
 from lightning_reg.sparsity._nm_report import SparsityReport
-from lightning_reg.sparsity._nm_schedule import NEVER, Schedule, make_schedule
+from lightning_reg.sparsity._nm_schedule import NEVER, Schedule, length_of_training, make_schedule, say_it_goes_back
 from lightning_reg.sparsity._nm_validation import validate_hardened
 from lightning_reg.sparsity._nm_weights import (
     change_gradient_,
@@ -43,19 +43,9 @@ if TYPE_CHECKING:
     from lightning_reg.engine.step import Step
 
 __all__ = [
-    "NMSparsity",
-    "SparsityReport",
-    "best_channel_permutation",
-    "check_nm",
-    "decay_factor",
-    "nm_mask",
-    "pack_mask",
-    "pattern_at",
-    "semi_structured_refusal",
-    "sparsify_weight",
-    "to_semi_structured",
-    "unpack_mask",
-]
+    "NMSparsity", "SparsityReport", "best_channel_permutation", "check_nm", "decay_factor", "nm_mask", "pack_mask",
+    "pattern_at", "semi_structured_refusal", "sparsify_weight", "to_semi_structured", "unpack_mask",
+]  # fmt: skip
 
 
 _DENSE = Schedule("ste", NEVER, None, 0.0)
@@ -180,12 +170,13 @@ class NMSparsity(Technique):
         )
         self._network = SparseNetwork(self._choice, type(self).__name__)
         self._schedule = _DENSE
+        self._has_begun = False
         self._reset()
 
     def _reset(self) -> None:
         self._network.forget()
         self._pruned: dict[str, Any] = {}
-        self._steps = self._step = 0
+        self._steps, self._step, self._factor, self._was_final = 0, 0, 1.0, False
         self._counted = self._measures = False
 
     @override
@@ -218,24 +209,26 @@ class NMSparsity(Technique):
         for other in host.callbacks(trainer):
             if isinstance(other, NMSparsity) and other is not self:
                 check_apart(type(self).__name__, self._network.sparse, other._network.sparse)
-        self._schedule = _DENSE  # in the sanity check
+        self._schedule, self._has_begun = _DENSE, False  # in the sanity check
 
     @override
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        # Only now: callbacks that average load weights when they are restored.
-        put_back_pruned_(self._pruned, named_weights(pl_module))
+        self._has_begun = True
         self._network.masks.keep_own_rows(named_weights(pl_module))
-        self._pruned = {}
         permuted: Mapping[str, object] = {}
         if host.batches_so_far(trainer) == 0:  # a new training, not a resumed or continued one
             self._reset()
             if self.permute:
                 permuted = permute_network_(pl_module, self._network.sparse, type(self).__name__)
-        elif self._steps == 0:  # joined a training under way
-            self._steps = trainer.global_step
+        else:  # only now: callbacks that average load weights when they are restored
+            put_back_pruned_(self._pruned, named_weights(pl_module))
+            self._steps = self._steps or trainer.global_step  # joined a training under way
+        self._pruned = {}
         # Not before: asking for the length sets up the loaders, and a loader that resumes must not be set up too early.
         dense, final = (self.dense_fraction, self.dense_steps), (self.finetune_fraction, self.finetune_steps)
-        self._schedule = make_schedule(self.recipe, trainer.estimated_stepping_batches, self.beta, dense, final)
+        self._schedule = make_schedule(self.recipe, length_of_training(trainer), self.beta, dense, final)
+        if self._schedule.factor(self._steps) > self._factor or (self._was_final and not self._is_final()):
+            say_it_goes_back(self._factor, self._schedule.factor(self._steps))
         if trainer.is_global_zero and host.prints_summary(trainer):
             Console().print(weights_table(self._network.weights, self._choice, self.describe(), permuted))
 
@@ -280,17 +273,14 @@ class NMSparsity(Technique):
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         parameters = named_weights(pl_module)
         sparse = [w for w in self._network.sparse if id(parameters[w.name]) in owned]
-        if not sparse or self._schedule.factor(self._step) == 1.0:
+        self._factor = self._schedule.factor(self._step)
+        if not sparse or self._factor == 1.0:
             return
         self._network.masks.age += 1
-        masked = self.recipe == "one_shot" or self.grad == "masked"
-        for weight in sparse if masked or self.recipe == "srste" else ():
-            change_gradient_(
-                parameters[weight.name],
-                self._network.masks[weight.name],
-                factor=self._schedule.factor(self._step) if masked else 1.0,
-                pull=self.lambda_w if self.recipe == "srste" else 0.0,
-            )
+        factor = self._factor if self.recipe == "one_shot" or self.grad == "masked" else 1.0
+        pull = self.lambda_w if self.recipe == "srste" else 0.0
+        for weight in sparse if factor < 1.0 or pull else ():
+            change_gradient_(parameters[weight.name], self._network.masks[weight.name], factor=factor, pull=pull)
 
     @override
     def on_train_batch_end(
@@ -310,14 +300,16 @@ class NMSparsity(Technique):
         if self._network.sparse and self.harden_at_end and not self._is_final():
             host.rank_zero_warn(
                 f"NMSparsity: training ended after {self._steps} steps, before the final mask was in force"
-                f" (D = {self._schedule.factor(self._steps):.3g}): hardening now changes the network's function."
-                " Train on, or write harden_at_end=False."
+                f" (D = {self._factor:.3g}): hardening now changes the network's function. Train on, or write"
+                " harden_at_end=False."
             )
         self.on_fit_end(trainer, pl_module)
 
     @override
     def on_fit_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        if self.harden_at_end:  # again after `on_train_end`: another callback may have put its average in meanwhile
+        if (
+            self.harden_at_end and self._has_begun
+        ):  # again after `on_train_end`: another callback may have put its average in meanwhile
             self.harden(pl_module)
 
     def harden(self, module: nn.Module) -> None:
@@ -369,12 +361,14 @@ class NMSparsity(Technique):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self._steps, **self._network.masks.state_dict()}
+        last = {"steps": self._steps, "factor": self._factor, "final": self._is_final()}
+        return {**last, **self._network.masks.state_dict()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._reset()
         self._steps = self._step = state_dict["steps"]
+        self._factor, self._was_final = state_dict["factor"], state_dict["final"]
         self._network.masks.load_state_dict(state_dict)
         self._pruned = state_dict.get("pruned", {})
 
@@ -388,7 +382,9 @@ class NMSparsity(Technique):
         return self._schedule.pattern(weight.patterns(self._choice), self._step)
 
     def _is_final(self) -> bool:
-        return self._schedule.is_final((w.patterns(self._choice) for w in self._network.sparse), self._steps)
+        # Whether the last step that was made had the final mask: the weights have been trained with it.
+        made = self._steps - 1
+        return made >= 0 and self._schedule.is_final((w.patterns(self._choice) for w in self._network.sparse), made)
 
     def _log(self, module: "LightningModule") -> None:
         patterns = {weight: self._pattern(weight) for weight in self._network.sparse}
