@@ -89,16 +89,14 @@ class Engine:
             edits_weights=bool(engine._in(techniques, "edit_weights")),
             penalizes=bool(engine._in(techniques, "penalty")),
         )
-        last = [LastHook(engine)] if engine._in(techniques, "map_weights") else []
+        last = [LastHook(engine)] if engine._in(techniques, "map_weights") or hooks.edits_weights else []
         host.set_callbacks(trainer, [hooks, *host.callbacks(trainer), *last])
         engine._loaders.attach()
 
     def detach(self) -> None:
         """Puts everything back as it was; may be called twice."""
         self.restore_weights()
-        if self._maps is not None:
-            self._maps.close()
-        for watcher in (self._features, self._edits, self._copies):
+        for watcher in (self._maps, self._surgery, self._features, self._edits, self._copies):
             if watcher is not None:
                 watcher.close()
         self._loaders.detach()
@@ -121,7 +119,8 @@ class Engine:
         if editors:
             check_editable(editors[0], self.trainer)
             names = {technique: technique.weights_to_edit(self.module) for technique in editors}
-            self._surgery = Surgery(self.module, [(names[t], t.edit_weights) for t in editors])
+            edits = [(names[t], t.edit_weights) for t in editors]
+            self._surgery = Surgery(self.module, edits, ", ".join(type(t).__name__ for t in editors))
             parameters = named_weights(self.module)
             for technique in editors:
                 check_split(technique, {name: parameters[name] for name in names[technique]})
@@ -149,7 +148,9 @@ class Engine:
             self._edits = FeatureEdits(self.module, layers, self._copies)
 
     def prepare_data(self) -> None:
-        """Says what is attached to what, once the loaders are there."""
+        """Says what is attached to what, once the loaders are there; optimizers are there as well."""
+        if self._surgery is not None:
+            self._surgery.guard(self.trainer.optimizers)
         report.show_table(self.trainer, self.techniques, self._loaders.sizes())
 
     # -- weights ------------------------------------------------------------------------------------------------------
@@ -190,7 +191,9 @@ class Engine:
         self._begin_maps()
         strategy = self.trainer.strategy
         original = strategy.optimizer_step if self._optimizing is None else self._optimizing.original
-        with nullcontext() if self._maps is None else self._maps.stepping(optimizer):
+        with ExitStack() as around:
+            for one in (self._surgery, self._maps):
+                around.enter_context(nullcontext() if one is None else one.stepping(optimizer))
             result = original(optimizer, with_weights, *args, **kwargs)
         if self._step is not None:  # manual optimization: the rest of training_step sees effective weights again
             self.apply_weights()

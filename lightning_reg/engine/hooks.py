@@ -29,7 +29,7 @@ class EngineHooks(Callback):
     """
 
     def __init__(self, engine: "Engine", *, edits_weights: bool, penalizes: bool) -> None:
-        self._engine = engine
+        self._engine, self.edits_weights = engine, edits_weights
         # Lightning calls the hooks that are callable; nothing to do is not even a call.
         idle = list(_NEVER)
         if not edits_weights:
@@ -61,11 +61,7 @@ class EngineHooks(Callback):
         self._engine.restore_weights()
 
     @override
-    def on_validation_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        self._engine.apply_weights()
-
-    @override
-    def on_validation_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+    def on_validation_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         self._engine.restore_weights()
 
     @override
@@ -78,7 +74,9 @@ class EngineHooks(Callback):
 
 
 class LastHook(Callback):
-    """Stands last among the callbacks while weights are trained through a map, so that all others change dL/dw.
+    """Stands last among the callbacks while weights are edited or trained through a map.
+
+    So all others change dL/dw; and weights that others put in for validation (averages) are edited as well.
 
     Args:
         engine: Whose hook this is.
@@ -93,3 +91,7 @@ class LastHook(Callback):
         self, trainer: "Trainer", pl_module: "LightningModule", optimizer: "Optimizer"
     ) -> None:
         self._engine.pull_back(optimizer)
+
+    @override
+    def on_validation_epoch_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        self._engine.apply_weights()

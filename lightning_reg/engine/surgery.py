@@ -6,10 +6,13 @@ it is (straight-through). Where rows of parameters are split over processes each
 gathers those. Cost: two fused passes over the edited parameters per batch, and one copy of them in memory.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_reg.engine import shards
 from lightning_reg.engine.errors import MisconfigurationException
@@ -32,13 +35,14 @@ class Surgery:
     Args:
         module: The user's module.
         edits: For each editor the names of its parameters and the function that edits their values in place.
+        owner: Class to name in errors.
 
     Raises:
         MisconfigurationException: If a name matches no parameter.
 
     """
 
-    def __init__(self, module: nn.Module, edits: Sequence[tuple[Sequence[str], Edit]]) -> None:
+    def __init__(self, module: nn.Module, edits: Sequence[tuple[Sequence[str], Edit]], owner: str = "") -> None:
         parameters = named_weights(module)
         for name in (name for names, _ in edits for name in names):
             if name not in parameters:
@@ -50,6 +54,9 @@ class Surgery:
         self._module = module
         self._dense: dict[nn.Parameter, Tensor] = {}
         self._edited: list[nn.Parameter] = []
+        self._owner = owner
+        self._stepping: object = None
+        self._handles: list[Any] = []
 
     @property
     def in_place(self) -> bool:
@@ -85,6 +92,36 @@ class Surgery:
             torch._foreach_copy_([shards.local(p) for p in self._edited], [self._dense[p] for p in self._edited])
             self._forget_gathered()
             self._edited = []
+
+    # -- optimizers ---------------------------------------------------------------------------------------------------
+
+    def guard(self, optimizers: Sequence[Any]) -> None:
+        """Refuses steps of optimizers that the engine does not know of: they would step effective weights."""
+        self._handles += [o.register_step_pre_hook(self._check) for o in optimizers if isinstance(o, Optimizer)]
+
+    @contextmanager
+    def stepping(self, optimizer: object) -> Iterator[None]:
+        """While an optimizer steps with the engine's knowledge."""
+        self._stepping = optimizer
+        try:
+            yield
+        finally:
+            self._stepping = None
+
+    def _check(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._edited and self._stepping is not optimizer:
+            raise MisconfigurationException(
+                f"{self._owner}: {type(optimizer).__name__}.step was called past Lightning, so it would step the"
+                " effective weights, which are in the module for the time of the batch, and not the dense ones. Take"
+                " the optimizer from `self.optimizers()`."
+            )
+
+    def close(self) -> None:
+        """Puts the dense values back, and lets go of the optimizers."""
+        self.restore()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     def _forget_gathered(self) -> None:
         if any(shards.is_split(p) for p in self._edited):

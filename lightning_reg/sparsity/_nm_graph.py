@@ -102,8 +102,9 @@ def find_chain(layers: Mapping[str, nn.Module], name: str) -> Chain | str:
         holder = layers[holder_name]
         if isinstance(holder, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
             between = (holder.linear1, holder.activation, holder.dropout, holder.linear2)
-            is_feed_forward = consumer is holder.linear2
-            return Chain([_plain(call) for call in between]) if is_feed_forward else "its input is not another layer's"
+            if consumer is not holder.linear2:
+                return "its input is not another layer's"
+            return _unfit(holder.linear1) or Chain([_plain(call) for call in between])
         for deep in (False, True):
             found = _chain_in(holder, consumer, deep=deep)
             if isinstance(found, Chain):

@@ -152,7 +152,7 @@ class SparseNetwork:
             pattern="dense" if mask is None else f"{weight.n}:{weight.m}",
             why_dense=weight.why_dense,
             kept_magnitude=self._magnitudes.get(weight.name, 1.0) if kept == 1.0 else kept,
-            zeros=1.0 - nonzero / value.numel(),
+            zeros=1.0 - nonzero / value.numel() if value.numel() else 0.0,
             flops_dense=2 * value.numel(),
             flops=2 * nonzero,
         )

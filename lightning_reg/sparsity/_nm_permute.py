@@ -2,7 +2,7 @@
 
 import copy
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -74,12 +74,14 @@ class Permutation:
         before: Share of the magnitude that the mask kept before.
         after: The same afterwards.
         why_not: Why they were not permuted; "" if they were.
+        undo: Puts them back.
 
     """
 
     before: float = 1.0
     after: float = 1.0
     why_not: str = ""
+    undo: Callable[[], None] = lambda: None
 
     @override
     def __str__(self) -> str:
@@ -88,15 +90,20 @@ class Permutation:
         return f"permuted: keeps {100 * self.after:.1f} % of the magnitude, before {100 * self.before:.1f} %"
 
 
-def permute_network_(module: nn.Module, weights: Sequence[Weight], owner: str) -> dict[str, Permutation]:
+def permute_network_(
+    module: nn.Module, weights: Sequence[Weight], owner: str, unchanged: Callable[[], bool] = lambda: True
+) -> dict[str, Permutation]:
     """Permutes the input channels of sparse weights, and with them whatever makes these channels; in place.
 
-    Where that would change what the layers compute, by more than 1e-5 of it on random input, it is undone.
+    Where that would change what the layers compute, by more than 1e-5 of it on random input, it is undone; and where
+    the whole network does not compute the same any more (a layer that is called in another way than its holder's
+    ``forward`` says, or has its weights read elsewhere).
 
     Args:
         module: The module; its function stays the same up to rounding.
         weights: Sparse weights, grouped along their input channels.
         owner: Class to name in errors.
+        unchanged: Whether the whole network computes what it did before.
 
     Returns:
         What became of each weight, by name.
@@ -108,6 +115,10 @@ def permute_network_(module: nn.Module, weights: Sequence[Weight], owner: str) -
     layers = named_layers(module) | {"": module}
     counts = Counter(id(p) for layer in layers.values() for p in layer._parameters.values() if p is not None)
     found = {weight.name: _permuted_(layers, counts, weight) for weight in weights}
+    if not unchanged():
+        for permutation in reversed(found.values()):
+            permutation.undo()
+        found = {weight.name: _tried_alone_(layers, counts, weight, unchanged) for weight in weights}
     if all(permutation.why_not for permutation in found.values()):
         reasons = "".join(f"\n  {name}: {permutation.why_not}" for name, permutation in found.items())
         raise MisconfigurationException(
@@ -116,6 +127,16 @@ def permute_network_(module: nn.Module, weights: Sequence[Weight], owner: str) -
             " trace, through activations, dropout, pooling and norms alone. Write permute=False."
         )
     return found
+
+
+def _tried_alone_(
+    layers: Mapping[str, nn.Module], counts: Mapping[int, int], weight: Weight, unchanged: Callable[[], bool]
+) -> Permutation:
+    permutation = _permuted_(layers, counts, weight)
+    if permutation.why_not or unchanged():
+        return permutation
+    permutation.undo()
+    return Permutation(why_not="the training step would compute something else with it")
 
 
 @torch.no_grad()
@@ -140,7 +161,7 @@ def _permuted_(layers: Mapping[str, nn.Module], counts: Mapping[int, int], weigh
     if not difference <= _TOLERANCE * computed.abs().max():
         _permute_(chain, order.argsort())
         return Permutation(why_not=f"it would compute something else, by {float(difference):.2g}")
-    return Permutation(before, _kept(value, weight))
+    return Permutation(before, _kept(value, weight), undo=lambda: _permute_(chain, order.argsort()))
 
 
 @torch.no_grad()

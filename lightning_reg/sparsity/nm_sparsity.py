@@ -25,6 +25,7 @@ from lightning_reg.sparsity._nm_masks import (
 )
 from lightning_reg.sparsity._nm_network import SparseNetwork
 from lightning_reg.sparsity._nm_permute import best_channel_permutation, permute_network_
+from lightning_reg.sparsity._nm_probe import Probe
 from lightning_reg.sparsity._nm_report import SparsityReport
 from lightning_reg.sparsity._nm_schedule import NEVER, Schedule, length_of_training, make_schedule, say_it_goes_back
 from lightning_reg.sparsity._nm_validation import validate_hardened
@@ -219,7 +220,8 @@ class NMSparsity(Technique):
         if host.batches_so_far(trainer) == 0:  # a new training, not a resumed or continued one
             self._reset()
             if self.permute:
-                permuted = permute_network_(pl_module, self._network.sparse, type(self).__name__)
+                probe = Probe(trainer, pl_module, self)
+                permuted = permute_network_(pl_module, self._network.sparse, type(self).__name__, probe.unchanged)
         else:  # only now: callbacks that average load weights when they are restored
             put_back_pruned_(self._pruned, named_weights(pl_module))
             self._steps = self._steps or trainer.global_step  # joined a training under way

@@ -3,12 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, GradientAccumulationScheduler, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_reg import NMSparsity
-from lightning_reg.functional import check_nm
+from lightning_reg.engine.errors import MisconfigurationException
+from lightning_reg.functional import check_nm, nm_mask
 from tests.toys import QUIET, Callback, Classifier, make_trainer
 
 pytestmark = QUIET
@@ -155,3 +156,54 @@ def test_lengths_that_cannot_be_right_are_said():
     with pytest.warns(UserWarning, match="max_steps=8, which counts the steps of all 2 optimizers"):
         fit(Two(), ste(harden_at_end=False), max_epochs=-1, max_steps=8)
     fit(Two(), ste())
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["average first", "sparsity first"])
+def test_lightnings_average_is_validated_sparse(first):
+    class Watched(Validated):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def validation_step(self, batch, batch_idx):
+            weight = self.net[2].weight.detach().clone()
+            self.seen.append((check_nm(weight, 1, 4), weight))
+
+    class Dense(Callback):
+        def __init__(self):
+            self.weights = []
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            self.weights.append(pl_module.net[2].weight.detach().clone())
+
+    module, dense, average = Watched(), Dense(), EMAWeightAveraging(decay=0.5)
+    callbacks = [average, ste(), dense] if first else [ste(), dense, average]
+    trainer = make_trainer(callbacks=callbacks, max_epochs=1, num_sanity_val_steps=0)
+    trainer.fit(module, loader(), loader())
+    assert {violations for violations, _ in module.seen} == {0}
+    # Lightning's average starts as the weights after the first step.
+    mean = dense.weights[0]
+    for weight in dense.weights[1:]:
+        mean = 0.5 * mean + 0.5 * weight
+    torch.testing.assert_close(module.seen[0][1], mean * nm_mask(mean, 1, 4))
+    torch.testing.assert_close(module.net[2].weight.detach(), mean * nm_mask(mean, 1, 4))
+
+
+def test_an_optimizer_that_is_stepped_past_lightning_is_refused():
+    class Raw(Net):
+        def __init__(self, use_pl_optimizer):
+            super().__init__()
+            self.automatic_optimization, self.use_pl_optimizer = False, use_pl_optimizer
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers(use_pl_optimizer=self.use_pl_optimizer)
+            optimizer.zero_grad()
+            self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+            optimizer.step()
+
+    with pytest.raises(MisconfigurationException, match="SGD\\.step was called past"):
+        fit(Raw(use_pl_optimizer=False), ste())
+    module = Raw(use_pl_optimizer=True)
+    fit(module, ste())
+    assert not torch.equal(module.net[2].weight != 0, Net().net[2].weight != 0)
+    fit(Raw(use_pl_optimizer=False))
