@@ -116,8 +116,8 @@ class NMSparsity(Technique):
         dense_steps: Length of the dense phase in optimizer steps, in place of ``dense_fraction``.
         finetune_steps: Length of the last phase in optimizer steps, in place of ``finetune_fraction``.
         validate_hard_mask: Whether after each validation, which sees the weights of the moment, another one sees them
-            with the mask of the target pattern, as if training ended there. What the module logs there is logged under
-            ``reg/nm_sparsity/hard/...`` too, for loggers and checkpoint callbacks. Costs a validation; other averages are not in.
+            with the mask of the target pattern, as if training ended there (and without averages that other callbacks
+            put in). What the module logs is logged under ``reg/nm_sparsity/hard/...`` too. Costs a validation.
         refresh_every: Optimizer steps between two choices of the masks, at least 1. Paper: 1.
         name: Tells several instances in one Trainer apart; they must not share a layer.
 
