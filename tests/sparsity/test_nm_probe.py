@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_reg import NMSparsity
 from lightning_reg.engine.errors import MisconfigurationException
-from tests.toys import QUIET, Callback, Classifier, make_trainer, same_weights, weights_of
+from tests.toys import QUIET, TWO_RANKS, Callback, Classifier, make_trainer, same_weights, weights_of
 
 pytestmark = QUIET
 
@@ -187,3 +187,15 @@ def test_manual_optimization_cannot_be_tried():
     module.automatic_optimization = False
     with pytest.raises(MisconfigurationException, match="NMSparsity runs `training_step` on a copy of the module"):
         make_trainer(callbacks=[NMSparsity(2, 4, layers=r"net\.3$", permute=True)]).fit(module, loader())
+
+
+def permuted_on_rank(layers):
+    module = Module(make(Both))
+    sparse = NMSparsity(2, 4, recipe="ste", layers=layers, permute=True)
+    make_trainer(callbacks=[sparse], max_epochs=1, **TWO_RANKS).fit(module, loader())
+    return weights_of(module)
+
+
+def test_ranks_permute_alike(two_processes):
+    one, two = two_processes.run(permuted_on_rank, r"(chain\.3|odd\.b)$")
+    assert same_weights(one, two)
