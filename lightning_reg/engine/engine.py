@@ -162,11 +162,11 @@ class Engine:
             with self._own_writes():
                 self._surgery.apply([position for position, editor in enumerate(editors) if editor in self._active])
 
-    def restore_weights(self) -> None:
-        """Puts the dense weights back."""
+    def restore_weights(self, optimizer: Any = None) -> None:
+        """Puts the dense weights back; before a step under manual optimization those of the optimizer."""
         if self._surgery is not None:
             with self._own_writes():
-                self._surgery.restore()
+                self._surgery.restore(None if self.module.automatic_optimization else optimizer)
 
     def pull_back(self, optimizer: Any) -> None:
         """Gives the optimizer what weights are mapped from, with its gradients, once these are final."""

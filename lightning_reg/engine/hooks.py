@@ -51,7 +51,7 @@ class EngineHooks(Callback):
     def on_before_optimizer_step(
         self, trainer: "Trainer", pl_module: "LightningModule", optimizer: "Optimizer"
     ) -> None:
-        self._engine.restore_weights()
+        self._engine.restore_weights(optimizer)
         self._engine.add_penalties(optimizer)
 
     @override

@@ -65,33 +65,48 @@ class Surgery:
 
     @torch.no_grad()
     def apply(self, which: Collection[int] | None = None) -> None:
-        """Puts effective values in, unless they are.
+        """Puts effective values in where they are not.
 
         Args:
             which: Positions of the editors whose turn it is; ``None`` for all.
 
         """
-        edits = [edit for position, edit in enumerate(self._edits) if which is None or position in which]
+        edited = set(self._edited)
+        edits = [
+            ({name: p for name, p in named.items() if p not in edited}, edit)
+            for position, (named, edit) in enumerate(self._edits)
+            if which is None or position in which
+        ]
         weights = list(dict.fromkeys(p for named, _ in edits for p in named.values()))
-        if self._edited or not weights:
+        if not weights:
             return
         values = {weight: shards.local(weight) for weight in weights}
         for weight, value in values.items():
             if weight not in self._dense:
                 self._dense[weight] = torch.empty_like(value)
         torch._foreach_copy_([self._dense[p] for p in weights], list(values.values()))
-        self._edited = weights
+        self._edited += weights
         for named, edit in edits:
-            edit({name: values[p] for name, p in named.items()})
+            if named:
+                edit({name: values[p] for name, p in named.items()})
         self._forget_gathered()
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Puts the dense values back, unless they are in already."""
-        if self._edited:
-            torch._foreach_copy_([shards.local(p) for p in self._edited], [self._dense[p] for p in self._edited])
+    def restore(self, optimizer: Any = None) -> None:
+        """Puts the dense values back where they are not in already.
+
+        Args:
+            optimizer: Of its parameters alone: graphs through others stay valid. ``None``: of all.
+
+        """
+        groups = () if optimizer is None else optimizer.param_groups
+        among = {id(p) for group in groups for p in group["params"]}
+        edited = [p for p in self._edited if optimizer is None or id(p) in among]
+        if edited:
+            torch._foreach_copy_([shards.local(p) for p in edited], [self._dense[p] for p in edited])
             self._forget_gathered()
-            self._edited = []
+            back = {id(p) for p in edited}
+            self._edited = [p for p in self._edited if id(p) not in back]
 
     # -- optimizers ---------------------------------------------------------------------------------------------------
 

@@ -260,7 +260,7 @@ class NMSparsity(Technique):
         if factor == 1.0 or self._network.is_hard:
             return
         refresh = self._network.masks.age >= self.refresh_every and self.recipe != "one_shot"
-        patterns = {weight.name: self._pattern(weight) for weight in self._network.sparse}
+        patterns = {weight.name: self._pattern(weight) for weight in self._network.sparse if weight.name in weights}
         masks = self._network.masks.choose(weights, patterns, refresh=refresh, measure=self._measures)
         for name, mask in masks.items():
             apply_mask_(weights[name], mask, factor)

@@ -207,3 +207,30 @@ def test_an_optimizer_that_is_stepped_past_lightning_is_refused():
     fit(module, ste())
     assert not torch.equal(module.net[2].weight != 0, Net().net[2].weight != 0)
     fit(Raw(use_pl_optimizer=False))
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_two_networks_with_two_losses_are_stepped_one_after_the_other(sparse):
+    class Two(Net):
+        def __init__(self):
+            super().__init__()
+            self.other = Net().net
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            losses = [F.cross_entropy(net(batch[0]), batch[1]) for net in (self.net, self.other)]
+            for optimizer, loss in zip(self.optimizers(), losses, strict=True):
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                optimizer.step()
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(net.parameters(), 0.1) for net in (self.net, self.other)]
+
+    module, alone = Two(), Net()
+    techniques = [NMSparsity(1, 4, recipe="ste", layers=r"\.2$", dense_steps=0)] if sparse else []
+    fit(module, *techniques)
+    fit(alone, *([ste()] if sparse else []))
+    for net in (module.net, module.other):
+        for one, two in zip(net.parameters(), alone.net.parameters(), strict=True):
+            assert torch.equal(one, two)
