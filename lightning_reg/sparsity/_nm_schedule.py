@@ -137,7 +137,11 @@ def make_schedule(
 
 def length_of_training(trainer: "Trainer") -> float:
     """Optimizer steps of the training; infinite or negative if not known. Says where that count may be wrong."""
-    total, limited = trainer.estimated_stepping_batches, trainer.max_steps > 0
+    total, limited, epochs = trainer.estimated_stepping_batches, trainer.max_steps > 0, trainer.max_epochs
+    # Lightning's SWA adds an epoch for batch norm statistics, which trains nothing.
+    for_statistics = any(getattr(c, "_model_contains_batch_norm", False) for c in host.callbacks(trainer))
+    if for_statistics and not limited and epochs is not None and epochs > 1:
+        total = total * (epochs - 1) / epochs
     accumulates = any(type(c).__name__ == "GradientAccumulationScheduler" for c in host.callbacks(trainer))
     several = len(trainer.optimizers) > 1
     if accumulates and not limited:

@@ -3,7 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import EMAWeightAveraging, GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -234,3 +239,14 @@ def test_two_networks_with_two_losses_are_stepped_one_after_the_other(sparse):
     for net in (module.net, module.other):
         for one, two in zip(net.parameters(), alone.net.parameters(), strict=True):
             assert torch.equal(one, two)
+
+
+@pytest.mark.filterwarnings("ignore:.*Swapping scheduler.*")
+@pytest.mark.parametrize("norm", [True, False])
+def test_the_epoch_of_statistics_that_lightnings_swa_adds_does_not_count(norm):
+    module = Net()
+    module.net[3] = nn.Sequential(nn.ReLU(), nn.BatchNorm1d(16) if norm else nn.Identity())
+    sparse = NMSparsity(1, 4, recipe="mdgf_linear", layers=r"net\.2", dense_steps=2)
+    fit(module, sparse, StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=2), max_epochs=5)
+    assert sparse.state_dict()["steps"] == 20 + norm  # all of that epoch is accumulated for one step
+    assert "final mask from step 17" in sparse.describe()  # of 20, and 0.15 of them fine-tuning
