@@ -180,7 +180,9 @@ class CutMix(Mixer):
 
     What the module's own code sees: mixed images and, in the form "pair", the labels ``y`` as they were. Metrics of the
     training step are therefore those of mixed images against one of their two labels, and low: watch the validation's,
-    and do not stop early on the training loss, which is the mixed one.
+    and do not stop early on the training loss, which is the mixed one. Factors that your code puts on losses by
+    ``reduction="none"`` (a weight of the class, a focal factor) see the sample's own label. Targets per pixel are
+    weighted by area as a label is; where they should follow the box, paste it into them yourself.
 
     Use it for images (or spectrograms, signals) where a network trains long enough to overfit. Leave it on short
     schedules, and where the label is not proportional to area (counting, small objects, text).
@@ -219,7 +221,9 @@ class CutMix(Mixer):
         stop_epoch: First epoch in which they no longer are, above ``start_epoch``; ``None`` for never.
         loss: Which loss call is mixed if that is not clear: position, ``"last"``, function name or ``"model.py:42"``.
             Calls on an entry of the batch itself need no choice: those on labels follow the mixing, those on the mixed
-            inputs (an autoencoder's) do not.
+            inputs (an autoencoder's) do not. A target that is made of an entry follows unasked if it holds class
+            indices; of numbers (``y.float()``, one-hot vectors, a teacher's output) it must be said that they are the
+            labels, by naming their call.
         name: Tells several instances in one Trainer apart.
         seed: Seed of the draws.
 
