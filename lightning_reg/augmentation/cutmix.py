@@ -211,7 +211,7 @@ class CutMix(Mixer):
             where the box is cut off at the border. Authors' code: yes.
         input_key: Batch entry with the images (B, C, H, W) or signals (B, C, L): a key, a position or both, separated
             by dots (``"image"``, ``"0"``, ``"labelled.0"``). ``None``: the first entry of a sequence, the only tensor
-            of such a shape in a mapping.
+            of at least two dimensions in a mapping.
         target_key: Batch entry with the targets, for the form "soft". ``None``: the second entry of a sequence.
         form: How the labels follow. ``"pair"``: in the loss, two terms. ``"soft"``: in the batch, as probabilities
             (B, K) or mixed floating-point targets; the module's code then sees those in mixed batches. ``"auto"``:
@@ -293,8 +293,8 @@ class Mixup(Mixer):
         prob: Share of the batches that are mixed, in [0, 1]. Paper: 1. Neutral: 0.
         per_sample: Whether each sample has a lambda of its own. Authors' code: one for the batch.
         input_key: Batch entry with the inputs: a key, a position or both, separated by dots (``"image"``, ``"0"``,
-            ``"labelled.0"``). ``None``: the first entry of a sequence, the only floating-point tensor of at least two
-            dimensions in a mapping.
+            ``"labelled.0"``). ``None``: the first entry of a sequence, the only tensor of at least two dimensions in a
+            mapping.
         target_key: Batch entry with the targets, for the form "soft". ``None``: the second entry of a sequence.
         form: How the labels follow: in the loss (``"pair"``), in the batch (``"soft"``), or as fits the module
             (``"auto"``); see :class:`CutMix`.

@@ -471,6 +471,15 @@ def test_mixup_refuses_whole_numbers_in_the_batch():
         fit(Net(), Mixup(), loader=samples)
 
 
+@pytest.mark.parametrize("technique", [CutMix(prob=1.0), Mixup()])
+def test_a_mapping_is_not_searched_for_what_can_be_mixed(technique):
+    def form(sample):
+        return {"image": (255 * sample[0]).byte(), "label": F.one_hot(sample[1], 4).float()}
+
+    with pytest.raises(MisconfigurationException, match="inputs is not certain: .* and 2 entries could be meant"):
+        fit(Net(), technique, loader=loader(form))
+
+
 def test_one_of_several_loaders_is_named():
     def both(module, batch):
         return sum(F.cross_entropy(module.net(x), y) for x, y in (batch["a"], batch["b"]))

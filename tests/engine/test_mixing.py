@@ -332,6 +332,23 @@ def test_an_entry_is_replaced_in_a_copy(batch, key):
         assert list(changed) == [9, 2]
 
 
+@dataclasses.dataclass
+class Scaled:
+    image: object
+    weight: object = dataclasses.field(init=False, default=None)
+
+    def __post_init__(self):
+        self.image = self.image / 255
+
+
+def test_nothing_of_a_dataclass_runs_when_an_entry_is_replaced():
+    batch = Scaled(510)
+    batch.weight = 3
+    changed = replace_entry(batch, "image", 9)
+    assert (changed.image, changed.weight) == (9, 3)
+    assert (batch.image, batch.weight) == (2, 3)
+
+
 def test_a_batch_that_cannot_be_written_to_is_refused():
     class Reading:
         image = property(lambda self: 1)
