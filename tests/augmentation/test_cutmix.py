@@ -476,7 +476,7 @@ def test_a_mapping_is_not_searched_for_what_can_be_mixed(technique):
     def form(sample):
         return {"image": (255 * sample[0]).byte(), "label": F.one_hot(sample[1], 4).float()}
 
-    with pytest.raises(MisconfigurationException, match="inputs is not certain: .* and 2 entries could be meant"):
+    with pytest.raises(MisconfigurationException, match=r"inputs is not certain: .* and 2 entries could be meant"):
         fit(Net(), technique, loader=loader(form))
 
 
