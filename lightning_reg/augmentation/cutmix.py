@@ -25,7 +25,7 @@ def rand_box(height: int, width: int, lam: float, generator: torch.Generator | N
 
     Args:
         height: H, at least 1. With 1 the box is a span of a signal: its width is :math:`W (1 - \lambda)`.
-        width: W, at least 1.
+        width: W, at least 1. With 1 the same, along the height.
         lam: Share of the image to keep, in [0, 1].
         generator: Generator on the CPU; ``None`` for the global one.
 
@@ -39,6 +39,8 @@ def rand_box(height: int, width: int, lam: float, generator: torch.Generator | N
     """
     if height == 1:
         return (0, 1, *_span(width, 1.0 - lam, generator))
+    if width == 1:
+        return (*_span(height, 1.0 - lam, generator), 0, 1)
     ratio = math.sqrt(1.0 - lam)
     return (*_span(height, ratio, generator), *_span(width, ratio, generator))
 

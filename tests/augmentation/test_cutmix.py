@@ -135,6 +135,8 @@ def test_a_span_of_a_signal_has_the_share_itself():
     assert {box[:2] for box in boxes} == {(0, 1)}
     widths = {x2 - x1 for _, _, x1, x2 in boxes}  # 2 * (25 // 2), cut off at either end
     assert (min(widths), max(widths)) == (12, 24)
+    upright = [rand_box(100, 1, 0.75, torch.Generator().manual_seed(seed)) for seed in range(300)]
+    assert upright == [(x1, x2, y1, y2) for y1, y2, x1, x2 in boxes]
 
 
 def test_mean_of_the_corrected_share():
