@@ -127,7 +127,7 @@ class Mixer(Technique, ABC):
     def _find_key(self, batch: object, step: "Step") -> str:
         if self.input_key is not None:
             return self.input_key
-        return input_key_of(batch, self, lambda entry: not self._problem_with(entry), several=step.several)
+        return input_key_of(batch, self, several=step.several)
 
     def _with_soft_targets(self, batch: object, input_key: str, permutation: Tensor, lam: float | Tensor) -> object:
         name, key = type(self).__name__, self.target_key

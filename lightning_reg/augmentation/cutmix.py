@@ -25,7 +25,7 @@ def rand_box(height: int, width: int, lam: float, generator: torch.Generator | N
 
     Args:
         height: H, at least 1. With 1 the box is a span of a signal: its width is :math:`W (1 - \lambda)`.
-        width: W, at least 1.
+        width: W, at least 1. With 1 the same, along the height.
         lam: Share of the image to keep, in [0, 1].
         generator: Generator on the CPU; ``None`` for the global one.
 
@@ -39,6 +39,8 @@ def rand_box(height: int, width: int, lam: float, generator: torch.Generator | N
     """
     if height == 1:
         return (0, 1, *_span(width, 1.0 - lam, generator))
+    if width == 1:
+        return (*_span(height, 1.0 - lam, generator), 0, 1)
     ratio = math.sqrt(1.0 - lam)
     return (*_span(height, ratio, generator), *_span(width, ratio, generator))
 
@@ -180,7 +182,9 @@ class CutMix(Mixer):
 
     What the module's own code sees: mixed images and, in the form "pair", the labels ``y`` as they were. Metrics of the
     training step are therefore those of mixed images against one of their two labels, and low: watch the validation's,
-    and do not stop early on the training loss, which is the mixed one.
+    and do not stop early on the training loss, which is the mixed one. Factors that your code puts on losses by
+    ``reduction="none"`` (a weight of the class, a focal factor) see the sample's own label. Targets per pixel are
+    weighted by area as a label is; where they should follow the box, paste it into them yourself.
 
     Use it for images (or spectrograms, signals) where a network trains long enough to overfit. Leave it on short
     schedules, and where the label is not proportional to area (counting, small objects, text).
@@ -209,7 +213,7 @@ class CutMix(Mixer):
             where the box is cut off at the border. Authors' code: yes.
         input_key: Batch entry with the images (B, C, H, W) or signals (B, C, L): a key, a position or both, separated
             by dots (``"image"``, ``"0"``, ``"labelled.0"``). ``None``: the first entry of a sequence, the only tensor
-            of such a shape in a mapping.
+            of at least two dimensions in a mapping.
         target_key: Batch entry with the targets, for the form "soft". ``None``: the second entry of a sequence.
         form: How the labels follow. ``"pair"``: in the loss, two terms. ``"soft"``: in the batch, as probabilities
             (B, K) or mixed floating-point targets; the module's code then sees those in mixed batches. ``"auto"``:
@@ -219,7 +223,9 @@ class CutMix(Mixer):
         stop_epoch: First epoch in which they no longer are, above ``start_epoch``; ``None`` for never.
         loss: Which loss call is mixed if that is not clear: position, ``"last"``, function name or ``"model.py:42"``.
             Calls on an entry of the batch itself need no choice: those on labels follow the mixing, those on the mixed
-            inputs (an autoencoder's) do not.
+            inputs (an autoencoder's) do not. A target that is made of an entry follows unasked if it holds class
+            indices; of numbers (``y.float()``, one-hot vectors, a teacher's output) it must be said that they are the
+            labels, by naming their call.
         name: Tells several instances in one Trainer apart.
         seed: Seed of the draws.
 
@@ -289,8 +295,8 @@ class Mixup(Mixer):
         prob: Share of the batches that are mixed, in [0, 1]. Paper: 1. Neutral: 0.
         per_sample: Whether each sample has a lambda of its own. Authors' code: one for the batch.
         input_key: Batch entry with the inputs: a key, a position or both, separated by dots (``"image"``, ``"0"``,
-            ``"labelled.0"``). ``None``: the first entry of a sequence, the only floating-point tensor of at least two
-            dimensions in a mapping.
+            ``"labelled.0"``). ``None``: the first entry of a sequence, the only tensor of at least two dimensions in a
+            mapping.
         target_key: Batch entry with the targets, for the form "soft". ``None``: the second entry of a sequence.
         form: How the labels follow: in the loss (``"pair"``), in the batch (``"soft"``), or as fits the module
             (``"auto"``); see :class:`CutMix`.

@@ -193,6 +193,7 @@ class MultiSampleDropout(Technique):
     The dropout layer is named. Later dropout modules get a mask per copy as well; functions (``F.dropout``) in the head
     draw from the global generator, for M * B rows. Your code sees B rows: the output of the outermost module around the
     layer is handed to it for the first copy, and the loss function is called with all of them (``outputs``, ``head``).
+    Samples are the first dimension of what the layer gets; with another one first (time), the step is refused.
     What it computes from the output besides, an accuracy or a second term, is that of the first copy. Losses under any
     reduction are per sample, the mean over copies, so other techniques on the loss see B samples. Class scores, where
     one asks for them (ELR), are those of the mean prediction over the copies.

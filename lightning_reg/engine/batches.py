@@ -1,4 +1,4 @@
-"""Batches put together and taken apart by their samples, whatever they are made of."""
+"""Batches put together and taken apart by their samples, whatever they are made of; what lies in their memory."""
 
 import copy
 import dataclasses
@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from lightning_reg.engine.errors import MisconfigurationException
 
-__all__ = ["join_batches", "samples_of"]
+__all__ = ["join_batches", "lies_by_sample", "place_of", "samples_of", "tensors_of", "with_attributes"]
 
 
 class _Ways(NamedTuple):
@@ -57,6 +58,48 @@ def samples_of(batch: Any, size: int, chosen: slice) -> Any:
         return None
 
 
+def tensors_of(batch: Any) -> list[Tensor]:
+    """All tensors of a batch, in an order that is the same for batches of the same structure."""
+    leaves = tree_leaves(batch)
+    # Dataclasses and other objects, mappings that torch does not know.
+    leaves += tree_leaves([vars(leaf) for leaf in leaves if hasattr(leaf, "__dict__")])
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def place_of(tensor: Tensor) -> int:
+    """Where the memory begins that a tensor and all views of it share."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def lies_by_sample(rows: Tensor, batch: Any, size: int) -> bool:
+    """Whether rows certainly lie sample after sample: they are an entry of the batch, flattened without a copy.
+
+    Args:
+        rows: ``(n, ...)``.
+        batch: The batch.
+        size: Its number of samples.
+
+    Returns:
+        ``False`` also where it cannot be known: a copy may have been put into any order.
+
+    """
+    return rows.is_contiguous() and any(
+        entry.shape[:1] == (size,)
+        and entry.is_contiguous()
+        and (place_of(entry), entry.storage_offset(), entry.numel(), entry.dtype)
+        == (place_of(rows), rows.storage_offset(), rows.numel(), rows.dtype)
+        for entry in tensors_of(batch)
+    )
+
+
+def with_attributes(owner: Any, values: dict[str, Any]) -> Any:
+    """A shallow copy of an object with other attributes; nothing of its class runs, and a dataclass may be frozen."""
+    changed = copy.copy(owner)
+    for name, value in values.items():
+        object.__setattr__(changed, name, value)
+    return changed
+
+
 class _UnknownError(Exception):
     """A part of a batch that may hold samples."""
 
@@ -84,7 +127,7 @@ def _combined(parts: Sequence[Any], size: int, ways: _Ways) -> Any:
         return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
     if dataclasses.is_dataclass(first) and not isinstance(first, type):
         names = [field.name for field in dataclasses.fields(first)]
-        return _with_attributes(first, {n: _combined([getattr(part, n) for part in parts], size, ways) for n in names})
+        return with_attributes(first, {n: _combined([getattr(part, n) for part in parts], size, ways) for n in names})
     return ways.others(first)
 
 
@@ -106,10 +149,3 @@ def _rebuilt(mapping: Any, entries: dict[Any, Any]) -> Any:
     for key, value in entries.items():
         rebuilt[key] = value
     return rebuilt
-
-
-def _with_attributes(owner: Any, values: dict[str, Any]) -> Any:
-    changed = copy.copy(owner)
-    for name, value in values.items():
-        object.__setattr__(changed, name, value)  # a dataclass may be frozen
-    return changed

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_reg.engine import host, losses
+from lightning_reg.engine.copy_watches import NormWatch, watch_order
 from lightning_reg.engine.errors import MisconfigurationException
 from lightning_reg.engine.features import named_layers, near_names
+from lightning_reg.engine.graph import descends
 from lightning_reg.engine.loss_call import LossCall
 
 if TYPE_CHECKING:
@@ -74,10 +75,12 @@ class Copies:
                     " are named as in `module.named_modules()`."
                 )
         self._module = module
-        self._norms = _NormWatch(self._named)
+        self._norms = NormWatch(self._named)
         self._ever_called = self._ever_active = self._ever_made = self._said_idle = False
         self._depends: dict[tuple[str, int, int], bool] = {}
         self._handles: list[RemovableHandle] = []
+        if plan.way == "rows":
+            self._handles += watch_order(self._named, self._check_order)
         if plan.way == "rows" and plan.outputs == "first":
             self._watch_ends()
         self.begin(redirected=False)
@@ -117,6 +120,7 @@ class Copies:
 
         """
         self._rows: int | None = None
+        self._sizes: set[int] = set()
         self._made: Tensor | None = None
         self._handed: list[tuple[Tensor, Tensor, int]] = []
         self._depth = -1 if redirected else 0
@@ -127,28 +131,38 @@ class Copies:
         self._ever_called = True
         self._ever_active |= active
 
-    def reached(self, given: Any) -> bool:
-        """Whether a layer comes after the copies were made: by the rows of its input where the copies are rows."""
+    def reached(self, name: str, given: Any) -> bool:
+        """Whether a layer comes after the copies were made, by its name and input."""
         if self.plan.way == "passes":
             return self._made_now
-        rows = given.shape[0] if isinstance(given, Tensor) and given.dim() else 0
-        return self._rows is not None and rows > 0 and rows % (self.plan.number * self._rows) == 0
+        # Without a graph the layer itself is in another pass: one behind its own copies would mostly have weights.
+        return self._holds_copies(given) and (name != self.plan.layer or given.requires_grad)
 
-    def made(self, given: Any, output: Any) -> None:
+    def made(self, given: Any, output: Any, step: "Step") -> None:
         """The layer has made the copies."""
         self._made_now = True
         if self.plan.way == "rows":
-            self._rows, self._made = given.shape[0], output
+            blocks = 1 if step.views is None else step.views.count
+            sizes = {blocks * size for size in step.batch_sizes}
+            if given.dim() == 3 and given.shape[1] in sizes and all(given.shape[0] % size for size in sizes):
+                self._refuse_order(f"{self.plan.layer!r} gets", given)
+            self._rows, self._made, self._sizes = given.shape[0], output, {given.shape[0], *sizes}
             if not self._ever_made:
                 self._norms.start(self._refuse_norm)
         self._ever_made = True
 
     def first(self, value: Any) -> Any:
         """The rows of the first copy, of a tensor that holds all copies; anything else as it is."""
-        if self._rows is None or not isinstance(value, Tensor) or not value.dim():
-            return value
-        rows, both = value.shape[0], self.plan.number * self._rows
-        return value[: rows // self.plan.number] if rows and rows % both == 0 else value
+        return value[: value.shape[0] // self.plan.number] if self._holds_copies(value) else value
+
+    def _holds_copies(self, value: Any) -> bool:
+        if self._rows is None or self._made is None or not isinstance(value, Tensor) or not value.dim():
+            return False
+        if value.shape[0] == 0 or value.shape[0] % (self.plan.number * self._rows):
+            return False
+        if self._made.grad_fn is None or not value.requires_grad:  # a frozen backbone: the graph begins behind it
+            return True
+        return descends(value, self._made.grad_fn)
 
     def enter(self) -> None:
         """A module around the layer begins to run."""
@@ -171,7 +185,9 @@ class Copies:
 
     def _hand_out(self, value: Any, place: tuple[str, int, int]) -> Any:
         number = self.plan.number
-        if not isinstance(value, Tensor) or not value.dim() or value.shape[0] == 0 or value.shape[0] % number:
+        if not isinstance(value, Tensor) or not value.dim() or value.shape[0] == 0:
+            return value
+        if not self._fits(value):
             return value
         if place not in self._depends:
             self._depends[place] = self._comes_from_copies(value)
@@ -181,21 +197,17 @@ class Copies:
         self._handed.append((first, value, first._version))
         return first
 
+    def _fits(self, value: Tensor) -> bool:
+        """Whether there can be a row for each copy of each sample: a value over all rows may have any length."""
+        return any(value.shape[0] % (self.plan.number * size) == 0 for size in self._sizes)
+
     def _comes_from_copies(self, value: Tensor) -> bool:
         made = self._made
         if made is None or self._rows is None or not value.requires_grad:
             return False
         if made.grad_fn is None:  # a frozen backbone: the graph begins behind it
             return value.shape[0] % (self.plan.number * self._rows) == 0
-        stack, seen = [value.grad_fn], set()
-        while stack:
-            node = stack.pop()
-            if node is made.grad_fn:
-                return True
-            if node is not None and node not in seen:
-                seen.add(node)
-                stack.extend(following for following, _ in node.next_functions)
-        return False
+        return descends(value, made.grad_fn)
 
     # -- the loss -----------------------------------------------------------------------------------------------------
 
@@ -250,7 +262,7 @@ class Copies:
         if target is not None and target.dim() and target.shape[0] * number == value.shape[0]:
             return True
         same = target is None or (target.dim() > 0 and target.shape[0] == value.shape[0])
-        return same and self._comes_from_copies(value)
+        return same and self._fits(value) and self._comes_from_copies(value)
 
     # -- what is refused ----------------------------------------------------------------------------------------------
 
@@ -296,6 +308,19 @@ class Copies:
                 f" {self._rows} rows ({self.name}). If it joins them with tensors of {self._rows} rows (a residual"
                 ' connection), name a dropout layer nearer to the loss, or use `mode="replay"`.'
             )
+
+    def _check_order(self, name: str, given: Any) -> None:
+        if self._rows is None or not isinstance(given, Tensor) or given.dim() != 3:
+            return
+        if given.shape[1] % (self.plan.number * self._rows) and self._holds_copies(given):
+            self._refuse_order(f"{name!r}, which runs after {self.plan.layer!r}, takes", given)
+
+    def _refuse_order(self, what: str, given: Tensor) -> None:
+        raise MisconfigurationException(
+            f"{self.name}: {what} the samples as second dimension (found {tuple(given.shape)}), so copies of the rows"
+            " would follow one another in time. Use the layers with the samples first (`batch_first=True`), or pass"
+            f' `{self.name}(mode="replay", backbone="...")`.'
+        )
 
     def _refuse_norm(self, name: str) -> None:
         raise MisconfigurationException(
@@ -396,7 +421,7 @@ class CopiesCall(LossCall):
         """Standard deviation over the copies of the loss, ``()``, without gradient."""
         elements = losses.decompose(self.function, self.all_arguments()).elements.detach().float()
         per_copy = self._copies_of(elements).flatten(1)
-        mass = per_copy.shape[1] if self.sample_mass is None else self.sample_mass.sum()
+        mass = per_copy.shape[1] if self.mass is None else self.mass.sum()
         return (per_copy.sum(1) / mass).std()
 
     def all_arguments(self) -> dict[str, Any]:
@@ -437,40 +462,6 @@ def _goes_by_rows(function: Callable[..., Any], name: str, value: Any, first: Te
     if not isinstance(value, Tensor) or not value.dim() or name in ("pos_weight", "linear_weight", "linear_bias"):
         return False
     return name != "weight" or (function in _WEIGHTS_OF_ELEMENTS and value.dim() == first.dim())
-
-
-class _NormWatch:
-    """Notices which batch normalizations run with statistics of the batch, between start and check.
-
-    By the version of their count of batches, which needs no hook and is kept by compiled code as well; by a hook where
-    there is none.
-    """
-
-    def __init__(self, layers: dict[str, nn.Module]) -> None:
-        self._norms = {name: layer for name, layer in layers.items() if isinstance(layer, _BatchNorm)}
-        self._versions: dict[str, int] = {}
-        self._handles: list[RemovableHandle] = []
-
-    def start(self, refuse: Callable[[str], None]) -> None:
-        for name, norm in self._norms.items():
-            if norm.num_batches_tracked is None:
-                self._handles.append(norm.register_forward_pre_hook(lambda *_, name=name: refuse(name)))
-            elif norm.training:
-                self._versions[name] = norm.num_batches_tracked._version
-
-    def check(self, refuse: Callable[[str], None]) -> None:
-        versions = dict(self._versions)
-        self.stop()
-        for name, version in versions.items():
-            count = self._norms[name].num_batches_tracked
-            if count is not None and count._version != version:
-                refuse(name)
-
-    def stop(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._versions.clear()
 
 
 class _Start:

@@ -21,7 +21,7 @@ from lightning_reg.engine.interception import Interception, call_site
 from lightning_reg.engine.loaders import TrainLoaders
 from lightning_reg.engine.lookup import ENGINES
 from lightning_reg.engine.loss_call import LossCall
-from lightning_reg.engine.losses import bind
+from lightning_reg.engine.losses import bind, has_gradient
 from lightning_reg.engine.mixed_call import MixedCall, mixed_call
 from lightning_reg.engine.mixin import LossMixin
 from lightning_reg.engine.reordering import Reordered
@@ -394,7 +394,7 @@ class Engine:
         arguments = bind(function, args, kwargs)
         if self._step is None:
             return function(*args, **kwargs)
-        counts = torch.is_grad_enabled() and _has_gradient(arguments)
+        counts = torch.is_grad_enabled() and has_gradient(arguments)
         site = call_site() if counts and (self._selection.needs_site() or not self._call_ever_seen) else ""
         copies = self._copies.loss_call(function, arguments, self._step, site) if self._copies is not None else None
         if not counts:  # a teacher, a metric, a loss that is only logged
@@ -427,9 +427,10 @@ class Engine:
         mixing = call.step.mixing
         if mixing is None or call.step.mixer is None or isinstance(call, MixedCall):
             return call
-        concerned = mixing.concerns(call.given_target, call.step.batch)
+        concerned = mixing.concerns(call.given_target, call.step.batch, call.step.given_batch)
         self._selection.recognized += concerned is not None
-        return mixed_call(call, mixing) if concerned or (concerned is None and mixing.by in takers) else call
+        taken = concerned is None and mixing.by in takers
+        return mixed_call(call, mixing, certain=not taken) if concerned or taken else call
 
     def _value(self, call: LossCall, techniques: list[Technique]) -> Tensor:
         call.check_views()
@@ -497,7 +498,3 @@ def _said_by(technique: Technique) -> Iterator[None]:
         if name in str(error):
             raise
         raise MisconfigurationException(f"{name}: {error}") from error
-
-
-def _has_gradient(arguments: dict[str, Any]) -> bool:
-    return any(isinstance(value, Tensor) and value.requires_grad for value in arguments.values())

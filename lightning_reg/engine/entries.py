@@ -3,11 +3,12 @@
 import copy
 import dataclasses
 import difflib
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from lightning_reg.engine.batches import with_attributes
 from lightning_reg.engine.errors import MisconfigurationException
 
 __all__ = ["contents", "find_entry", "input_key_of", "replace_entry"]
@@ -39,13 +40,13 @@ def find_entry(batch: Any, key: str, argument: str) -> Any:
     return entry
 
 
-def input_key_of(batch: Any, owner: object, fits: Callable[[Tensor], bool], *, several: bool) -> str:
+def input_key_of(batch: Any, owner: object, *, several: bool) -> str:
     """Key of the entry that holds the inputs, where the batch's structure says it.
 
     Args:
-        batch: The batch: a tensor, a sequence (the inputs come first), or a mapping with one entry that fits.
+        batch: The batch: a tensor, a sequence (the inputs come first), or a mapping with one tensor of at least two
+            dimensions, whatever its type: that of labels may be floating point, and that of inputs need not be.
         owner: Who asks; its class and its argument ``input_key`` are named in the error.
-        fits: Whether a floating-point tensor of at least two dimensions can be the inputs.
         several: Whether the batch is put together from several loaders' batches.
 
     Returns:
@@ -59,8 +60,7 @@ def input_key_of(batch: Any, owner: object, fits: Callable[[Tensor], bool], *, s
     if isinstance(batch, Sequence) and not several:
         found = ["0"]
     elif isinstance(batch, Mapping) and not several:
-        candidates = (k for k, v in batch.items() if isinstance(v, Tensor) and v.dim() > 1 and v.is_floating_point())
-        found = [str(key) for key in candidates if fits(batch[key])]
+        found = [str(key) for key, entry in batch.items() if isinstance(entry, Tensor) and entry.dim() > 1]
     if len(found) != 1:
         name = type(owner).__name__
         raise MisconfigurationException(
@@ -123,7 +123,7 @@ def _with_part(entry: Any, name: str, value: Any) -> Any:
         copied[int(name)] = value
         return copied
     if dataclasses.is_dataclass(entry) and not isinstance(entry, type):
-        return dataclasses.replace(entry, **{name: value})
+        return with_attributes(entry, {name: value})
     copied = copy.copy(entry)
     setattr(copied, name, value)
     return copied

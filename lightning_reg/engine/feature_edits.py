@@ -103,7 +103,7 @@ class FeatureEdits:
         if not (layer.training and torch.is_grad_enabled()):
             return None
         given, editors = args[0], self._editors(name)
-        after = self._copies is not None and self._copies.owner in editors and self._copies.reached(given)
+        after = self._copies is not None and self._copies.owner in editors and self._copies.reached(name, given)
         self._inputs[name] = given, after
         # The layer's own output is given up where the rows are copies. It runs on the first copy alone, so that what it
         # draws is what it would have drawn.
@@ -125,7 +125,7 @@ class FeatureEdits:
                 result = answer
         self._number += result is not output
         if self._copies is not None and not after and name == self._copies.plan.layer:
-            self._copies.made(given, result)
+            self._copies.made(given, result, self._step)
         return None if result is output else result
 
     def _editors(self, name: str) -> "list[Technique]":

@@ -115,8 +115,9 @@ class LossCall:
         """
         if self.step.views is not None and self.views is None:
             raise MisconfigurationException(
-                f"{self} has no row for each sample of the batch and its {self.step.views.count - 1} further views"
-                " (rows dropped, or a loss over something else?), so the batch's own loss is not known."
+                f"{self} has no row for each sample of the batch and its {self.step.views.count - 1} further views, or"
+                " several in an order that cannot be known (rows dropped, stacked or with time first, a loss over"
+                " something else?), so the batch's own loss is not known."
             )
 
     def given_value(self, value: Tensor) -> Tensor:

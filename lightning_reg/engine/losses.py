@@ -17,7 +17,16 @@ from torch import Tensor
 
 from lightning_reg.engine.errors import MisconfigurationException
 
-__all__ = ["LOSS_FUNCTIONS", "Decomposition", "bind", "decompose", "element_mass", "reduction_of", "target_name"]
+__all__ = [
+    "LOSS_FUNCTIONS",
+    "Decomposition",
+    "bind",
+    "decompose",
+    "element_mass",
+    "has_gradient",
+    "reduction_of",
+    "target_name",
+]
 
 
 class Decomposition(NamedTuple):
@@ -52,6 +61,11 @@ LOSS_FUNCTIONS: dict[Callable[..., Any], tuple[str, ...]] = {
 def bind(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Names the positional arguments (cheaper than ``inspect.signature``, which the hot path cannot afford)."""
     return dict(zip(LOSS_FUNCTIONS[function], args, strict=False)) | kwargs
+
+
+def has_gradient(arguments: dict[str, Any]) -> bool:
+    """Whether a call has something to learn: a teacher, a metric, a loss that is only logged has not."""
+    return any(isinstance(value, Tensor) and value.requires_grad for value in arguments.values())
 
 
 def target_name(function: Callable[..., Any]) -> str | None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_reg.engine.batches import lies_by_sample
 from lightning_reg.engine.errors import MisconfigurationException
 from lightning_reg.engine.hand_written_call import HandWrittenCall
 from lightning_reg.engine.loss_call import LossCall
@@ -25,25 +26,38 @@ from lightning_reg.engine.mixing import Mixing
 __all__ = ["MixedCall", "mixed_call"]
 
 
-def mixed_call(call: LossCall, mixing: Mixing) -> "MixedCall":
+def mixed_call(call: LossCall, mixing: Mixing, *, certain: bool = True) -> "MixedCall":
     """A loss call as one for mixed samples.
 
     Args:
         call: The call.
         mixing: How the samples of the batch were mixed.
+        certain: Whether its target is known to be the labels; else it follows if it holds class indices, or if the
+            technique's ``loss`` chooses the call.
 
     Returns:
         A call whose elements, masses and sample losses are those of the mixed loss; ``target`` and ``labels`` are those
         of the samples themselves.
 
     Raises:
-        MisconfigurationException: If the losses are computed already.
+        MisconfigurationException: If the losses are computed already, or the target may be made of anything.
 
     """
+    name = type(mixing.by).__name__
     if isinstance(call, HandWrittenCall):
         raise MisconfigurationException(
-            f"{type(mixing.by).__name__}: the samples of the batch are mixed, but `reduce_loss` gets losses that are"
+            f"{name}: the samples of the batch are mixed, but `reduce_loss` gets losses that are"
             " already computed, for targets that are not. Let the technique mix the targets in the batch as well."
+        )
+    target = call.given_target
+    unsaid = not certain and mixing.by.loss is None
+    if unsaid and target is not None and target.is_floating_point():
+        raise MisconfigurationException(
+            f"{name}: the samples of the batch are mixed, but whether the target of {call} follows is not certain: it"
+            " is no entry of the batch, so it may be made of the labels or of the mixed inputs (a teacher's output, an"
+            f' autoencoder\'s target). If it is made of the labels, say so, `{name}(loss="{call.name}")`, or have them'
+            f' mixed in the batch, `{name}(form="soft")`; if another loss has the labels, choose that one with'
+            f" `loss=...`; if none has, leave {name} out."
         )
     return MixedCall(call, mixing)
 
@@ -143,12 +157,17 @@ class MixedCall(LossCall):
                 " be mixed as well. Choose another call with `loss=...`."
             )
         rows = target.shape[0] if target.dim() else 1
-        if not rows or rows % samples:
+        if rows != samples and not self._is_flattened(rows):
             raise MisconfigurationException(
-                f"{name}: the batch has {samples} mixed samples, but the target of {self} has {rows} rows, which is no"
-                " multiple of that: whose target each row is cannot be known. Choose the call that compares with the"
-                " labels of the batch with `loss=...`."
+                f"{name}: the batch has {samples} mixed samples, but the target of {self} has {rows} rows, and is no"
+                " entry of the batch flattened sample after sample: whose target each row is cannot be known. Keep the"
+                " samples' dimension, as in (B, C, T) with (B, T), or choose the call that compares with the labels of"
+                " the batch with `loss=...`."
             )
         if target.dim():
             target = target.unflatten(0, (samples, rows // samples))[self.mixing.permutation].flatten(0, 1)
         return {**self.arguments, str(self.target_name): target}
+
+    def _is_flattened(self, rows: int) -> bool:
+        given, samples = self.given_target, len(self.mixing.permutation)  # another target has the order of the given
+        return given is not None and given.shape[:1] == (rows,) and lies_by_sample(given, self.mixing.part, samples)

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from lightning_reg.engine.batches import place_of, tensors_of
 from lightning_reg.engine.errors import MisconfigurationException
 
 if TYPE_CHECKING:
@@ -149,12 +149,13 @@ class Mixing:
         """What a mixed sample has of a row per sample, ``(B, ...)``: its own and its partner's, by their shares."""
         return blend(values, self.permutation, self.weights)
 
-    def concerns(self, target: Tensor | None, batch: Any) -> bool | None:
+    def concerns(self, target: Tensor | None, batch: Any, joined: Any = None) -> bool | None:
         """Whether a loss's target is one of the labels that go with the mixed inputs.
 
         Args:
             target: The target.
-            batch: What ``training_step`` got.
+            batch: The batch that ``training_step`` got.
+            joined: What it got in its place, the batch together with its views, if there are any.
 
         Returns:
             ``True`` if it is an entry of the batch beside the inputs or a view of one, ``False`` if it is the mixed
@@ -163,12 +164,14 @@ class Mixing:
         """
         if target is None:
             return None
-        place = _place(target)
-        if place == _place(self.inputs):
+        entries = [place_of(entry) for entry in tensors_of(batch)]
+        given = entries if joined is None else [place_of(entry) for entry in tensors_of(joined)]
+        place = dict(zip(given, entries, strict=True)).get(place_of(target), place_of(target))
+        if place == place_of(self.inputs):
             return False
-        if place in _places(self.part):
+        if place in map(place_of, tensors_of(self.part)):
             return True
-        return False if place in _places(batch) else None
+        return False if place in entries else None
 
     def two_targets(self, reader: "Technique") -> MisconfigurationException:
         """The error for a technique that reads the target of each sample and has no rule for two of them."""
@@ -177,18 +180,3 @@ class Mixing:
             f"{names[0]} and {names[1]} cannot stand together: {names[0]} reads the target of each sample, and a sample"
             f" that {names[1]} has mixed has two."
         )
-
-
-def _place(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
-def _places(batch: Any) -> set[int]:
-    return {_place(leaf) for leaf in _tensors(batch)}
-
-
-def _tensors(batch: Any) -> list[Tensor]:
-    leaves = tree_leaves(batch)
-    # Dataclasses and other objects, mappings that torch does not know.
-    leaves += tree_leaves([vars(leaf) for leaf in leaves if hasattr(leaf, "__dict__")])
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]

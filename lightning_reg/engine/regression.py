@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_reg.engine.errors import MisconfigurationException
+from lightning_reg.engine.graph import descends
 from lightning_reg.engine.hand_written_call import HandWrittenCall
 
 if TYPE_CHECKING:
@@ -76,27 +77,38 @@ def regression_pairs(call: "LossCall") -> tuple[Tensor, Tensor]:
     return predictions, targets
 
 
-def features_per_row(passes: "Sequence[Any]", rows: int, layer: str) -> Tensor:
-    """What a layer gave out for each row of the predictions: in its last pass, or in all passes of the step together.
+def features_per_row(passes: "Sequence[Any]", rows: int, layer: str, output: Tensor) -> Tensor:
+    """What a layer gave out for each row of the predictions: in one pass of the step, or in several together.
 
     Args:
         passes: Outputs of the layer in this step, in order.
         rows: Number of rows.
         layer: Name of the layer, for the error.
+        output: What the loss compares; of several passes those count that it was made from.
 
     Returns:
         ``(rows, ...)``, with gradient.
 
     Raises:
-        MisconfigurationException: If there are not as many.
+        MisconfigurationException: If there are not as many, or several passes with as many.
 
     """
-    tensors = [output for output in passes if isinstance(output, Tensor) and output.dim() > 0]
-    if tensors and len(tensors[-1]) == rows:
-        return tensors[-1]
-    if tensors and sum(map(len, tensors)) == rows:
-        return torch.cat(tensors)
+    tensors = [given for given in passes if isinstance(given, Tensor) and given.dim() > 0]
+    used = tensors if len(tensors) < 2 else _used_for(output, tensors)
+    fitting = [features for features in used if len(features) == rows]
+    if len(fitting) == 1:
+        return fitting[0]
+    if used and sum(map(len, used)) == rows:
+        return torch.cat(used)
     found = ", ".join(str(tuple(t.shape)) for t in tensors) or "no tensor"
+    several = f", in {len(fitting)} passes that the predictions come from" if fitting else ""
     raise MisconfigurationException(
-        f"Layer {layer!r} gave {found} before the loss, where a feature for each of {rows} predictions is needed."
+        f"Layer {layer!r} gave {found} before the loss{several}, where a feature for each of {rows} predictions is"
+        " needed."
     )
+
+
+def _used_for(output: Tensor, passes: list[Tensor]) -> list[Tensor]:
+    used = [features for features in passes if descends(output, features.grad_fn)]
+    # What is kept may be a view that only this module has: the rows of the first of several copies.
+    return used or [f for f in passes if f._base is not None and descends(output, f._base.grad_fn)]

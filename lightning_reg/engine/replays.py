@@ -5,6 +5,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
 from lightning_reg.engine import host
 from lightning_reg.engine.errors import MisconfigurationException
 from lightning_reg.engine.features import named_layers
@@ -45,7 +48,15 @@ class Replays:
 
         """
         outputs: list[Any] = []
-        handle = self._backbone.register_forward_hook(lambda _, args, output: outputs.append(output))
+        handed: list[Tensor] = []
+
+        def keep(layer: Any, args: Any, output: Any) -> Any:  # what follows may change in place what it is given
+            outputs.append(output)
+            fresh = tree_map_only(Tensor, Tensor.clone, output)
+            handed.extend(leaf for leaf in tree_leaves(fresh) if isinstance(leaf, Tensor))
+            return fresh
+
+        handle = self._backbone.register_forward_hook(keep)
         try:
             first = once(copy.copy(batch), 0)
         finally:
@@ -56,18 +67,20 @@ class Replays:
                 " could be kept for the other passes. Name the layer that your step calls."
             )
         passes = [first]
-        with self._again(outputs):
+        changes = any(tensor._version for tensor in handed)
+        handed.clear()
+        with self._again(outputs, Tensor.clone if changes else _same):
             passes += [once(copy.copy(batch), number) for number in range(1, self._number)]
         return passes
 
     @contextmanager
-    def _again(self, outputs: list[Any]) -> Iterator[None]:
+    def _again(self, outputs: list[Any], given: Callable[[Tensor], Tensor]) -> Iterator[None]:
         calls = 0
 
         def kept(*args: Any, **kwargs: Any) -> Any:
             nonlocal calls
             calls += 1
-            return outputs[(calls - 1) % len(outputs)]
+            return tree_map_only(Tensor, given, outputs[(calls - 1) % len(outputs)])
 
         with ExitStack() as undo:
             undo.enter_context(host.isolated_randomness())
@@ -76,6 +89,10 @@ class Replays:
             for name in ("log", "log_dict"):
                 undo.callback(host.Replacement(self._module, name, _ignore).undo)
             yield
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from lightning_reg.engine.batches import join_batches
+from lightning_reg.engine.batches import join_batches, lies_by_sample
 
 if TYPE_CHECKING:
     from lightning_reg.engine.technique import Technique
@@ -52,11 +52,23 @@ class Views:
         self.batch = join_batches(parts, size)
 
     def narrow(self, arguments: dict[str, Any]) -> dict[str, Any] | None:
-        """Arguments of a loss call for the batch alone; ``None`` if the call has no row for each sample and view."""
+        """Arguments of a loss call for the batch alone.
+
+        Args:
+            arguments: The arguments by name.
+
+        Returns:
+            ``None`` if the call has no row for each sample and view, or several and it is not certain whose they are.
+
+        """
         given = arguments.get("input", arguments.get("input1", arguments.get("anchor")))
         if not isinstance(given, Tensor) or not self._has_blocks(given):
             return None
         if given.is_leaf and given.requires_grad:  # a parameter, whatever its number of rows
+            return None
+        samples, target = self.count * self._size, arguments.get("target")
+        flat = isinstance(target, Tensor) and len(target) == len(given) and lies_by_sample(target, self.batch, samples)
+        if len(given) != samples and not flat and not _is_flattened(given, samples):
             return None
         narrowed = dict(arguments)
         for name in _PER_ROW:
@@ -110,3 +122,17 @@ class Views:
     def _has_blocks(self, rows: Tensor) -> bool:
         samples = self.count * self._size
         return rows.dim() > 0 and len(rows) > 0 and len(rows) % samples == 0
+
+
+def _is_flattened(rows: Tensor, samples: int) -> bool:
+    """Whether rows are certainly those of a tensor with a row per sample, by the operations that made them."""
+    node = rows.grad_fn
+    while node is not None and node.name() in _KEEP_ORDER:
+        if node._saved_self_sym_sizes[0] == samples:  # type: ignore[attr-defined]  # of each kind of node its own
+            return True
+        node = node.next_functions[0][0]
+    return False
+
+
+# `view` and `reshape` without a copy: another shape, the elements in the same order.
+_KEEP_ORDER = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")

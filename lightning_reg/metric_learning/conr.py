@@ -207,7 +207,7 @@ class ConR(Technique):
     @override
     def loss_term(self, call: "LossCall") -> Tensor | None:
         predictions, targets = regression_pairs(call)
-        features = features_per_row(call.step.passes.get(self.layer, ()), len(predictions), self.layer)
+        features = features_per_row(call.step.passes.get(self.layer, ()), len(predictions), self.layer, call.input)
         if not features.requires_grad:
             raise MisconfigurationException(
                 f"ConR: the output of layer {self.layer!r} has no gradient, so nothing would be learned from it."

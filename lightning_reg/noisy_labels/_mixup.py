@@ -38,7 +38,7 @@ def mix_batch(
         MisconfigurationException: If the inputs are not found, or are no floating-point tensor.
 
     """
-    key = input_key_of(batch, by, lambda entry: True, several=step.several) if input_key is None else input_key
+    key = input_key_of(batch, by, several=step.several) if input_key is None else input_key
     inputs = find_entry(batch, key, f"{type(by).__name__}: input_key")
     if not isinstance(inputs, Tensor) or not inputs.is_floating_point() or not inputs.dim():
         kind = f"{inputs.dtype} {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__

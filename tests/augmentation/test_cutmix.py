@@ -135,6 +135,8 @@ def test_a_span_of_a_signal_has_the_share_itself():
     assert {box[:2] for box in boxes} == {(0, 1)}
     widths = {x2 - x1 for _, _, x1, x2 in boxes}  # 2 * (25 // 2), cut off at either end
     assert (min(widths), max(widths)) == (12, 24)
+    upright = [rand_box(100, 1, 0.75, torch.Generator().manual_seed(seed)) for seed in range(300)]
+    assert upright == [(x1, x2, y1, y2) for y1, y2, x1, x2 in boxes]
 
 
 def test_mean_of_the_corrected_share():
@@ -469,6 +471,15 @@ def test_mixup_refuses_whole_numbers_in_the_batch():
         MisconfigurationException, match=r"Mixup: .*floating-point inputs are needed, found torch.uint8"
     ):
         fit(Net(), Mixup(), loader=samples)
+
+
+@pytest.mark.parametrize("technique", [CutMix(prob=1.0), Mixup()])
+def test_a_mapping_is_not_searched_for_what_can_be_mixed(technique):
+    def form(sample):
+        return {"image": (255 * sample[0]).byte(), "label": F.one_hot(sample[1], 4).float()}
+
+    with pytest.raises(MisconfigurationException, match=r"inputs is not certain: .* and 2 entries could be meant"):
+        fit(Net(), technique, loader=loader(form))
 
 
 def test_one_of_several_loaders_is_named():

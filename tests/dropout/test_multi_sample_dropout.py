@@ -559,6 +559,152 @@ def test_two_passes_in_one_step_are_sampled_each_by_itself():
     assert same_weights(one, two, atol=1e-6)
 
 
+class Around(Classifier):
+    def __init__(self, net, **kwargs):
+        super().__init__(**kwargs)
+        self.net = net
+
+
+class Parts(Classifier):
+    """Layers that are called one by one; notes the rows that the last one and the step see."""
+
+    def __init__(self, step, p=0.0, **kwargs):
+        super().__init__(step=step, **kwargs)
+        self.body, self.drop, self.last = nn.Linear(6, 8), nn.Dropout(p), nn.Linear(8, 3)
+        self.rows = []
+
+    def logits(self, x):
+        logits = self.last(self.drop(self.body(x)))
+        self.rows.append(len(logits))
+        return logits
+
+
+@pytest.mark.parametrize("number", [3, 4])
+def test_a_pass_with_m_times_the_rows_of_the_one_before_is_no_copy_of_it(number):
+    def step(module, batch):
+        few, all_ = module.logits(batch[0][:2]), module.logits(batch[0])
+        return F.cross_entropy(few, batch[1][:2]) + F.cross_entropy(all_, batch[1])
+
+    runs, widths = [], []
+    for techniques in ([], [MultiSampleDropout("drop", num_samples=number, head="last")]):
+        seed_everything(2)
+        module, losses = Parts(step), StepLosses()
+        module.last.register_forward_pre_hook(lambda layer, args: widths.append(len(args[0])))
+        fit(module, *techniques, losses, max_epochs=1)
+        assert module.rows == [2, 8] * 4
+        runs.append(losses.losses)
+    assert widths == [2, 8] * 4 + [2 * number, 8 * number] * 4
+    assert runs[1] == pytest.approx(runs[0], rel=1e-6)
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.drop, self.gate, self.last = nn.Linear(6, 8), nn.Dropout(0.0), nn.Linear(8, 4), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.drop(self.body(x))
+        return self.last(h), self.gate(h).softmax(1).mean(0)
+
+
+@pytest.mark.parametrize("number", [3, 4])
+def test_a_value_over_all_rows_is_not_cut(number):
+    def step(module, batch):
+        logits, load = module.net(batch[0])
+        assert load.shape == (4,)
+        return F.cross_entropy(logits, batch[1]) + 4 * load.square().sum()
+
+    runs = []
+    for techniques in ([], [MultiSampleDropout("net.drop", num_samples=number)]):
+        losses = StepLosses()
+        seed_everything(2)
+        fit(Around(Experts(), step=step), *techniques, losses)
+        runs.append(losses.losses)
+    assert runs[1] == pytest.approx(runs[0], rel=1e-5)
+
+
+class Sequences(nn.Module):
+    """Tokens through dropout and a recurrent layer that takes the samples as second dimension."""
+
+    def __init__(self, layer, samples_first):
+        super().__init__()
+        self.samples_first = samples_first
+        self.body, self.drop, self.layer, self.last = nn.Linear(6, 8), nn.Dropout(0.0), layer, nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.drop(self.body(x if self.samples_first else x.transpose(0, 1)))
+        h = self.layer(h.transpose(0, 1) if self.samples_first else h)
+        h = h[0] if isinstance(h, tuple) else h
+        return self.last(h.transpose(0, 1) if self.samples_first else h)
+
+
+@pytest.mark.parametrize("samples_first", [True, False])
+@pytest.mark.parametrize("steps", [3, 8, 16])
+@pytest.mark.parametrize("make", [lambda: nn.GRU(8, 8), lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0)])
+def test_copies_never_lie_along_time(make, steps, samples_first):
+    x, y = torch.randn(16, steps, 6), torch.randint(0, 3, (16, steps))
+
+    def step(module, batch):
+        labels = batch[1] if samples_first else batch[1].t()
+        return F.cross_entropy(module.net(batch[0]).flatten(0, 1), labels.reshape(-1))
+
+    def run(*techniques):
+        losses = StepLosses()
+        seed_everything(2)
+        net = Sequences(make(), samples_first)
+        fit(Around(net, step=step), *techniques, losses, loader=DataLoader(TensorDataset(x, y), 8))
+        return losses.losses
+
+    if samples_first:
+        assert run(MultiSampleDropout("net.drop", num_samples=4)) == pytest.approx(run(), rel=1e-5)
+        return
+    who = "'net.drop' gets" if steps == 3 else "'net.layer(.self_attn)?', which runs after 'net.drop', takes"
+    with pytest.raises(MisconfigurationException, match=f"{who} the samples as second dimension"):
+        run(MultiSampleDropout("net.drop", num_samples=4))
+
+
+def test_a_part_of_the_batch_is_logged_too():
+    def step(module, batch):
+        return F.cross_entropy(module.net(batch[0][:3]), batch[1][:3])
+
+    seed_everything(2)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+    trainer = fit(Around(net, step=step), MultiSampleDropout("net.1", num_samples=4))
+    assert trainer.logged_metrics["reg/multi_sample_dropout/spread"] > 0
+
+
+class Named(nn.Linear):
+    def forward(self, x):
+        return {"h": super().forward(x)}
+
+
+class Shifting(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.body, self.drop, self.last = kind(6, 8), nn.Dropout(0.0), nn.Linear(8, 3)
+        self.shift = nn.Parameter(torch.ones(8))
+
+    def forward(self, x):
+        h = self.body(x)
+        if isinstance(h, dict):
+            h["h"] = h["h"] + self.shift
+            h = h["h"]
+        else:
+            h += self.shift
+        return self.last(self.drop(h))
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Named])
+def test_a_replay_gives_each_pass_the_backbones_own_output(kind):
+    runs = []
+    for techniques in ([], [MultiSampleDropout("net.drop", num_samples=4, mode="replay", backbone="net.body")]):
+        losses = StepLosses()
+        seed_everything(2)
+        fit(Around(Shifting(kind)), *techniques, losses)
+        runs.append(losses.losses)
+    assert runs[1] == pytest.approx(runs[0], rel=1e-6)
+
+
 def test_features_that_other_techniques_read_are_those_of_the_first_copy():
     watch = Watch("net.3")
     module = train(sampled(), watch)

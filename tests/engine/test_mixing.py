@@ -77,8 +77,8 @@ def swapped(x, share=0.75):
     return share * x + (1 - share) * x.roll(1, 0)
 
 
-def mixing(weights, permutation=PERMUTATION):
-    return Mixing(Swap(), permutation, weights, torch.zeros(0), None)
+def mixing(weights, permutation=PERMUTATION, part=None):
+    return Mixing(Swap(), permutation, weights, torch.zeros(0), part)
 
 
 def pair_of(name, weights, *args, batch_size=None, **options):
@@ -91,7 +91,8 @@ def pair_of(name, weights, *args, batch_size=None, **options):
     partners = arguments[target].reshape(batch, -1)[PERMUTATION].reshape(arguments[target].shape)
     step = Step(batch_size)
     call = LossCall(PRESENT[name], arguments, step)
-    mixed = mixed_call(call, mixing(weights))
+    entry = arguments[target] if arguments[target]._base is None else arguments[target]._base
+    mixed = mixed_call(call, mixing(weights, part=[entry]))
     return mixed, call, LossCall(PRESENT[name], {**arguments, target: partners}, step)
 
 
@@ -183,11 +184,48 @@ def test_losses_without_a_target_per_row_are_refused(name):
         _ = mixed_call(LossCall(PRESENT[name], arguments, step), mixing(0.3)).plain
 
 
-@pytest.mark.parametrize("rows", [3, 6, 0])
+@pytest.mark.parametrize("rows", [3, 6, 8, 0])
 def test_a_target_with_other_rows_is_refused(rows):
     call = LossCall(F.mse_loss, {"input": torch.zeros(rows, 2), "target": torch.zeros(rows, 2)}, Step())
     with pytest.raises(MisconfigurationException, match=rf"4 mixed samples, but the target of .* has {rows} rows"):
         _ = mixed_call(call, mixing(0.3)).plain
+
+
+def test_rows_of_several_per_sample_are_taken_from_an_entry_of_the_batch_alone():
+    labels = torch.arange(12).reshape(4, 3) % 5
+    permuted = labels[PERMUTATION].flatten()
+    whole = torch.arange(24).reshape(8, 3) % 5
+
+    def partners(target, entry=labels):
+        arguments = {"input": torch.zeros(len(target), 5), "target": target}
+        return mixed_call(LossCall(F.cross_entropy, arguments, Step()), mixing(0.3, part=[entry])).other.target
+
+    assert torch.equal(partners(labels.view(-1)), permuted)
+    assert torch.equal(partners(labels.unsqueeze(1).flatten()), permuted)
+    for rows in (
+        labels.t().reshape(-1),
+        labels[:, 1:].reshape(-1),
+        torch.cat([labels[:, 0]] * 2),
+        labels.clone().view(-1),
+    ):
+        with pytest.raises(MisconfigurationException, match=r"sample after sample: whose target each row is cannot be"):
+            partners(rows)
+    for rows, entry in ((labels.view(-1), labels.t()), (whole[:4].view(-1), whole), (whole[4:].view(-1), whole)):
+        with pytest.raises(MisconfigurationException, match=r"sample after sample: whose target each row is cannot be"):
+            partners(rows, entry)
+
+
+@pytest.mark.parametrize(
+    "stack",
+    [lambda rows: torch.cat([rows, rows]), lambda rows: rows.repeat_interleave(2, 0)],
+    ids=["one after the other", "in turns"],
+)
+def test_rows_that_the_step_stacks_itself_are_refused(stack):
+    def stacked(module, batch):
+        return F.cross_entropy(module(stack(batch[0])), stack(batch[1]))
+
+    with pytest.raises(MisconfigurationException, match=r"Swap: the batch has 8 mixed samples, but .* has 16 rows"):
+        losses_of(stacked, Swap())
 
 
 def test_losses_that_are_computed_already_are_refused():
@@ -294,6 +332,23 @@ def test_an_entry_is_replaced_in_a_copy(batch, key):
         assert list(changed) == [9, 2]
 
 
+@dataclasses.dataclass
+class Scaled:
+    image: object
+    weight: object = dataclasses.field(init=False, default=None)
+
+    def __post_init__(self):
+        self.image = self.image / 255
+
+
+def test_nothing_of_a_dataclass_runs_when_an_entry_is_replaced():
+    batch = Scaled(510)
+    batch.weight = 3
+    changed = replace_entry(batch, "image", 9)
+    assert (changed.image, changed.weight) == (9, 3)
+    assert (batch.image, batch.weight) == (2, 3)
+
+
 def test_a_batch_that_cannot_be_written_to_is_refused():
     class Reading:
         image = property(lambda self: 1)
@@ -375,8 +430,8 @@ def test_a_target_of_unknown_origin_asks_for_a_choice():
     assert losses_of(distilled, Swap(loss="cross_entropy")) == pytest.approx(losses_of(distilled_by_hand), rel=1e-6)
 
 
-@pytest.mark.parametrize("loss", [None, 0, "last", "binary_cross_entropy_with_logits"])
-def test_a_converted_target_is_mixed_if_there_is_one_call_or_it_is_chosen(loss):
+@pytest.mark.parametrize("loss", [0, "last", "binary_cross_entropy_with_logits"])
+def test_a_converted_target_is_mixed_if_it_is_chosen(loss):
     def one_hot(module, batch):
         return F.binary_cross_entropy_with_logits(module(batch[0]), F.one_hot(batch[1], CLASSES).float())
 
@@ -387,6 +442,31 @@ def test_a_converted_target_is_mixed_if_there_is_one_call_or_it_is_chosen(loss):
 
     # loss="last" is swapped into the total when it is there, which is one rounding more.
     assert losses_of(one_hot, Swap(loss=loss)) == pytest.approx(losses_of(one_hot_by_hand), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        lambda x, y: (x[:, :CLASSES] * 3).softmax(1),  # a teacher's output
+        lambda x, y: (x[:, :CLASSES] - 0.5) / 0.2,  # an autoencoder's target in other units
+        lambda x, y: F.one_hot(y, CLASSES).float(),
+    ],
+    ids=["teacher", "inputs", "labels"],
+)
+def test_numbers_of_unknown_origin_are_refused_unless_they_are_chosen(target):
+    def step(module, batch):
+        return F.mse_loss(module(batch[0]), target(*batch))
+
+    sentence = r'Swap: .*whether the target of F\.mse_loss.* follows is not certain.*`Swap\(loss="mse_loss"\)`.*"soft"'
+    with pytest.raises(MisconfigurationException, match=sentence):
+        losses_of(step, Swap())
+
+
+def test_class_indices_of_unknown_origin_follow():
+    def converted(module, batch):
+        return F.cross_entropy(module(batch[0]), batch[1].short().long())
+
+    assert losses_of(converted, Swap()) == losses_of(by_hand)
 
 
 def test_a_part_of_the_batch_is_refused():
@@ -517,7 +597,7 @@ def test_targets_that_change_too_late_are_refused(late):
     names = rf'{late.__name__}\(loss="last"\) changes the targets of a loss call that WeightsByPosition has worked on'
     with pytest.raises(MisconfigurationException, match=names):
         fit(Classifier(step=one_hot), late(loss="last"), WeightsByPosition())
-    fit(Classifier(step=one_hot), Swap(loss="last"), WeightsByPosition(loss="last"))
+    fit(Classifier(step=one_hot), late(loss="last"), WeightsByPosition(loss="last"))
 
 
 def test_a_technique_that_reads_targets_is_refused_by_both_names():
@@ -588,6 +668,9 @@ def test_origin_is_told_by_storage(make):
     assert mixed.concerns(elsewhere, batch) is False
     assert mixed.concerns(y.clone(), batch) is None
     assert mixed.concerns(None, batch) is None
+    joined = {"a": make(x=torch.zeros(8, 2), y=torch.zeros(8, 1)), "b": [elsewhere]}
+    targets = joined["a"]["y"] if make is not SimpleNamespace else joined["a"].y
+    assert mixed.concerns(targets[:4], batch, joined) is True
 
 
 def test_loader_of_one_sample_is_mixed_with_itself():

@@ -208,6 +208,33 @@ def test_only_arguments_with_a_row_per_sample_are_narrowed():
     narrowed = views.narrow(arguments)
     assert [len(narrowed[name]) for name in ("input", "target", "pos_weight", "weight")] == [3, 3, 6, 6]
     assert len(views.narrow({**arguments, "weight": torch.rand(6, 6)})["weight"]) == 3
-    assert len(views.narrow({"input": torch.rand(24, 5), "target": torch.rand(24)})["target"]) == 12
     assert views.narrow({"input": torch.rand(4, 6), "target": torch.rand(4, 6)}) is None
     assert views.narrow({"log_probs": torch.rand(6, 6, 6)}) is None
+
+
+def test_several_rows_per_sample_are_narrowed_where_their_order_is_certain():
+    t = torch.arange(12.0).reshape(3, 4)
+    views = Views({"x": X, "t": t}, 3, {Shifted(): [{"x": X, "t": t}]})
+    whole, output = views.batch["t"], torch.rand(6, 4, requires_grad=True) * 1
+    unknown = torch.rand(24, requires_grad=True) * 1
+    for output_, target in ((unknown, whole.view(-1)), (output.reshape(-1), 2 * whole.reshape(-1))):
+        narrowed = views.narrow({"input": output_, "target": target})
+        assert torch.equal(narrowed["input"], output_[:12])
+        assert torch.equal(narrowed["target"], target[:12])
+    time_first = torch.rand(4, 6, 1, requires_grad=True) * 1
+    for rows in (unknown, time_first.reshape(-1), output.t().reshape(-1), torch.cat([output, output])):
+        assert views.narrow({"input": rows, "target": torch.rand(rows.shape)}) is None
+        assert views.narrow({"input": rows, "target": whole.t().reshape(-1)[: len(rows)]}) is None
+
+
+@pytest.mark.parametrize(
+    "order",
+    [lambda rows: torch.cat([rows, -rows]), lambda rows: rows.repeat_interleave(2, 0)],
+    ids=["stacked", "in turns"],
+)
+def test_rows_that_the_step_stacks_itself_are_refused(order):
+    def step(module, batch):
+        return F.cross_entropy(module(order(batch[0])), order(batch[1]).abs())
+
+    with pytest.raises(MisconfigurationException, match="several in an order that cannot be known"):
+        fit(Classifier(step=step), Shifted())

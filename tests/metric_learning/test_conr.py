@@ -514,10 +514,25 @@ def test_a_step_that_makes_two_views_itself(step):
     same(model, by_hand(concatenated, views=lambda model, x: [x, model.augment(x)]))
 
 
+def passes_first(model, batch):
+    output, other = model(batch[0])[:, 0], model(model.augment(batch[0]))[:, 0]
+    return F.mse_loss(output, batch[1]) + F.mse_loss(other, batch[1])
+
+
+@pytest.mark.parametrize("step", [two_losses, passes_first])
 @pytest.mark.parametrize(("loss", "view"), [(0, lambda m, x: [x]), (1, lambda m, x: [m.augment(x)])])
-def test_of_two_losses_the_chosen_ones_pass_counts(loss, view):
-    model, _ = train(ConR(**ACTIVE, views="none", loss=loss), Regressor(two_losses))
+def test_of_two_losses_the_chosen_ones_pass_counts(loss, view, step):
+    model, _ = train(ConR(**ACTIVE, views="none", loss=loss), Regressor(step))
     same(model, by_hand(two_losses, views=view))
+
+
+def test_predictions_of_two_passes_have_no_feature_per_row():
+    def ensemble(model, batch):
+        outputs = model(batch[0]) + model(model.augment(batch[0]))
+        return F.mse_loss(outputs[:, 0], batch[1])
+
+    with pytest.raises(MisconfigurationException, match="before the loss, in 2 passes that the predictions come from"):
+        train(ConR(**ACTIVE, views="none"), Regressor(ensemble))
 
 
 class HandWritten(LossMixin, Regressor):
