@@ -70,6 +70,7 @@ class TyingTechnique(TaskTechnique):
 
     @override
     def begin(self, step: "Step") -> None:
+        self._tied = []
         # Asked in the first task too, so that a pattern without a match is not found out at its end.
         anchored_weights(self, step.module, self.params, self.exclude)
         for slot in self._kept.get("slots", ()):

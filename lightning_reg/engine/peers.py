@@ -231,6 +231,7 @@ class Peer:
 
         Raises:
             MisconfigurationException: If the loss call is not certain, or ``training_step`` changes its batch in place.
+            RuntimeError: If ``training_step`` asks for gradients itself.
 
         """
         trainer = step.trainer

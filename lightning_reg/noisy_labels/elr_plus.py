@@ -240,7 +240,7 @@ class ELRPlusCallback(Technique):
 
     @override
     def is_active(self, step: "Step") -> bool:
-        return self._works()
+        return self._networks.are_started
 
     @override
     def transform_batch(self, batch: Any, step: "Step") -> Any:

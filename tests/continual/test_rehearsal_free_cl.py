@@ -21,7 +21,7 @@ from lightning_reg.functional import (
 )
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
-from tests.toys import INPUTS, QUIET, Boom, BoomError, Callback, Classifier, fit, make_trainer, same_weights
+from tests.toys import INPUTS, QUIET, Boom, BoomError, Callback, Classifier, fit, make_trainer, same_weights, weights_of
 
 pytestmark = QUIET
 
@@ -378,6 +378,17 @@ def test_the_second_task_resumes_exactly(make, tmp_path):
     assert same_weights(other, module)
     assert resumed.tasks == technique.tasks == 2
     assert same_weights(resumed.state_dict()["teacher"], technique.state_dict()["teacher"])
+
+
+def test_a_resume_without_a_step_left_ends_the_task(tmp_path):
+    technique, module = PredictionDistillation(), Net(seed=4)
+    learn(module, 0, technique, Save(tmp_path / "last.ckpt"), max_epochs=1)
+    resumed, other = PredictionDistillation(), Net(seed=5)
+    trainer = make_trainer(callbacks=[resumed], max_epochs=1)
+    trainer.fit(other, DataLoader(task(0), 8), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert resumed.tasks == 1
+    assert resumed.state_dict()["columns"] == technique.state_dict()["columns"] == 5
+    assert same_weights(resumed.state_dict()["teacher"], weights_of(module))
 
 
 def test_what_is_no_task():

@@ -358,6 +358,30 @@ def test_the_second_task_resumes_exactly_from_the_end_of_an_epoch(make, tmp_path
         assert same_weights(a["weights"], b["weights"])
 
 
+@pytest.mark.parametrize("make", [partial(EWC, 4.0), partial(L2ToStart, 0.3, anchor="end_of_task")])
+def test_a_resume_without_a_step_left_ends_the_task(make, tmp_path):
+    technique, module = make(), Classifier()
+    learn(module, 0, technique)
+    learn(module, 1, technique, Save(tmp_path / "last.ckpt", 6))
+    resumed, other = make(), Classifier(seed=5)
+    make_resumed(other, resumed, tmp_path / "last.ckpt")
+    assert resumed.tasks == technique.tasks == 2
+    assert len(resumed.state_dict()["slots"]) == len(technique.state_dict()["slots"])
+    for net, tie in ((module, technique), (other, resumed)):
+        learn(net, 2, tie)
+    assert same_weights(module, other)
+
+
+def test_start_of_fit_is_that_of_the_fit_after_a_resume_without_a_step_left(tmp_path):
+    learn(Classifier(), 0, L2ToStart(0.3), Save(tmp_path / "last.ckpt", 6))
+    tie, module = L2ToStart(100.0), Classifier(lr=1e-4)
+    make_resumed(module, tie, tmp_path / "last.ckpt")
+    assert (tie.tasks, tie.state_dict()["in_task"]) == (1, False)
+    before = values(module)
+    learn(module, 1, tie)
+    assert same_weights(values(module), before, atol=1e-2)  # 6 steps of 1e-4; the start of the first task is farther
+
+
 def make_resumed(module, technique, path):
     from tests.toys import make_trainer
 
