@@ -198,6 +198,31 @@ def test_metrics_by_loops():
         metrics.update(torch.eye(5), torch.arange(5), after_task=4)
 
 
+def test_metrics_go_on_in_another_process():
+    z = [logits(after, 12, 4) for after in (1, 2)]
+    y = [torch.arange(12) % 2, torch.arange(12) % 4]
+    whole, first, second = (ContinualMetrics([2, 2]) for _ in range(3))
+    whole.update(z[0], y[0], after_task=1)
+    first.update(z[0], y[0], after_task=1)
+    second.load_state_dict(first.state_dict())
+    for metrics in (whole, second):
+        metrics.update(z[1], y[1], after_task=2)
+    assert second.compute() == whole.compute()
+    assert not torch.tensor(list(whole.compute().values())).isnan().any()
+
+
+def test_metrics_of_tasks_that_were_not_tested_are_nan():
+    metrics = ContinualMetrics([2, 2])
+    metrics.update(torch.eye(4), torch.arange(4), after_task=2)
+    assert metrics.compute()["accuracy"] == 1.0
+    assert metrics.compute()["forgetting"].isnan()
+    assert metrics.compute()["local_forgetting"].isnan()
+    metrics.reset()
+    metrics.update(torch.eye(4)[:2], torch.arange(2), after_task=1)
+    metrics.update(torch.eye(4)[2:], torch.tensor([2, 3]), after_task=2)
+    assert all(value.isnan() for value in metrics.compute().values())
+
+
 # -- training ---------------------------------------------------------------------------------------------------------
 
 FIXED = [2, 1, 2]
