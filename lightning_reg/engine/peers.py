@@ -383,14 +383,14 @@ def _forgotten(nothing: None) -> Tensor:
 
 @contextmanager
 def _kept_buffers(module: nn.Module) -> Iterator[None]:
-    # In eval mode too: `training_step` may move them itself. Batch norm leaves no version when it writes.
+    # In eval mode too: `training_step` may move them itself. Copies stand in for them, because a graph that outlives
+    # the pass allows no writing into what it saved.
+    copies = {id(buffer): buffer.detach().clone() for buffer in module.buffers()}
     places = [(layer._buffers, dict(layer._buffers)) for layer in module.modules() if layer._buffers]
-    kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
+        for place, before in places:
+            place.update({name: None if buffer is None else copies[id(buffer)] for name, buffer in before.items()})
         yield
     finally:
         for place, before in places:
             place.update(before)
-        with torch.no_grad():
-            for buffer, value in kept:
-                buffer.copy_(value)
