@@ -112,15 +112,21 @@ def pull_(params: Sequence[Tensor], anchors: Sequence[Tensor], among: Sequence[T
 
 
 def anchored_weights(
-    owner: object, module: nn.Module, params: Sequence[str] | None, exclude: Sequence[str] | None
+    owner: object,
+    module: nn.Module,
+    params: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+    *,
+    frozen: bool = False,
 ) -> dict[str, nn.Parameter]:
-    """Trainable parameters whose names match.
+    """Parameters whose names match.
 
     Args:
         owner: Who asks; its class is named in messages.
         module: The user's module.
         params: Patterns of names as in ``named_parameters()``, one of which must match; ``None`` for all.
         exclude: Patterns, none of which may match.
+        frozen: Whether parameters count that are not trained at present.
 
     Returns:
         Parameters by name.
@@ -129,12 +135,14 @@ def anchored_weights(
         MisconfigurationException: If a pattern matches nothing, or no parameter is left.
 
     """
-    named = {name: p for name, p in named_weights(module).items() if p.requires_grad}
+    weights = named_weights(module).items()
+    named = {name: p for name, p in weights if p.requires_grad or (frozen and p.is_floating_point())}
+    kind = "parameter" if frozen else "trainable parameter"
     for argument, patterns in (("params", params), ("exclude", exclude)):
         for pattern in patterns or ():
             if not any(fnmatchcase(name, pattern) for name in named):
                 raise MisconfigurationException(
-                    f"{type(owner).__name__}({argument}=[{pattern!r}]): no trainable parameter has such a name. Near"
+                    f"{type(owner).__name__}({argument}=[{pattern!r}]): no {kind} has such a name. Near"
                     f" names: {near_names(pattern, named)}."
                 )
     chosen = {
@@ -144,9 +152,7 @@ def anchored_weights(
         and not any(fnmatchcase(name, pattern) for pattern in exclude or ())
     }
     if not chosen:
-        raise MisconfigurationException(
-            f"{type(owner).__name__}: `params` and `exclude` leave no trainable parameter to anchor."
-        )
+        raise MisconfigurationException(f"{type(owner).__name__}: `params` and `exclude` leave no {kind} to anchor.")
     return chosen
 
 

@@ -37,10 +37,11 @@ def forgetting(accuracies: Tensor, sizes: Sequence[int] | Tensor) -> Tensor:
 class ContinualMetrics(Metric):
     """Accuracy over all classes so far, and forgetting, of a classifier that learned one task after the other.
 
-    After each task call :meth:`update` with the test samples of all tasks so far. ``compute`` gives, for the last task
-    that was tested: ``accuracy`` (no task is told: the largest logit of all classes so far), ``forgetting`` of that
-    accuracy, and ``local_forgetting`` of the accuracy with the task told (the largest logit of its classes); see
-    :func:`forgetting`, with the number of classes as size.
+    After each task call :meth:`update` with the test samples of all tasks so far; ``state_dict`` has what was counted.
+    ``compute`` gives, for the last task that was tested: ``accuracy`` (no task is told: the largest logit of all
+    classes so far), ``forgetting`` of that accuracy, and ``local_forgetting`` of the accuracy with the task told (the
+    largest logit of its classes); see :func:`forgetting`, with the number of classes as size. A number that needs a
+    test of an earlier task that was not made is NaN.
 
     Args:
         new_classes: Number of classes that each task adds, at least 1 each; labels count through.
@@ -51,7 +52,7 @@ class ContinualMetrics(Metric):
     Example:
         >>> metrics = ContinualMetrics([1, 1])
         >>> metrics.update(torch.tensor([[1.0, 0.0]]), torch.tensor([0]), after_task=1)
-        >>> metrics.update(torch.eye(2), torch.tensor([1, 1]), after_task=2)
+        >>> metrics.update(torch.eye(2)[[0, 0]], torch.tensor([0, 1]), after_task=2)
         >>> metrics.compute()["accuracy"]
         tensor(0.5000)
 
@@ -69,7 +70,7 @@ class ContinualMetrics(Metric):
         self._ends = list(accumulate(self.new_classes))
         tasks = len(self.new_classes)
         for name in ("right", "right_in_task", "tested"):
-            self.add_state(name, torch.zeros(tasks, tasks), dist_reduce_fx="sum")
+            self.add_state(name, torch.zeros(tasks, tasks), dist_reduce_fx="sum", persistent=True)
         self.right: Tensor
         self.right_in_task: Tensor
         self.tested: Tensor
@@ -109,7 +110,7 @@ class ContinualMetrics(Metric):
         right, in_task, tested = (s[:tasks, :tasks] for s in (self.right, self.right_in_task, self.tested))
         sizes = self.new_classes[:tasks]
         return {
-            "accuracy": right[-1].sum() / tested[-1].sum(),
-            "forgetting": forgetting(right / tested.clamp(min=1), sizes),
-            "local_forgetting": forgetting(in_task / tested.clamp(min=1), sizes),
+            "accuracy": right[-1].sum() / torch.where(tested[-1].all(), tested[-1].sum(), torch.nan),
+            "forgetting": forgetting(right / tested, sizes),
+            "local_forgetting": forgetting(in_task / tested, sizes),
         }

@@ -21,7 +21,7 @@ class TaskTechnique(Technique, ABC):
 
     A task is a fit that came to its end: not one that an exception or Ctrl-C ended, and no ``fast_dev_run``. What is
     kept is taken in ``on_fit_end``, when averages and masks are in the module for good. A fit that is resumed from a
-    checkpoint written while it ran goes on with the same task.
+    checkpoint written while it ran goes on with the same task, and ends it even if no step was left.
 
     Args:
         loss: See :class:`Technique`.
@@ -76,6 +76,7 @@ class TaskTechnique(Technique, ABC):
     @override
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         self._begun = False
+        self.forget()
 
     @override
     def is_active(self, step: "Step") -> bool:
@@ -89,7 +90,8 @@ class TaskTechnique(Technique, ABC):
 
     @override
     def on_fit_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        if self._begun and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by Lightning's debugging setup
+        in_task = self._begun or (self._resumed and not self.is_neutral)
+        if in_task and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by Lightning's debugging setup
             self._kept = self.keep(trainer, pl_module)
             self._finished += 1
         self._leave()
@@ -100,14 +102,15 @@ class TaskTechnique(Technique, ABC):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"finished": self._finished, "in_task": self._begun, **self._kept}
+        return {"finished": self._finished, "in_task": self._begun or self._resumed, **self._kept}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._leave()  # a state may come in the middle of a fit: Lightning's learning-rate finder puts the old one back
         kept = dict(state_dict)
         self._finished, self._resumed = kept.pop("finished"), kept.pop("in_task")
         self._kept = kept
 
     def _leave(self) -> None:
-        self._begun = False
+        self._begun = self._resumed = False
         self.forget()

@@ -1,6 +1,7 @@
 """What the techniques that tie weights to anchors have in common, and what those with a teacher have."""
 
-from typing import TYPE_CHECKING, Any, Literal
+from itertools import compress
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ class TyingTechnique(TaskTechnique):
 
     """
 
+    ties_frozen: ClassVar[bool] = False  # whether parameters are tied that may be trained later only
+
     def __init__(
         self,
         weight: float,
@@ -70,8 +73,9 @@ class TyingTechnique(TaskTechnique):
 
     @override
     def begin(self, step: "Step") -> None:
+        self._tied = []
         # Asked in the first task too, so that a pattern without a match is not found out at its end.
-        anchored_weights(self, step.module, self.params, self.exclude)
+        self.chosen(step.module)
         for slot in self._kept.get("slots", ()):
             params, anchors = pair_up(self, step.module, slot["anchors"])
             weights = (
@@ -83,10 +87,18 @@ class TyingTechnique(TaskTechnique):
 
     @override
     def penalty(self, module: "LightningModule") -> Tensor | None:
-        values = [
-            quadratic_penalty(parts_like(params, anchors), anchors, weights) for params, anchors, weights in self._tied
-        ]
+        values = []
+        for params, anchors, weights in self._tied:
+            trained = [p.requires_grad for p in params]
+            if any(trained):
+                near = list(compress(anchors, trained))
+                factors = None if weights is None else list(compress(weights, trained))
+                values.append(quadratic_penalty(parts_like(list(compress(params, trained)), near), near, factors))
         return self.weight * torch.stack(values).sum() if values else None
+
+    def chosen(self, module: "nn.Module") -> dict[str, "nn.Parameter"]:
+        """The parameters to tie, by name."""
+        return anchored_weights(self, module, self.params, self.exclude, frozen=self.ties_frozen)
 
 
 class TaughtTechnique(TaskTechnique):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
     from lightning_reg.engine.loss_call import LossCall
+    from lightning_reg.engine.step import Step
 
 __all__ = [
     "ContinualMetrics",
@@ -125,6 +126,11 @@ class PredictionDistillation(TaughtTechnique):
         return f"{form}; {old}"
 
     @override
+    def begin(self, step: "Step") -> None:
+        super().begin(step)
+        self._columns = 0
+
+    @override
     def change_losses(self, call: "LossCall") -> Tensor | None:
         if self.loss_form != "bce":
             return None
@@ -156,9 +162,14 @@ class PredictionDistillation(TaughtTechnique):
         return {**super().keep(trainer, module), "columns": self._columns}
 
     @override
-    def forget(self) -> None:
-        super().forget()
-        self._columns = 0
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "columns_now": self._columns}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        state = dict(state_dict)
+        self._columns = state.pop("columns_now", 0)
+        super().load_state_dict(state)
 
     def _classes(self, call: "LossCall") -> tuple[int, int]:
         columns = call.logits.shape[1]

@@ -1,5 +1,6 @@
 """Weights tied to what they were: to their start, or to the task before, each as firmly as it matters."""
 
+import math
 from collections.abc import Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
@@ -8,9 +9,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_reg.continual._anchors import anchored_weights, fisher_diagonal, fisher_losses, pull_, quadratic_penalty
+from lightning_reg.continual._anchors import fisher_diagonal, fisher_losses, pull_, quadratic_penalty
 from lightning_reg.continual._tying import Anchor, TyingTechnique
 from lightning_reg.engine import host
+from lightning_reg.engine.distributed import world_size
 from lightning_reg.engine.errors import MisconfigurationException, check_choice, check_number
 from lightning_reg.engine.lookup import ENGINES
 from lightning_reg.engine.peers import Peer, check_runs_on_copy
@@ -44,12 +46,13 @@ class L2ToStart(TyingTechnique):
     Differs:
         ``mode="decoupled"`` is an addition. The paper's values of lambda are not published.
 
-    Memory: the tied parameters once more; in the optimizer's step two temporary copies of them.
+    Memory: the parameters that match once more, frozen ones too; in the optimizer's step two temporary copies of those
+    that are trained.
 
     Args:
         weight: lambda, at least 0. Sensible: 1e-3 to 10. Neutral: 0.
         params: Patterns of parameter names as in ``named_parameters()``, one of which must match (``"*.qkv.weight"``);
-            ``None`` for all that are trained.
+            ``None`` for all. Frozen ones are tied from the step on that trains them.
         exclude: Patterns of names to leave free, those of a new head for example (``"head.*"``). Parameters that are
             new since the last task, and rows by which one has grown, are free anyway.
         anchor: ``"start_of_fit"`` (paper), or ``"end_of_task"``: to the weights when the task before ended, whatever
@@ -67,6 +70,8 @@ class L2ToStart(TyingTechnique):
         >>> trainer = Trainer(max_epochs=20, callbacks=[tie], logger=False, enable_checkpointing=False)
 
     """
+
+    ties_frozen = True
 
     def __init__(
         self,
@@ -106,7 +111,7 @@ class L2ToStart(TyingTechnique):
     def begin(self, step: "Step") -> None:
         if self.anchor == "start_of_fit" and not self._resumed:
             rows: dict[str, int] | None = self._kept.get("rows")
-            chosen = anchored_weights(self, step.module, self.params, self.exclude)
+            chosen = self.chosen(step.module)
             named = {name: p.detach() for name, p in chosen.items() if rows is None or name in rows}
             anchors = {n: (p[: rows[n]] if rows and p.dim() else p).clone() for n, p in named.items()}
             self._kept = {"slots": [{"anchors": anchors, "weights": {}}], "rows": rows}
@@ -127,7 +132,7 @@ class L2ToStart(TyingTechnique):
 
     @override
     def keep(self, trainer: "Trainer", module: "LightningModule") -> dict[str, Any]:
-        chosen = anchored_weights(self, module, self.params, self.exclude)
+        chosen = self.chosen(module)
         if self.anchor == "start_of_fit":
             return {"rows": {name: len(p) if p.dim() else 1 for name, p in chosen.items()}}
         return {"slots": [{"anchors": {name: p.detach().clone() for name, p in chosen.items()}, "weights": {}}]}
@@ -162,7 +167,7 @@ class EWC(TyingTechnique):
         params: Patterns of parameter names as in ``named_parameters()``, one of which must match; ``None`` for all that
             are trained.
         exclude: Patterns of names to leave free. Rows by which a parameter has grown since are free anyway.
-        fisher_batches: Training batches to estimate F on, at least 1; ``None`` for all.
+        fisher_batches: Training batches to estimate F on, at least 1; ``None`` for all of a loader that has a length.
         per_sample: Whether gradients are squared sample by sample; ``False``: batch by batch, much cheaper.
         labels: At whose label the gradient is taken: the model's own most probable (``"argmax"``), one drawn from its
             probabilities (``"sample"``), or the given one (``"true"``).
@@ -224,6 +229,13 @@ class EWC(TyingTechnique):
     @override
     def begin(self, step: "Step") -> None:
         super().begin(step)
+        if self.fisher_batches is None and step.trainer.num_training_batches == math.inf:
+            loader = step.trainer.train_dataloader
+            raise MisconfigurationException(
+                "EWC reads the training data once more when the fit ends, and"
+                f" {type(getattr(loader, 'dataset', loader)).__name__} has no length, so it may not end. Write"
+                " `fisher_batches`, how many batches to read then at most."
+            )
         # What the Fisher pass cannot do is told now, not when the training is over.
         peer = Peer(step.module, owner=self)
         for part in islice(self._parts(step), 1):
@@ -233,13 +245,17 @@ class EWC(TyingTechnique):
 
     @override
     def keep(self, trainer: "Trainer", module: "LightningModule") -> dict[str, Any]:
-        chosen = anchored_weights(self, module, self.params, self.exclude)
+        chosen = self.chosen(module)
         fisher = dict(zip(chosen, self._fisher(trainer, module, list(chosen)), strict=True))
         anchors = {name: p.detach().clone() for name, p in chosen.items()}
         slots = self._kept.get("slots", [])
         if self.memory == "online":
-            for name, value in (item for slot in slots for item in slot["weights"].items()):
-                fisher[name][: len(value) if value.dim() else None] += value.to(fisher[name].device)
+            found = [(name, value, slot["anchors"][name]) for slot in slots for name, value in slot["weights"].items()]
+            for name, value, anchor in found:
+                if name in fisher:
+                    fisher[name][: len(value) if value.dim() else None] += value.to(fisher[name].device)
+                else:  # frozen in this task
+                    fisher[name], anchors[name] = value, anchor
             slots = []
         return {"slots": [*slots, {"anchors": anchors, "weights": fisher}]}
 
@@ -259,6 +275,11 @@ class EWC(TyingTechnique):
                 generator = generator or self.generator(part, call.input.device)
                 losses = fisher_losses(self._logits(call), call.labels, self.labels, generator)
                 yield losses if call.sample_mass is None else losses[call.sample_mass > 0]
+        if generator is None and world_size() == 1:
+            raise MisconfigurationException(
+                "EWC: the training data gives no batch with a loss when the fit has ended. Let it start anew with each"
+                " `iter` of the DataLoader."
+            )
 
     def _parts(self, step: "Step") -> "Iterator[Step]":
         # The gradients of B samples out of one pass cost B passes: a few samples at a time.

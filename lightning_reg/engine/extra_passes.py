@@ -1,8 +1,10 @@
 """Passes over validation and training data in the middle of a fit, of which the fit notices nothing."""
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,12 +62,14 @@ def training_batches(trainer: "Trainer", original: Callable[[Any], Any]) -> Iter
         original: Gives the loader behind one that is followed.
 
     Yields:
-        The batches. Generators and samplers are put back at the end.
+        The batches, as many as an epoch of the fit has. Generators and samplers are put back at the end.
 
     """
     combined = host.combined_loader(trainer)
     loaders = [original(loader) for loader in combined.flattened]
     generators = {id(g): g for loader in loaders for g in _generators(loader)}.values()
+    # Of `limit_train_batches` the loader knows in its length only.
+    limit = None if trainer.num_training_batches == math.inf else int(trainer.num_training_batches)
     states = [(generator, generator.get_state()) for generator in generators]
     twins = dict(zip(map(id, combined.flattened), map(_fresh, loaders), strict=True))
     fresh = type(combined)(
@@ -74,7 +78,7 @@ def training_batches(trainer: "Trainer", original: Callable[[Any], Any]) -> Iter
     with host.isolated_randomness(), host.metrics_kept(trainer.lightning_module):
         try:
             fresh.limits = combined.limits
-            yield (on_device(trainer, batch) for batch, *_ in fresh)
+            yield (on_device(trainer, batch) for batch, *_ in islice(fresh, limit))
         finally:
             for generator, state in states:
                 generator.set_state(state)

@@ -5,6 +5,8 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from types import CellType, FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,6 +45,8 @@ __all__ = [
 
 # -- copies -----------------------------------------------------------------------------------------------------------
 
+_EMPTY = CellType()  # of a name that has no value yet
+
 
 def copy_of(module: "LightningModule") -> "LightningModule":
     """A copy of the user's module: the same weights on the same device, and nothing of the Trainer or the engine.
@@ -56,9 +60,12 @@ def copy_of(module: "LightningModule") -> "LightningModule":
         The copy, in the module's present mode, attached to no Trainer.
 
     Raises:
-        MisconfigurationException: If the module holds something that cannot be copied.
+        MisconfigurationException: If the module holds something that cannot be copied, or a function that would go on
+            with the layers of the module itself.
 
     """
+    with host.without_compiled_steps(module):
+        _check_functions(module)
     memo: dict[int, Any] = {id(hook): hook for layer in module.modules() for hook in layer._forward_hooks.values()}
     memo = {key: hook for key, hook in memo.items() if is_of_a_tap(hook)}
     # Such as `self.last_logits`: torch refuses to copy a tensor with a history.
@@ -82,6 +89,41 @@ def copy_of(module: "LightningModule") -> "LightningModule":
             if is_of_a_tap(hook):
                 del layer._forward_hooks[key]
     return twin
+
+
+def _check_functions(module: nn.Module) -> None:
+    """Refuses hooks and replaced methods that hold a layer; copies share plain functions, so they would use it too."""
+    names = {id(layer): f"the layer {name!r}" if name else "the module" for name, layer in module.named_modules()}
+    for layer in module.modules():
+        functions = [*layer._forward_hooks.values(), *layer._forward_pre_hooks.values()]
+        # A metric wraps its methods in functions that hold it, and wraps them anew when it is copied; what is compiled
+        # is left out of copies.
+        if not isinstance(layer, Metric) and not hasattr(layer, "_orig_mod"):
+            functions += [value for name, value in vars(layer).items() if name != "_compiled_call_impl"]
+        for function in functions:
+            held = next((names[id(x)] for x in _held(function) if id(x) in names), None)
+            if held is not None:
+                raise MisconfigurationException(
+                    f"{type(module).__name__} cannot be copied: {names[id(layer)]} has a function of its own that holds"
+                    f" {held}, and a copy would have the same function. Write a method of the module in its place:"
+                    " `layer.register_forward_hook(self.keep)`."
+                )
+
+
+def _held(function: Any) -> Iterator[Any]:
+    """What a plain function has in its closure and its defaults, and what the functions in there have."""
+    stack, seen = [function], set()
+    while stack:
+        current = stack.pop()
+        if isinstance(current, partial):  # copied with its arguments, but for functions
+            stack += [current.func, *current.args, *current.keywords.values()]
+        if not isinstance(current, FunctionType) or id(current) in seen:
+            continue
+        seen.add(id(current))
+        cells = [c.cell_contents for c in current.__closure__ or () if c != _EMPTY]
+        for value in tree_leaves([cells, current.__defaults__ or (), current.__kwdefaults__ or {}]):
+            yield value.__self__ if isinstance(value, MethodType) else value
+            stack.append(value)
 
 
 def check_runs_on_copy(module: "LightningModule", owner: object) -> None:
@@ -231,7 +273,7 @@ class Peer:
 
         Raises:
             MisconfigurationException: If the loss call is not certain, or ``training_step`` changes its batch in place.
-            RuntimeError: If ``training_step`` asks for gradients itself, or whatever it raises.
+            RuntimeError: If ``training_step`` asks for gradients itself.
 
         """
         trainer = step.trainer
@@ -341,11 +383,14 @@ def _forgotten(nothing: None) -> Tensor:
 
 @contextmanager
 def _kept_buffers(module: nn.Module) -> Iterator[None]:
-    buffers = list(module.buffers()) if module.training else []
-    kept = [buffer.clone() for buffer in buffers]
+    # In eval mode too: `training_step` may move them itself. Copies stand in for them, because a graph that outlives
+    # the pass allows no writing into what it saved.
+    copies = {id(buffer): buffer.detach().clone() for buffer in module.buffers()}
+    places = [(layer._buffers, dict(layer._buffers)) for layer in module.modules() if layer._buffers]
     try:
+        for place, before in places:
+            place.update({name: None if buffer is None else copies[id(buffer)] for name, buffer in before.items()})
         yield
     finally:
-        with torch.no_grad():
-            for buffer, value in zip(buffers, kept, strict=True):
-                buffer.copy_(value)
+        for place, before in places:
+            place.update(before)

@@ -62,7 +62,7 @@ def check_trainable(owner: Technique, trainer: "Trainer", module: "LightningModu
 
 
 def reset_parameters_(module: nn.Module, seed: int) -> list[str]:
-    """New initial weights from the layers' own ``reset_parameters``, in place.
+    """New initial weights from the layers' own ``reset_parameters``, in place; what is frozen stays as it is.
 
     Args:
         module: What gets them. Inner layers come first, so that a network which defines ``reset_parameters`` itself
@@ -70,18 +70,33 @@ def reset_parameters_(module: nn.Module, seed: int) -> list[str]:
         seed: Seed of the draws; the global random states stay as they are.
 
     Returns:
-        Names of the parameters that no layer could draw anew.
+        Names of the trained parameters that no layer could draw anew.
 
     """
     kept = []
+    frozen = {name: value.clone() for name, value in weights_of(module).items() if name in _frozen_names(module)}
     with host.own_randomness(seed), torch.no_grad():
         for name, layer in reversed(list(module.named_modules())):
             reset = getattr(layer, "reset_parameters", None) or getattr(layer, "_reset_parameters", None)
             if callable(reset):
                 reset()
             else:
-                kept += [f"{name}.{p}".lstrip(".") for p, _ in layer.named_parameters(recurse=False)]
+                own = layer.named_parameters(recurse=False)
+                kept += [f"{name}.{key}".lstrip(".") for key, p in own if p.requires_grad]
+        now = weights_of(module)
+        for name, value in frozen.items():
+            now[name].copy_(value)
     return kept[::-1]
+
+
+def _frozen_names(module: nn.Module) -> set[str]:
+    """Names of parameters that are not trained, and of buffers of layers that have parameters, none of them trained."""
+    names = {name for name, p in module.named_parameters() if not p.requires_grad}
+    for prefix, layer in module.named_modules():
+        trained = [p.requires_grad for p in layer.parameters()]
+        if trained and not any(trained):
+            names |= {name for name, _ in layer.named_buffers(prefix)}
+    return names
 
 
 class PeerStep(Step):

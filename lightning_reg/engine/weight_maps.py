@@ -105,6 +105,15 @@ class _Map:
 
     def __init__(self, technique: "Technique", weights: Mapping[str, nn.Parameter]) -> None:
         self.technique, self.weights = technique, weights
+        self._begun_with: dict[str, Tensor] | None = None
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether its latents are those that it began with, changed since, and not others that were loaded."""
+        return self._begun_with is self.technique.latents.values
+
+    def note_begin(self) -> None:
+        self._begun_with = self.technique.latents.values
 
     def weights_of(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
         weights = {name: torch.empty_like(value) for name, value in latents.items()}
@@ -172,7 +181,7 @@ class WeightMaps:
                 owners[name] = cls
             self._maps.append(_Map(technique, {name: parameters[name] for name in names}))
         self._versions: dict[nn.Parameter, int] = {}
-        self._begun = self._said = False
+        self._said = False
         self._optimizer: Optimizer | None = None
         self._inside: list[tuple[_Map, list[str]]] = []
         self._handles: list[Any] = []
@@ -183,17 +192,19 @@ class WeightMaps:
     def begin(self, optimizers: Sequence[Any], *, fresh: bool) -> None:
         """Before each training step, and each step of an optimizer (which may contain it): once, takes the weights.
 
+        Once more, if a state was loaded since: Lightning's learning-rate finder puts weights and latents back.
+
         Args:
             optimizers: Those of the fit.
             fresh: Whether this is the first batch of a training, so that nothing is left of an earlier one.
 
         """
-        if self._begun:
+        if all(one.is_begun for one in self._maps):
             return
         for one in self._maps:
             self._begin(one, fresh=fresh)
+        self._remove_checks()
         self._handles = [o.register_step_pre_hook(self._check) for o in optimizers if isinstance(o, Optimizer)]
-        self._begun = True
 
     def _begin(self, one: _Map, *, fresh: bool) -> None:
         latents, weights = one.technique.latents, {name: p.detach() for name, p in one.weights.items()}
@@ -208,6 +219,7 @@ class WeightMaps:
             # A kept latent is exact; another device rounds its weight in another way.
             self._follow(one, one.strangers())
         self._note(one.weights)
+        one.note_begin()
 
     def _follow_writes(self) -> None:
         """Takes over what somebody else wrote into weights, an average that was loaded say."""
@@ -238,10 +250,7 @@ class WeightMaps:
     @contextmanager
     def own_writes(self) -> Iterator[None]:
         """What is written meanwhile is no news: edits of weights that come and go, in every step."""
-        if not self._begun:
-            yield
-            return
-        before = {p: p._version for one in self._maps for p in one.weights.values()}
+        before = {p: p._version for p in self._versions}
         yield
         for p, version in before.items():
             self._versions[p] += p._version - version
@@ -341,11 +350,14 @@ class WeightMaps:
     def close(self) -> None:
         """Leaves the weights in the module, and the latents with their techniques, on the CPU."""
         self.put_weights()
+        self._remove_checks()
+        for one in self._maps:
+            one.technique.latents.to(dict.fromkeys(one.weights, torch.device("cpu")))
+
+    def _remove_checks(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        for one in self._maps:
-            one.technique.latents.to(dict.fromkeys(one.weights, torch.device("cpu")))
 
 
 def _own_group(group: Mapping[str, Any], latents: Latents, names: Sequence[str]) -> dict[str, Any]:

@@ -62,6 +62,11 @@ class Networks:
         self._joint: JointForward | None = None
 
     @property
+    def are_started(self) -> bool:
+        """Whether there are networks: not in the steps that Lightning's learning-rate finder makes before the fit."""
+        return bool(self._averages)
+
+    @property
     def second_loss(self) -> Tensor | None:
         """Mean loss of the second network in the part of an epoch that it trained last."""
         return None if self._second is None else self._second.loss

@@ -105,9 +105,9 @@ class ELRPlusCallback(Technique):
         averaging: Whether teachers are averages; otherwise they are the networks as they are. Paper: yes.
         teacher: ``"train"`` runs teachers on the statistics of the batch, with dropout, as the authors' code does;
             ``"eval"`` on the running statistics of their networks, without.
-        peer_init: First weights of network 2. ``"reset"``: drawn anew by the layers' own ``reset_parameters``.
-            ``"copy"``: those of the module, for pretrained weights; the order of the data and mixup then tell the two
-            apart.
+        peer_init: First weights of network 2. ``"reset"``: drawn anew by the layers' own ``reset_parameters``, but for
+            frozen ones. ``"copy"``: those of the module, for pretrained weights; order of the data and mixup then tell
+            the two apart.
         validation: ``"network"`` validates the module as it is. ``"ensemble"`` lets ``logits_layer`` answer for both
             networks in validation, for metrics of the paper's predictor; inside an epoch the second one lags behind.
         logits_layer: Layer whose output are the logits, for ``validation`` and :meth:`ensemble`, named as in
@@ -240,7 +240,7 @@ class ELRPlusCallback(Technique):
 
     @override
     def is_active(self, step: "Step") -> bool:
-        return self._works()
+        return self._networks.are_started
 
     @override
     def transform_batch(self, batch: Any, step: "Step") -> Any:

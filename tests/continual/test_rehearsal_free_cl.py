@@ -21,7 +21,7 @@ from lightning_reg.functional import (
 )
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
-from tests.toys import INPUTS, QUIET, Boom, BoomError, Callback, Classifier, fit, make_trainer, same_weights
+from tests.toys import INPUTS, QUIET, Boom, BoomError, Callback, Classifier, fit, make_trainer, same_weights, weights_of
 
 pytestmark = QUIET
 
@@ -196,6 +196,31 @@ def test_metrics_by_loops():
             ContinualMetrics(wrong)
     with pytest.raises(ValueError, match=r"`after_task` must be in \[1, 3\], got 4"):
         metrics.update(torch.eye(5), torch.arange(5), after_task=4)
+
+
+def test_metrics_go_on_in_another_process():
+    z = [logits(after, 12, 4) for after in (1, 2)]
+    y = [torch.arange(12) % 2, torch.arange(12) % 4]
+    whole, first, second = (ContinualMetrics([2, 2]) for _ in range(3))
+    whole.update(z[0], y[0], after_task=1)
+    first.update(z[0], y[0], after_task=1)
+    second.load_state_dict(first.state_dict())
+    for metrics in (whole, second):
+        metrics.update(z[1], y[1], after_task=2)
+    assert second.compute() == whole.compute()
+    assert not torch.tensor(list(whole.compute().values())).isnan().any()
+
+
+def test_metrics_of_tasks_that_were_not_tested_are_nan():
+    metrics = ContinualMetrics([2, 2])
+    metrics.update(torch.eye(4), torch.arange(4), after_task=2)
+    assert metrics.compute()["accuracy"] == 1.0
+    assert metrics.compute()["forgetting"].isnan()
+    assert metrics.compute()["local_forgetting"].isnan()
+    metrics.reset()
+    metrics.update(torch.eye(4)[:2], torch.arange(2), after_task=1)
+    metrics.update(torch.eye(4)[2:], torch.tensor([2, 3]), after_task=2)
+    assert all(value.isnan() for value in metrics.compute().values())
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -378,6 +403,17 @@ def test_the_second_task_resumes_exactly(make, tmp_path):
     assert same_weights(other, module)
     assert resumed.tasks == technique.tasks == 2
     assert same_weights(resumed.state_dict()["teacher"], technique.state_dict()["teacher"])
+
+
+def test_a_resume_without_a_step_left_ends_the_task(tmp_path):
+    technique, module = PredictionDistillation(), Net(seed=4)
+    learn(module, 0, technique, Save(tmp_path / "last.ckpt"), max_epochs=1)
+    resumed, other = PredictionDistillation(), Net(seed=5)
+    trainer = make_trainer(callbacks=[resumed], max_epochs=1)
+    trainer.fit(other, DataLoader(task(0), 8), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert resumed.tasks == 1
+    assert resumed.state_dict()["columns"] == technique.state_dict()["columns"] == 5
+    assert same_weights(resumed.state_dict()["teacher"], weights_of(module))
 
 
 def test_what_is_no_task():

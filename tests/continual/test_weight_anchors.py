@@ -6,8 +6,9 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import BaseFinetuning
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_reg import EWC, L2ToStart
 from lightning_reg.engine.errors import MisconfigurationException
@@ -358,6 +359,30 @@ def test_the_second_task_resumes_exactly_from_the_end_of_an_epoch(make, tmp_path
         assert same_weights(a["weights"], b["weights"])
 
 
+@pytest.mark.parametrize("make", [partial(EWC, 4.0), partial(L2ToStart, 0.3, anchor="end_of_task")])
+def test_a_resume_without_a_step_left_ends_the_task(make, tmp_path):
+    technique, module = make(), Classifier()
+    learn(module, 0, technique)
+    learn(module, 1, technique, Save(tmp_path / "last.ckpt", 6))
+    resumed, other = make(), Classifier(seed=5)
+    make_resumed(other, resumed, tmp_path / "last.ckpt")
+    assert resumed.tasks == technique.tasks == 2
+    assert len(resumed.state_dict()["slots"]) == len(technique.state_dict()["slots"])
+    for net, tie in ((module, technique), (other, resumed)):
+        learn(net, 2, tie)
+    assert same_weights(module, other)
+
+
+def test_start_of_fit_is_that_of_the_fit_after_a_resume_without_a_step_left(tmp_path):
+    learn(Classifier(), 0, L2ToStart(0.3), Save(tmp_path / "last.ckpt", 6))
+    tie, module = L2ToStart(100.0), Classifier(lr=1e-4)
+    make_resumed(module, tie, tmp_path / "last.ckpt")
+    assert (tie.tasks, tie.state_dict()["in_task"]) == (1, False)
+    before = values(module)
+    learn(module, 1, tie)
+    assert same_weights(values(module), before, atol=1e-2)  # 6 steps of 1e-4; the start of the first task is farther
+
+
 def make_resumed(module, technique, path):
     from tests.toys import make_trainer
 
@@ -454,13 +479,15 @@ def test_shapes_that_cannot_be_matched_are_refused():
 
 
 def test_patterns_that_match_nothing_are_refused():
-    for make in (EWC, L2ToStart):
+    for make, kind in ((EWC, "trainable parameter"), (L2ToStart, "parameter")):
         name = make.__name__
-        with pytest.raises(MisconfigurationException, match=rf"{name}\(params=\['nett.*'\]\): no .*'net.0.bias'"):
+        with pytest.raises(
+            MisconfigurationException, match=rf"{name}\(params=\['nett.*'\]\): no {kind} .*'net.0.bias'"
+        ):
             learn(Classifier(), 0, make(params=["nett.*"]))
-        with pytest.raises(MisconfigurationException, match=rf"{name}\(exclude=\['head.*'\]\): no trainable"):
+        with pytest.raises(MisconfigurationException, match=rf"{name}\(exclude=\['head.*'\]\): no {kind} has"):
             learn(Classifier(), 0, make(exclude=["head.*"]))
-        with pytest.raises(MisconfigurationException, match=f"{name}: `params` and `exclude` leave no trainable"):
+        with pytest.raises(MisconfigurationException, match=f"{name}: `params` and `exclude` leave no {kind} to"):
             learn(Classifier(), 0, make(params=["net.0.*"], exclude=["net.*"]))
 
 
@@ -481,8 +508,106 @@ def test_setups_that_are_refused():
         fit(Classifier(step=lambda module, batch: F.mse_loss(module(batch[0]), batch[0][:, :CLASSES])), EWC())
 
 
-def test_frozen_parameters_are_left_out():
-    tie, module = L2ToStart(0.3), Classifier()
+# -- frozen parameters ------------------------------------------------------------------------------------------------
+
+
+class Thaw(BaseFinetuning):
+    def freeze_before_training(self, pl_module):
+        self.freeze(pl_module.net[0])
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.net[0], optimizer, lr=0.5, initial_denom_lr=1.0)
+
+
+class OnlyTrained(Classifier):
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], self.lr)
+
+
+def by_hand_on(module, number, trained, start, epochs=1):
+    optimizer = torch.optim.SGD([p for layer in trained for p in layer.parameters()], 0.5)
+    for _ in range(epochs):
+        for x, y in DataLoader(task(number), BATCH):
+            optimizer.zero_grad()
+            (F.cross_entropy(module(x), y) + 0.3 * distance(module, start)).backward()
+            optimizer.step()
+
+
+def test_layers_that_thaw_in_the_fit_are_tied():
+    ours, hand = OnlyTrained(), Classifier()
+    learn(ours, 0, Thaw(), L2ToStart(0.3))
+    start = values(hand)
+    by_hand_on(hand, 0, [hand.net[3]], start)
+    by_hand_on(hand, 0, [hand.net], start)
+    assert same_weights(ours, hand, atol=1e-6)  # float32, 6 steps
+
+
+@pytest.mark.parametrize("anchor", ["start_of_fit", "end_of_task"])
+def test_layers_that_thaw_for_the_next_task_are_tied(anchor):
+    ours, tie = OnlyTrained(), L2ToStart(0.3, anchor=anchor)
+    ours.net[0].requires_grad_(requires_grad=False)
+    learn(ours, 0, tie)
+    hand = copy.deepcopy(ours)
+    for module in (ours, hand):
+        module.net[0].requires_grad_(requires_grad=True)
+    learn(ours, 1, tie)
+    by_hand_on(hand, 1, [hand.net], values(hand), epochs=2)
+    assert same_weights(ours, hand, atol=1e-6)  # float32, 6 steps
+
+
+def test_nothing_but_frozen_parameters_has_no_penalty():
+    ours, plain = Classifier(), Classifier()
+    for module, ties in ((ours, [L2ToStart(0.3, params=["net.0.*"])]), (plain, [])):
+        module.net[0].requires_grad_(requires_grad=False)
+        fit(module, *ties, loader=make_loader())
+    assert same_weights(ours, plain)
+
+
+def test_what_is_known_of_a_layer_outlives_a_task_in_which_it_is_frozen():
+    ewc, module = EWC(4.0, memory="online"), Classifier()
+    learn(module, 0, ewc)
+    (first,) = ewc.state_dict()["slots"]
     module.net[0].requires_grad_(requires_grad=False)
-    fit(module, tie, Save("", -1), loader=make_loader())
-    assert list(tie.state_dict()["rows"]) == ["net.3.weight", "net.3.bias"]
+    learn(module, 1, ewc)
+    (second,) = ewc.state_dict()["slots"]
+    assert second["weights"].keys() == second["anchors"].keys() == first["weights"].keys()
+    for name in first["weights"]:
+        same = torch.equal(first["weights"][name], second["weights"][name])
+        assert same is name.startswith("net.0")
+        assert torch.equal(first["anchors"][name], second["anchors"][name]) is same
+    module.net[0].requires_grad_(requires_grad=True)
+    learn(module, 2, ewc)
+    assert ewc.tasks == 3
+
+
+# -- streams ----------------------------------------------------------------------------------------------------------
+
+
+class Stream(IterableDataset):
+    """Samples without end, or of one pass."""
+
+    def __init__(self, end=None):
+        self.samples = ((x, y) for _ in range(end or 10**6) for x, y in zip(*task(0).tensors, strict=True))
+
+    def __iter__(self):
+        return self.samples
+
+
+def test_fisher_of_the_batches_that_a_limit_leaves():
+    fishers = []
+    for ewc, options in ((EWC(), {"limit_train_batches": 2}), (EWC(fisher_batches=2), {"limit_train_batches": 2})):
+        learn(Classifier(), 0, ewc, **options)
+        fishers.append(ewc.state_dict()["slots"][0]["weights"])
+    assert same_weights(*fishers)
+
+
+def test_streams_need_a_number_of_batches():
+    ewc = EWC()
+    with pytest.raises(MisconfigurationException, match=r"EWC reads the .* Stream has no length.* `fisher_batches`"):
+        fit(Classifier(), ewc, loader=DataLoader(Stream(), BATCH), max_steps=4)
+    for limited, options in ((EWC(fisher_batches=2), {"max_steps": 4}), (ewc, {"limit_train_batches": 2})):
+        fit(Classifier(), limited, loader=DataLoader(Stream(), BATCH), **options)
+        assert limited.tasks == 1
+    with pytest.raises(MisconfigurationException, match="EWC: the training data gives no batch with a loss when"):
+        fit(Classifier(), EWC(fisher_batches=2), loader=DataLoader(Stream(1), BATCH), max_epochs=1)

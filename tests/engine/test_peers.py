@@ -2,6 +2,7 @@
 
 import random
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -128,6 +129,84 @@ def test_what_cannot_be_copied_is_refused():
         copy_of(module)
 
 
+class Keeps(Classifier):
+    """Reads its hidden layer through a hook."""
+
+    def __init__(self, hook, **kwargs):
+        super().__init__(**kwargs)
+        self.hidden = None
+        hook(self)
+
+    def keep(self, layer, args, output):
+        self.hidden = output
+
+    def forward(self, x):
+        self.net[:2](x)
+        return self.net[3](self.hidden)
+
+
+def keep_by_closure(module):
+    def keep(layer, args, output):
+        module.hidden = output
+
+    module.net[1].register_forward_hook(keep)
+
+
+def keep_before(module):
+    module.net[2].register_forward_pre_hook(lambda layer, args, owner=module: owner.keep(layer, args, args[0]))
+
+
+def replace_forward(module):
+    forward = module.net[0].forward
+    module.net[0].forward = lambda x: 2 * forward(x)
+
+
+def hold_a_function(module):
+    layers = [module.net[3]]
+
+    def score(x, scale):
+        return scale * layers[0](x)
+
+    module.score = partial(score, scale=2.0)
+
+
+@pytest.mark.parametrize(
+    ("hook", "sentence"),
+    [
+        (keep_by_closure, "the layer 'net.1' has a function of its own that holds the module"),
+        (keep_before, "the layer 'net.2' has a function of its own that holds the module"),
+        (replace_forward, "the layer 'net.0' has a function of its own that holds the layer 'net.0'"),
+        (hold_a_function, "the module has a function of its own that holds the layer 'net.3'"),
+    ],
+)
+def test_functions_that_hold_a_layer_are_refused(hook, sentence):
+    with pytest.raises(MisconfigurationException, match=f"Keeps cannot be copied: {sentence}, .* Write a method"):
+        copy_of(Keeps(hook))
+
+
+def keep_by_method(module):
+    module.net[1].register_forward_hook(module.keep)
+
+
+def keep_by_argument(module):
+    module.net[1].register_forward_hook(partial(Keeps.keep, module))
+
+
+@pytest.mark.parametrize("hook", [keep_by_method, keep_by_argument])
+def test_hooks_of_a_copy_are_its_own(hook):
+    module, x = Keeps(hook), torch.rand(4, INPUTS)
+    module.accuracy = MulticlassAccuracy(CLASSES)  # torchmetrics wraps methods in closures
+    module.last = lambda x: x[-1]
+    twin = copy_of(module)
+    expected = module(x).detach()
+    with torch.no_grad():
+        for p in module.parameters():
+            p.zero_()
+    module(x)
+    assert torch.equal(twin(x), expected)
+    assert twin.hidden is not module.hidden
+
+
 def test_weights_are_loaded_by_name_into_a_head_that_may_have_grown():
     kept = {name: value.clone() for name, value in weights_of(WithBatchNorm(seed=1)).items()}
     assert "net.1.running_mean" in kept
@@ -221,6 +300,29 @@ def test_nobody_notices():
     assert runs[0][3] == runs[1][3] == runs[2][3]
     for run in runs[1:]:
         assert same_weights(run[2], runs[0][2])
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_buffers_that_the_step_moves_stay(in_place, training):
+    class Centred(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("center", torch.ones(INPUTS))
+            self.register_buffer("seen", None)
+
+        def training_step(self, batch, batch_idx):
+            if in_place:
+                self.center.mul_(0.5)
+            else:
+                self.center, self.seen = 0.5 * self.center, batch[0]
+            return F.cross_entropy(self(batch[0] - self.center), batch[1])
+
+    module, teach = Centred(), Teach(training=training)
+    fit(module, teach, max_epochs=1)
+    assert module.center.tolist() == [0.5**4] * INPUTS
+    assert teach.peer.module.center.tolist() == [1.0] * INPUTS
+    assert teach.peer.module.seen is None
 
 
 def test_draws_what_the_users_module_draws():

@@ -184,6 +184,25 @@ def test_first_weights_are_drawn_anew_by_the_layers_themselves():
     assert not torch.equal(attention.in_proj_weight, old)
 
 
+def test_frozen_layers_keep_their_first_weights():
+    body = nn.Sequential(nn.Linear(INPUTS, 8), nn.BatchNorm1d(8), nn.BatchNorm1d(8, affine=False))
+    body.register_parameter("scale", nn.Parameter(torch.ones(8)))
+    head = nn.Sequential(nn.Linear(8, CLASSES), nn.BatchNorm1d(CLASSES), nn.BatchNorm1d(CLASSES, affine=False))
+    net = nn.Sequential(body.requires_grad_(requires_grad=False), head)
+    net[1][0].weight.requires_grad_(requires_grad=False)
+    with torch.no_grad():
+        for tensor in (*net.parameters(), *net.buffers()):
+            tensor.add_(2)
+    old = {name: value.clone() for name, value in weights_of(net).items()}
+    assert reset_parameters_(net, 3) == []
+    new = weights_of(net)
+    assert {name for name in old if not torch.equal(old[name], new[name])} == {
+        "1.0.bias",
+        *(f"1.1.{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")),
+        *(f"1.2.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")),
+    }
+
+
 def test_parameters_that_keep_their_start_are_named_and_a_copy_keeps_all():
     class Scaled(Classifier):
         def __init__(self):

@@ -7,11 +7,21 @@ from collections import defaultdict
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.tuner import Tuner
 from typing_extensions import override
 
+from lightning_reg import (
+    EWC,
+    ELRCallback,
+    ELRPlusCallback,
+    FeatureDistillation,
+    L2ToStart,
+    PredictionDistillation,
+    WeightCompander,
+)
 from tests.engine.by_hand import CASES
 from tests.toys import (
     QUIET,
@@ -387,3 +397,42 @@ def test_batches_are_counted_over_accumulation():
     counting = Counting()
     fit(Classifier(), counting, accumulate_grad_batches=2)
     assert counting.counts == tuple((n + 1, n // 2, n // 4) for n in range(8))
+
+
+# -- Lightning's learning-rate finder ---------------------------------------------------------------------------------
+
+
+def search(trainer, module, how):
+    if how == "tuner":
+        Tuner(trainer).lr_find(module, make_loader(), num_training=5, update_attr=False)
+    trainer.fit(module, make_loader())
+
+
+@pytest.mark.filterwarnings("ignore:.*suggestion:UserWarning", "ignore:.*`weights_only` was not set")
+@pytest.mark.parametrize("how", ["tuner", "first", "last"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: L2ToStart(1.0),
+        lambda: EWC(100.0),
+        lambda: PredictionDistillation(new_classes=[3, 0]),
+        lambda: FeatureDistillation("net.0", anchor="start_of_fit"),
+        lambda: WeightCompander(a=0.8, b=0.4),
+        lambda: WeightCompander(a=0.8, b=0.4, learn=True),
+        ELRCallback,
+        ELRPlusCallback,
+    ],
+    ids=["l2", "ewc", "predictions", "features", "compander", "learned compander", "elr", "elr+"],
+)
+def test_a_fit_after_a_search_for_the_learning_rate_is_that_without_it(make, how, tmp_path):
+    ends = []
+    for found in (False, True):
+        module, technique = Classifier(lr=0.1), make()
+        fit(module, technique)  # the first task
+        trainer = make_trainer(callbacks=[technique], default_root_dir=tmp_path)
+        if found and how != "tuner":
+            finder = LearningRateFinder(num_training_steps=5, update_attr=False)
+            trainer.callbacks.insert(0 if how == "first" else 1, finder)
+        search(trainer, module, how if found else "not at all")
+        ends.append(module)
+    assert same_weights(*ends)
