@@ -137,7 +137,7 @@ class PredictionDistillation(TaughtTechnique):
         old, seen = self._classes(call)
         targets = call.labels if call.target is None else call.target
         if call.step.is_logging or self._columns != call.logits.shape[1]:
-            self._check_labels(targets, seen)
+            self._check_labels(targets if call.sample_mass is None else targets[call.sample_mass > 0], seen)
         self._columns = call.logits.shape[1]
         teacher = self._teacher_logits(call)
         return bce_distillation_loss(call.logits, teacher, targets, old, seen, reduction="none")
@@ -195,7 +195,7 @@ class PredictionDistillation(TaughtTechnique):
         return old, seen
 
     def _check_labels(self, targets: Tensor, seen: int) -> None:
-        if not targets.is_floating_point() and int(targets.max()) >= seen:
+        if not targets.is_floating_point() and targets.numel() and int(targets.max()) >= seen:
             raise MisconfigurationException(
                 f"PredictionDistillation: there are {seen} classes so far, and a label is {int(targets.max())}. Classes"
                 " of a task must come after those of the tasks before, in the order of `new_classes`."

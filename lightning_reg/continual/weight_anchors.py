@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from torch.optim import LBFGS
 from typing_extensions import override
 
 from lightning_reg.continual._anchors import fisher_diagonal, fisher_losses, pull_, quadratic_penalty
@@ -115,6 +116,11 @@ class L2ToStart(TyingTechnique):
             named = {name: p.detach() for name, p in chosen.items() if rows is None or name in rows}
             anchors = {n: (p[: rows[n]] if rows and p.dim() else p).clone() for n, p in named.items()}
             self._kept = {"slots": [{"anchors": anchors, "weights": {}}], "rows": rows}
+        if self.mode == "decoupled" and any(isinstance(o, LBFGS) for o in step.trainer.optimizers):
+            raise MisconfigurationException(
+                "L2ToStart(mode='decoupled') pulls once in each step of the optimizer, and LBFGS evaluates the loss"
+                " several times in one. Write `mode='gradient'`, or choose another optimizer."
+            )
         super().begin(step)
 
     @override
@@ -273,8 +279,10 @@ class EWC(TyingTechnique):
             call = peer.see(part, self, gradient=True).call
             if call is not None:
                 generator = generator or self.generator(part, call.input.device)
-                losses = fisher_losses(self._logits(call), call.labels, self.labels, generator)
-                yield losses if call.sample_mass is None else losses[call.sample_mass > 0]
+                kept = None if call.sample_mass is None else call.sample_mass > 0
+                labels = call.labels if kept is None else call.labels.where(kept, 0)  # what is ignored may be no class
+                losses = fisher_losses(self._logits(call), labels, self.labels, generator)
+                yield losses if kept is None else losses[kept]
         if generator is None and world_size() == 1:
             raise MisconfigurationException(
                 "EWC: the training data gives no batch with a loss when the fit has ended. Let it start anew with each"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_reg.engine import distributed, host
@@ -224,6 +225,8 @@ class TrainedPeer:
                     after_step()
                 self._position = position + 1
         self._position = until
+        for metric in (layer for layer in self.module.modules() if isinstance(layer, Metric)):
+            metric.reset()  # nobody logs it, so nobody else would
         group = host.data_parallel_group(self._trainer)
         self.loss = torch.stack(losses).mean() if losses else self.loss
         if self.loss is not None and group is not None:

@@ -504,6 +504,13 @@ def test_setups_that_are_refused():
     for technique in (EWC(), L2ToStart()):
         with pytest.raises(MisconfigurationException, match="keeps whole parameters, which FSDPToyStrategy splits"):
             technique.check(trainer, Classifier())
+
+    class SecondOrder(Classifier):
+        def configure_optimizers(self):
+            return torch.optim.LBFGS(self.parameters())
+
+    with pytest.raises(MisconfigurationException, match=r"L2ToStart\(mode='decoupled'\) pulls once .* LBFGS"):
+        fit(SecondOrder(), L2ToStart(mode="decoupled"))
     with pytest.raises(MisconfigurationException, match=r"EWC: F.mse_loss.* has no class logits"):
         fit(Classifier(step=lambda module, batch: F.mse_loss(module(batch[0]), batch[0][:, :CLASSES])), EWC())
 
@@ -592,6 +599,21 @@ class Stream(IterableDataset):
 
     def __iter__(self):
         return self.samples
+
+
+def test_fisher_without_the_samples_that_are_ignored():
+    x, y = task(0, 8).tensors
+    marked = y.where(torch.arange(8) < 5, 255)
+
+    def step(module, batch):
+        return F.cross_entropy(module(batch[0]), batch[1], ignore_index=255)
+
+    fishers = []
+    for data in (TensorDataset(x[:5], y[:5]), TensorDataset(x, marked)):
+        ewc = EWC(labels="true")
+        fit(Classifier(step=step, lr=0.0), ewc, loader=DataLoader(data, 8))
+        fishers.append(ewc.state_dict()["slots"][0]["weights"])
+    assert same_weights(*fishers, atol=1e-6)  # float32, sums of other parts
 
 
 def test_fisher_of_the_batches_that_a_limit_leaves():

@@ -19,6 +19,7 @@ from torch.utils.data import (
     TensorDataset,
     WeightedRandomSampler,
 )
+from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_reg.engine import host
 from lightning_reg.engine.distributed import average_, broadcast_
@@ -217,6 +218,23 @@ def test_parameters_that_keep_their_start_are_named_and_a_copy_keeps_all():
     second, module = Second(init="copy"), Classifier(lr=0.0)
     fit(module, second)
     assert all(torch.equal(a, b) for a, b in zip(second.peer.module.parameters(), module.parameters(), strict=True))
+
+
+def test_its_metrics_keep_nothing_from_part_to_part():
+    class Measured(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.accuracy = MulticlassAccuracy(CLASSES)
+
+        def training_step(self, batch, batch_idx):
+            logits = self(batch[0])
+            self.accuracy(logits.detach(), batch[1])
+            return F.cross_entropy(logits, batch[1])
+
+    second, module = Second(), Measured()
+    fit(module, second)
+    assert second.peer.module.accuracy._update_count == 0
+    assert module.accuracy._update_count == 2 * BATCHES
 
 
 # -- order ------------------------------------------------------------------------------------------------------------
