@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from lightning_reg.engine import host
 from lightning_reg.engine.hooks import EngineHooks
+from lightning_reg.engine.sampler_draws import kept_generators
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -67,21 +68,19 @@ def training_batches(trainer: "Trainer", original: Callable[[Any], Any]) -> Iter
     """
     combined = host.combined_loader(trainer)
     loaders = [original(loader) for loader in combined.flattened]
-    generators = {id(g): g for loader in loaders for g in _generators(loader)}.values()
     # Of `limit_train_batches` the loader knows in its length only.
     limit = None if trainer.num_training_batches == math.inf else int(trainer.num_training_batches)
-    states = [(generator, generator.get_state()) for generator in generators]
     twins = dict(zip(map(id, combined.flattened), map(_fresh, loaders), strict=True))
     fresh = type(combined)(
         tree_map(lambda loader: twins[id(loader)], combined.iterables, is_leaf=lambda x: id(x) in twins), combined._mode
     )
-    with host.isolated_randomness(), host.metrics_kept(trainer.lightning_module):
-        try:
-            fresh.limits = combined.limits
-            yield (on_device(trainer, batch) for batch, *_ in islice(fresh, limit))
-        finally:
-            for generator, state in states:
-                generator.set_state(state)
+    with ExitStack() as undo:
+        undo.enter_context(host.isolated_randomness())
+        undo.enter_context(host.metrics_kept(trainer.lightning_module))
+        for loader in loaders:
+            undo.enter_context(kept_generators(loader))
+        fresh.limits = combined.limits
+        yield (on_device(trainer, batch) for batch, *_ in islice(fresh, limit))
 
 
 def on_device(trainer: "Trainer", batch: Any) -> Any:
@@ -102,13 +101,6 @@ def _fresh(loader: Any) -> Any:
         changes["batch_sampler"].sampler = copy.copy(changes["batch_sampler"].sampler)
     twin.__dict__.update(changes)  # torch forbids to set them
     return twin
-
-
-def _generators(loader: Any) -> Sequence[torch.Generator]:
-    sampler = getattr(loader, "sampler", None)
-    behind = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
-    owners = (loader, sampler, behind)
-    return [g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)]
 
 
 def replay_step(trainer: "Trainer", module: "LightningModule", batch: Any, batch_idx: int) -> None:

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_reg.engine import distributed, host
 from lightning_reg.engine.errors import MisconfigurationException
 from lightning_reg.engine.indices import BatchIndices, IndexSource
+from lightning_reg.engine.sampler_draws import kept_generators
 from lightning_reg.engine.technique import Technique
 
 __all__ = ["Reordered"]
@@ -53,7 +53,7 @@ class Reordered:
         """What the batches of an epoch are made of: one index, or a list of them, for each batch."""
         seed = self._technique.derived_seed(f"order {epoch}")  # the same on all ranks, as shuffling is
         sampler = _copied_sampler(getattr(self._loader, self._place), epoch + seed % 2**30)
-        with host.own_randomness(seed), _reseeded(self._loader, seed):
+        with host.own_randomness(seed), kept_generators(self._loader, seed):
             return [[*draw] if isinstance(draw, list) else draw for draw in sampler]
 
     def batches(self, draws: Sequence[Any], epoch: int, start: int) -> Iterator[tuple[int, BatchIndices, Any]]:
@@ -90,24 +90,3 @@ def _copied_sampler(sampler: Any, epoch: int) -> Any:
     if callable(getattr(twin, "set_epoch", None)):
         twin.set_epoch(epoch)
     return twin
-
-
-@contextmanager
-def _reseeded(loader: Any, seed: int) -> Iterator[None]:
-    """Generators of the loader and its samplers start from a seed, and are what they were at the end."""
-    with ExitStack() as undo:
-        for generator in _generators(loader, depth=4):
-            undo.callback(generator.set_state, generator.get_state())
-            generator.manual_seed(seed)
-        yield
-
-
-def _generators(owner: Any, depth: int) -> Iterator[torch.Generator]:
-    # Lightning's sampler for ranks keeps the user's as `dataset._sampler`.
-    generator = getattr(owner, "generator", None)
-    if isinstance(generator, torch.Generator):
-        yield generator
-    for name in ("sampler", "batch_sampler", "_sampler", "dataset") if depth else ():
-        behind = getattr(owner, name, None)
-        if behind is not None and (name != "dataset" or not isinstance(owner, DataLoader)):
-            yield from _generators(behind, depth - 1)

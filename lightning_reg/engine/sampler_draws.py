@@ -1,0 +1,61 @@
+"""The random generators that a training loader and its samplers draw from."""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+__all__ = ["kept_generators"]
+
+
+@contextmanager
+def kept_generators(loader: Any, seed: int | None = None) -> Iterator[None]:
+    """Generators of a loader and its samplers are at the end what they were.
+
+    Args:
+        loader: The loader; torch's generators, numpy's and Python's are found in it under any name.
+        seed: What they start from meanwhile; ``None`` to go on from where they are.
+
+    """
+    with ExitStack() as undo:
+        for generator in {id(g): g for g in _generators(loader, depth=4)}.values():
+            _keep(generator, seed, undo)
+        yield
+
+
+def _keep(generator: Any, seed: int | None, undo: ExitStack) -> None:
+    if isinstance(generator, np.random.Generator):
+        bits = generator.bit_generator
+        undo.callback(setattr, bits, "state", bits.state)
+        if seed is not None:
+            bits.state = type(bits)(seed).state
+        return
+    start: Callable[[int], Any]
+    if isinstance(generator, torch.Generator):
+        undo.callback(generator.set_state, generator.get_state())
+        start = generator.manual_seed
+    elif isinstance(generator, random.Random):
+        undo.callback(generator.setstate, generator.getstate())
+        start = generator.seed
+    else:
+        undo.callback(generator.set_state, generator.get_state())
+        start = generator.seed
+        seed = None if seed is None else seed % 2**32
+    if seed is not None:
+        start(seed)
+
+
+def _generators(owner: Any, depth: int) -> Iterator[Any]:
+    kinds = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)  # users draw from it
+    for value in getattr(owner, "__dict__", {}).values():
+        if isinstance(value, kinds) and not isinstance(value, random.SystemRandom):  # which has no state
+            yield value
+    # Lightning's sampler for ranks keeps the user's as `dataset._sampler`.
+    for name in ("sampler", "batch_sampler", "_sampler", "dataset") if depth else ():
+        behind = getattr(owner, name, None)
+        if behind is not None and (name != "dataset" or not isinstance(owner, DataLoader)):
+            yield from _generators(behind, depth - 1)
