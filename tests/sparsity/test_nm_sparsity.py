@@ -435,11 +435,11 @@ class Watch(Callback):
         self.name, self.effective, self.dense, self.gradients = name, [], [], []
 
     def on_fit_start(self, trainer, pl_module):
-        def note(layer, args):
-            if layer is pl_module.net:  # and no copy of it
-                self.effective.append(dict(pl_module.named_parameters())[self.name].detach().clone())
+        self.module = pl_module
+        self.handle = pl_module.net.register_forward_pre_hook(self.note)
 
-        self.handle = pl_module.net.register_forward_pre_hook(note)
+    def note(self, layer, args):  # a method: a copy of the module has a watch of its own
+        self.effective.append(dict(self.module.named_parameters())[self.name].detach().clone())
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         weight = dict(pl_module.named_parameters())[self.name]
