@@ -72,10 +72,11 @@ def _check_pair(case: Case, other: Case, problem: Problem, alone: dict[int, Any]
     _check_by_hand(names, case, other, problem, run)
     if other.neutral is None or "neutral_is_nothing" in other.exempt:
         return
-    with_neutral = train_pair(first(), second(other.neutral), problem)
+    quick = {"limit_val_batches": 0}
+    with_neutral = train_pair(first(), second(other.neutral), problem, **quick)
     if with_neutral is not None:
         if id(problem) not in alone:
-            alone[id(problem)] = fit([first()], problem).weights
+            alone[id(problem)] = fit([first()], problem, **quick).weights
         found = difference(alone[id(problem)], with_neutral.weights)
         assert not found, f"{names}: at its neutral setting the second changes the weights: {found}"
 
@@ -107,13 +108,14 @@ def need_other_layers(one: Case, two: Case) -> bool:
     return one.cls is two.cls and bool({"edit_weights", "map_weights"}.intersection(phases_of(one.cls)))
 
 
-def train_pair(one: Technique, two: Technique, problem: Problem) -> Run | None:
+def train_pair(one: Technique, two: Technique, problem: Problem, **options: Any) -> Run | None:
     """Trains with two techniques.
 
     Args:
         one: The first among the callbacks.
         two: The second.
         problem: What to train on.
+        options: Of the harness and the Trainer.
 
     Returns:
         The run, ``None`` if the two were refused as they may be: by name, with MisconfigurationException.
@@ -121,7 +123,7 @@ def train_pair(one: Technique, two: Technique, problem: Problem) -> Run | None:
     """
     names = [type(t).__name__ for t in (one, two)]
     try:
-        return fit([one, two], problem)
+        return fit([one, two], problem, **options)
     except MisconfigurationException as error:
         by_name = all(name in str(error) for name in names)
         demand(by_name, f"{' and '.join(names)} are refused, but not by name: {error}")
