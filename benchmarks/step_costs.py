@@ -5,12 +5,15 @@ round, with a 95 % bootstrap interval. Small transformer, batch 64; CutMix: ResN
 network with an averaged teacher and no mixup: a second network costs what training it costs.
 
     python benchmarks/step_costs.py --steps 200 --save benchmarks/results/step_costs.txt
+    python benchmarks/step_costs.py fisher --steps 5 --save benchmarks/results/step_costs.txt
 
-The bar: engine / by hand <= 1.02.
+The bar: engine / by hand <= 1.02. ``fisher``: EWC's squared gradients of one batch, from four samples at a time as it
+takes them and from the whole batch at once, against the gradient of a training step.
 """
 
 import argparse
 import copy
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,7 @@ import torch.nn.functional as F
 from overhead import CLASSES, Plain, ResNet18, SmallTransformer, data, in_turns, quiet, show
 
 from lightning_reg import EWC, ConR, CutMix, ELRPlusCallback, FeatureDistillation, L2ToStart, PredictionDistillation
-from lightning_reg.functional import conr_loss
+from lightning_reg.functional import conr_loss, fisher_diagonal, fisher_losses
 
 LAM, RANDOM = 0.1, np.random.default_rng(0)
 
@@ -182,13 +185,41 @@ def arms(key, samples):
 KEYS = ("l2_to_start", "ewc", "prediction_distillation", "feature_distillation", "conr", "cutmix", "elr_plus")
 
 
+def fisher_times(rounds, batch=64):
+    """Seconds of a gradient, and of squared gradients of the samples of the same batch, in turns."""
+    net, x = SmallTransformer().eval(), torch.randint(0, 256, (batch, 32))
+    params = list(net.parameters())
+
+    def squares(at_once):
+        fisher_diagonal(params, (fisher_losses(net(part), None) for part in x.split(at_once)))
+
+    work = {
+        "gradient": lambda: torch.autograd.grad(fisher_losses(net(x), None).mean(), params),
+        "four at a time": lambda: squares(4),
+        "all at once": lambda: squares(batch),
+    }
+    times = {arm: [] for arm in work}
+    for _ in range(rounds):
+        for arm, run in work.items():
+            start = time.perf_counter()
+            run()
+            times[arm].append(time.perf_counter() - start)
+    return times
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("keys", nargs="*", metavar="KEY", help=f"techniques of {', '.join(KEYS)}; all by default")
+    parser.add_argument(
+        "keys", nargs="*", metavar="KEY", help=f"techniques of {', '.join(KEYS)} (all by default), or fisher"
+    )
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--save", type=Path, help="append the tables to this file")
     options = parser.parse_args(argv)
     quiet()
+    if options.keys == ["fisher"]:
+        pairs = [("four at a time", "gradient"), ("all at once", "gradient"), ("all at once", "four at a time")]
+        show(fisher_times(options.steps), pairs, "fisher: transformer, batch 64", options.save, skip=0)
+        return
     for key in options.keys or KEYS:
         model, batch = ("resnet18", 8) if key == "cutmix" else ("transformer", 64)
         dataset = data(model, batch, options.steps)

@@ -166,7 +166,7 @@ class EWC(TyingTechnique):
         the gradient of a batch's mean (``per_sample=False``).
 
     Memory: the tied parameters twice more for each task (``memory="online"``: twice in all); in the Fisher pass one
-    copy of the module and the gradients of a few samples. Time: the Fisher pass takes as long as about three epochs.
+    copy of the module and the gradients of a few samples. Time: the Fisher pass takes as long as about four epochs.
 
     Args:
         weight: lambda, at least 0. Sensible: 10 to 1e4. Neutral: 0.

@@ -96,17 +96,23 @@ def one_vs_all(net, teacher, x):
     return F.binary_cross_entropy_with_logits(net(x), t, reduction="none").sum(1)
 
 
+def after_a_task(techniques):
+    """A module after one task with half its weights, the network that it was, and a copy to train by hand."""
+    module = train(*techniques)
+    teacher, hand = copy.deepcopy(module), copy.deepcopy(module)
+    with torch.no_grad():
+        for p in (*module.parameters(), *hand.parameters()):
+            p.mul_(0.5)
+    return module, teacher, hand
+
+
 @pytest.mark.by_hand("LossReweighting", "PredictionDistillation")
 @pytest.mark.parametrize("first", [True, False], ids=["reweighting first", "distillation first"])
 def test_reweighting_reads_the_losses_that_distillation_has_put_in(first):
     techniques = [LossReweighting(warmup_steps=0), PredictionDistillation(new_classes=[3, 0])]
-    module = train(*(techniques if first else techniques[::-1]))
-    teacher, hand = copy.deepcopy(module), copy.deepcopy(module)
-    with torch.no_grad():
-        for net in (module, hand):
-            for p in net.parameters():
-                p.mul_(0.5)
-    train(*(techniques if first else techniques[::-1]), module=module)
+    techniques = techniques if first else techniques[::-1]
+    module, teacher, hand = after_a_task(techniques)
+    train(*techniques, module=module)
 
     def loss(net, x, y, start):
         losses = one_vs_all(net, teacher, x)
@@ -121,13 +127,9 @@ def test_reweighting_reads_the_losses_that_distillation_has_put_in(first):
 @pytest.mark.parametrize("first", [True, False], ids=["early learning first", "distillation first"])
 def test_early_learning_regularization_joins_distillation(first):
     techniques = [ELRCallback(lam=2.0, beta=0.6), PredictionDistillation(new_classes=[3, 0])]
-    module = train(*(techniques if first else techniques[::-1]))
-    teacher, hand = copy.deepcopy(module), copy.deepcopy(module)
-    with torch.no_grad():
-        for net in (module, hand):
-            for p in net.parameters():
-                p.mul_(0.5)
-    train(*(techniques if first else techniques[::-1]), module=module)
+    techniques = techniques if first else techniques[::-1]
+    module, teacher, hand = after_a_task(techniques)
+    train(*techniques, module=module)
     targets = torch.zeros(24, 3)
 
     def loss(net, x, y, start):
