@@ -150,7 +150,7 @@ class Engine:
     def prepare_data(self) -> None:
         """Says what is attached to what, once the loaders are there; optimizers are there as well."""
         if self._surgery is not None:
-            self._surgery.guard(self.trainer.optimizers)
+            self._surgery.guard.watch(self.trainer.optimizers)
         report.show_table(self.trainer, self.techniques, self._loaders.sizes())
 
     # -- weights ------------------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ class Engine:
         strategy = self.trainer.strategy
         original = strategy.optimizer_step if self._optimizing is None else self._optimizing.original
         with ExitStack() as around:
-            for one in (self._surgery, self._maps):
+            for one in (None if self._surgery is None else self._surgery.guard, self._maps):
                 around.enter_context(nullcontext() if one is None else one.stepping(optimizer))
             result = original(optimizer, with_weights, *args, **kwargs)
         if self._step is not None:  # manual optimization: the rest of training_step sees effective weights again

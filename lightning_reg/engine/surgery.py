@@ -6,17 +6,16 @@ it is (straight-through). Where rows of parameters are split over processes each
 gathers those. Cost: two fused passes over the edited parameters per batch, and one copy of them in memory.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from lightning_reg.engine import shards
 from lightning_reg.engine.errors import MisconfigurationException
 from lightning_reg.engine.features import near_names
+from lightning_reg.engine.step_guard import StepGuard
 
 __all__ = ["Surgery", "named_weights"]
 
@@ -37,6 +36,9 @@ class Surgery:
         edits: For each editor the names of its parameters and the function that edits their values in place.
         owner: Class to name in errors.
 
+    Attributes:
+        guard: Refuses steps of optimizers while effective values are in.
+
     Raises:
         MisconfigurationException: If a name matches no parameter.
 
@@ -54,9 +56,8 @@ class Surgery:
         self._module = module
         self._dense: dict[nn.Parameter, Tensor] = {}
         self._edited: list[nn.Parameter] = []
-        self._owner = owner
-        self._stepping: object = None
-        self._handles: list[Any] = []
+        held = "the effective weights, which are in the module for the time of the batch, and not the dense ones"
+        self.guard = StepGuard(owner, held, lambda: self.in_place)
 
     @property
     def in_place(self) -> bool:
@@ -108,35 +109,10 @@ class Surgery:
             back = {id(p) for p in edited}
             self._edited = [p for p in self._edited if id(p) not in back]
 
-    # -- optimizers ---------------------------------------------------------------------------------------------------
-
-    def guard(self, optimizers: Sequence[Any]) -> None:
-        """Refuses steps of optimizers that the engine does not know of: they would step effective weights."""
-        self._handles += [o.register_step_pre_hook(self._check) for o in optimizers if isinstance(o, Optimizer)]
-
-    @contextmanager
-    def stepping(self, optimizer: object) -> Iterator[None]:
-        """While an optimizer steps with the engine's knowledge."""
-        self._stepping = optimizer
-        try:
-            yield
-        finally:
-            self._stepping = None
-
-    def _check(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._edited and self._stepping is not optimizer:
-            raise MisconfigurationException(
-                f"{self._owner}: {type(optimizer).__name__}.step was called past Lightning, so it would step the"
-                " effective weights, which are in the module for the time of the batch, and not the dense ones. Take"
-                " the optimizer from `self.optimizers()`."
-            )
-
     def close(self) -> None:
         """Puts the dense values back, and lets go of the optimizers."""
         self.restore()
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self.guard.close()
 
     def _forget_gathered(self) -> None:
         if any(shards.is_split(p) for p in self._edited):

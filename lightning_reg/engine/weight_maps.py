@@ -20,6 +20,7 @@ from torch.optim import LBFGS, Optimizer
 from lightning_reg.engine import host
 from lightning_reg.engine.errors import MisconfigurationException
 from lightning_reg.engine.features import near_names
+from lightning_reg.engine.step_guard import StepGuard
 from lightning_reg.engine.surgery import named_weights
 
 if TYPE_CHECKING:
@@ -182,9 +183,10 @@ class WeightMaps:
             self._maps.append(_Map(technique, {name: parameters[name] for name in names}))
         self._versions: dict[nn.Parameter, int] = {}
         self._said = False
-        self._optimizer: Optimizer | None = None
         self._inside: list[tuple[_Map, list[str]]] = []
-        self._handles: list[Any] = []
+        owner = ", ".join(type(one.technique).__name__ for one in self._maps)
+        self._owner, what = owner, "the weights in place of what they are mapped from"
+        self._guard = StepGuard(owner, what, lambda: True)
 
     # -- between optimizer steps --------------------------------------------------------------------------------------
 
@@ -203,8 +205,7 @@ class WeightMaps:
             return
         for one in self._maps:
             self._begin(one, fresh=fresh)
-        self._remove_checks()
-        self._handles = [o.register_step_pre_hook(self._check) for o in optimizers if isinstance(o, Optimizer)]
+        self._guard.watch(optimizers)
 
     def _begin(self, one: _Map, *, fresh: bool) -> None:
         latents, weights = one.technique.latents, {name: p.detach() for name, p in one.weights.items()}
@@ -269,12 +270,11 @@ class WeightMaps:
 
         """
         lent = self._lend(optimizer)
-        self._optimizer = optimizer
         try:
-            yield
+            with self._guard.stepping(optimizer):
+                yield
         finally:
             self.put_weights()
-            self._optimizer = None
             for latents, name in lent:
                 latents.take_moments(optimizer, name)
             if lent:
@@ -295,7 +295,7 @@ class WeightMaps:
                     lent += [(latents, name) for name in names]
         if lent and (isinstance(optimizer, LBFGS) or hasattr(optimizer, "consolidate_state_dict")):
             raise MisconfigurationException(
-                f"{self._names()}: {type(optimizer).__name__} takes no further group of parameters, so the shape of the"
+                f"{self._owner}: {type(optimizer).__name__} takes no further group of parameters, so the shape of the"
                 " map cannot be learned with it. Choose another optimizer, or do not learn the shape."
             )
         for latents, name in lent:
@@ -337,27 +337,12 @@ class WeightMaps:
             self._note({name: one.weights[name] for name in names})
         self._inside = []
 
-    def _check(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._optimizer is not optimizer:
-            raise MisconfigurationException(
-                f"{self._names()}: {type(optimizer).__name__}.step was called past Lightning, so it would step the"
-                " weights in place of what they are mapped from. Take the optimizer from `self.optimizers()`."
-            )
-
-    def _names(self) -> str:
-        return ", ".join(type(one.technique).__name__ for one in self._maps)
-
     def close(self) -> None:
         """Leaves the weights in the module, and the latents with their techniques, on the CPU."""
         self.put_weights()
-        self._remove_checks()
+        self._guard.close()
         for one in self._maps:
             one.technique.latents.to(dict.fromkeys(one.weights, torch.device("cpu")))
-
-    def _remove_checks(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
 
 
 def _own_group(group: Mapping[str, Any], latents: Latents, names: Sequence[str]) -> dict[str, Any]:
