@@ -199,7 +199,7 @@ def add_files(
 
 
 def write_models(folder: Path, suffix: str, options: argparse.Namespace) -> list[Path]:
-    from lightning_reg.engine.checkpoint_files import save_weights
+    from lightning_reg.averaging._checkpoint_files import save_weights
 
     paths = []
     for number in range(options.files):

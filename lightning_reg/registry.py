@@ -4,74 +4,98 @@ import importlib
 import inspect
 import pkgutil
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import lightning_reg
-from lightning_reg.engine.technique import Technique, phases_of
+from lightning_reg.engine.run.phases import phases_of
+from lightning_reg.engine.technique import Technique
 
-__all__ = ["TechniqueFile", "commands", "techniques"]
+__all__ = ["Public", "Unit", "commands", "units"]
 
 _NOT_A_PURPOSE = ("engine",)
 
 
 @dataclass(frozen=True)
-class TechniqueFile:
-    """One technique's file.
+class Public:
+    """A public name.
+
+    Args:
+        home: The module that lists it in its ``__all__``.
+        name: The name.
+        value: The class or function.
+
+    """
+
+    home: str
+    name: str
+    value: Any
+
+    @property
+    def is_core(self) -> bool:
+        """Whether it works in any training loop: a function, or part of a file ``core.py``."""
+        return inspect.isfunction(self.value) or self.home.endswith(".core")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A file or folder of one purpose, with one technique or several that share a core.
 
     Args:
         folder: Its purpose, ``noisy_labels`` for example.
-        key: Name of the file.
-        module: The imported module.
+        key: Name of the file or folder.
+        modules: The imported modules, its core first.
 
     """
 
     folder: str
     key: str
-    module: ModuleType
+    modules: Sequence[ModuleType]
 
-    def classes(self) -> list[type[Any]]:
-        """Public classes of the file, in the order of its ``__all__``."""
-        return [value for value in self._public() if inspect.isclass(value)]
-
-    def functions(self) -> list[str]:
-        """Names of the public functions of the file."""
-        return [value.__name__ for value in self._public() if inspect.isfunction(value)]
-
-    def cores(self) -> list[str]:
-        """Names of what works in any training loop: the functions, and the classes that are no callbacks."""
-        return [value.__name__ for value in self._public() if value not in self.techniques()]
+    def public(self) -> list[Public]:
+        """Public names, in the order of the files and of their ``__all__``."""
+        return [Public(m.__name__, name, getattr(m, name)) for m in self.modules for name in m.__all__]
 
     def techniques(self) -> list[type[Technique]]:
         """The callbacks among the classes."""
-        return [cls for cls in self.classes() if issubclass(cls, Technique)]
+        classes = [public.value for public in self.public() if inspect.isclass(public.value)]
+        return [cls for cls in classes if issubclass(cls, Technique)]
 
-    def _public(self) -> list[Any]:
-        return [getattr(self.module, name) for name in self.module.__all__]
+    def cores(self) -> list[Public]:
+        """What works in any training loop."""
+        return [public for public in self.public() if public.is_core]
 
 
-def techniques() -> Iterator[TechniqueFile]:
-    """All technique files, by folder and key; a file ``_<part>.py`` is a part of the techniques of its folder."""
-    for folder, file in _files():
-        if not file.startswith("_"):
-            yield TechniqueFile(folder, file, importlib.import_module(f"lightning_reg.{folder}.{file}"))
+def units() -> Iterator[Unit]:
+    """All units, by folder and key; what begins with an underscore is a part of the techniques of its folder."""
+    for folder in _purposes():
+        for file in _files(f"lightning_reg.{folder}"):
+            if file.name.startswith("_"):
+                continue
+            path = f"lightning_reg.{folder}.{file.name}"
+            inner = [f.name for f in _files(path) if not f.name.startswith("_")] if file.ispkg else []
+            paths = [f"{path}.{name}" for name in sorted(inner, key=lambda name: name != "core")] or [path]
+            yield Unit(folder, file.name, [importlib.import_module(one) for one in paths])
 
 
 def commands() -> Iterator[ModuleType]:
     """The files ``_command.py``: each adds commands to ``lightning-reg`` by its ``add_command(subparsers)``."""
-    for folder, file in _files():
-        if file == "_command":
-            yield importlib.import_module(f"lightning_reg.{folder}.{file}")
+    for folder in _purposes():
+        for file in _files(f"lightning_reg.{folder}"):
+            path = f"lightning_reg.{folder}.{file.name}"
+            if file.ispkg and any(inner.name == "_command" for inner in _files(path)):
+                yield importlib.import_module(f"{path}._command")
 
 
-def _files() -> Iterator[tuple[str, str]]:
-    for folder in pkgutil.iter_modules(lightning_reg.__path__):
-        if folder.ispkg and folder.name not in _NOT_A_PURPOSE:
-            package = importlib.import_module(f"lightning_reg.{folder.name}")
-            for file in pkgutil.iter_modules(package.__path__):
-                yield folder.name, file.name
+def _purposes() -> list[str]:
+    found = pkgutil.iter_modules(lightning_reg.__path__)
+    return [folder.name for folder in found if folder.ispkg and folder.name not in _NOT_A_PURPOSE]
+
+
+def _files(package: str) -> list[pkgutil.ModuleInfo]:
+    return list(pkgutil.iter_modules(importlib.import_module(package).__path__))
 
 
 def summary(cls: type[Any]) -> str:

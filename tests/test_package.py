@@ -25,14 +25,14 @@ def test_generated_files_are_fresh(path):
 
 def test_every_public_name_is_in_the_changelog_or_is_a_core():
     changelog = (ROOT / "CHANGELOG.md").read_text()
-    public = [cls.__name__ for file in registry.techniques() for cls in file.techniques()] + ["Technique", "LossMixin"]
+    public = [cls.__name__ for unit in registry.units() for cls in unit.techniques()] + ["Technique", "LossMixin"]
     assert [name for name in public if f"`{name}`" not in changelog] == []
 
 
 def test_list_names_every_technique(capsys):
     main(["list"])
     printed = capsys.readouterr().out
-    assert all(cls.__name__ in printed for file in registry.techniques() for cls in file.techniques())
+    assert all(cls.__name__ in printed for unit in registry.units() for cls in unit.techniques())
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -45,7 +45,7 @@ def test_layering_and_length(path):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightning_reg.")
         for name in [f"{node.module}.{alias.name}" for alias in node.names]
     ]
-    purposes = {file.folder for file in registry.techniques()}
+    purposes = {unit.folder for unit in registry.units()}
     # Files `_part.py` belong to the techniques of their folder, and may name them.
     own_parts = f"lightning_reg.{folder}." + ("" if path.stem.startswith("_") else "_")
     if folder == "engine" or folder in purposes:  # the engine knows no technique, and no technique another one

@@ -16,7 +16,7 @@ if "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules
 else:
     from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 
-from lightning_reg.engine.technique import Technique
+from lightning_reg.engine.technique import BatchTechnique, LossTechnique, PenaltyTechnique, Technique, WeightTechnique
 
 __all__ = [
     "BATCH",
@@ -205,7 +205,7 @@ class _Toy(Technique):
         return cls.__name__.lower()  # several techniques in one file: the suite's own have one each
 
 
-class LossRecorder(_Toy):
+class LossRecorder(_Toy, LossTechnique):
     """Notes the sample losses of each call, and changes nothing."""
 
     def __init__(self, **kwargs):
@@ -219,7 +219,7 @@ class LossRecorder(_Toy):
         self.sites.append(call.site)
 
 
-class IndexRecorder(_Toy):
+class IndexRecorder(_Toy, LossTechnique):
     """Notes the dataset indices of each batch, and changes nothing."""
 
     needs_indices = True
@@ -235,7 +235,7 @@ class IndexRecorder(_Toy):
         self.sizes.append(samples.size)
 
 
-class WeightsByLabel(_Toy):
+class WeightsByLabel(_Toy, LossTechnique):
     """Sample weight ``1 + factor * label``."""
 
     def __init__(self, factor=0.5, **kwargs):
@@ -247,7 +247,7 @@ class WeightsByLabel(_Toy):
         return 1 + self.factor * call.labels
 
 
-class WeightsByPosition(_Toy):
+class WeightsByPosition(_Toy, LossTechnique):
     """Sample weight ``1 + position / batch size``, for any loss."""
 
     @override
@@ -255,7 +255,7 @@ class WeightsByPosition(_Toy):
         return 1 + torch.arange(call.batch_size, device=call.input.device) / call.batch_size
 
 
-class Term(_Toy):
+class Term(_Toy, LossTechnique):
     """Adds ``factor`` times the mean square of the sample's logits."""
 
     def __init__(self, factor=0.1, **kwargs):
@@ -271,7 +271,7 @@ class Term(_Toy):
         return self.factor * call.logits.square().mean(1)
 
 
-class Penalty(_Toy):
+class Penalty(_Toy, PenaltyTechnique):
     """Adds ``factor`` times the sum of the squared parameters."""
 
     def __init__(self, factor=0.01, **kwargs):
@@ -283,7 +283,7 @@ class Penalty(_Toy):
         return self.factor * sum(p.square().sum() for p in module.parameters())
 
 
-class BatchShift(_Toy):
+class BatchShift(_Toy, BatchTechnique):
     """Adds ``amount`` to the inputs of an ``(x, y)`` batch."""
 
     def __init__(self, amount=0.5, **kwargs):
@@ -296,7 +296,7 @@ class BatchShift(_Toy):
         return x + self.amount, y
 
 
-class ShiftTargets(_Toy):
+class ShiftTargets(_Toy, LossTechnique):
     """Trains on the class after the given one."""
 
     @override
@@ -304,7 +304,7 @@ class ShiftTargets(_Toy):
         return (call.labels + 1) % CLASSES
 
 
-class Halve(_Toy):
+class Halve(_Toy, WeightTechnique):
     """Trains with half the weights of the named parameters."""
 
     def __init__(self, names=("net.0.weight", "net.3.weight"), **kwargs):
@@ -321,7 +321,7 @@ class Halve(_Toy):
             weight.mul_(0.5)
 
 
-class Watch(_Toy):
+class Watch(_Toy, LossTechnique):
     """Adds ``factor`` times the mean square of a layer's outputs, per sample."""
 
     def __init__(self, layer="net.1", factor=0.1, **kwargs):

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_reg.engine.entries import contents, find_entry, input_key_of, replace_entry
-from lightning_reg.engine.errors import MisconfigurationException, check_choice, check_number
-from lightning_reg.engine.mixin import LossMixin
-from lightning_reg.engine.mixing import Mixing, mix_targets
-from lightning_reg.engine.technique import Technique
+from lightning_reg.engine.data.blend import mix_targets
+from lightning_reg.engine.data.entries import contents, find_entry, input_key_of, replace_entry
+from lightning_reg.engine.data.mixing import Mixing
+from lightning_reg.engine.host.arguments import check_choice, check_number
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.loss.mixin import LossMixin
+from lightning_reg.engine.technique import BatchTechnique
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -23,7 +25,7 @@ __all__ = ["Form", "Mixer"]
 Form = Literal["auto", "pair", "soft"]
 
 
-class Mixer(Technique, ABC):
+class Mixer(BatchTechnique, ABC):
     """Mixes the samples of a batch, and has the loss or the batch's targets follow."""
 
     def __init__(

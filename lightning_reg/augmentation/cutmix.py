@@ -8,7 +8,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_reg.augmentation._mixer import Form, Mixer
-from lightning_reg.engine.mixing import draw_lam, draw_permutation, mix_targets, mixup
+from lightning_reg.engine.data.blend import draw_lam, draw_permutation, mix_targets, mixup
 
 __all__ = ["CutMix", "Mixup", "cutmix", "cutmix_loss", "mix_targets", "mixup", "paste_box", "rand_box"]
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_reg.averaging._ancestry import ancestry
+from lightning_reg.averaging._checkpoint_files import RECORD, CheckpointFile, open_checkpoint, save_weights
 from lightning_reg.averaging._greedy import Candidate, SoupResult, greedy_soup
 from lightning_reg.averaging._in_fit import average_of_state, exchange_in_checkpoint
 from lightning_reg.averaging._state_dicts import aligned, average_state_dicts, unique
-from lightning_reg.engine.checkpoint_files import RECORD, CheckpointFile, open_checkpoint, save_weights
 
 __all__ = ["load_averaged", "make_soup", "save_soup"]
 

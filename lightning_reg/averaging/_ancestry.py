@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_reg.averaging._mean import in_chunks
 from lightning_reg.averaging._state_dicts import Aligned, StateDict, aligned
-from lightning_reg.engine.host import rank_zero_warn
+from lightning_reg.engine.host.lightning import rank_zero_warn
 
 __all__ = ["Ancestry", "ancestry"]
 

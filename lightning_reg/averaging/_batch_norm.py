@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_reg.engine.distributed import all_reduce_mean
+from lightning_reg.engine.host.distributed import all_reduce_mean
 
 __all__ = ["reestimate_batchnorm", "tracking_layers"]
 

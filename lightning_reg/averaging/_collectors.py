@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_reg.averaging._batch_norm import tracking_layers
+from lightning_reg.averaging._checkpoint_files import open_checkpoint, save_weights
 from lightning_reg.averaging._shards import Layouts, own_parts
 from lightning_reg.averaging._state_dicts import average_state_dicts, is_averaged, selects
-from lightning_reg.engine.checkpoint_files import open_checkpoint, save_weights
-from lightning_reg.engine.errors import MisconfigurationException
-from lightning_reg.engine.shards import reshard_
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.weights.shards import reshard_
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule

@@ -13,12 +13,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from lightning_reg.averaging._across_runs import make_soup, save_soup
+from lightning_reg.averaging._checkpoint_files import UntrustedFileError, open_checkpoint
 from lightning_reg.averaging._evaluation import TrainerEvaluation
 from lightning_reg.averaging._greedy import Candidate, SoupResult
 from lightning_reg.averaging._learned import LearnedSoup
 from lightning_reg.averaging._merging import dare_merge, slerp_merge, ties_merge, wise_ft
 from lightning_reg.averaging._state_dicts import aligned
-from lightning_reg.engine.checkpoint_files import UntrustedFileError, open_checkpoint
 
 __all__ = ["add_command"]
 

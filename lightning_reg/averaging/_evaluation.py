@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_reg.averaging._batch_norm import reestimate_batchnorm, tracking_layers
-from lightning_reg.engine.extra_passes import replay_step
-from lightning_reg.engine.host import isolated_randomness, metrics_kept
+from lightning_reg.engine.host.lightning import isolated_randomness, metrics_kept
+from lightning_reg.engine.run.passes import replay_step
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule, LightningModule, Trainer

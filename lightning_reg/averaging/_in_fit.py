@@ -12,13 +12,15 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_reg.averaging._batch_norm import reestimate_batchnorm, tracking_layers
+from lightning_reg.averaging._checkpoint_files import open_checkpoint
 from lightning_reg.averaging._collectors import Ingredient, MovingAverage, RunningMean, Shelf, Weights
 from lightning_reg.averaging._greedy import Candidate, accepts, greedy_soup
 from lightning_reg.averaging._state_dicts import average_state_dicts
-from lightning_reg.engine import distributed, extra_passes, host
-from lightning_reg.engine.checkpoint_files import open_checkpoint
-from lightning_reg.engine.errors import MisconfigurationException
-from lightning_reg.engine.lookup import ENGINES
+from lightning_reg.engine.host import distributed
+from lightning_reg.engine.host import lightning as host
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.loss.lookup import ENGINES
+from lightning_reg.engine.run import passes as extra_passes
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_reg.averaging._collectors import MovingAverage, RunningMean, Shelf
-from lightning_reg.engine import host
-from lightning_reg.engine.errors import MisconfigurationException, check_choice, check_number
-from lightning_reg.engine.technique import Technique, phases_of
+from lightning_reg.engine.host import lightning as host
+from lightning_reg.engine.host.arguments import check_choice, check_number
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.run.phases import phases_of
+from lightning_reg.engine.technique import Technique
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer

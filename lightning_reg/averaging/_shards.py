@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_reg.engine.shards import Layout, layout_of, local, own_rows, whole_like
+from lightning_reg.engine.weights.shards import Layout, layout_of, local, own_rows, whole_like
 
 __all__ = ["Layouts", "layouts_of", "local_parts", "own_parts", "whole"]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_reg.averaging._checkpoint_files import load_tied
 from lightning_reg.averaging._mean import Part, Workspace, mean_of_parts, part_of
-from lightning_reg.engine.checkpoint_files import load_tied
 
 __all__ = [
     "Aligned",

@@ -11,6 +11,7 @@ from lightning_reg.averaging import _in_fit, _setup
 from lightning_reg.averaging._across_runs import load_averaged, make_soup
 from lightning_reg.averaging._ancestry import ancestry
 from lightning_reg.averaging._batch_norm import reestimate_batchnorm
+from lightning_reg.averaging._checkpoint_files import RECORD
 from lightning_reg.averaging._collectors import Exchange, Ingredient, Shelf, averaged_tensors, ema_decay
 from lightning_reg.averaging._evaluation import TrainerEvaluation
 from lightning_reg.averaging._greedy import Candidate, SoupResult, greedy_soup
@@ -18,11 +19,11 @@ from lightning_reg.averaging._learned import LearnedSoup
 from lightning_reg.averaging._merging import dare_merge, slerp_merge, ties_merge, wise_ft
 from lightning_reg.averaging._shards import Layouts, layouts_of, local_parts, own_parts, whole
 from lightning_reg.averaging._state_dicts import average_state_dicts
-from lightning_reg.engine import host
-from lightning_reg.engine.checkpoint_files import RECORD
-from lightning_reg.engine.errors import MisconfigurationException
-from lightning_reg.engine.shards import reshard_
+from lightning_reg.engine.host import lightning as host
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.run.phases import Member
 from lightning_reg.engine.technique import Technique
+from lightning_reg.engine.weights.shards import reshard_
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -193,7 +194,7 @@ class SoupAverager(Technique):
         _setup.check_setup(self, trainer)
 
     @override
-    def conflict_with(self, other: Technique) -> str | None:
+    def conflict_with(self, other: Member) -> str | None:
         return _setup.conflict(self, other)
 
     @override

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
-from lightning_reg.engine.distributed import all_reduce_sum
-from lightning_reg.engine.errors import MisconfigurationException
-from lightning_reg.engine.features import near_names
-from lightning_reg.engine.peers import is_grown
-from lightning_reg.engine.surgery import named_weights
+from lightning_reg.engine.host.distributed import all_reduce_sum
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.host.names import near_names
+from lightning_reg.engine.networks.peer import is_grown
+from lightning_reg.engine.weights.swap import named_weights
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
-from lightning_reg.engine.strategies import check_whole
 from lightning_reg.engine.technique import Technique
+from lightning_reg.engine.weights.strategies import check_whole
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -9,14 +9,15 @@ from typing_extensions import override
 
 from lightning_reg.continual._anchors import anchored_weights, pair_up, parts_like, quadratic_penalty
 from lightning_reg.continual._tasks import TaskTechnique
-from lightning_reg.engine.errors import check_choice, check_number
-from lightning_reg.engine.peers import Peer, Sight, check_runs_on_copy, load_weights_, weights_of
+from lightning_reg.engine.host.arguments import check_choice, check_number
+from lightning_reg.engine.networks.peer import Peer, Sight, check_runs_on_copy, load_weights_, weights_of
+from lightning_reg.engine.technique import BatchTechnique, LossTechnique, PenaltyTechnique
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from torch import nn
 
-    from lightning_reg.engine.loss_call import LossCall
+    from lightning_reg.engine.loss.call import LossCall
     from lightning_reg.engine.step import Step
 
 __all__ = ["Anchor", "TaughtTechnique", "TyingTechnique"]
@@ -24,7 +25,7 @@ __all__ = ["Anchor", "TaughtTechnique", "TyingTechnique"]
 Anchor = Literal["start_of_fit", "end_of_task"]
 
 
-class TyingTechnique(TaskTechnique):
+class TyingTechnique(TaskTechnique, PenaltyTechnique):
     """Ties parameters to anchors by a quadratic penalty; ``self._kept["slots"]`` has anchors and their weights.
 
     Args:
@@ -101,7 +102,7 @@ class TyingTechnique(TaskTechnique):
         return anchored_weights(self, module, self.params, self.exclude, frozen=self.ties_frozen)
 
 
-class TaughtTechnique(TaskTechnique):
+class TaughtTechnique(TaskTechnique, BatchTechnique, LossTechnique):
     """Has a teacher: the module as it was when the task before ended; ``self._kept["teacher"]`` has its weights.
 
     Args:

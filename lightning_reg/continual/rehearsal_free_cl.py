@@ -13,14 +13,15 @@ from lightning_reg.continual._distillation import (
 )
 from lightning_reg.continual._metrics import ContinualMetrics, forgetting
 from lightning_reg.continual._tying import Anchor, TaughtTechnique
-from lightning_reg.engine.errors import MisconfigurationException, check_choice, check_number
+from lightning_reg.engine.host.arguments import check_choice, check_number
+from lightning_reg.engine.host.errors import MisconfigurationException
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lightning.pytorch import LightningModule, Trainer
 
-    from lightning_reg.engine.loss_call import LossCall
+    from lightning_reg.engine.loss.call import LossCall
     from lightning_reg.engine.step import Step
 
 __all__ = [

@@ -12,17 +12,18 @@ from typing_extensions import override
 
 from lightning_reg.continual._anchors import fisher_diagonal, fisher_losses, pull_, quadratic_penalty
 from lightning_reg.continual._tying import Anchor, TyingTechnique
-from lightning_reg.engine import host
-from lightning_reg.engine.distributed import world_size
-from lightning_reg.engine.errors import MisconfigurationException, check_choice, check_number
-from lightning_reg.engine.lookup import ENGINES
-from lightning_reg.engine.peers import Peer, check_runs_on_copy
+from lightning_reg.engine.host import lightning as host
+from lightning_reg.engine.host.arguments import check_choice, check_number
+from lightning_reg.engine.host.distributed import world_size
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.loss.lookup import ENGINES
+from lightning_reg.engine.networks.peer import Peer, check_runs_on_copy
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from torch.optim import Optimizer
 
-    from lightning_reg.engine.loss_call import LossCall
+    from lightning_reg.engine.loss.call import LossCall
     from lightning_reg.engine.step import Step
 
 __all__ = ["EWC", "L2ToStart", "fisher_diagonal", "fisher_losses", "quadratic_penalty"]

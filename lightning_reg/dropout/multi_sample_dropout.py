@@ -9,17 +9,19 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_reg.dropout._layers import drop, kind_of, mask_shape
-from lightning_reg.engine import host
 from lightning_reg.engine.copies import CopyPlan
-from lightning_reg.engine.errors import MisconfigurationException, check_choice, check_number
-from lightning_reg.engine.features import named_layers, near_names
-from lightning_reg.engine.row_draws import global_rows, keep_mask
-from lightning_reg.engine.technique import Technique
+from lightning_reg.engine.host import lightning as host
+from lightning_reg.engine.host.arguments import check_choice, check_number
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.host.names import near_names
+from lightning_reg.engine.host.row_bits import global_rows, keep_mask
+from lightning_reg.engine.layers.named import named_layers
+from lightning_reg.engine.technique import LayerTechnique
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lightning_reg.engine.feature_edits import LayerCall
+    from lightning_reg.engine.layers.edits import LayerCall
     from lightning_reg.engine.step import Step
 
 __all__ = [
@@ -180,7 +182,7 @@ class MultiSampleDropoutLayer(nn.Module):
         return f"p={self.p}, num_samples={self.num_samples}"
 
 
-class MultiSampleDropout(Technique):
+class MultiSampleDropout(LayerTechnique):
     r"""Multi-sample dropout: what follows a dropout layer runs on M masks of one backbone pass; losses are averaged.
 
     .. math:: L = \frac1M \sum_j \frac1B \sum_b \ell\bigl(f(h_b \odot m_{jb}), y_b\bigr), \qquad

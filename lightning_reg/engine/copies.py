@@ -16,16 +16,17 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_reg.engine import host, losses
 from lightning_reg.engine.copy_watches import NormWatch, watch_order
-from lightning_reg.engine.errors import MisconfigurationException
-from lightning_reg.engine.features import named_layers, near_names
-from lightning_reg.engine.graph import descends
-from lightning_reg.engine.loss_call import LossCall
+from lightning_reg.engine.host import lightning as host
+from lightning_reg.engine.host.autograd import descends
+from lightning_reg.engine.host.errors import MisconfigurationException, refuse_layer
+from lightning_reg.engine.layers.named import named_layers
+from lightning_reg.engine.loss import elements as losses
+from lightning_reg.engine.loss.call import LossCall
 
 if TYPE_CHECKING:
+    from lightning_reg.engine.host.owner import Owner
     from lightning_reg.engine.step import Step
-    from lightning_reg.engine.technique import Technique
 
 __all__ = ["Copies", "CopiesCall", "CopyPlan"]
 
@@ -65,15 +66,12 @@ class Copies:
 
     """
 
-    def __init__(self, owner: "Technique", plan: CopyPlan, module: nn.Module) -> None:
+    def __init__(self, owner: "Owner", plan: CopyPlan, module: nn.Module) -> None:
         self.owner, self.plan, self.name = owner, plan, type(owner).__name__
         self._named = named_layers(module)
         for layer in (plan.layer, plan.head, plan.backbone):
             if layer is not None and layer not in self._named:
-                raise MisconfigurationException(
-                    f"{self.name}: no layer is named {layer!r}. Near names: {near_names(layer, self._named)}. Layers"
-                    " are named as in `module.named_modules()`."
-                )
+                refuse_layer(layer, self._named, self.name)
         self._module = module
         self._norms = NormWatch(self._named)
         self._ever_called = self._ever_active = self._ever_made = self._said_idle = False

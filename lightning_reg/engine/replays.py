@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lightning_reg.engine import host
-from lightning_reg.engine.errors import MisconfigurationException
-from lightning_reg.engine.features import named_layers
+from lightning_reg.engine.host import lightning as host
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.layers.named import named_layers
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule

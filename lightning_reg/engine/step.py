@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lightning_reg.engine import host
-from lightning_reg.engine.batches import samples_of
-from lightning_reg.engine.indices import IndexSource, entry_of_batch
-from lightning_reg.engine.loaders import find_source
+from lightning_reg.engine.data.batches import samples_of
+from lightning_reg.engine.data.indices import IndexSource, entry_of_batch
+from lightning_reg.engine.data.loaders import find_source
+from lightning_reg.engine.host import lightning as host
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from lightning.pytorch import LightningModule, Trainer
 
-    from lightning_reg.engine.indices import BatchIndices
-    from lightning_reg.engine.mixing import Mixing
-    from lightning_reg.engine.technique import Technique
-    from lightning_reg.engine.views import Views
+    from lightning_reg.engine.data.indices import BatchIndices
+    from lightning_reg.engine.data.mixing import Mixing
+    from lightning_reg.engine.data.views import Views
+    from lightning_reg.engine.host.owner import Owner
 
 __all__ = ["Samples", "Step"]
 
@@ -82,7 +82,7 @@ class Step:
         self.views: Views | None = None
         self.mixing: Mixing | None = None
         self.several = several
-        self.notes: dict[Technique, Any] = {}
+        self.notes: dict[Owner, Any] = {}
         self.scalars: dict[str, Tensor] = {}
         self._followed = followed
         self._given: Tensor | None = None
@@ -108,7 +108,7 @@ class Step:
         return ""
 
     @property
-    def mixer(self) -> "Technique | None":
+    def mixer(self) -> "Owner | None":
         """The technique whose mixing has to be followed by the loss; ``None`` if there is nothing to follow."""
         return None if self.mixing is None or self.mixing.in_targets else self.mixing.by
 
@@ -117,7 +117,7 @@ class Step:
         """Whether scalars are wanted from this step; compute what is only for the log if so."""
         return host.is_logging_step(self.trainer)
 
-    def log(self, technique: "Technique", name: str, value: Tensor) -> None:
+    def log(self, technique: "Owner", name: str, value: Tensor) -> None:
         """Logs a scalar under the technique's key.
 
         Args:
@@ -173,7 +173,7 @@ class Step:
         """Takes the indices from the user's code, for :meth:`samples`."""
         self._given = indices
 
-    def samples(self, technique: "Technique", device: torch.device) -> Samples:
+    def samples(self, technique: "Owner", device: torch.device) -> Samples:
         """Dataset indices of the batch, where the technique's arguments say they are.
 
         Args:

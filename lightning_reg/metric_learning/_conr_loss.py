@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_reg.engine.distributed import all_gather_rows, world_size
-from lightning_reg.engine.regression import numbers
+from lightning_reg.engine.data.numbers import numbers
+from lightning_reg.engine.host.distributed import all_gather_rows, world_size
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

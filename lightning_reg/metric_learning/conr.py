@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_reg.engine import host
-from lightning_reg.engine.entries import find_entry, replace_entry
-from lightning_reg.engine.errors import MisconfigurationException, check_choice, check_number
-from lightning_reg.engine.regression import features_per_row, regression_pairs
-from lightning_reg.engine.technique import Technique
-from lightning_reg.engine.user_functions import user_function
+from lightning_reg.engine.data.entries import find_entry, replace_entry
+from lightning_reg.engine.host import lightning as host
+from lightning_reg.engine.host.arguments import check_choice, check_number
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.host.user_functions import user_function
+from lightning_reg.engine.loss.regression import features_per_row, regression_pairs
+from lightning_reg.engine.technique import BatchTechnique, LossTechnique
 from lightning_reg.metric_learning._conr_loss import (
     Distance,
     Push,
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from lightning.pytorch import LightningModule, Trainer
 
-    from lightning_reg.engine.loss_call import LossCall
+    from lightning_reg.engine.loss.call import LossCall
     from lightning_reg.engine.step import Step
 
 __all__ = ["ConR", "conr_loss", "inverse_density_weights", "label_distance", "pair_masks"]
@@ -42,7 +43,7 @@ _DISTANCES: dict[str, Distance] = {
 _VIEWS = {"two": 2, "one": 1, "dropout": 1, "none": 0}
 
 
-class ConR(Technique):
+class ConR(BatchTechnique, LossTechnique):
     r"""ConR: pulls features of similar labels together, and apart what is mistaken for one another, in regression.
 
     Under a skewed continuous label (age, depth, price) rare labels collapse onto common ones. Of the rows of a batch

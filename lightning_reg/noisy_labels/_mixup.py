@@ -4,9 +4,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from lightning_reg.engine.entries import find_entry, input_key_of, replace_entry
-from lightning_reg.engine.errors import MisconfigurationException
-from lightning_reg.engine.mixing import Mixing, blend, draw_lam, draw_permutation
+from lightning_reg.engine.data.blend import blend, draw_lam, draw_permutation
+from lightning_reg.engine.data.entries import find_entry, input_key_of, replace_entry
+from lightning_reg.engine.data.mixing import Mixing
+from lightning_reg.engine.host.errors import MisconfigurationException
 
 if TYPE_CHECKING:
     from lightning_reg.engine.step import Step

@@ -8,17 +8,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
-from lightning_reg.engine.features import find_layer, named_layers
-from lightning_reg.engine.joint_forward import JointForward, MeanOfTwo
-from lightning_reg.engine.peers import Peer, copy_of, load_weights_, weights_of
-from lightning_reg.engine.trained_peers import PeerInit, PeerStep, TrainedPeer
+from lightning_reg.engine.layers.named import find_layer, named_layers
+from lightning_reg.engine.networks.ensemble import JointForward, MeanOfTwo
+from lightning_reg.engine.networks.peer import Peer, copy_of, load_weights_, weights_of
+from lightning_reg.engine.networks.trained import PeerInit, PeerStep, TrainedPeer
 from lightning_reg.noisy_labels._elr_plus_core import elr_plus_decay
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-    from lightning_reg.engine.engine import Engine
-    from lightning_reg.engine.loss_call import LossCall
+    from lightning_reg.engine.loss.call import LossCall
+    from lightning_reg.engine.run.engine import Engine
     from lightning_reg.engine.step import Step
     from lightning_reg.engine.technique import Technique
 

@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_reg.engine.distributed import RowExchange, world_size
-from lightning_reg.engine.errors import MisconfigurationException, check_choice, check_number
-from lightning_reg.engine.label_errors import LabelErrors
-from lightning_reg.engine.memory import SampleMemory, last_occurrences
+from lightning_reg.engine.data.memory import SampleMemory, last_occurrences
+from lightning_reg.engine.host.arguments import check_choice, check_number
+from lightning_reg.engine.host.distributed import RowExchange, world_size
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.noisy_labels.label_errors import LabelErrors
 
 if TYPE_CHECKING:
     from lightning_reg.engine.step import Samples

@@ -6,11 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_reg.engine import host
-from lightning_reg.engine.errors import check_choice, check_number
-from lightning_reg.engine.label_errors import LabelErrors
-from lightning_reg.engine.memory import last_occurrences
-from lightning_reg.engine.technique import Technique
+from lightning_reg.engine.data.memory import last_occurrences
+from lightning_reg.engine.host import lightning as host
+from lightning_reg.engine.host.arguments import check_choice, check_number
+from lightning_reg.engine.technique import LossTechnique
 from lightning_reg.noisy_labels._targets import (
     TargetTable,
     agreement_with,
@@ -22,11 +21,12 @@ from lightning_reg.noisy_labels._targets import (
     errors_by_confidence,
     log_disagreement,
 )
+from lightning_reg.noisy_labels.label_errors import LabelErrors
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-    from lightning_reg.engine.loss_call import LossCall
+    from lightning_reg.engine.loss.call import LossCall
     from lightning_reg.engine.step import Step
 
 __all__ = ["ELRCallback", "elr_loss", "elr_regularizer", "elr_targets", "elr_update_targets"]
@@ -118,7 +118,7 @@ def elr_loss(
     return F.cross_entropy(logits, labels) + lam * elr_regularizer(logits, rows, clamp)
 
 
-class ELRCallback(Technique):
+class ELRCallback(LossTechnique):
     r"""Early-learning regularization (ELR) against wrong labels in single-label classification.
 
     A network fits clean labels first. A moving average ``t`` of its own predictions, kept per training sample, points

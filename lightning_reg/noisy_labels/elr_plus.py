@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_reg.engine import host
-from lightning_reg.engine.errors import MisconfigurationException, check_choice, check_number
-from lightning_reg.engine.label_errors import LabelErrors
-from lightning_reg.engine.lookup import engine_of
-from lightning_reg.engine.technique import Technique, phases_of
-from lightning_reg.engine.trained_peers import PeerInit, check_trainable
+from lightning_reg.engine.host import lightning as host
+from lightning_reg.engine.host.arguments import check_choice, check_number
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.loss.lookup import engine_of
+from lightning_reg.engine.networks.trained import PeerInit, check_trainable
+from lightning_reg.engine.run.phases import Member, phases_of
+from lightning_reg.engine.technique import BatchTechnique, LossTechnique
 from lightning_reg.noisy_labels._elr_plus_core import (
     elr_plus_decay,
     elr_plus_loss,
@@ -33,12 +34,13 @@ from lightning_reg.noisy_labels._targets import (
     errors_by_confidence,
     log_disagreement,
 )
+from lightning_reg.noisy_labels.label_errors import LabelErrors
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from torch.optim import Optimizer
 
-    from lightning_reg.engine.loss_call import LossCall
+    from lightning_reg.engine.loss.call import LossCall
     from lightning_reg.engine.step import Step
 
 __all__ = [
@@ -51,7 +53,7 @@ __all__ = [
 ]
 
 
-class ELRPlusCallback(Technique):
+class ELRPlusCallback(BatchTechnique, LossTechnique):
     r"""ELR+: two networks, each regularized towards what a weight average of the other one predicts.
 
     A second network of the module's class is trained beside the module, with its own weights, optimizer, schedulers and
@@ -211,7 +213,7 @@ class ELRPlusCallback(Technique):
             )
 
     @override
-    def conflict_with(self, other: Technique) -> str | None:
+    def conflict_with(self, other: Member) -> str | None:
         if not self._works():
             return None
         name = type(other).__name__

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_reg.engine import host
-from lightning_reg.engine.errors import MisconfigurationException, check_choice, check_number
-from lightning_reg.engine.features import named_layers, near_names
-from lightning_reg.engine.surgery import named_weights
-from lightning_reg.engine.technique import Technique
-from lightning_reg.engine.weight_maps import Latents
+from lightning_reg.engine.host import lightning as host
+from lightning_reg.engine.host.arguments import check_choice, check_number
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.host.names import near_names
+from lightning_reg.engine.layers.named import named_layers
+from lightning_reg.engine.technique import WeightMapTechnique
+from lightning_reg.engine.weights.maps import Latents
+from lightning_reg.engine.weights.swap import named_weights
 from lightning_reg.regularization._companding import (
     COMPANDINGS,
     Compander,
@@ -45,7 +47,7 @@ __all__ = [
 ]
 
 
-class WeightCompander(Technique):
+class WeightCompander(WeightMapTechnique):
     r"""Weights as an odd, bounded function of what is trained: large ones are compressed, small ones pushed off zero.
 
     Each chosen weight is :math:`w = a\,\psi(v/b)`, with :math:`\psi` the arctan (:math:`|w| < a\pi/2`), tanh or

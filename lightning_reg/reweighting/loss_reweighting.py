@@ -8,17 +8,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_reg.engine import host
-from lightning_reg.engine.distributed import all_gather, all_reduce_max, world_size
-from lightning_reg.engine.errors import check_choice, check_number
-from lightning_reg.engine.technique import Technique
-from lightning_reg.engine.weights import cap_weights, weight_statistics
+from lightning_reg.engine.host import lightning as host
+from lightning_reg.engine.host.arguments import check_choice, check_number
+from lightning_reg.engine.host.distributed import all_gather, all_reduce_max, world_size
+from lightning_reg.engine.run.phases import Member
+from lightning_reg.engine.technique import LossTechnique
+from lightning_reg.reweighting._weights import cap_weights, weight_statistics
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from torch.distributed import ProcessGroup
 
-    from lightning_reg.engine.loss_call import LossCall
+    from lightning_reg.engine.loss.call import LossCall
     from lightning_reg.engine.step import Step
 
 __all__ = [
@@ -234,7 +235,7 @@ def scheduled_temperature(
     return r + (r_start - r) * (1 - way if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * way)))
 
 
-class LossReweighting(Technique):
+class LossReweighting(LossTechnique):
     r"""Dynamic loss-based reweighting of the samples of each batch (LinUpper and its kin), for pretraining.
 
     The losses of the global batch are placed between the smallest and the largest (``h`` in [-delta, delta]), a shape
@@ -354,7 +355,7 @@ class LossReweighting(Technique):
         return f"{self.strategy} per {self.level}, r={self.r:g}{way}{cap}{warmup}; {self.objective}"
 
     @override
-    def conflict_with(self, other: Technique) -> str | None:
+    def conflict_with(self, other: Member) -> str | None:
         if isinstance(other, LossReweighting) and other.loss == self.loss:
             return "the product of two weightings does not sum to 1. Let them work on different calls with `loss=...`."
         return None

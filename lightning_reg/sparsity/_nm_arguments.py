@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning_reg.engine.errors import check_choice, check_number
+from lightning_reg.engine.host.arguments import check_choice, check_number
 
 __all__ = ["check_arguments"]
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_reg.engine.features import named_layers
+from lightning_reg.engine.layers.named import named_layers
 from lightning_reg.sparsity._nm_masks import check_nm
 
 __all__ = ["ExportedLayer", "semi_structured_refusal", "to_semi_structured"]

@@ -9,9 +9,10 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from lightning_reg.engine.errors import MisconfigurationException
-from lightning_reg.engine.features import named_layers, near_names
-from lightning_reg.engine.surgery import named_weights
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.host.names import near_names
+from lightning_reg.engine.layers.named import named_layers
+from lightning_reg.engine.weights.swap import named_weights
 from lightning_reg.sparsity._nm_masks import patterns_of
 
 __all__ = ["Choice", "Weight", "check_apart", "choose_weights", "weights_table"]

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_reg.engine import shards
-from lightning_reg.engine.surgery import named_weights
+from lightning_reg.engine.weights import shards
+from lightning_reg.engine.weights.swap import named_weights
 from lightning_reg.sparsity._nm_layers import Choice, Weight, choose_weights
 from lightning_reg.sparsity._nm_masks import check_nm, nm_mask, pack_mask
 from lightning_reg.sparsity._nm_report import SparsityReport, SparsityRow

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_reg.engine.errors import MisconfigurationException
-from lightning_reg.engine.features import named_layers
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.layers.named import named_layers
 from lightning_reg.sparsity._nm_graph import Chain, find_chain
 from lightning_reg.sparsity._nm_layers import Weight
 from lightning_reg.sparsity._nm_masks import nm_mask

@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_map_only
 
-from lightning_reg.engine import distributed, host
-from lightning_reg.engine.errors import MisconfigurationException
-from lightning_reg.engine.lookup import ENGINES
-from lightning_reg.engine.peers import check_runs_on_copy, copy_of
-from lightning_reg.engine.returned import loss_of
+from lightning_reg.engine.host import distributed
+from lightning_reg.engine.host import lightning as host
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.loss.lookup import ENGINES
+from lightning_reg.engine.loss.result import loss_of
+from lightning_reg.engine.networks.peer import check_runs_on_copy, copy_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from lightning_reg.engine import host
-from lightning_reg.engine.errors import MisconfigurationException
+from lightning_reg.engine.host import lightning as host
+from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.sparsity._nm_masks import decay_factor
 
 if TYPE_CHECKING:

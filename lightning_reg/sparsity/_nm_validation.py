@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from lightning_reg.engine import extra_passes, host
+from lightning_reg.engine.host import lightning as host
+from lightning_reg.engine.run import passes as extra_passes
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

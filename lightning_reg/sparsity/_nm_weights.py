@@ -7,7 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_reg.engine import distributed, shards
+from lightning_reg.engine.host import distributed
+from lightning_reg.engine.weights import shards
 from lightning_reg.sparsity._nm_layers import Weight
 from lightning_reg.sparsity._nm_masks import apply_mask_, nm_mask, pack_mask, unpack_mask
 

@@ -7,9 +7,9 @@ from rich.console import Console
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_reg.engine import host
-from lightning_reg.engine.surgery import named_weights
-from lightning_reg.engine.technique import Technique
+from lightning_reg.engine.host import lightning as host
+from lightning_reg.engine.technique import WeightTechnique
+from lightning_reg.engine.weights.swap import named_weights
 from lightning_reg.sparsity._nm_arguments import check_arguments
 from lightning_reg.sparsity._nm_export import semi_structured_refusal, to_semi_structured
 from lightning_reg.sparsity._nm_layers import Choice, Weight, check_apart, weights_table
@@ -52,7 +52,7 @@ __all__ = [
 _DENSE = Schedule("ste", NEVER, None, 0.0)
 
 
-class NMSparsity(Technique):
+class NMSparsity(WeightTechnique):
     r"""N:M sparsity: of every M consecutive weights of the chosen layers N are left when training ends.
 
     Training is dense at first, then the constraint comes in by the recipe, then the final mask is fine-tuned. In each

@@ -18,8 +18,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_reg import CutMix, LossMixin, Mixup
-from lightning_reg.engine.errors import MisconfigurationException
-from lightning_reg.engine.mixing import draw_lam, draw_permutation
+from lightning_reg.engine.data.blend import draw_lam, draw_permutation
+from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.functional import cutmix, cutmix_loss, mix_targets, mixup, paste_box, rand_box
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case

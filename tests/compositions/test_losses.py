@@ -16,7 +16,7 @@ from lightning_reg import (
     MultiSampleDropout,
     NMSparsity,
 )
-from lightning_reg.engine.errors import MisconfigurationException
+from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.functional import conr_loss, cutmix, elr_regularizer, elr_targets, nm_mask, reweight
 from tests.compositions.shared import Net, data, train
 from tests.toys import QUIET, TWO_RANKS, fit

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_reg.engine import host
+from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.technique import Technique
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case

@@ -49,7 +49,7 @@ def case_of(cls: type[Technique], tests: Path = _TESTS) -> Case:
         MissingCaseError: If there is no such file, or no fitting case in it; the message says what to write.
 
     """
-    folder, file = cls.__module__.split(".")[-2:]
+    folder, file = cls.__module__.split(".")[1:3]
     path = tests / folder / f"test_{file}.py"
     wanted = (
         f"{cls.__name__}: write `CASE = Case(make=partial({cls.__name__}, ...), neutral=partial({cls.__name__}, ...))`"

@@ -5,7 +5,7 @@ import pkgutil
 from pathlib import Path
 
 import tests.compositions
-from lightning_reg.engine.composition import conflict_between
+from lightning_reg.engine.run.composition import conflict_between
 from tests.conformance.case import Case
 from tests.conformance.discovery import case_of, technique_classes
 from tests.conformance.pairs import common_problem, need_other_layers

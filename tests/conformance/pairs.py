@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_reg.engine.composition import conflict_between
-from lightning_reg.engine.technique import Technique, phases_of
+from lightning_reg.engine.run.composition import conflict_between
+from lightning_reg.engine.run.phases import phases_of
+from lightning_reg.engine.technique import Technique
 from tests.conformance.by_hand import train_by_hand
 from tests.conformance.case import Case
 from tests.conformance.discovery import MissingCaseError, case_of, technique_classes

@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_reg.engine import host
-from lightning_reg.engine.distributed import all_reduce_mean
-from lightning_reg.engine.errors import check_choice, check_number
-from lightning_reg.engine.technique import Technique
+from lightning_reg.engine.host import lightning as host
+from lightning_reg.engine.host.arguments import check_choice, check_number
+from lightning_reg.engine.host.distributed import all_reduce_mean
+from lightning_reg.engine.technique import LossTechnique
 from tests.conformance.by_hand import Hand
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-    from lightning_reg.engine.loss_call import LossCall
+    from lightning_reg.engine.loss.call import LossCall
     from lightning_reg.engine.step import Step
 
 __all__ = ["Sound", "SoundByHand", "spread_loss"]
@@ -35,7 +35,7 @@ def spread_loss(logits: Tensor, mean: Tensor) -> Tensor:
     return (logits - mean).square().mean(1)
 
 
-class Sound(Technique):
+class Sound(LossTechnique):
     """Keeps logits near their moving mean, more or less so at random.
 
     Source:

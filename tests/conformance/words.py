@@ -11,7 +11,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from lightning_reg import registry
-from lightning_reg.engine.report import techniques_table
+from lightning_reg.engine.run.report import techniques_table
 from tests.conformance.case import Case
 from tests.conformance.harness import demand, fit
 

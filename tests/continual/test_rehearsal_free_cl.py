@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_reg import EWC, ContinualMetrics, FeatureDistillation, L2ToStart, LossMixin, PredictionDistillation
-from lightning_reg.engine.errors import MisconfigurationException
+from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.functional import (
     bce_distillation_loss,
     feature_distillation_loss,

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_reg import EWC, L2ToStart
-from lightning_reg.engine.errors import MisconfigurationException
+from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.functional import fisher_diagonal, fisher_losses, quadratic_penalty
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case

@@ -17,8 +17,8 @@ from torchmetrics import SumMetric
 
 from lightning_reg import LossMixin, MultiSampleDropout, MultiSampleDropoutLayer
 from lightning_reg.dropout._layers import kind_of, mask_shape
-from lightning_reg.engine.errors import MisconfigurationException
-from lightning_reg.engine.row_draws import keep_mask
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.host.row_bits import keep_mask
 from lightning_reg.functional import dropout_copies, fold, multi_sample_dropout, multi_sample_loss
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from lightning_reg.engine.batches import join_batches, samples_of
+from lightning_reg.engine.data.batches import join_batches, samples_of
 
 
 class Named(NamedTuple):

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from lightning_reg import LossMixin, Mixup, MultiSampleDropout
-from lightning_reg.engine.errors import MisconfigurationException
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.technique import LossTechnique
 from tests.conformance.by_hand import Hand, train_by_hand
 from tests.conformance.discovery import case_of
 from tests.conformance.harness import difference
@@ -15,7 +16,7 @@ from tests.toys import CLASSES, QUIET, Classifier, Term, WeightsByLabel, _Toy, f
 pytestmark = QUIET
 
 
-class Squares(_Toy):
+class Squares(_Toy, LossTechnique):
     """The squared logit of the label instead of the loss."""
 
     def change_losses(self, call):
@@ -84,7 +85,7 @@ def test_losses_by_hand_and_the_last_call():
     assert same_weights(modules[2], modules[1], atol=1e-6)
 
 
-class Spread(_Toy):
+class Spread(_Toy, LossTechnique):
     """The sum of squares of the logits, whoever owns the sample."""
 
     takes_mixed = True

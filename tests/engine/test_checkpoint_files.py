@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lightning_reg.engine.checkpoint_files import (
+from lightning_reg.averaging._checkpoint_files import (
     UntrustedFileError,
     open_checkpoint,
     save_weights,
@@ -151,7 +151,7 @@ def test_an_exception_while_writing_leaves_the_old_file_and_nothing_else(tmp_pat
 
 WRITER = """
 import sys, torch
-from lightning_reg.engine.checkpoint_files import save_weights
+from lightning_reg.averaging._checkpoint_files import save_weights
 print("ready", flush=True)
 number = 0
 while True:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities import CombinedLoader
 from typing_extensions import override
 
-from lightning_reg.engine.errors import MisconfigurationException
+from lightning_reg.engine.host.errors import MisconfigurationException
 from tests.toys import QUIET, Classifier, IndexRecorder, Pairs, WeightsByPosition, fit, make_loader, same_weights
 
 pytestmark = QUIET

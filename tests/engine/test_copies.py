@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from lightning_reg.engine.copies import CopiesCall
-from lightning_reg.engine.errors import MisconfigurationException
-from lightning_reg.engine.losses import LOSS_FUNCTIONS
-from lightning_reg.engine.mixed_call import mixed_call
-from lightning_reg.engine.mixing import Mixing
+from lightning_reg.engine.data.mixing import Mixing
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.loss.call_mixed import mixed_call
+from lightning_reg.engine.loss.elements import LOSS_FUNCTIONS
 from lightning_reg.engine.technique import Technique
 from tests.engine.test_loss_call import CALLS, PRESENT, Step, normal
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils.data import DistributedSampler
 from typing_extensions import override
 
-from lightning_reg.engine.lookup import ENGINES
+from lightning_reg.engine.loss.lookup import ENGINES
 from tests.toys import (
     BATCH,
     QUIET,

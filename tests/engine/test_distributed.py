@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_reg import ELRCallback
-from lightning_reg.engine.distributed import (
+from lightning_reg.engine.host.distributed import (
     RowExchange,
     all_gather,
     all_gather_padded,

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule
 from typing_extensions import override
 
-from lightning_reg.engine.errors import MisconfigurationException
-from lightning_reg.engine.technique import Technique, phases_of
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.run.phases import phases_of
+from lightning_reg.engine.technique import Technique
 from tests.engine.by_hand import CASES, by_hand_all, by_hand_term
 from tests.toys import (
     BATCH,

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lightning_reg.engine.errors import check_choice, check_number
+from lightning_reg.engine.host.arguments import check_choice, check_number
 
 
 class TailTrimmer:

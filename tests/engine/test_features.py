@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_reg.engine.errors import MisconfigurationException
-from lightning_reg.engine.features import FeatureTap, named_layers, near_names
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.host.names import near_names
+from lightning_reg.engine.layers.named import FeatureTap, named_layers
 
 X = torch.tensor([[1.0, -2.0]])
 

@@ -20,8 +20,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_reg.engine.errors import MisconfigurationException
-from lightning_reg.engine.indices import BatchIndices, IndexSource, entry_of_batch
+from lightning_reg.engine.data.indices import BatchIndices, IndexSource, entry_of_batch
+from lightning_reg.engine.host.errors import MisconfigurationException
 
 
 class Squares(Dataset):

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lightning_reg.engine import interception
-from lightning_reg.engine.interception import Interception, call_site
-from lightning_reg.engine.losses import bind
+from lightning_reg.engine.loss import watch as interception
+from lightning_reg.engine.loss.elements import bind
+from lightning_reg.engine.loss.watch import Interception, call_site
 
 # Dynamo looks at the gradient of every tensor, and hides the warning in a way that "error" prevents.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")

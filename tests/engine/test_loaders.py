@@ -17,7 +17,7 @@ from torch.utils.data import (
 )
 from typing_extensions import override
 
-from lightning_reg.engine.errors import MisconfigurationException
+from lightning_reg.engine.host.errors import MisconfigurationException
 from tests.toys import (
     CLASSES,
     QUIET,

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_reg.engine.errors import MisconfigurationException
-from lightning_reg.engine.hand_written_call import HandWrittenCall
-from lightning_reg.engine.loss_call import LossCall
-from lightning_reg.engine.losses import LOSS_FUNCTIONS
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.loss.call import LossCall
+from lightning_reg.engine.loss.call_by_hand import HandWrittenCall
+from lightning_reg.engine.loss.elements import LOSS_FUNCTIONS
 from lightning_reg.engine.step import Samples
 
 pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides:UserWarning")  # torch's advice on kl_div

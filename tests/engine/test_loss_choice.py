@@ -10,7 +10,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_reg import LossMixin
-from lightning_reg.engine.errors import MisconfigurationException
+from lightning_reg.engine.host.errors import MisconfigurationException
 from tests.toys import (
     CLASSES,
     INPUTS,

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_reg.engine.errors import MisconfigurationException
-from lightning_reg.engine.losses import (
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.loss.elements import (
     LOSS_FUNCTIONS,
     bind,
     decompose,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_reg.engine.memory import SampleMemory, last_occurrences
+from lightning_reg.engine.data.memory import SampleMemory, last_occurrences
 
 G = torch.Generator().manual_seed(3)
 

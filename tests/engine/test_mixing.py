@@ -12,14 +12,15 @@ from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
 from lightning_reg import LossMixin
-from lightning_reg.engine.entries import find_entry, replace_entry
-from lightning_reg.engine.errors import MisconfigurationException
-from lightning_reg.engine.hand_written_call import HandWrittenCall
-from lightning_reg.engine.loss_call import LossCall
-from lightning_reg.engine.losses import LOSS_FUNCTIONS
-from lightning_reg.engine.mixed_call import mixed_call
-from lightning_reg.engine.mixing import Mixing, draw_lam, mix_targets, mixup
-from lightning_reg.engine.technique import Technique
+from lightning_reg.engine.data.blend import draw_lam, mix_targets, mixup
+from lightning_reg.engine.data.entries import find_entry, replace_entry
+from lightning_reg.engine.data.mixing import Mixing
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.loss.call import LossCall
+from lightning_reg.engine.loss.call_by_hand import HandWrittenCall
+from lightning_reg.engine.loss.call_mixed import mixed_call
+from lightning_reg.engine.loss.elements import LOSS_FUNCTIONS
+from lightning_reg.engine.technique import BatchTechnique
 from tests.engine.test_loss_call import CALLS, PRESENT, REDUCTIONS, Step, classes, normal
 from tests.toys import (
     CLASSES,
@@ -44,7 +45,7 @@ EACH = torch.tensor([0.9, 0.25, 0.5, 1.0])
 WITHOUT_ROWS = ("triplet_margin_loss", "triplet_margin_with_distance_loss", "ctc_loss")
 
 
-class Swap(Technique):
+class Swap(BatchTechnique):
     """Mixes each sample of an ``(x, y)`` batch with the one before it."""
 
     def __init__(self, share=0.75, every=1, **kwargs):

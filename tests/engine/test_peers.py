@@ -13,9 +13,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_reg import FeatureDistillation, LossMixin
-from lightning_reg.engine.errors import MisconfigurationException
-from lightning_reg.engine.features import FeatureTap
-from lightning_reg.engine.peers import Peer, copy_of, load_weights_, update_average_, weights_of
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.layers.named import FeatureTap
+from lightning_reg.engine.networks.peer import Peer, copy_of, load_weights_, update_average_, weights_of
+from lightning_reg.engine.technique import BatchTechnique, LossTechnique
 from tests.toys import (
     BATCH,
     CLASSES,
@@ -33,7 +34,7 @@ from tests.toys import (
 pytestmark = QUIET
 
 
-class Teach(_Toy):
+class Teach(_Toy, BatchTechnique, LossTechnique):
     """Lets a copy of the first weights see every batch, and notes what it made of it; changes nothing."""
 
     def __init__(self, layers=(), training=False, asks=True, **kwargs):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 
-from lightning_reg.engine.errors import MisconfigurationException
+from lightning_reg.engine.host.errors import MisconfigurationException
 from tests.toys import CLASSES, QUIET, Classifier, Halve, Penalty, Term, fit, same_weights
 
 pytestmark = QUIET

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_reg.engine.row_draws import global_rows, keep_mask
+from lightning_reg.engine.host.row_bits import global_rows, keep_mask
 
 WORD = 2**64
 

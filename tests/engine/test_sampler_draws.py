@@ -8,8 +8,8 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 from lightning_reg import EWC
-from lightning_reg.engine.reordering import Reordered
-from lightning_reg.engine.sampler_draws import kept_generators
+from lightning_reg.engine.data.order import Reordered
+from lightning_reg.engine.host.generators import kept_generators
 from tests.toys import BATCH, QUIET, SAMPLES, Classifier, fit, make_loader
 
 pytestmark = QUIET

@@ -2,8 +2,8 @@
 
 import pytest
 
-from lightning_reg.engine.errors import MisconfigurationException
-from lightning_reg.engine.selection import Selection
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.loss.choice import Selection
 from lightning_reg.engine.technique import Technique
 
 CALLS = [("cross_entropy", "m.py:4"), ("mse_loss", "m.py:5"), ("cross_entropy", "m.py:9")]

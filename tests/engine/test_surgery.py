@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_reg.engine.errors import MisconfigurationException
-from lightning_reg.engine.surgery import Surgery, named_weights
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.weights.swap import Surgery, named_weights
 
 
 def network() -> nn.Module:

@@ -21,14 +21,15 @@ from torch.utils.data import (
 )
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_reg.engine import host
-from lightning_reg.engine.distributed import average_, broadcast_
-from lightning_reg.engine.errors import MisconfigurationException
-from lightning_reg.engine.joint_forward import JointForward, MeanOfTwo
-from lightning_reg.engine.lookup import engine_of
-from lightning_reg.engine.peers import copy_of, weights_of
-from lightning_reg.engine.reordering import Reordered
-from lightning_reg.engine.trained_peers import PeerStep, TrainedPeer, check_trainable, reset_parameters_
+from lightning_reg.engine.data.order import Reordered
+from lightning_reg.engine.host import lightning as host
+from lightning_reg.engine.host.distributed import average_, broadcast_
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.loss.lookup import engine_of
+from lightning_reg.engine.networks.ensemble import JointForward, MeanOfTwo
+from lightning_reg.engine.networks.peer import copy_of, weights_of
+from lightning_reg.engine.networks.trained import PeerStep, TrainedPeer, check_trainable, reset_parameters_
+from lightning_reg.engine.technique import LossTechnique
 from tests.toys import BATCH, CLASSES, INPUTS, QUIET, SAMPLES, Classifier, _Toy, fit, make_tensors
 
 pytestmark = QUIET
@@ -36,7 +37,7 @@ BATCHES = SAMPLES // BATCH
 ELSEWHERE = Classifier()
 
 
-class Second(_Toy):
+class Second(_Toy, LossTechnique):
     """Trains a second network after each epoch; its own loss term is ``factor`` times the mean square of the logits."""
 
     needs_indices = True

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_reg import ELRCallback, Technique
+from lightning_reg import ELRCallback
+from lightning_reg.engine.technique import LossTechnique
 from lightning_reg.functional import elr_update_targets
 from tests.toys import QUIET, fit
 
@@ -44,7 +45,7 @@ class Model(LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-class PerSequence(Technique):
+class PerSequence(LossTechnique):
     """Notes what a sample is and its loss."""
 
     def __init__(self):

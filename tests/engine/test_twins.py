@@ -43,7 +43,7 @@ import {first}
 import {second}
 import lightning.pytorch, pytorch_lightning, torch
 from lightning_reg import LossMixin
-from lightning_reg.engine.errors import MisconfigurationException
+from lightning_reg.engine.host.errors import MisconfigurationException
 from tests.toys import Term, Penalty, make_loader, same_weights
 
 trained = []

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback
 from typing_extensions import override
 
-from lightning_reg.engine.errors import MisconfigurationException
-from lightning_reg.engine.hooks import EngineHooks
-from lightning_reg.engine.lookup import ENGINES
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.loss.lookup import ENGINES
+from lightning_reg.engine.run.hooks import EngineHooks
 from tests.toys import (
     QUIET,
     BatchShift,

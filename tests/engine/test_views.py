@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
-from lightning_reg.engine.entries import replace_entry
-from lightning_reg.engine.errors import MisconfigurationException
-from lightning_reg.engine.views import Views
+from lightning_reg.engine.data.entries import replace_entry
+from lightning_reg.engine.data.views import Views
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.technique import BatchTechnique, LossTechnique
 from tests.toys import (
     QUIET,
     BatchShift,
@@ -33,7 +34,7 @@ from tests.toys import (
 pytestmark = QUIET
 
 
-class Shifted(_Toy):
+class Shifted(_Toy, BatchTechnique, LossTechnique):
     """Adds ``count`` views, each shifted further, and notes what the network made of them."""
 
     def __init__(self, count=2, **kwargs):

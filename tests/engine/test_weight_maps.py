@@ -6,17 +6,17 @@ import torch.nn.functional as F
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from typing_extensions import override
 
-from lightning_reg.engine.errors import MisconfigurationException
-from lightning_reg.engine.hooks import EngineHooks, LastHook
-from lightning_reg.engine.technique import Technique
-from lightning_reg.engine.weight_maps import Latents
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.run.hooks import EngineHooks, LastHook
+from lightning_reg.engine.technique import WeightMapTechnique
+from lightning_reg.engine.weights.maps import Latents
 from tests.toys import QUIET, BoomError, Callback, Classifier, Halve, fit, make_loader, make_trainer, same_weights
 
 pytestmark = QUIET
 NAME = "net.3.weight"
 
 
-class Doubled(Technique):
+class Doubled(WeightMapTechnique):
     """w = 2 v: with SGD the learning rate of the weight is four times its own."""
 
     def __init__(self, names=(NAME,), name=None):

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_reg import ConR, LossMixin
-from lightning_reg.engine.errors import MisconfigurationException
+from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.functional import conr_loss, inverse_density_weights, label_distance, pair_masks
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case

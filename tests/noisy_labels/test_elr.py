@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_reg import ELRCallback
-from lightning_reg.engine.errors import MisconfigurationException
+from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.functional import elr_loss, elr_regularizer, elr_update_targets
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_reg import Compander, WeightCompander
-from lightning_reg.engine.errors import MisconfigurationException
+from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.functional import bake_companders, compand, compand_gradients, expand, weight_stats
 from lightning_reg.regularization._companding import compand_all, pull_back_all_, shapes_for
 from tests.conformance.by_hand import Hand

@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from lightning_reg import ELRCallback, LossMixin, LossReweighting
-from lightning_reg.engine import host
-from lightning_reg.engine.errors import MisconfigurationException
+from lightning_reg.engine.host import lightning as host
+from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.functional import (
     apply_strategy,
     elr_regularizer,

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_reg import NMSparsity
-from lightning_reg.engine.errors import MisconfigurationException
+from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.functional import check_nm, nm_mask
 from tests.toys import QUIET, Callback, Classifier, make_trainer
 

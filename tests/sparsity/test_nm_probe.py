@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_reg import NMSparsity
-from lightning_reg.engine.errors import MisconfigurationException
+from lightning_reg.engine.host.errors import MisconfigurationException
 from tests.toys import QUIET, TWO_RANKS, Callback, Classifier, make_trainer, same_weights, weights_of
 
 pytestmark = QUIET

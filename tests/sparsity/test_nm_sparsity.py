@@ -25,7 +25,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import lightning_reg
 from lightning_reg import NMSparsity
-from lightning_reg.engine.errors import MisconfigurationException
+from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.functional import (
     best_channel_permutation,
     check_nm,

@@ -17,9 +17,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from lightning_reg import NMSparsity
-from lightning_reg.engine import shards
-from lightning_reg.engine.errors import MisconfigurationException
-from lightning_reg.engine.strategies import check_editable
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.weights import shards
+from lightning_reg.engine.weights.strategies import check_editable
 from lightning_reg.functional import check_nm, unpack_mask
 from tests.toys import QUIET, make_trainer
 

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_reg.engine.errors import check_number
-from lightning_reg.engine.technique import Technique
+from lightning_reg.engine.host.arguments import check_number
+from lightning_reg.engine.run.phases import Member
+from lightning_reg.engine.technique import LossTechnique
 
 if TYPE_CHECKING:
-    from lightning_reg.engine.loss_call import LossCall
+    from lightning_reg.engine.loss.call import LossCall
 
 __all__ = ["LabelSmoothing", "label_smoothing_term"]
 
@@ -36,7 +37,7 @@ def label_smoothing_term(logits: Tensor, labels: Tensor) -> Tensor:
     return log_p.gather(1, labels[:, None])[:, 0] - log_p.mean(1)
 
 
-class LabelSmoothing(Technique):
+class LabelSmoothing(LossTechnique):
     r"""Trains on :math:`(1 - \epsilon)\,[y = c] + \epsilon / C` in place of the labels.
 
     Source:
@@ -70,7 +71,7 @@ class LabelSmoothing(Technique):
         return f"epsilon={self.epsilon:g}"
 
     @override
-    def conflict_with(self, other: Technique) -> str | None:
+    def conflict_with(self, other: Member) -> str | None:
         if other.mixes == "none":
             return None
         return "a mixed sample has two labels, which are smooth already. Remove one of them."

@@ -1,0 +1,1 @@
+"""Batches, samples and the loaders that they come from."""

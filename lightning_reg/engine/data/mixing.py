@@ -1,0 +1,73 @@
+"""How the samples of a batch were mixed in pairs, and whether a loss is about them."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lightning_reg.engine.data.batches import place_of, tensors_of
+from lightning_reg.engine.data.blend import blend
+from lightning_reg.engine.host.errors import MisconfigurationException
+
+if TYPE_CHECKING:
+    from lightning_reg.engine.host.owner import Owner
+
+__all__ = ["Mixing"]
+
+
+@dataclass(frozen=True, eq=False)
+class Mixing:
+    """How the samples of a batch were mixed in pairs; a technique leaves it in ``step.mixing``.
+
+    Args:
+        by: The technique that did it.
+        permutation: Partner of each sample, ``(B,)`` int64.
+        weights: Share of the sample itself: a number, or one for each sample ``(B,)``.
+        inputs: The mixed inputs as they stand in the batch.
+        part: The batch, or of several loaders' batches the one that was mixed, with its targets as they were.
+        in_targets: Whether the batch's targets are mixed as well; then the loss is left as it is.
+
+    """
+
+    by: "Owner"
+    permutation: Tensor
+    weights: float | Tensor
+    inputs: Tensor
+    part: Any
+    in_targets: bool = False
+
+    def rows(self, values: Tensor) -> Tensor:
+        """What a mixed sample has of a row per sample, ``(B, ...)``: its own and its partner's, by their shares."""
+        return blend(values, self.permutation, self.weights)
+
+    def concerns(self, target: Tensor | None, batch: Any, joined: Any = None) -> bool | None:
+        """Whether a loss's target is one of the labels that go with the mixed inputs.
+
+        Args:
+            target: The target.
+            batch: The batch that ``training_step`` got.
+            joined: What it got in its place, the batch together with its views, if there are any.
+
+        Returns:
+            ``True`` if it is an entry of the batch beside the inputs or a view of one, ``False`` if it is the mixed
+            inputs or comes with another loader's batch, ``None`` if that cannot be known (a converted copy, say).
+
+        """
+        if target is None:
+            return None
+        entries = [place_of(entry) for entry in tensors_of(batch)]
+        given = entries if joined is None else [place_of(entry) for entry in tensors_of(joined)]
+        place = dict(zip(given, entries, strict=True)).get(place_of(target), place_of(target))
+        if place == place_of(self.inputs):
+            return False
+        if place in map(place_of, tensors_of(self.part)):
+            return True
+        return False if place in entries else None
+
+    def two_targets(self, reader: "Owner") -> MisconfigurationException:
+        """The error for a technique that reads the target of each sample and has no rule for two of them."""
+        names = type(reader).__name__, type(self.by).__name__
+        return MisconfigurationException(
+            f"{names[0]} and {names[1]} cannot stand together: {names[0]} reads the target of each sample, and a sample"
+            f" that {names[1]} has mixed has two."
+        )

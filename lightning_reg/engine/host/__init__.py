@@ -1,0 +1,1 @@
+"""Where the suite touches Lightning, torch and the process: private names, random generators, collectives, errors."""

@@ -1,0 +1,1 @@
+"""Named layers: their outputs read and changed."""

@@ -1,0 +1,99 @@
+"""Observing the outputs of layers that are named as in ``named_modules()``."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_reg.engine.host.errors import refuse_layer
+
+__all__ = ["FeatureTap", "find_layer", "is_of_a_tap", "named_layers"]
+
+
+def named_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """Layers by the names the user knows: without the ``_orig_mod.`` that ``torch.compile`` puts in between."""
+    layers = ((f"{name}.".replace("._orig_mod.", ".")[:-1], layer) for name, layer in module.named_modules())
+    return {name: layer for name, layer in layers if name and name != "_orig_mod"}
+
+
+def find_layer(layers: Mapping[str, nn.Module], name: str) -> nn.Module:
+    """The layer of a name.
+
+    Args:
+        layers: As :func:`named_layers` gives them.
+        name: What the user wrote.
+
+    Returns:
+        The layer.
+
+    Raises:
+        MisconfigurationException: If there is none; the message lists near names.
+
+    """
+    if name not in layers:
+        refuse_layer(name, layers)
+    return layers[name]
+
+
+class FeatureTap:
+    """Keeps the outputs of named layers while it is open: the last of each, and those of all passes in order.
+
+    Args:
+        module: The user's module.
+        names: Layer names.
+        view: What is kept of an output.
+
+    Attributes:
+        own: What is kept, of that, of the last output; set anew for each step.
+
+    Raises:
+        MisconfigurationException: If a name matches no layer; the message lists near ones.
+
+    """
+
+    def __init__(
+        self, module: nn.Module, names: Sequence[str], view: Callable[[Any], Any] = lambda output: output
+    ) -> None:
+        layers = named_layers(module)
+        self.view = view
+        self.own: Callable[[Any], Any] = _all_of_it
+        self.outputs: dict[str, Any] = {}
+        self.passes: dict[str, list[Any]] = {}
+        self.open = False
+        self._handles: list[RemovableHandle] = []
+        for name, layer in [(name, find_layer(layers, name)) for name in dict.fromkeys(names)]:
+            self._handles.append(layer.register_forward_hook(_Keep(self, name)))
+
+    def shut(self) -> None:
+        """Keeps no more, and forgets the outputs."""
+        self.open, self.own = False, _all_of_it
+        self.outputs.clear()
+        self.passes.clear()
+
+    def close(self) -> None:
+        """Takes the hooks off and forgets the outputs."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.shut()
+
+
+def _all_of_it(output: Any) -> Any:
+    return output
+
+
+def is_of_a_tap(hook: Any) -> bool:
+    """Whether a forward hook is a tap's."""
+    return isinstance(hook, _Keep)
+
+
+class _Keep:
+    def __init__(self, tap: FeatureTap, name: str) -> None:
+        self.tap, self.name = tap, name
+
+    def __call__(self, layer: nn.Module, args: Any, output: Any) -> None:
+        if self.tap.open:
+            kept = self.tap.view(output)
+            self.tap.outputs[self.name] = self.tap.own(kept)
+            self.tap.passes.setdefault(self.name, []).append(kept)

@@ -1,0 +1,1 @@
+"""The loss: seeing the call, choosing it, taking it apart, changing it."""

@@ -1,0 +1,1 @@
+"""Further networks beside the user's."""

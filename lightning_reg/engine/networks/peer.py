@@ -1,0 +1,396 @@
+"""Second networks beside the user's: a frozen teacher, a moving average, and what they make of a batch."""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from types import CellType, FunctionType, MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torchmetrics import Metric
+
+from lightning_reg.engine.host import lightning as host
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.layers.named import FeatureTap, is_of_a_tap
+from lightning_reg.engine.loss.call import LossCall
+from lightning_reg.engine.loss.call_by_hand import HandWrittenCall
+from lightning_reg.engine.loss.choice import Selection
+from lightning_reg.engine.loss.elements import bind
+from lightning_reg.engine.loss.mixin import LossMixin
+from lightning_reg.engine.loss.watch import Interception, call_site
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+
+    from lightning_reg.engine.host.owner import Owner
+    from lightning_reg.engine.step import Step
+
+__all__ = [
+    "Peer",
+    "Sight",
+    "check_runs_on_copy",
+    "copy_of",
+    "is_grown",
+    "load_weights_",
+    "update_average_",
+    "weights_of",
+]
+
+
+# -- copies -----------------------------------------------------------------------------------------------------------
+
+_EMPTY = CellType()  # of a name that has no value yet
+
+
+def copy_of(module: "LightningModule") -> "LightningModule":
+    """A copy of the user's module: the same weights on the same device, and nothing of the Trainer or the engine.
+
+    Compiled parts are copied as they were before ``torch.compile``; gradients are not copied.
+
+    Args:
+        module: The user's module, with dense weights in.
+
+    Returns:
+        The copy, in the module's present mode, attached to no Trainer.
+
+    Raises:
+        MisconfigurationException: If the module holds something that cannot be copied, or a function that would go on
+            with the layers of the module itself.
+
+    """
+    with host.without_compiled_steps(module):
+        _check_functions(module)
+    memo: dict[int, Any] = {id(hook): hook for layer in module.modules() for hook in layer._forward_hooks.values()}
+    memo = {key: hook for key, hook in memo.items() if is_of_a_tap(hook)}
+    # Such as `self.last_logits`: torch refuses to copy a tensor with a history.
+    kept = (leaf for layer in module.modules() for leaf in tree_leaves(vars(layer)) if isinstance(leaf, Tensor))
+    memo |= {id(leaf): leaf.detach().clone() for leaf in kept if not leaf.is_leaf}
+    try:
+        # The innermost first, so that a compiled network inside another one is found in the memo.
+        for layer in reversed(list(module.modules())):
+            if hasattr(layer, "_orig_mod"):
+                memo[id(layer)] = copy.deepcopy(layer._orig_mod, memo)
+        with host.without_compiled_steps(module):
+            twin = copy.deepcopy(module, memo)
+    except (RuntimeError, TypeError) as error:
+        raise MisconfigurationException(
+            f"{type(module).__name__} cannot be copied: {error}. What cannot be pickled (files, locks, generators) does"
+            " not belong into the module."
+        ) from error
+    for layer in twin.modules():
+        layer._compiled_call_impl = None
+        for key, hook in list(layer._forward_hooks.items()):
+            if is_of_a_tap(hook):
+                del layer._forward_hooks[key]
+    return twin
+
+
+def _check_functions(module: nn.Module) -> None:
+    """Refuses hooks and replaced methods that hold a layer; copies share plain functions, so they would use it too."""
+    names = {id(layer): f"the layer {name!r}" if name else "the module" for name, layer in module.named_modules()}
+    for layer in module.modules():
+        functions = [*layer._forward_hooks.values(), *layer._forward_pre_hooks.values()]
+        # A metric wraps its methods in functions that hold it, and wraps them anew when it is copied; what is compiled
+        # is left out of copies.
+        if not isinstance(layer, Metric) and not hasattr(layer, "_orig_mod"):
+            functions += [value for name, value in vars(layer).items() if name != "_compiled_call_impl"]
+        for function in functions:
+            held = next((names[id(x)] for x in _held(function) if id(x) in names), None)
+            if held is not None:
+                raise MisconfigurationException(
+                    f"{type(module).__name__} cannot be copied: {names[id(layer)]} has a function of its own that holds"
+                    f" {held}, and a copy would have the same function. Write a method of the module in its place:"
+                    " `layer.register_forward_hook(self.keep)`."
+                )
+
+
+def _held(function: Any) -> Iterator[Any]:
+    """What a plain function has in its closure and its defaults, and what the functions in there have."""
+    stack, seen = [function], set()
+    while stack:
+        current = stack.pop()
+        if isinstance(current, partial):  # copied with its arguments, but for functions
+            stack += [current.func, *current.args, *current.keywords.values()]
+        if not isinstance(current, FunctionType) or id(current) in seen:
+            continue
+        seen.add(id(current))
+        cells = [c.cell_contents for c in current.__closure__ or () if c != _EMPTY]
+        for value in tree_leaves([cells, current.__defaults__ or (), current.__kwdefaults__ or {}]):
+            yield value.__self__ if isinstance(value, MethodType) else value
+            stack.append(value)
+
+
+def check_runs_on_copy(module: "LightningModule", owner: object) -> None:
+    """Refuses a module whose ``training_step`` does more than to compute a loss from its batch.
+
+    Args:
+        module: The user's module.
+        owner: Who wants to run it; its class is named in the message.
+
+    Raises:
+        MisconfigurationException: If it fetches batches or trains by itself.
+
+    """
+    if "dataloader_iter" in inspect.signature(module.training_step).parameters:
+        raise MisconfigurationException(
+            f"{type(owner).__name__} runs `training_step` on a copy of the module; one that takes `dataloader_iter`"
+            " would fetch another batch there. Write `training_step(batch, batch_idx)`."
+        )
+    if not module.automatic_optimization:
+        raise MisconfigurationException(
+            f"{type(owner).__name__} runs `training_step` on a copy of the module, which would train there under"
+            " automatic_optimization=False. Leave optimization to Lightning, or use the functional core."
+        )
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers by the names the user knows; the module's own memory, without gradient."""
+    named = (*module.named_parameters(), *module.named_buffers())
+    return {name.replace("_orig_mod.", ""): tensor.detach() for name, tensor in named}
+
+
+@torch.no_grad()
+def load_weights_(module: nn.Module, weights: Mapping[str, Tensor], owner: object) -> None:
+    """Copies weights into a module, by name; where it has grown by rows at the end, these stay as they are.
+
+    Args:
+        module: What they are copied into. What it has and ``weights`` have not stays as it is.
+        weights: By name, as :func:`weights_of` gives them.
+        owner: Whose weights these are; its class is named in the message.
+
+    Raises:
+        MisconfigurationException: If the module lacks one of them, or has it in a shape of another kind.
+
+    """
+    own = weights_of(module)
+    for name, value in weights.items():
+        place = own.get(name)
+        if place is None or not is_grown(place, value):
+            found = "is not there" if place is None else f"has shape {tuple(place.shape)}"
+            raise MisconfigurationException(
+                f"{type(owner).__name__}: {name!r} had shape {tuple(value.shape)} when it was kept and {found} now."
+                " Between fits layers may only come anew, or grow by rows at the end (new classes of a head)."
+            )
+        (place[: len(value)] if value.dim() else place).copy_(value)
+
+
+def is_grown(now: Tensor, before: Tensor) -> bool:
+    """Whether a tensor has the shape of an earlier one, or more rows and else the same."""
+    if not before.dim() or now.dim() != before.dim():
+        return now.shape == before.shape
+    return now.shape[1:] == before.shape[1:] and now.shape[0] >= before.shape[0]
+
+
+@torch.no_grad()
+def update_average_(average: Sequence[Tensor], params: Sequence[Tensor], decay: float) -> None:
+    r"""One step of a moving average of parameters, in place.
+
+    .. math:: \bar\theta \leftarrow d\,\bar\theta + (1 - d)\,\theta
+
+    Args:
+        average: Changed in place.
+        params: The present values, in the same order.
+        decay: d, in [0, 1].
+
+    """
+    torch._foreach_lerp_(list(average), list(params), 1.0 - decay)
+
+
+# -- what a copy makes of a batch -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What a second network made of a batch, without gradient unless it was asked for.
+
+    Args:
+        call: The loss call of its ``training_step``, the same one as of the user's module; ``None`` if it was not asked
+            for, or the step made no loss.
+        features: Outputs of the named layers.
+
+    """
+
+    call: LossCall | None
+    features: Mapping[str, Any]
+
+
+class Peer:
+    """A second network: a copy of the user's module that runs the module's own ``training_step``.
+
+    Made for one fit; what has to outlive it are its weights (:func:`weights_of`, :func:`load_weights_`). Memory: the
+    module's parameters and buffers once more.
+
+    Args:
+        module: The user's module; the copy starts with its weights.
+        layers: Layers whose outputs :meth:`see` returns, named as in ``named_modules()``.
+        training: Whether it runs in train mode (dropout, statistics of the batch) or in eval mode.
+        owner: Whose it is; its class is named in messages.
+
+    Raises:
+        MisconfigurationException: If the module cannot be copied, a layer is not there, or ``training_step`` fetches
+            batches or trains itself.
+
+    """
+
+    def __init__(
+        self, module: "LightningModule", *, layers: Sequence[str] = (), training: bool = False, owner: object
+    ) -> None:
+        check_runs_on_copy(module, owner)
+        self.module = copy_of(module).train(training)
+        self._tap = FeatureTap(self.module, layers)
+        self._metrics = [layer for layer in self.module.modules() if isinstance(layer, Metric)]
+        self._pairs = list(self.module.parameters()), list(module.parameters())
+        self._interception = Interception(self._intercept, compiled=False)
+        self._step: Step | None = None
+        self._selection = Selection(())
+        self._taken: LossCall | None = None
+        self._keep: Callable[[dict[str, Any]], dict[str, Any]] = _detached
+
+    def update_average_(self, decay: float) -> None:
+        """Moves its parameters to those of the module it was copied from: :func:`update_average_`."""
+        update_average_(*self._pairs, decay)
+
+    def see(self, step: "Step", technique: "Owner | None" = None, *, gradient: bool = False) -> Sight:
+        """Runs its ``training_step`` on the step's batch.
+
+        Nobody notices: random states are put back (so it draws what the user's module draws, if it is asked in
+        :meth:`Technique.observe_batch`), nothing is logged, its buffers and metrics stay what they were. No activation
+        is kept. A copy's own lists, if ``training_step`` appends to any, grow.
+
+        Args:
+            step: The step, with its final batch.
+            technique: Whose ``loss`` chooses the loss call to return; ``None`` if only features are wanted.
+            gradient: Whether to keep the graph, for gradients with respect to its parameters, in full precision.
+
+        Returns:
+            The loss call and the features.
+
+        Raises:
+            MisconfigurationException: If the loss call is not certain, or ``training_step`` changes its batch in place.
+            RuntimeError: If ``training_step`` asks for gradients itself.
+
+        """
+        trainer = step.trainer
+        tensors = [leaf for leaf in tree_leaves(step.batch) if isinstance(leaf, Tensor)]
+        versions = [tensor._version for tensor in tensors]
+        self._step, self._selection, self._taken = step, Selection([] if technique is None else [technique]), None
+        self._keep = _unchanged if gradient else _detached
+        try:
+            with ExitStack() as undo:
+                undo.enter_context(host.isolated_randomness())
+                undo.enter_context(host.lent_trainer(self.module, trainer))
+                undo.enter_context(_kept_buffers(self.module))
+                # With a graph, so that calls with a gradient are told apart as they are in the user's own step (a
+                # metric's have none); the graph keeps nothing. Without one, where no call is asked for: torch's
+                # transformer layers have a faster way then.
+                undo.enter_context(torch.set_grad_enabled(gradient or technique is not None))
+                undo.enter_context(trainer.precision_plugin.train_step_context())
+                if gradient:
+                    undo.enter_context(torch.autocast(self.module.device.type, enabled=False))
+                else:
+                    undo.enter_context(saved_tensors_hooks(_forget, _forgotten))
+                undo.enter_context(self._watch())
+                self._tap.open = True
+                self.module.training_step(step.batch, *step.arguments)
+            outputs = dict(self._tap.outputs)
+            features = outputs if gradient else tree_map_only(Tensor, Tensor.detach, outputs)
+        except RuntimeError as error:
+            if technique is None and "does not require grad" in str(error):
+                raise RuntimeError(_ASKS_FOR_GRADIENTS) from error
+            raise
+        finally:
+            self._tap.open = False
+            self._tap.outputs.clear()
+            self._step = None
+            for metric in self._metrics:
+                metric.reset()
+        if versions != [tensor._version for tensor in tensors]:
+            raise MisconfigurationException(
+                f"{type(self.module).__name__}.training_step changes its batch in place, so a second network sees"
+                " another batch than the module. Write `x = x + noise` for `x += noise`."
+            )
+        return Sight(self._chosen(), features)
+
+    @contextmanager
+    def _watch(self) -> Iterator[None]:
+        if not isinstance(self.module, LossMixin):
+            with self._interception.watch():
+                yield
+            return
+        replaced = host.Replacement(self.module, "reduce_loss", self._reduce_loss)
+        try:
+            yield
+        finally:
+            replaced.undo()
+
+    def _intercept(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        arguments = bind(function, args, kwargs)
+        has_gradient = any(isinstance(value, Tensor) and value.requires_grad for value in arguments.values())
+        if self._step is not None and torch.is_grad_enabled() and has_gradient:
+            self._note(LossCall(function, self._keep(arguments), self._step, call_site()))
+        return function(*args, **kwargs)
+
+    def _reduce_loss(
+        self,
+        per_sample_loss: Tensor,
+        *,
+        logits: Tensor | None = None,
+        targets: Tensor | None = None,
+        indices: Tensor | None = None,
+    ) -> Tensor:
+        if self._step is not None and per_sample_loss.requires_grad:
+            handed_over = self._keep({"loss": per_sample_loss, "logits": logits})
+            self._note(
+                HandWrittenCall(handed_over["loss"], handed_over["logits"], targets, indices, self._step, call_site())
+            )
+        return per_sample_loss.mean()
+
+    def _note(self, call: LossCall) -> None:
+        if self._selection.take(call.name, call.site, str(call)) or self._selection.last():
+            self._taken = call
+
+    def _chosen(self) -> LossCall | None:
+        if self._selection.seen:
+            self._selection.check()
+        call, self._taken = self._taken, None
+        return call
+
+
+def _detached(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.detach() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+
+
+def _unchanged(arguments: dict[str, Any]) -> dict[str, Any]:
+    return arguments
+
+
+_ASKS_FOR_GRADIENTS = "`training_step` asks for gradients itself; a second network, which gets none, cannot run it."
+
+
+def _forget(tensor: Tensor) -> None:
+    return None
+
+
+def _forgotten(nothing: None) -> Tensor:
+    raise RuntimeError(_ASKS_FOR_GRADIENTS)
+
+
+@contextmanager
+def _kept_buffers(module: nn.Module) -> Iterator[None]:
+    # In eval mode too: `training_step` may move them itself. Copies stand in for them, because a graph that outlives
+    # the pass allows no writing into what it saved.
+    copies = {id(buffer): buffer.detach().clone() for buffer in module.buffers()}
+    places = [(layer._buffers, dict(layer._buffers)) for layer in module.modules() if layer._buffers]
+    try:
+        for place, before in places:
+            place.update({name: None if buffer is None else copies[id(buffer)] for name, buffer in before.items()})
+        yield
+    finally:
+        for place, before in places:
+            place.update(before)

@@ -1,0 +1,170 @@
+"""Which techniques can stand together in one Trainer; decided before anything is attached."""
+
+import inspect
+from collections.abc import Sequence
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.loss.mixin import LossMixin
+from lightning_reg.engine.run.phases import LOSS_PHASES, Member, phases_of
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["check_composition", "conflict_between"]
+
+# Phases in which the work of a second technique would undo that of the first.
+_EXCLUSIVE = {"change_targets": "replaces the targets of the loss", "change_losses": "replaces the loss"}
+
+
+def check_composition(techniques: Sequence[Member], trainer: "Trainer", module: "LightningModule") -> None:
+    """Refuses what cannot hold together.
+
+    Args:
+        techniques: In the order of the Trainer's callbacks.
+        trainer: The Trainer that starts to fit.
+        module: The user's module.
+
+    Raises:
+        MisconfigurationException: Naming the two techniques, or the technique and the setup, and what to do instead.
+
+    """
+    for one, two in combinations(techniques, 2):
+        sentence = conflict_between(one, two)
+        if sentence is not None:
+            raise MisconfigurationException(f"{type(one).__name__} and {type(two).__name__} {sentence}")
+    fetches_itself = "dataloader_iter" in inspect.signature(module.training_step).parameters
+    for technique in techniques:
+        if fetches_itself:
+            _check_fetching(technique)
+        if not module.automatic_optimization:
+            _check_manual(technique)
+        _check_mixin(technique, module)
+        technique.check(trainer, module)
+
+
+def conflict_between(one: Member, two: Member) -> str | None:
+    """Why two techniques cannot stand in one Trainer, in this order.
+
+    Args:
+        one: The first among the callbacks.
+        two: The second.
+
+    Returns:
+        A sentence behind both their names; ``None`` if they can stand together.
+
+    """
+    if one.log_key == two.log_key:
+        return f'in one Trainer share the log key {one.log_key!r}. Tell them apart by `name="..."`.'
+    sentence = one.conflict_with(two) or two.conflict_with(one)
+    if sentence is None:
+        sentence = _mixing_conflict(one, two) or _copies_conflict(one, two) or _views_conflict(one, two)
+        sentence = sentence or _order_conflict(one, two)
+    for phase, what in _EXCLUSIVE.items():
+        if sentence is None and phase in phases_of(one) and phase in phases_of(two) and one.loss == two.loss:
+            sentence = (
+                f"each {what}, so only the last would count. Remove one of them, or let them work on different loss"
+                " calls with `loss=...`."
+            )
+    return None if sentence is None else f"cannot stand together: {sentence}"
+
+
+def _copies_conflict(one: Member, two: Member) -> str | None:
+    if _plan(one) is not None and _plan(two) is not None:
+        return "each lets a part of the network run on several copies of the batch. Remove one of them."
+    for copying, other in ((one, two), (two, one)):
+        plan, names = _plan(copying), (type(copying).__name__, type(other).__name__)
+        acts = LOSS_PHASES.intersection(phases_of(other)) or other.mixes != "none"
+        if plan is not None and plan.way == "passes" and acts:
+            return (
+                f"{names[0]} runs the training step {plan.number} times, and {names[1]} would act on the loss of each."
+                " Let the copies be rows of one run."
+            )
+    return None
+
+
+def _views_conflict(one: Member, two: Member) -> str | None:
+    for viewing, other in ((one, two), (two, one)):
+        if "extra_views" in phases_of(viewing) and (other.mixes != "none" or _plan(other) is not None):
+            what = "mixes samples" if other.mixes != "none" else "lets a part of the network run on copies of the rows"
+            return (
+                f"{type(viewing).__name__} passes further views of the batch through the network beside it, and"
+                f" {type(other).__name__} {what}: which rows belong together is then not known. Remove one of them."
+            )
+    return None
+
+
+def _check_mixin(technique: Member, module: "LightningModule") -> None:
+    plan = _plan(technique)
+    if isinstance(module, LossMixin) and plan is not None and plan.way == "rows":
+        raise MisconfigurationException(
+            f"{type(technique).__name__}: the module computes its losses itself (LossMixin), for the rows it knows of,"
+            " and not for their copies. Let the copies be runs of the training step, if the technique offers that."
+        )
+
+
+def _mixing_conflict(one: Member, two: Member) -> str | None:
+    if one.mixes == "all" and two.mixes != "none":
+        return (
+            "a batch is mixed once, and the first mixes all of them, so the second would never act. Lower the"
+            " probability of the first: the second then takes what the first has left alone."
+        )
+    for mixer, other in ((one, two), (two, one)):
+        looks_at_samples = other.needs_indices or {"change_targets", "change_losses"}.intersection(phases_of(other))
+        if mixer.mixes == "none" or not looks_at_samples:
+            continue
+        names = type(mixer).__name__, type(other).__name__
+        if not getattr(other, "takes_mixed", False):
+            return f"{names[0]} makes one sample of two, and {names[1]} has no rule for a sample with two owners."
+        if mixer.mixes == "all" and other.needs_indices:
+            return (
+                f"{names[1]} learns about single samples from the batches that are not mixed, and {names[0]} mixes all"
+                " of them. Lower its probability (0.5, say)."
+            )
+    return None
+
+
+def _order_conflict(one: Member, two: Member) -> str | None:
+    for orders, remembers in ((one, two), (two, one)):
+        if orders.reorders_channels and remembers.remembers_channels:
+            names = type(orders).__name__, type(remembers).__name__
+            return (
+                f"{names[0]} puts channels in another order when a training begins, and {names[1]} holds values of"
+                f" single channels from an earlier one. Let {names[0]} do so in the first fit only; the order stays in"
+                " the weights."
+            )
+    return None
+
+
+def _check_fetching(technique: Member) -> None:
+    name = type(technique).__name__
+    if technique.needs_indices:
+        raise MisconfigurationException(
+            f"{name} needs the indices of the batch, but `training_step(dataloader_iter)` fetches batches itself, so"
+            " they are not known. Write `training_step(batch, batch_idx)`."
+        )
+    if {"transform_batch", "extra_views"}.intersection(phases_of(technique)):
+        raise MisconfigurationException(
+            f"{name} changes the batch, but `training_step(dataloader_iter)` fetches batches itself. Write"
+            " `training_step(batch, batch_idx)`."
+        )
+
+
+def _check_manual(technique: Member) -> None:
+    name, plan = type(technique).__name__, _plan(technique)
+    if plan is not None and plan.way == "passes":
+        raise MisconfigurationException(
+            f"{name} runs `training_step` {plan.number} times for one optimizer step; with automatic_optimization=False"
+            " each run would train. Let the copies be rows of one run."
+        )
+    if technique.loss == "last":
+        raise MisconfigurationException(
+            f'{name}(loss="last") is known only after `training_step` has returned; with automatic_optimization=False'
+            " that is too late. Name the call by its position, function or place in the code."
+        )
+
+
+def _plan(technique: Member) -> Any:
+    plan = getattr(technique, "copy_plan", None)
+    return None if plan is None else plan()

@@ -1,0 +1,268 @@
+"""The phases of a training step, by what they act on; which of them a technique takes part in."""
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from contextlib import AbstractContextManager
+
+    from lightning.pytorch import LightningModule, Trainer
+
+    from lightning_reg.engine.layers.edits import LayerCall
+    from lightning_reg.engine.loss.call import LossCall
+    from lightning_reg.engine.run.part import Part
+    from lightning_reg.engine.step import Step
+    from lightning_reg.engine.weights.maps import Latents
+
+__all__ = [
+    "LOSS_PHASES",
+    "PHASES",
+    "Member",
+    "OnBatch",
+    "OnLayers",
+    "OnLoss",
+    "OnParameters",
+    "OnWeights",
+    "ThroughMap",
+    "phases_of",
+    "taking_part",
+]
+
+
+class Member:
+    """What the engine asks every technique."""
+
+    loss: int | str | None
+    index_key: str | None
+    dataloader: str | None
+    name: str | None
+    needs_indices: ClassVar[bool] = False
+
+    @property
+    def log_key(self) -> str:
+        """What its scalars are logged under."""
+        raise NotImplementedError
+
+    def derived_seed(self, purpose: str) -> int:
+        """A seed for one purpose."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """One line for the table at the start of the fit: settings, sizes, schedule."""
+        return ""
+
+    def check(self, trainer: "Trainer", module: "LightningModule") -> None:
+        """Refuses a setup that the technique cannot work in; called before anything is attached."""
+
+    def conflict_with(self, other: "Member") -> str | None:
+        """Why it cannot stand beside ``other`` in one Trainer, as a sentence; ``None`` if it can."""
+        return None
+
+    @property
+    def mixes(self) -> Literal["none", "some", "all"]:
+        """Which batches it mixes the samples of, over the whole training, see ``step.mixing``."""
+        return "none"
+
+    @property
+    def reorders_channels(self) -> bool:
+        """Whether it puts channels of the module's layers in another order when a training begins."""
+        return False
+
+    @property
+    def remembers_channels(self) -> bool:
+        """Whether it holds, from an earlier fit, numbers that belong to single channels of the module's layers."""
+        return False
+
+    def is_active(self, step: "Step") -> bool:
+        """Whether it takes part in this step; an inactive technique costs this call and nothing else."""
+        return True
+
+    def parts(self, trainer: "Trainer", module: "LightningModule") -> "Sequence[Part]":
+        """Parts of its own that the engine works with beside those that it has, see :class:`Part`; usually none."""
+        raise NotImplementedError
+
+
+class OnBatch(Member):
+    """Phases on the batch, before the user's ``training_step`` gets it."""
+
+    def transform_batch(self, batch: Any, step: "Step") -> Any:
+        """Returns the batch that the user's ``training_step`` gets; the given one stays as it is."""
+        raise NotImplementedError
+
+    def observe_batch(self, step: "Step") -> None:
+        """Sees ``step.batch`` as the user's ``training_step`` is about to get it; ``step.notes`` keeps what was seen.
+
+        The global random state is the one that ``training_step`` starts from, and must stay so.
+        """
+        raise NotImplementedError
+
+    def extra_views(self, batch: Any, step: "Step") -> "Sequence[Any]":
+        """Returns further versions of the batch, of the same structure and size, that pass the network beside it.
+
+        The user's loss stays that of the batch alone. What the network made of the views is in ``step.views`` and
+        ``call.whole_output``.
+        """
+        raise NotImplementedError
+
+
+class OnLoss(Member):
+    """Phases on the loss call, and the layers' outputs that go with it."""
+
+    # Whether it knows what to make of a batch whose samples were mixed (`step.mixing`); asked of those that look at
+    # single samples: by their indices, by their targets.
+    takes_mixed: ClassVar[bool] = False
+
+    @property
+    def feature_layers(self) -> "Sequence[str]":
+        """Layers whose outputs it reads from ``step.features``, named as in ``named_modules()``."""
+        return ()
+
+    def change_targets(self, call: "LossCall") -> Tensor | None:
+        """Returns the targets for the loss function, ``None`` to keep the present ones."""
+        raise NotImplementedError
+
+    def change_losses(self, call: "LossCall") -> Tensor | None:
+        """Returns losses of the samples ``(B,)`` in place of the call's own, ``None`` to keep these.
+
+        They are per unit of mass (an ignored sample counts 0, a class weight counts), and reduced as the user's own.
+        Where a technique runs on several copies of the rows it is asked for each copy, and their mean counts.
+        """
+        raise NotImplementedError
+
+    def sample_weights(self, call: "LossCall") -> Tensor | None:
+        """Returns a weight per sample ``(B,)``, or per element of the loss ``(E,)`` (token, pixel), neutral 1.
+
+        No gradient flows through it. ``None``: no weighting.
+        """
+        raise NotImplementedError
+
+    def loss_term(self, call: "LossCall") -> Tensor | None:
+        """Returns a term that joins each sample's loss ``(B,)``, or the whole loss ``()``; ``None`` for none.
+
+        Where a technique runs on several copies of the rows, ``call.logits`` are those of the mean prediction; a term
+        that is to be the mean over the copies asks :meth:`LossCall.copies`.
+        """
+        raise NotImplementedError
+
+
+class OnLayers(Member):
+    """The phase on the outputs of named layers."""
+
+    def features_to_edit(self, module: nn.Module) -> "Sequence[str]":
+        """Names of the layers whose outputs :meth:`edit_features` changes, as in ``named_modules()``."""
+        return ()
+
+    def edit_features(self, call: "LayerCall") -> Any:
+        """Returns what a layer returns in its place, ``None`` for its own output.
+
+        Called when the layer ran inside the user's ``training_step``, in training mode and with gradients recorded.
+        """
+        raise NotImplementedError
+
+
+class OnWeights(Member):
+    """The phase on the weights that the forward pass runs with, while the optimizer sees the dense ones."""
+
+    def weights_to_edit(self, module: nn.Module) -> "Sequence[str]":
+        """Names of the parameters that :meth:`edit_weights` changes, as in ``named_parameters()``."""
+        return ()
+
+    def needs_whole_parameters(self) -> str | None:
+        """Why it cannot edit the rows that a process holds of a split parameter, as a clause; ``None`` if it can."""
+        return f"{type(self).__name__} edits whole parameters"
+
+    def edit_weights(self, weights: "Mapping[str, Tensor]") -> None:
+        """Turns dense values into effective ones, in place, before the forward pass; the engine puts them back.
+
+        Of parameters that are split over processes it gets the rows of this process.
+        """
+        raise NotImplementedError
+
+    def weights_to_save(self, trainer: "Trainer", module: "LightningModule") -> "AbstractContextManager[None] | None":
+        """What exchanges the module's weights while a checkpoint with ``save_weights_only=True`` is written, if any."""
+        return None
+
+
+class OnParameters(Member):
+    """The phase on the parameters alone, before the optimizer's step."""
+
+    def penalty(self, module: "LightningModule") -> Tensor | None:
+        """Returns a scalar that depends on parameters only; ``None`` for none.
+
+        Its gradient joins that of the loss just before the optimizer's step, once however many batches are accumulated.
+        The weights in the module are dense then. It may be called more than once per step, without gradient too.
+        """
+        raise NotImplementedError
+
+
+class ThroughMap(Member):
+    """Weights trained through a map w = f(v): every other phase and hook sees w, the optimizer alone sees v."""
+
+    latents: "Latents"  # what is trained in place of the weights
+
+    def weights_to_map(self, module: nn.Module) -> "Sequence[str]":
+        """Names of the parameters that are trained through :meth:`map_weights`, as in ``named_parameters()``."""
+        return ()
+
+    def begin_map(self, weights: "Mapping[str, Tensor]") -> "Mapping[str, Tensor]":
+        """Returns new latents for the weights that a training begins with, and fills ``latents.own``."""
+        raise NotImplementedError
+
+    def latents_of(self, weights: "Mapping[str, Tensor]") -> "Mapping[str, Tensor]":
+        """Returns new latents for weights that somebody else wrote, under the map as it is."""
+        raise NotImplementedError
+
+    def map_weights(self, latents: "Mapping[str, Tensor]", weights: "Mapping[str, Tensor]") -> None:
+        """Writes f(v) into ``weights``, after the optimizer has stepped the latents."""
+        raise NotImplementedError
+
+    def pull_back(
+        self, latents: "Mapping[str, Tensor]", weights: "Mapping[str, Tensor]", gradients: "Mapping[str, Tensor]"
+    ) -> None:
+        """Turns gradients dL/dw into dL/dv, in place, and sets the gradients of ``latents.own``; once per step."""
+        raise NotImplementedError
+
+
+# In the order of the step, each with the class that declares it. Gradients and optimizer steps are Lightning's own
+# hooks on_before_optimizer_step and on_train_batch_end.
+PHASES: dict[str, type[Member]] = {
+    "transform_batch": OnBatch,
+    "observe_batch": OnBatch,
+    "extra_views": OnBatch,
+    "edit_weights": OnWeights,
+    "edit_features": OnLayers,
+    "parts": Member,
+    "change_targets": OnLoss,
+    "change_losses": OnLoss,
+    "sample_weights": OnLoss,
+    "loss_term": OnLoss,
+    "penalty": OnParameters,
+    "map_weights": ThroughMap,
+}
+LOSS_PHASES = frozenset(phase for phase, role in PHASES.items() if role is OnLoss)
+
+Role = TypeVar("Role", bound=Member)
+
+
+def phases_of(technique: Member | type[Member]) -> tuple[str, ...]:
+    """Phases that a technique takes part in: those whose methods it overrides, in the order of the step."""
+    cls = technique if isinstance(technique, type) else type(technique)
+    return tuple(p for p, role in PHASES.items() if issubclass(cls, role) and getattr(cls, p) is not getattr(role, p))
+
+
+def taking_part(techniques: "Sequence[Member]", role: type[Role], *phases: str) -> list[Role]:
+    """Those of the techniques that take part in one of the phases of a role, in order; in any of it if none is named.
+
+    Args:
+        techniques: In the order of the Trainer's callbacks.
+        role: The class that declares the phases.
+        *phases: Names of phases.
+
+    Returns:
+        The techniques.
+
+    """
+    named = set(phases) or {phase for phase, declared in PHASES.items() if declared is role}
+    return [cast("Role", technique) for technique in techniques if named.intersection(phases_of(technique))]

@@ -1,0 +1,64 @@
+"""What the engine tells: a table at the start of the fit, scalars while it runs. Rank zero only, through rich."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from lightning_reg.engine.host import distributed
+from lightning_reg.engine.host import lightning as host
+from lightning_reg.engine.run.phases import Member, phases_of
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["log_scalars", "show_table", "techniques_table"]
+
+log = logging.getLogger(__name__)
+
+
+def techniques_table(techniques: Sequence[Member], samples: Mapping[Member, int]) -> Table:
+    """The table at the start of the fit.
+
+    Args:
+        techniques: In the order they act.
+        samples: Number of samples whose indices are followed, for the techniques that need them.
+
+    Returns:
+        A rich table, one row per technique.
+
+    """
+    table = Table(title="lightning_reg", title_justify="left")
+    for column in ("technique", "acts on", "samples", "settings"):
+        table.add_column(column, overflow="fold")
+    for technique in techniques:
+        count = f"{samples[technique]:,}" if technique in samples else "-"
+        acts_on = ", ".join(phases_of(technique)) or "callback hooks"
+        name = type(technique).__name__ + (f" [{technique.name}]" if technique.name else "")
+        table.add_row(escape(name), acts_on, count, escape(technique.describe()))
+    return table
+
+
+def show_table(trainer: "Trainer", techniques: Sequence[Member], samples: Mapping[Member, int]) -> None:
+    """Prints the table where Lightning prints its model summary (``enable_model_summary``); else it goes to the log."""
+    if not trainer.is_global_zero:
+        return
+    if host.prints_summary(trainer):
+        Console().print(techniques_table(techniques, samples))
+    for technique in techniques:
+        log.info("%s: %s", type(technique).__name__, technique.describe())
+
+
+def log_scalars(module: "LightningModule", values: Mapping[str, Tensor], batch_size: int) -> None:
+    """Hands scalars to the user's loggers through the module's own ``log``, as means over the ranks."""
+    module.log_dict(
+        dict(values),
+        on_step=True,
+        on_epoch=False,
+        batch_size=batch_size or 1,
+        sync_dist=distributed.world_size() > 1,
+    )

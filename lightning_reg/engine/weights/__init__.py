@@ -1,0 +1,1 @@
+"""Weights put in and out around a step, trained through maps, penalized, split over processes."""
