@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from lightning_reg.continual.rehearsal_free_cl import PredictionDistillation as PredictionDistillation
     from lightning_reg.continual.weight_anchors import EWC as EWC
     from lightning_reg.continual.weight_anchors import L2ToStart as L2ToStart
-    from lightning_reg.dropout.multi_sample_dropout import MultiSampleDropout as MultiSampleDropout
-    from lightning_reg.dropout.multi_sample_dropout import MultiSampleDropoutLayer as MultiSampleDropoutLayer
+    from lightning_reg.dropout.multi_sample_dropout.core import MultiSampleDropoutLayer as MultiSampleDropoutLayer
+    from lightning_reg.dropout.multi_sample_dropout.multi_sample_dropout import MultiSampleDropout as MultiSampleDropout
     from lightning_reg.engine.loss.mixin import LossMixin as LossMixin
     from lightning_reg.engine.technique import BatchTechnique as BatchTechnique
     from lightning_reg.engine.technique import LayerTechnique as LayerTechnique
@@ -55,8 +55,8 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "PredictionDistillation": "lightning_reg.continual.rehearsal_free_cl",
         "EWC": "lightning_reg.continual.weight_anchors",
         "L2ToStart": "lightning_reg.continual.weight_anchors",
-        "MultiSampleDropout": "lightning_reg.dropout.multi_sample_dropout",
-        "MultiSampleDropoutLayer": "lightning_reg.dropout.multi_sample_dropout",
+        "MultiSampleDropoutLayer": "lightning_reg.dropout.multi_sample_dropout.core",
+        "MultiSampleDropout": "lightning_reg.dropout.multi_sample_dropout.multi_sample_dropout",
         "LossMixin": "lightning_reg.engine.loss.mixin",
         "BatchTechnique": "lightning_reg.engine.technique",
         "LayerTechnique": "lightning_reg.engine.technique",

@@ -32,10 +32,11 @@ if TYPE_CHECKING:
     from lightning_reg.continual.weight_anchors import fisher_diagonal as fisher_diagonal
     from lightning_reg.continual.weight_anchors import fisher_losses as fisher_losses
     from lightning_reg.continual.weight_anchors import quadratic_penalty as quadratic_penalty
-    from lightning_reg.dropout.multi_sample_dropout import dropout_copies as dropout_copies
-    from lightning_reg.dropout.multi_sample_dropout import fold as fold
-    from lightning_reg.dropout.multi_sample_dropout import multi_sample_dropout as multi_sample_dropout
-    from lightning_reg.dropout.multi_sample_dropout import multi_sample_loss as multi_sample_loss
+    from lightning_reg.dropout.multi_sample_dropout.core import MultiSampleDropoutLayer as MultiSampleDropoutLayer
+    from lightning_reg.dropout.multi_sample_dropout.core import dropout_copies as dropout_copies
+    from lightning_reg.dropout.multi_sample_dropout.core import fold as fold
+    from lightning_reg.dropout.multi_sample_dropout.core import multi_sample_dropout as multi_sample_dropout
+    from lightning_reg.dropout.multi_sample_dropout.core import multi_sample_loss as multi_sample_loss
     from lightning_reg.metric_learning.conr import conr_loss as conr_loss
     from lightning_reg.metric_learning.conr import inverse_density_weights as inverse_density_weights
     from lightning_reg.metric_learning.conr import label_distance as label_distance
@@ -98,10 +99,11 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "fisher_diagonal": "lightning_reg.continual.weight_anchors",
         "fisher_losses": "lightning_reg.continual.weight_anchors",
         "quadratic_penalty": "lightning_reg.continual.weight_anchors",
-        "dropout_copies": "lightning_reg.dropout.multi_sample_dropout",
-        "fold": "lightning_reg.dropout.multi_sample_dropout",
-        "multi_sample_dropout": "lightning_reg.dropout.multi_sample_dropout",
-        "multi_sample_loss": "lightning_reg.dropout.multi_sample_dropout",
+        "MultiSampleDropoutLayer": "lightning_reg.dropout.multi_sample_dropout.core",
+        "dropout_copies": "lightning_reg.dropout.multi_sample_dropout.core",
+        "fold": "lightning_reg.dropout.multi_sample_dropout.core",
+        "multi_sample_dropout": "lightning_reg.dropout.multi_sample_dropout.core",
+        "multi_sample_loss": "lightning_reg.dropout.multi_sample_dropout.core",
         "conr_loss": "lightning_reg.metric_learning.conr",
         "inverse_density_weights": "lightning_reg.metric_learning.conr",
         "label_distance": "lightning_reg.metric_learning.conr",

@@ -1,7 +1,7 @@
 """One training step as the techniques see it: the batch, its samples, its features, where training stands."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -63,6 +63,12 @@ class Step:
             that mixes leaves a batch alone that another one has mixed already.
         several: Whether the batch is a mapping or sequence of batches from several loaders.
         notes: What techniques keep for the later phases of this step, by technique.
+        active: The techniques that take part in it.
+        network: Runs the user's ``training_step`` on a batch.
+        call_changes: What parts make of each loss call, with gradient or without, before techniques work on it.
+        feature_view: What is kept of the output of an observed layer.
+        output: What ``training_step`` has returned.
+        made_loss: Whether it made a loss, as far as that is known when it has returned.
 
     """
 
@@ -84,8 +90,13 @@ class Step:
         self.several = several
         self.notes: dict[Owner, Any] = {}
         self.scalars: dict[str, Tensor] = {}
+        self.active: Sequence[Owner] = ()
+        self.network: Callable[[Any], Any] = _no_network
+        self.call_changes: list[Callable[[Any], Any]] = []
+        self.feature_view: Callable[[Any], Any] | None = None
+        self.output: Any = None
+        self.made_loss = False
         self._followed = followed
-        self._given: Tensor | None = None
 
     @property
     def epoch(self) -> int:
@@ -169,23 +180,20 @@ class Step:
             step.batch_sizes = (cut.stop - cut.start,)
         return iter(steps)
 
-    def give_indices(self, indices: Tensor) -> None:
-        """Takes the indices from the user's code, for :meth:`samples`."""
-        self._given = indices
-
-    def samples(self, technique: "Owner", device: torch.device) -> Samples:
+    def samples(self, technique: "Owner", device: torch.device, given: Tensor | None = None) -> Samples:
         """Dataset indices of the batch, where the technique's arguments say they are.
 
         Args:
             technique: Who asks.
             device: Where to.
+            given: Indices that the user's code gave, which count if there are any.
 
         Returns:
             Indices ``(B,)``, and what is known about them on the host.
 
         """
-        if self._given is not None:
-            return Samples(self._given.to(device).long(), False, None, None)
+        if given is not None:
+            return Samples(given.to(device).long(), False, None, None)
         if technique.index_key is not None:
             return Samples(entry_of_batch(self.batch, technique.index_key).to(device), False, None, None)
         source, drawn = find_source(technique, self._followed)
@@ -200,3 +208,7 @@ def _agreed_size(batch: Any) -> int | None:
     if not common or (len(common) == 2 and common[0][1] == common[1][1]):
         return None
     return common[0][0]
+
+
+def _no_network(batch: Any) -> Any:
+    raise NotImplementedError

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import SumMetric
 
 from lightning_reg import LossMixin, MultiSampleDropout, MultiSampleDropoutLayer
-from lightning_reg.dropout._layers import kind_of, mask_shape
+from lightning_reg.dropout.multi_sample_dropout.core import kind_of, mask_shape
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.row_bits import keep_mask
 from lightning_reg.functional import dropout_copies, fold, multi_sample_dropout, multi_sample_loss

@@ -118,7 +118,7 @@ def test_refusals():
     ):
         fit(Classifier(), Squares(name="one"), Squares(name="two"))
 
-    class Maps(_Toy):
+    class Maps(_Toy, LossTechnique):
         def change_losses(self, call):
             return call.input.sum(1).flatten()
 

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.run.phases import phases_of
-from lightning_reg.engine.technique import Technique
+from lightning_reg.engine.technique import BatchTechnique, Technique, WeightTechnique
 from tests.engine.by_hand import CASES, by_hand_all, by_hand_term
 from tests.toys import (
     BATCH,
@@ -208,7 +208,7 @@ def test_an_editor_without_a_parameter_to_edit_changes_nothing():
 def test_techniques_of_a_phase_act_in_the_order_of_the_list():
     order = []
 
-    class First(Term):
+    class First(Term, BatchTechnique, WeightTechnique):
         @override
         def transform_batch(self, batch, step):
             order.append(("batch", self.name))

@@ -31,7 +31,7 @@ class Watcher:
     def __init__(self, *, compiled: bool = False) -> None:
         self.calls: list[tuple[str, tuple, dict]] = []
         self.sites: list[str] = []
-        self.interception = Interception(self.handle, compiled=compiled)
+        self.interception = Interception(compiled=compiled)
 
     def handle(self, function, args, kwargs) -> Tensor:
         self.calls.append((function.__name__, args, kwargs))
@@ -41,7 +41,7 @@ class Watcher:
     def watch(self, function, *args) -> tuple[list[str], Tensor]:
         """Names of the calls seen in one step, and what the step returned."""
         self.calls.clear()
-        with self.interception.watch():
+        with self.interception.watch(self.handle):
             value = function(*args)
         return [name for name, _, _ in self.calls], value
 
@@ -144,13 +144,13 @@ def test_nothing_is_seen_afterwards(watcher):
 
 
 def test_losses_that_the_handler_calls_are_not_seen(watcher):
-    plain = watcher.interception._handler
+    plain = watcher.handle
 
     def handle(function, args, kwargs):
         return plain(function, args, kwargs) + F.l1_loss(X, Z) + F.mse_loss(X, Z)
 
     watcher = Watcher()
-    watcher.interception = Interception(handle, compiled=False)
+    watcher.handle = handle
     for _ in ("mode", "gate"):
         assert torch.equal(watcher.watch(F.cross_entropy, X, Y)[1], handle(F.cross_entropy, (X, Y), {}))
 
@@ -247,8 +247,7 @@ def test_torch_is_put_back_after_an_exception(watcher, where, monkeypatch):
         raise ZeroDivisionError
 
     if where == "handler":
-        monkeypatch.setattr(watcher.interception._gate, "_handler", fail)
-        monkeypatch.setattr(watcher.interception, "_handler", fail)
+        monkeypatch.setattr(watcher, "handle", fail)
     step = {"step": fail, "handler": F.cross_entropy, "torch": lambda x, y: F.cross_entropy(x, y[:2])}[where]
     with pytest.raises(ValueError if where == "torch" else ZeroDivisionError):
         watcher.watch(step, X, Y)

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.loss.call import LossCall
-from lightning_reg.engine.loss.call_by_hand import HandWrittenCall
+from lightning_reg.engine.loss.call import LossCall, loss_call
+from lightning_reg.engine.loss.call_by_hand import call_by_hand
 from lightning_reg.engine.loss.elements import LOSS_FUNCTIONS
 from lightning_reg.engine.step import Samples
 
@@ -25,11 +25,8 @@ class Step:
         self.batch_sizes = () if batch_size is None else (batch_size,)
         self.indices = torch.tensor(indices)
 
-    def give_indices(self, indices: Tensor) -> None:
-        self.indices = indices
-
-    def samples(self, technique: object, device: torch.device) -> Samples:
-        return Samples(self.indices.to(device), True, 4, 10)
+    def samples(self, technique: object, device: torch.device, given: Tensor | None = None) -> Samples:
+        return Samples((self.indices if given is None else given).to(device), True, 4, 10)
 
 
 class Reader:
@@ -99,7 +96,7 @@ def call_of(name: str, *args: Tensor, batch_size: int | None = None, indices=(),
     first, *others = args or CALLS[name]
     values = (first.clone().requires_grad_(), *others)
     arguments = dict(zip(LOSS_FUNCTIONS[PRESENT[name]], values, strict=False)) | options
-    return LossCall(PRESENT[name], arguments, Step(batch_size, indices), site)
+    return loss_call(PRESENT[name], arguments, Step(batch_size, indices), site)
 
 
 def gradient(value: Tensor, call: LossCall) -> Tensor:
@@ -257,14 +254,14 @@ def test_nothing_asked_is_the_plain_value(name, reduction):
     call = call_of(name, reduction=reduction)
     expected = call.function(**call.arguments)
     assert torch.equal(call.value(None, []), expected)
-    assert "decomposition" not in call.__dict__  # nobody asked for elements, so none are computed
+    assert not call.evaluation.is_taken_apart  # nobody asked for elements, so none are computed
     assert torch.equal(gradient(call.value(None, []), call), gradient(expected, call))
 
 
 def test_the_plain_value_is_not_computed_again_after_the_elements():
     call = call_of("cross_entropy")
     assert call.plain is not call.decomposition.plain
-    call.replace_target(call.target)
+    call = call.with_target(call.target)
     assert call.decomposition.plain is call.plain
 
 
@@ -438,7 +435,7 @@ def test_weights_per_element_and_their_product_with_weights_per_sample(reduction
     torch.testing.assert_close(call.combined(each, WEIGHTS), both)
     assert call.combined(None, each) is each
     assert torch.equal(call.combined(WEIGHTS, WEIGHTS), WEIGHTS * WEIGHTS)
-    hand = HandWrittenCall(normal(3), None, None, None, Step(3))
+    hand = call_by_hand(normal(3), None, None, None, Step(3))
     assert (hand.element_losses.tolist(), hand.element_mass) == (hand.input.tolist(), None)
 
 
@@ -458,7 +455,8 @@ def test_replaced_targets_are_what_counts():
     logits, old, new = normal(4, 5), torch.tensor([0, -100, 2, 3]), torch.tensor([1, 1, -100, 0])
     call = call_of("cross_entropy", logits, old, batch_size=4)
     before = (call.plain, call.losses, call.sample_mass, call.decomposition, call.batch_size)
-    call.replace_target(new)
+    given, call = call, call.with_target(new)
+    assert given.target is old
     after = call_of("cross_entropy", logits, new, batch_size=4)
     assert torch.equal(call.plain, after.plain)
     assert not torch.equal(call.plain, before[0])
@@ -473,7 +471,7 @@ def test_replaced_targets_are_what_counts():
 
 def test_replacing_the_target_leaves_the_users_arguments_alone():
     arguments = {"input": normal(2, 3), "target": torch.tensor([0, 1])}
-    LossCall(F.cross_entropy, arguments, Step()).replace_target(torch.tensor([2, 2]))
+    loss_call(F.cross_entropy, arguments, Step()).with_target(torch.tensor([2, 2]))
     assert arguments["target"].tolist() == [0, 1]
 
 
@@ -481,7 +479,7 @@ def test_a_loss_without_target_cannot_have_it_replaced():
     call = call_of("triplet_margin_loss")
     assert call.target is None
     with pytest.raises(MisconfigurationException) as raised:
-        call.replace_target(torch.zeros(4))
+        call.with_target(torch.zeros(4))
     assert str(raised.value) == (
         "F.triplet_margin_loss((4, 3), (4, 3), (4, 3), reduction='mean') has no target that could be replaced."
     )
@@ -531,16 +529,16 @@ def test_logits_are_refused_where_there_are_none(call, sentence):
 
 def test_arguments_by_name_in_any_order():
     logits, target = normal(4, 5), classes(5, 4)
-    call = LossCall(F.cross_entropy, {"target": target, "input": logits}, Step(4))
+    call = loss_call(F.cross_entropy, {"target": target, "input": logits}, Step(4))
     assert call.input is logits
 
 
 # -- losses written by hand -------------------------------------------------------------------------------------------
 
 
-def by_hand(step: Step | None = None, **given) -> HandWrittenCall:
+def by_hand(step: Step | None = None, **given) -> LossCall:
     given = {"logits": None, "targets": None, "indices": None} | given
-    return HandWrittenCall(torch.tensor([1.0, 2.0, 6.0], requires_grad=True), step=step or Step(), **given)
+    return call_by_hand(torch.tensor([1.0, 2.0, 6.0], requires_grad=True), step=step or Step(), **given)
 
 
 def test_hand_written_value():
@@ -576,7 +574,7 @@ def test_hand_written_logits_are_refused(logits, shape):
 
 def test_hand_written_targets_cannot_be_replaced():
     with pytest.raises(MisconfigurationException) as raised:
-        by_hand(targets=torch.zeros(3)).replace_target(torch.ones(3))
+        by_hand(targets=torch.zeros(3)).with_target(torch.ones(3))
     assert str(raised.value) == (
         "A technique replaces the targets, but `reduce_loss` gets losses that are already computed. Compute the loss"
         " with a function of torch.nn.functional and leave LossMixin out."

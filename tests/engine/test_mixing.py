@@ -16,8 +16,8 @@ from lightning_reg.engine.data.blend import draw_lam, mix_targets, mixup
 from lightning_reg.engine.data.entries import find_entry, replace_entry
 from lightning_reg.engine.data.mixing import Mixing
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.loss.call import LossCall
-from lightning_reg.engine.loss.call_by_hand import HandWrittenCall
+from lightning_reg.engine.loss.call import loss_call
+from lightning_reg.engine.loss.call_by_hand import call_by_hand
 from lightning_reg.engine.loss.call_mixed import mixed_call
 from lightning_reg.engine.loss.elements import LOSS_FUNCTIONS
 from lightning_reg.engine.technique import BatchTechnique
@@ -91,10 +91,10 @@ def pair_of(name, weights, *args, batch_size=None, **options):
     batch = len(PERMUTATION)
     partners = arguments[target].reshape(batch, -1)[PERMUTATION].reshape(arguments[target].shape)
     step = Step(batch_size)
-    call = LossCall(PRESENT[name], arguments, step)
+    call = loss_call(PRESENT[name], arguments, step)
     entry = arguments[target] if arguments[target]._base is None else arguments[target]._base
     mixed = mixed_call(call, mixing(weights, part=[entry]))
-    return mixed, call, LossCall(PRESENT[name], {**arguments, target: partners}, step)
+    return mixed, call, loss_call(PRESENT[name], {**arguments, target: partners}, step)
 
 
 # -- the pair form ----------------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def test_the_gradient_is_that_of_soft_targets():
 def test_replaced_targets_are_mixed_too():
     mixed, *_ = pair_of("mse_loss", 0.3)
     before, new = mixed.value(None, []), normal(4, 3)
-    mixed.replace_target(new)
+    mixed = mixed.with_target(new)
     expected = 0.3 * F.mse_loss(mixed.input, new) + 0.7 * F.mse_loss(mixed.input, new[PERMUTATION])
     assert torch.equal(mixed.value(None, []), expected)
     assert not torch.equal(before, expected)
@@ -182,12 +182,12 @@ def test_replaced_targets_are_mixed_too():
 def test_losses_without_a_target_per_row_are_refused(name):
     step, arguments = Step(), dict(zip(LOSS_FUNCTIONS[PRESENT[name]], CALLS[name], strict=False))
     with pytest.raises(MisconfigurationException, match=rf"Swap: .*F\.{name}.* has no target with a row per sample"):
-        _ = mixed_call(LossCall(PRESENT[name], arguments, step), mixing(0.3)).plain
+        _ = mixed_call(loss_call(PRESENT[name], arguments, step), mixing(0.3)).plain
 
 
 @pytest.mark.parametrize("rows", [3, 6, 8, 0])
 def test_a_target_with_other_rows_is_refused(rows):
-    call = LossCall(F.mse_loss, {"input": torch.zeros(rows, 2), "target": torch.zeros(rows, 2)}, Step())
+    call = loss_call(F.mse_loss, {"input": torch.zeros(rows, 2), "target": torch.zeros(rows, 2)}, Step())
     with pytest.raises(MisconfigurationException, match=rf"4 mixed samples, but the target of .* has {rows} rows"):
         _ = mixed_call(call, mixing(0.3)).plain
 
@@ -199,7 +199,9 @@ def test_rows_of_several_per_sample_are_taken_from_an_entry_of_the_batch_alone()
 
     def partners(target, entry=labels):
         arguments = {"input": torch.zeros(len(target), 5), "target": target}
-        return mixed_call(LossCall(F.cross_entropy, arguments, Step()), mixing(0.3, part=[entry])).other.target
+        return mixed_call(
+            loss_call(F.cross_entropy, arguments, Step()), mixing(0.3, part=[entry])
+        ).evaluation.other.target
 
     assert torch.equal(partners(labels.view(-1)), permuted)
     assert torch.equal(partners(labels.unsqueeze(1).flatten()), permuted)
@@ -230,7 +232,7 @@ def test_rows_that_the_step_stacks_itself_are_refused(stack):
 
 
 def test_losses_that_are_computed_already_are_refused():
-    call = HandWrittenCall(torch.zeros(4), None, None, None, Step())
+    call = call_by_hand(torch.zeros(4), None, None, None, Step())
     with pytest.raises(MisconfigurationException, match=r"Swap: .*`reduce_loss` gets losses that are already computed"):
         mixed_call(call, mixing(0.3))
 

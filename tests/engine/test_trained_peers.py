@@ -25,10 +25,10 @@ from lightning_reg.engine.data.order import Reordered
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.distributed import average_, broadcast_
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.loss.lookup import engine_of
 from lightning_reg.engine.networks.ensemble import JointForward, MeanOfTwo
 from lightning_reg.engine.networks.peer import copy_of, weights_of
 from lightning_reg.engine.networks.trained import PeerStep, TrainedPeer, check_trainable, reset_parameters_
+from lightning_reg.engine.run.engine import engine_of
 from lightning_reg.engine.technique import LossTechnique
 from tests.toys import BATCH, CLASSES, INPUTS, QUIET, SAMPLES, Classifier, _Toy, fit, make_tensors
 

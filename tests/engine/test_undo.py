@@ -12,7 +12,8 @@ from typing_extensions import override
 
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.loss.lookup import ENGINES
-from lightning_reg.engine.run.hooks import EngineHooks
+from lightning_reg.engine.run.hooks import FirstHooks
+from lightning_reg.engine.technique import BatchTechnique, LossTechnique, PenaltyTechnique
 from tests.toys import (
     QUIET,
     BatchShift,
@@ -90,7 +91,7 @@ def check_undone(trainer, module, callbacks, loader):
     expected, found = traces(plain, other), traces(trainer, module)
     assert found == expected
     assert trainer.callbacks[: len(callbacks)] == callbacks
-    assert not any(isinstance(callback, EngineHooks) for callback in trainer.callbacks)
+    assert not any(isinstance(callback, FirstHooks) for callback in trainer.callbacks)
     assert len(trainer.callbacks) == len(callbacks)
     assert trainer not in ENGINES
     assert trainer.train_dataloader is loader
@@ -180,7 +181,7 @@ def test_after_an_exception_in_the_setup_of_another_callback(place):
 
 @pytest.mark.parametrize("phase", ["transform_batch", "edit_weights", "loss_term", "penalty", "is_active"])
 def test_after_an_exception_in_a_technique(phase):
-    class Broken(Halve):
+    class Broken(Halve, BatchTechnique, LossTechnique, PenaltyTechnique):
         pass
 
     def broken(self, *args):

@@ -7,7 +7,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from typing_extensions import override
 
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.run.hooks import EngineHooks, LastHook
+from lightning_reg.engine.run.hooks import FirstHooks, LastHooks
 from lightning_reg.engine.technique import WeightMapTechnique
 from lightning_reg.engine.weights.maps import Latents
 from tests.toys import QUIET, BoomError, Callback, Classifier, Halve, fit, make_loader, make_trainer, same_weights
@@ -106,7 +106,7 @@ def test_callbacks_see_weights_and_clipping_sees_latents():
     assert torch.equal(module.gradient, 2 * gradient)
     torch.testing.assert_close(after, start - 4 * 0.5 * gradient)
     assert torch.equal(module.net[3].weight, after)
-    assert not any(isinstance(callback, EngineHooks | LastHook) for callback in trainer.callbacks)
+    assert not any(isinstance(callback, FirstHooks | LastHooks) for callback in trainer.callbacks)
 
 
 class FailingSGD(torch.optim.SGD):

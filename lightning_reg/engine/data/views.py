@@ -41,7 +41,7 @@ class Views:
 
     """
 
-    def __init__(self, batch: Any, size: int, views: "Mapping[Owner, Sequence[Any]]") -> None:
+    def __init__(self, batch: Any, size: int, views: Mapping[Any, Sequence[Any]]) -> None:
         self._size = size
         self._blocks: dict[Owner, list[int]] = {}
         parts = [batch]
@@ -51,7 +51,7 @@ class Views:
         self.count = len(parts)
         self.batch = join_batches(parts, size)
 
-    def narrow(self, arguments: dict[str, Any]) -> dict[str, Any] | None:
+    def narrow(self, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
         """Arguments of a loss call for the batch alone.
 
         Args:

@@ -1,22 +1,21 @@
 """Changing the outputs of named layers while the training step runs, by hooks of ``nn.Module``."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_reg.engine.host.errors import refuse_layer
-from lightning_reg.engine.layers.named import named_layers
+from lightning_reg.engine.layers.named import LayerHook, named_layers
 
 if TYPE_CHECKING:
-    from lightning_reg.engine.copies import Copies
     from lightning_reg.engine.host.owner import Owner
     from lightning_reg.engine.step import Step
 
-__all__ = ["FeatureEdits", "LayerCall"]
+__all__ = ["LayerCall", "LayerEdit", "LayerEdits"]
 
 
 @dataclass(frozen=True)
@@ -30,9 +29,6 @@ class LayerCall:
         output: What it returned, already changed if an earlier technique has changed it.
         step: The training step that it happened in.
         number: How many outputs were changed before in this pass through ``training_step``.
-        after_copies: Whether it follows the layer that makes the copies of :meth:`Technique.copy_plan`. Where the
-            copies are rows, ``input`` holds all of them, and ``output`` is that of the first copy.
-        run: Number of this pass through ``training_step``, where the copies are passes.
 
     """
 
@@ -42,42 +38,53 @@ class LayerCall:
     output: Any
     step: "Step"
     number: int
-    after_copies: bool
-    run: int
 
 
-class FeatureEdits:
-    """The hooks on the layers that techniques edit.
+class LayerEdit(NamedTuple):
+    """Who edits which layers.
+
+    Args:
+        owner: Whose edit it is; its class is named in errors.
+        layers: Names of the layers.
+        edit: Returns what a layer returns in its place, ``None`` for its own output.
+
+    """
+
+    owner: "Owner"
+    layers: Sequence[str]
+    edit: Callable[[LayerCall], Any]
+
+
+class LayerEdits:
+    """The hooks on the layers that are edited.
 
     Args:
         module: The user's module.
-        layers: For each technique the names of its layers.
-        copies: Follows the copies that one of the techniques makes, if one does.
+        edits: In the order in which they act.
 
     Raises:
         MisconfigurationException: If a name matches no layer; the message lists near ones.
 
     """
 
-    def __init__(self, module: nn.Module, layers: "Mapping[Owner, Sequence[str]]", copies: "Copies | None") -> None:
+    def __init__(self, module: nn.Module, edits: Sequence[LayerEdit]) -> None:
         named = named_layers(module)
-        for technique, names in layers.items():
-            for name in names:
+        for edit in edits:
+            for name in edit.layers:
                 if name not in named:
-                    refuse_layer(name, named, type(technique).__name__)
-        self._layers, self._copies = layers, copies
+                    refuse_layer(name, named, type(edit.owner).__name__)
+        self._edits = edits
         self._step: Step | None = None
-        self._active: list[Owner] = []
-        self._inputs: dict[str, tuple[Any, bool]] = {}
-        self._number = self.run = 0
+        self._inputs: dict[str, Any] = {}
+        self._number = 0
         self._handles: list[RemovableHandle] = []
-        for name in dict.fromkeys(name for names in layers.values() for name in names):
+        for name in dict.fromkeys(name for edit in edits for name in edit.layers):
             self._handles.append(named[name].register_forward_pre_hook(_Before(self, name)))
             self._handles.append(named[name].register_forward_hook(_After(self, name)))
 
-    def open(self, step: "Step", active: "list[Owner]", run: int = 0) -> None:
-        """Edits from here on, for the techniques that are active in the step."""
-        self._step, self._active, self.run, self._number = step, active, run, 0
+    def open(self, step: "Step") -> None:
+        """Edits from here on, for the owners that are active in the step."""
+        self._step, self._number = step, 0
         self._inputs.clear()
 
     def shut(self) -> None:
@@ -93,44 +100,29 @@ class FeatureEdits:
 
     def before(self, name: str, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Keeps the input of a layer, and says what the layer gets in its place; ``None`` for the same."""
-        if self._step is None or not args:
+        if self._step is None or not args or not (layer.training and torch.is_grad_enabled()):
             return None
-        if self._copies is not None and name == self._copies.plan.layer:
-            self._copies.called(active=layer.training and torch.is_grad_enabled())
-        if not (layer.training and torch.is_grad_enabled()):
-            return None
-        given, editors = args[0], self._editors(name)
-        after = self._copies is not None and self._copies.owner in editors and self._copies.reached(name, given)
-        self._inputs[name] = given, after
-        # The layer's own output is given up where the rows are copies. It runs on the first copy alone, so that what it
-        # draws is what it would have drawn.
-        first = self._copies.first(given) if after and self._copies is not None else given
-        if getattr(layer, "inplace", False) and isinstance(first, Tensor):
-            first = first.clone()
-        return None if first is given else (first, *args[1:])
+        given = self._inputs[name] = args[0]
+        if getattr(layer, "inplace", False) and isinstance(given, Tensor):
+            return (given.clone(), *args[1:])
+        return None
 
     def after(self, name: str, layer: nn.Module, output: Any) -> Any:
         """The output after the techniques' changes; ``None`` for the same."""
-        if self._step is None or name not in self._inputs:
+        step = self._step
+        if step is None or name not in self._inputs:
             return None
-        given, after = self._inputs.pop(name)
-        result = output
-        for technique in self._editors(name):
-            call = LayerCall(name, layer, given, result, self._step, self._number, after, self.run)
-            answer = technique.edit_features(call)
-            if answer is not None:
-                result = answer
+        given, result = self._inputs.pop(name), output
+        for edit in self._edits:
+            if name in edit.layers and edit.owner in step.active:
+                answer = edit.edit(LayerCall(name, layer, given, result, step, self._number))
+                result = result if answer is None else answer
         self._number += result is not output
-        if self._copies is not None and not after and name == self._copies.plan.layer:
-            self._copies.made(given, result, self._step)
         return None if result is output else result
 
-    def _editors(self, name: str) -> "list[Owner]":
-        return [t for t in self._active if name in self._layers.get(t, ())]
 
-
-class _Hook:
-    def __init__(self, edits: FeatureEdits, name: str) -> None:
+class _Hook(LayerHook):
+    def __init__(self, edits: LayerEdits, name: str) -> None:
         self.edits, self.name = edits, name
 
 

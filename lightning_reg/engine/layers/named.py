@@ -8,7 +8,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_reg.engine.host.errors import refuse_layer
 
-__all__ = ["FeatureTap", "find_layer", "is_of_a_tap", "named_layers"]
+__all__ = ["FeatureTap", "LayerHook", "find_layer", "named_layers"]
 
 
 def named_layers(module: nn.Module) -> dict[str, nn.Module]:
@@ -17,12 +17,13 @@ def named_layers(module: nn.Module) -> dict[str, nn.Module]:
     return {name: layer for name, layer in layers if name and name != "_orig_mod"}
 
 
-def find_layer(layers: Mapping[str, nn.Module], name: str) -> nn.Module:
+def find_layer(layers: Mapping[str, nn.Module], name: str, owner: str = "") -> nn.Module:
     """The layer of a name.
 
     Args:
         layers: As :func:`named_layers` gives them.
         name: What the user wrote.
+        owner: Class to name in the error.
 
     Returns:
         The layer.
@@ -32,7 +33,7 @@ def find_layer(layers: Mapping[str, nn.Module], name: str) -> nn.Module:
 
     """
     if name not in layers:
-        refuse_layer(name, layers)
+        refuse_layer(name, layers, owner)
     return layers[name]
 
 
@@ -42,9 +43,9 @@ class FeatureTap:
     Args:
         module: The user's module.
         names: Layer names.
-        view: What is kept of an output.
 
     Attributes:
+        view: What is kept of an output; set anew for each step.
         own: What is kept, of that, of the last output; set anew for each step.
 
     Raises:
@@ -52,11 +53,9 @@ class FeatureTap:
 
     """
 
-    def __init__(
-        self, module: nn.Module, names: Sequence[str], view: Callable[[Any], Any] = lambda output: output
-    ) -> None:
+    def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
         layers = named_layers(module)
-        self.view = view
+        self.view: Callable[[Any], Any] = _all_of_it
         self.own: Callable[[Any], Any] = _all_of_it
         self.outputs: dict[str, Any] = {}
         self.passes: dict[str, list[Any]] = {}
@@ -67,7 +66,7 @@ class FeatureTap:
 
     def shut(self) -> None:
         """Keeps no more, and forgets the outputs."""
-        self.open, self.own = False, _all_of_it
+        self.open, self.view, self.own = False, _all_of_it, _all_of_it
         self.outputs.clear()
         self.passes.clear()
 
@@ -83,12 +82,11 @@ def _all_of_it(output: Any) -> Any:
     return output
 
 
-def is_of_a_tap(hook: Any) -> bool:
-    """Whether a forward hook is a tap's."""
-    return isinstance(hook, _Keep)
+class LayerHook:
+    """A hook of the suite's on a layer; copies of the module are made without it."""
 
 
-class _Keep:
+class _Keep(LayerHook):
     def __init__(self, tap: FeatureTap, name: str) -> None:
         self.tap, self.name = tap, name
 

@@ -1,29 +1,31 @@
 """The loss call: what the user's ``training_step`` hands to its loss function, and what the techniques make of it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.loss import elements as losses
+from lightning_reg.engine.loss.evaluation import Evaluation, FunctionEvaluation, WithLosses
 
 if TYPE_CHECKING:
     from lightning_reg.engine.data.views import Views
     from lightning_reg.engine.host.owner import Owner
+    from lightning_reg.engine.loss.elements import Decomposition
     from lightning_reg.engine.step import Samples, Step
 
-__all__ = ["LossCall"]
+__all__ = ["LossCall", "call_of", "loss_call"]
 
 SampleKind = Literal["row", "sequence", "map"]
 
 
+@dataclass(frozen=True, eq=False)
 class LossCall:
-    r"""One call of a loss function, seen while the user's ``training_step`` runs.
+    r"""One call of a loss function, seen while the user's ``training_step`` runs; a value that never changes.
 
     A *sample* is what the data loader counts: a row; a sequence, when a flattened ``(B * T, ...)`` call is folded back
     by the batch size; or a map, when a sample has several elements of its own (pixels, ``(B, V, T)`` tokens, outputs).
@@ -31,102 +33,114 @@ class LossCall:
     user's mean is :math:`\sum_i n_i L_i / \sum_i n_i`. Ignored elements have mass 0.
 
     Args:
-        function: The function of ``torch.nn.functional`` that was called.
-        arguments: Its arguments by name.
+        evaluation: What it computes.
         step: The training step that it happened in.
         site: Where the user's code called it, as ``file.py:line``, or "".
-
-    Attributes:
+        given_target: The target as the user gave it, whatever techniques have put in its place.
         views: The views of the batch if the call was made for all of them; it is narrowed to the batch then.
+        joined_output: What the network put out for the batch and its views, if it is narrowed.
+        given_indices: Dataset indices of the samples, if the user's code gave them.
+        reader: A technique at work that must not read targets where samples were mixed.
+        is_mixed: Whether it follows the mixing of the batch.
 
     """
 
-    reader: "Owner | None" = None  # a technique at work that must not read targets where samples were mixed
-    weights: Tensor | None = None  # what techniques have made of it so far
-    terms: Sequence[Tensor] = ()
+    evaluation: Evaluation
+    step: "Step"
+    site: str = ""
+    given_target: Tensor | None = None
+    views: "Views | None" = None
+    joined_output: Tensor | None = None
+    given_indices: Tensor | None = None
+    reader: "Owner | None" = None
+    is_mixed: bool = False
 
-    def __init__(self, function: Callable[..., Any], arguments: dict[str, Any], step: "Step", site: str = "") -> None:
-        self.function = function
-        self.arguments = arguments
-        self.step = step
-        self.site = site
-        self.target_name = losses.target_name(function)
-        self.given_target: Tensor | None = self.target
-        self.views: Views | None = None
-        self._whole_output: Tensor | None = None
+    @property
+    def function(self) -> Callable[..., Any] | None:
+        """The function of ``torch.nn.functional`` that was called, ``None`` for a loss written by hand."""
+        return self.evaluation.function
 
     @property
     def name(self) -> str:
-        """The function's name, ``cross_entropy`` for example."""
-        return self.function.__name__
+        """The function's name, ``cross_entropy`` for example; ``reduce_loss`` for a loss written by hand."""
+        return "reduce_loss" if self.function is None else self.function.__name__
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """Arguments of the function by name."""
+        return self.evaluation.arguments
 
     @property
     def input(self) -> Tensor:
         """The first argument: logits, log-probabilities or predictions, as the user's network made them."""
-        value: Tensor = self.arguments[losses.LOSS_FUNCTIONS[self.function][0]]
-        return value
+        return self.evaluation.input
 
     @property
     def target(self) -> Tensor | None:
         """The target, already replaced if a technique has changed it; ``None`` where a loss has none."""
         self._check_reader()
-        return None if self.target_name is None else self.arguments[self.target_name]
+        return self.evaluation.target
+
+    @property
+    def whole_output(self) -> Tensor | None:
+        """What the network put out for the batch and its views; a loss written by hand may not say it."""
+        return self.evaluation.output if self.joined_output is None else self.joined_output
 
     @property
     def reduction(self) -> str:
         """The user's reduction."""
-        return losses.reduction_of(self.arguments)
+        return self.evaluation.reduction
 
-    def replace_target(self, target: Tensor) -> None:
-        """Puts other targets into the call; what was computed from the old ones is forgotten.
+    # -- other calls made from it -------------------------------------------------------------------------------------
+
+    def with_target(self, target: Tensor) -> "LossCall":
+        """The call with other targets.
 
         Args:
             target: The new targets, in a form that the loss function takes.
+
+        Returns:
+            Another call.
 
         Raises:
             MisconfigurationException: If the loss has no target.
 
         """
-        if self.target_name is None:
-            raise MisconfigurationException(f"{self} has no target that could be replaced.")
-        self.arguments = {**self.arguments, self.target_name: target}
-        for name in ("decomposition", "mass", "sample_mass", "losses", "plain", "batch_size"):
-            self.__dict__.pop(name, None)
+        return replace(self, evaluation=self.evaluation.with_target(target, self))
 
-    @property
-    def whole_output(self) -> Tensor | None:
-        """What the network put out for the batch and its views; a loss written by hand may not say it."""
-        return self.input if self._whole_output is None else self._whole_output
+    def with_losses(self, per_sample: Tensor) -> "LossCall":
+        """The call with other losses of the samples in place of its own; they are reduced as these are.
 
-    def narrow(self, views: "Views") -> None:
-        """Leaves the rows of the batch alone in the call, if it has rows for the views as well."""
-        narrowed = views.narrow(self.arguments)
-        if narrowed is not None:
-            self._whole_output = self.input
-            self.views, self.arguments = views, narrowed
-            self.given_target = self.target
+        Args:
+            per_sample: ``(B,)`` with gradient, per unit of mass.
 
-    def check_views(self) -> None:
-        """Refuses a call that a technique works on but that cannot be told apart into the batch and its views.
+        Returns:
+            Another call.
 
         Raises:
-            MisconfigurationException: If there are views and the call has no row for each.
+            MisconfigurationException: If a sample of the call is more than one row.
 
         """
-        if self.step.views is not None and self.views is None:
+        if self.kind != "row" or per_sample.shape != (self.batch_size,):
             raise MisconfigurationException(
-                f"{self} has no row for each sample of the batch and its {self.step.views.count - 1} further views, or"
-                " several in an order that cannot be known (rows dropped, stacked or with time first, a loss over"
-                " something else?), so the batch's own loss is not known."
+                f"{self} has no loss per sample that could be replaced by one of shape {tuple(per_sample.shape)}."
             )
+        return replace(self, evaluation=WithLosses(self.evaluation, per_sample))
 
-    def given_value(self, value: Tensor) -> Tensor:
-        """The value as the user's code expects it: with rows for the views, if they were in the call."""
-        return value if self.views is None else self.views.spread(value, self.reduction)
-
-    def with_arguments(self, arguments: dict[str, Any]) -> "LossCall":
-        """The same call with other arguments."""
-        return LossCall(self.function, arguments, self.step, self.site)
+    def narrowed(self, views: "Views") -> "LossCall":
+        """The call for the rows of the batch alone, if it has rows for the views as well."""
+        narrowed = self.evaluation.narrowed(views)
+        if narrowed is None:
+            return self
+        indices = None if self.given_indices is None else views.first(self.given_indices)
+        return replace(
+            self,
+            evaluation=narrowed,
+            given_target=narrowed.target,
+            views=views,
+            joined_output=self.whole_output,
+            given_indices=indices,
+        )
 
     def copies(self) -> "Sequence[LossCall]":
         """The call for each copy of the rows.
@@ -138,39 +152,14 @@ class LossCall:
             Calls with B samples each; where there are no copies, this call alone.
 
         """
-        return [self]
+        evaluations = self.evaluation.copies()
+        if len(evaluations) == 1:
+            return [self]
+        return [replace(self, evaluation=evaluation) for evaluation in evaluations]
 
-    def _check_reader(self) -> None:
-        if self.reader is not None and self.step.mixing is not None:
-            raise self.step.mixing.two_targets(self.reader)
-
-    def replace_losses(self, per_sample: Tensor) -> None:
-        """Puts other losses of the samples in place of the call's own; they are reduced as these are.
-
-        Args:
-            per_sample: ``(B,)`` with gradient, per unit of mass.
-
-        Raises:
-            MisconfigurationException: If a sample of the call is more than one row.
-
-        """
-        if self.kind != "row" or per_sample.shape != (self.batch_size,):
-            raise MisconfigurationException(
-                f"{self} has no loss per sample that could be replaced by one of shape {tuple(per_sample.shape)}."
-            )
-        mass = self.sample_mass
-        elements = per_sample if mass is None else per_sample * mass
-        reduction, plain = self.reduction, elements
-        if reduction != "none":
-            plain = elements.sum()
-            if reduction != "sum":
-                plain = plain / (len(elements) if mass is None else mass.sum())
-        # `losses` and `plain` are computed anew from this.
-        for name in ("losses", "plain"):
-            self.__dict__.pop(name, None)
-        self.__dict__["decomposition"] = losses.Decomposition(
-            elements, plain, "mean" if "mean" in reduction else reduction
-        )
+    def read_by(self, reader: "Owner | None") -> "LossCall":
+        """The call as a technique reads it that has no rule for the two targets of a mixed sample."""
+        return self if reader is self.reader else replace(self, reader=reader)
 
     # -- samples ------------------------------------------------------------------------------------------------------
 
@@ -182,8 +171,8 @@ class LossCall:
             MisconfigurationException: If the call's rows are no multiple of a batch size: no value per sample exists.
 
         """
-        rows, sizes = self._rows(), self.step.batch_sizes
-        if not sizes or rows in sizes:
+        rows, sizes = self.evaluation.rows, self.step.batch_sizes
+        if self.function is None or not sizes or rows in sizes:
             return rows
         fitting = [size for size in sizes if rows % size == 0]
         if len(fitting) != 1:
@@ -197,24 +186,24 @@ class LossCall:
     @property
     def kind(self) -> SampleKind:
         """What one sample is, see the class."""
-        if self._rows() != self.batch_size:
+        if self.evaluation.rows != self.batch_size:
             return "sequence"
-        return "row" if self.function in _ROW_LOSSES or self._element_dim() <= 1 else "map"
+        return "map" if self.evaluation.has_maps else "row"
 
-    @cached_property
-    def decomposition(self) -> losses.Decomposition:
+    @property
+    def decomposition(self) -> "Decomposition":
         """Elements of the loss, with gradient."""
-        return losses.decompose(self.function, self.arguments)
+        return self.evaluation.decomposition
 
-    @cached_property
+    @property
     def mass(self) -> Tensor | None:
         """Mass of each element, float32, in the shape of the elements; ``None`` when all weigh the same."""
-        return losses.element_mass(self.function, self.arguments)
+        return self.evaluation.mass
 
     @cached_property
     def sample_mass(self) -> Tensor | None:
         """Mass ``n_i`` of each sample, ``(B,)`` float32; ``None`` when all samples weigh the same."""
-        mass = self.mass
+        mass = self.evaluation.mass
         if mass is None or mass.shape == (self.batch_size,):
             return mass
         return mass.reshape(self.batch_size, -1).sum(1)
@@ -237,7 +226,8 @@ class LossCall:
     @property
     def element_mass(self) -> Tensor | None:
         """Mass ``m_e`` of each element, ``(E,)`` float32; ``None`` when all weigh the same."""
-        return None if self.mass is None else self.mass.flatten()
+        mass = self.evaluation.mass
+        return None if mass is None else mass.flatten()
 
     def samples(self, technique: "Owner") -> "Samples":
         """Dataset indices of the samples, on the device of the input.
@@ -252,7 +242,7 @@ class LossCall:
             MisconfigurationException: If there are not as many indices as samples.
 
         """
-        samples = self.step.samples(technique, self.input.device)
+        samples = self.step.samples(technique, self.input.device, self.given_indices)
         if len(samples.indices) != self.batch_size:
             raise MisconfigurationException(
                 f"{self} has {self.batch_size} samples but the batch was made of {len(samples.indices)} dataset"
@@ -271,22 +261,7 @@ class LossCall:
             MisconfigurationException: If the call is no such classification.
 
         """
-        if self.function not in (F.cross_entropy, F.nll_loss):
-            raise MisconfigurationException(
-                f"{self} has no class logits: a technique needs a single-label classification loss"
-                " (F.cross_entropy or F.nll_loss). If there is one too, choose it with `loss='cross_entropy'`."
-            )
-        if self.input.dim() != 2:
-            raise MisconfigurationException(
-                f"{self} is a prediction per pixel or per position; a technique needs one per sample, logits of"
-                " shape (B, C). Segmentation and token classification are not supported by it."
-            )
-        if self.input.shape[0] != self.batch_size:
-            raise MisconfigurationException(
-                f"{self} has {self.input.shape[0]} rows for a batch of {self.batch_size} samples (sequences flattened"
-                " to tokens?); a technique needs one row of logits per sample."
-            )
-        return self.input
+        return self.evaluation.logits(self.batch_size, self)
 
     @property
     def labels(self) -> Tensor:
@@ -297,27 +272,36 @@ class LossCall:
             raise MisconfigurationException(f"{self} has no labels.")
         return target.argmax(1) if target.dim() == 2 else target
 
-    def _rows(self) -> int:
-        if self.function is F.ctc_loss:
-            return self.input.shape[1] if self.input.dim() == 3 else 1
-        if self.name in _CLASS_LOSSES and self.input.dim() == 1:
-            return 1
-        return self.input.shape[0] if self.input.dim() else 1
+    def check_views(self) -> None:
+        """Refuses a call that a technique works on but that cannot be told apart into the batch and its views.
 
-    def _element_dim(self) -> int:
-        return self.input.dim() - 1 if self.name in _CLASS_LOSSES else self.input.dim()
+        Raises:
+            MisconfigurationException: If there are views and the call has no row for each.
+
+        """
+        if self.step.views is not None and self.views is None:
+            raise MisconfigurationException(
+                f"{self} has no row for each sample of the batch and its {self.step.views.count - 1} further views, or"
+                " several in an order that cannot be known (rows dropped, stacked or with time first, a loss over"
+                " something else?), so the batch's own loss is not known."
+            )
+
+    def _check_reader(self) -> None:
+        if self.reader is not None and self.step.mixing is not None:
+            raise self.step.mixing.two_targets(self.reader)
 
     # -- the value ----------------------------------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def plain(self) -> Tensor:
         """The value the user's own call would return (for the present target)."""
-        if "decomposition" in self.__dict__:
-            return self.decomposition.plain
-        value: Tensor = self.function(**self.arguments)
-        return value
+        return self.evaluation.plain
 
-    def value(self, weights: Tensor | None, terms: list[Tensor]) -> Tensor:
+    def given_value(self, value: Tensor) -> Tensor:
+        """The value as the user's code expects it: with rows for the views, if they were in the call."""
+        return value if self.views is None else self.views.spread(value, self.reduction)
+
+    def value(self, weights: Tensor | None, terms: Sequence[Tensor]) -> Tensor:
         r"""What the call returns to the user's code.
 
         A weight multiplies every element of its sample. A term is added to every element of its sample (a scalar term
@@ -366,16 +350,15 @@ class LossCall:
         per_sample = term.dim() > 0
         if per_sample and term.shape != (self.batch_size,):
             raise ValueError(f"A term must have shape () or ({self.batch_size},), got {tuple(term.shape)}.")
-        if self.reduction in ("mean", "batchmean"):
+        mass, reduction = self.sample_mass, self.reduction
+        if reduction in ("mean", "batchmean"):
             if not per_sample:
                 return term
-            mass = self.sample_mass
             return term.mean() if mass is None else torch.dot(term, mass.to(term.dtype)) / mass.sum()
         elements = self.decomposition.elements
-        if self.reduction == "none":
+        if reduction == "none":
             each = self._per_element(term, elements) if per_sample else term
             return each if self.mass is None else each * self.mass.to(elements.dtype).reshape(elements.shape)
-        mass = self.sample_mass
         if mass is None:
             return term.sum() * (elements.numel() // self.batch_size) if per_sample else term * elements.numel()
         return (term * mass).sum() if per_sample else term * mass.sum()
@@ -383,25 +366,30 @@ class LossCall:
     def _per_element(self, per_sample: Tensor, elements: Tensor) -> Tensor:
         if elements.numel() == per_sample.numel():
             return per_sample.to(elements.dtype).reshape(elements.shape)
-        return (
-            per_sample.to(elements.dtype).repeat_interleave(elements.numel() // self.batch_size).reshape(elements.shape)
-        )
+        repeats = elements.numel() // self.batch_size
+        return per_sample.to(elements.dtype).repeat_interleave(repeats).reshape(elements.shape)
 
     @override
     def __str__(self) -> str:
-        shapes = ", ".join(str(tuple(v.shape)) for v in self.arguments.values() if isinstance(v, Tensor))
-        return f"F.{self.name}({shapes}, reduction={self.reduction!r})" + (f" at {self.site}" if self.site else "")
+        return str(self.evaluation) + (f" at {self.site}" if self.site else "")
 
 
-# Losses over classes: the input has one dimension more than the elements.
-_CLASS_LOSSES = ("cross_entropy", "nll_loss", "linear_cross_entropy")
-# Losses whose elements are one number per row although their input is a matrix.
-_ROW_LOSSES = (
-    F.multilabel_margin_loss,
-    F.multilabel_soft_margin_loss,
-    F.multi_margin_loss,
-    F.cosine_embedding_loss,
-    F.triplet_margin_loss,
-    F.triplet_margin_with_distance_loss,
-    F.ctc_loss,
-)
+def loss_call(function: Callable[..., Any], arguments: Mapping[str, Any], step: "Step", site: str = "") -> LossCall:
+    """The call of a function of ``torch.nn.functional``.
+
+    Args:
+        function: The function.
+        arguments: Its arguments by name.
+        step: The training step that it happened in.
+        site: Where the user's code called it, as ``file.py:line``, or "".
+
+    Returns:
+        The call.
+
+    """
+    return call_of(FunctionEvaluation(function, arguments), step, site)
+
+
+def call_of(evaluation: Evaluation, step: "Step", site: str = "", given_indices: Tensor | None = None) -> LossCall:
+    """The call of an evaluation as the user made it."""
+    return LossCall(evaluation, step, site, evaluation.target, given_indices=given_indices)

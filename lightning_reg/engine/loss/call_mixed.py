@@ -9,8 +9,9 @@ meaning: element by element :math:`\ell_e = \lambda \ell^{own}_e + (1 - \lambda)
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,13 +21,17 @@ from lightning_reg.engine.data.batches import lies_by_sample
 from lightning_reg.engine.data.mixing import Mixing
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.loss.call import LossCall
-from lightning_reg.engine.loss.call_by_hand import HandWrittenCall
+from lightning_reg.engine.loss.call_by_hand import HandedOver
 from lightning_reg.engine.loss.elements import Decomposition
+from lightning_reg.engine.loss.evaluation import Evaluation
 
-__all__ = ["MixedCall", "mixed_call"]
+if TYPE_CHECKING:
+    from lightning_reg.engine.data.views import Views
+
+__all__ = ["Mixed", "mixed_call"]
 
 
-def mixed_call(call: LossCall, mixing: Mixing, *, certain: bool = True) -> "MixedCall":
+def mixed_call(call: LossCall, mixing: Mixing, *, certain: bool = True) -> LossCall:
     """A loss call as one for mixed samples.
 
     Args:
@@ -44,7 +49,7 @@ def mixed_call(call: LossCall, mixing: Mixing, *, certain: bool = True) -> "Mixe
 
     """
     name = type(mixing.by).__name__
-    if isinstance(call, HandWrittenCall):
+    if isinstance(call.evaluation, HandedOver):
         raise MisconfigurationException(
             f"{name}: the samples of the batch are mixed, but `reduce_loss` gets losses that are"
             " already computed, for targets that are not. Let the technique mix the targets in the batch as well."
@@ -59,115 +64,129 @@ def mixed_call(call: LossCall, mixing: Mixing, *, certain: bool = True) -> "Mixe
             f' mixed in the batch, `{name}(form="soft")`; if another loss has the labels, choose that one with'
             f" `loss=...`; if none has, leave {name} out."
         )
-    return MixedCall(call, mixing)
+    return replace(call, evaluation=Mixed(call.evaluation, mixing, call.given_target, call.site), is_mixed=True)
 
 
-class MixedCall(LossCall):
-    """A loss call for mixed samples.
+class Mixed(Evaluation):
+    """A loss for mixed samples.
 
     Args:
-        call: The user's call.
+        own: The loss for the samples' own targets.
         mixing: How the samples were mixed.
+        given_target: The target as the user gave it, whose order other targets have.
+        site: Where the user's code called it, as ``file.py:line``, or "".
 
     """
 
-    def __init__(self, call: LossCall, mixing: Mixing) -> None:
-        super().__init__(call.function, call.arguments, call.step, call.site)
-        self.mixing, self._call = mixing, call
-
-    @override
-    def replace_target(self, target: Tensor) -> None:
-        """See the base class."""
-        super().replace_target(target)
-        for name in ("own", "other"):
-            self.__dict__.pop(name, None)
+    def __init__(self, own: Evaluation, mixing: Mixing, given_target: Tensor | None, site: str = "") -> None:
+        self.own, self.function, self.arguments = own, own.function, own.arguments
+        self._mixing, self._given_target, self._site = mixing, given_target, site
 
     @property
     @override
     def input(self) -> Tensor:
-        """See the user's call."""
-        return self._call.input
+        return self.own.input
 
     @property
     @override
-    def logits(self) -> Tensor:
-        """See the user's call."""
-        return self._call.logits
+    def target(self) -> Tensor | None:
+        return self.own.target
+
+    @property
+    @override
+    def reduction(self) -> str:
+        return self.own.reduction
+
+    @property
+    @override
+    def rows(self) -> int:
+        return self.own.rows
+
+    @property
+    @override
+    def has_maps(self) -> bool:
+        return self.own.has_maps
+
+    @cached_property
+    def other(self) -> Evaluation:
+        """The loss for their partners' targets."""
+        return self.own.with_target(self._partners(), self)
+
+    @cached_property
+    @override
+    def mass(self) -> Tensor | None:
+        own, other = self.own.mass, self.other.mass
+        return None if own is None or other is None else self._between(own, other)
 
     @override
-    def copies(self) -> Sequence[LossCall]:
-        """The call for each copy of the rows, mixed as this one is."""
-        calls = [MixedCall(call, self.mixing) for call in self._call.with_arguments(self.arguments).copies()]
-        for call in calls:
-            call.given_target = self.given_target
-        return calls
+    def logits(self, batch_size: int, call: object) -> Tensor:
+        return self.own.logits(batch_size, call)
 
-    @cached_property
-    def own(self) -> LossCall:
-        """The call for the samples' own targets."""
-        return self._call.with_arguments(self.arguments)
-
-    @cached_property
-    def other(self) -> LossCall:
-        """The call for their partners' targets."""
-        return self._call.with_arguments(self._partners())
-
-    @cached_property
     @override
-    def decomposition(self) -> Decomposition:
-        """Elements of the mixed loss, with gradient."""
+    def with_target(self, target: Tensor, call: object) -> "Mixed":
+        return Mixed(self.own.with_target(target, call), self._mixing, self._given_target, self._site)
+
+    @override
+    def narrowed(self, views: "Views") -> Evaluation | None:
+        return None  # a batch with views is not mixed
+
+    @override
+    def copies(self) -> "Sequence[Mixed]":
+        return [Mixed(own, self._mixing, self._given_target, self._site) for own in self.own.copies()]
+
+    @override
+    def _take_apart(self) -> Decomposition:
         own, other = self.own.decomposition, self.other.decomposition
         elements = self._between(own.elements, other.elements)
         if own.reduction == "none":
             return Decomposition(elements, elements, "none")
-        if not isinstance(self.mixing.weights, Tensor):
+        if not isinstance(self._mixing.weights, Tensor):
             return Decomposition(elements, self._between(own.plain, other.plain), own.reduction)
         total = elements.sum()
         if own.reduction == "mean":
             total = total / (elements.numel() if self.mass is None else self.mass.sum().to(total.dtype))
         return Decomposition(elements, total, own.reduction)
 
-    @cached_property
     @override
-    def mass(self) -> Tensor | None:
-        """Mixed mass of each element."""
-        own, other = self.own.mass, self.other.mass
-        return None if own is None or other is None else self._between(own, other)
-
-    @cached_property
-    @override
-    def plain(self) -> Tensor:
-        """The mixed loss under the user's own reduction."""
-        if "decomposition" in self.__dict__ or isinstance(self.mixing.weights, Tensor):
+    def _compute(self) -> Tensor:
+        if isinstance(self._mixing.weights, Tensor):
             return self.decomposition.plain
         return self._between(self.own.plain, self.other.plain)
 
     def _between(self, own: Tensor, other: Tensor) -> Tensor:
-        lam = self.mixing.weights
+        lam = self._mixing.weights
         if isinstance(lam, Tensor):  # both are per element, in the order of the samples
             lam = lam.to(own.device, own.dtype).repeat_interleave(own.numel() // len(lam)).reshape(own.shape)
         return lam * own + (1.0 - lam) * other
 
-    def _partners(self) -> dict[str, Any]:
-        target = None if self.target_name is None else self.arguments[self.target_name]
-        samples, name = len(self.mixing.permutation), type(self.mixing.by).__name__
+    def _partners(self) -> Tensor:
+        target, mixing = self.own.target, self._mixing
+        samples, name = len(mixing.permutation), type(mixing.by).__name__
         if target is None or self.function is F.ctc_loss:
             raise MisconfigurationException(
-                f"{name}: the samples of the batch are mixed, but {self} has no target with a row per sample that could"
-                " be mixed as well. Choose another call with `loss=...`."
+                f"{name}: the samples of the batch are mixed, but {self._called()} has no target with a row per sample"
+                " that could be mixed as well. Choose another call with `loss=...`."
             )
         rows = target.shape[0] if target.dim() else 1
         if rows != samples and not self._is_flattened(rows):
             raise MisconfigurationException(
-                f"{name}: the batch has {samples} mixed samples, but the target of {self} has {rows} rows, and is no"
-                " entry of the batch flattened sample after sample: whose target each row is cannot be known. Keep the"
-                " samples' dimension, as in (B, C, T) with (B, T), or choose the call that compares with the labels of"
-                " the batch with `loss=...`."
+                f"{name}: the batch has {samples} mixed samples, but the target of {self._called()} has {rows} rows,"
+                " and is no entry of the batch flattened sample after sample: whose target each row is cannot be known."
+                " Keep the samples' dimension, as in (B, C, T) with (B, T), or choose the call that compares with the"
+                " labels of the batch with `loss=...`."
             )
-        if target.dim():
-            target = target.unflatten(0, (samples, rows // samples))[self.mixing.permutation].flatten(0, 1)
-        return {**self.arguments, str(self.target_name): target}
+        if not target.dim():
+            return target
+        by_sample = target.reshape(samples, rows // samples, *target.shape[1:])
+        return by_sample[mixing.permutation].flatten(0, 1)
+
+    def _called(self) -> str:
+        return f"{self} at {self._site}" if self._site else str(self)
 
     def _is_flattened(self, rows: int) -> bool:
-        given, samples = self.given_target, len(self.mixing.permutation)  # another target has the order of the given
-        return given is not None and given.shape[:1] == (rows,) and lies_by_sample(given, self.mixing.part, samples)
+        given, samples = self._given_target, len(self._mixing.permutation)  # another target has the order of the given
+        return given is not None and given.shape[:1] == (rows,) and lies_by_sample(given, self._mixing.part, samples)
+
+    @override
+    def __str__(self) -> str:
+        return str(self.own)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.owner import Owner
@@ -15,8 +16,11 @@ _MIXIN_EXAMPLE = """
 """
 
 
+Chooser = TypeVar("Chooser", bound=Owner)
+
+
 @dataclass
-class Selection:
+class Selection(Generic[Chooser]):
     """The loss calls seen so far in one step, and who took which.
 
     Args:
@@ -27,7 +31,7 @@ class Selection:
 
     """
 
-    techniques: Sequence[Owner]
+    techniques: Sequence[Chooser]
     mixer: Owner | None = None
     seen: list[str] = field(default_factory=list)
     recognized: int = 0
@@ -39,7 +43,7 @@ class Selection:
         """Whether the place of the call in the code matters: to choose, or because a second call needs explaining."""
         return bool(self.seen) or any(isinstance(t.loss, str) and t.loss != "last" for t in self.techniques)
 
-    def take(self, function: str, site: str, description: str) -> list[Owner]:
+    def take(self, function: str, site: str, description: str) -> list[Chooser]:
         """Notes a call and says who works on it now; ``loss="last"`` is left for the end of the step.
 
         Args:
@@ -58,7 +62,7 @@ class Selection:
             self._taken[technique] += 1
         return takers
 
-    def last(self) -> list[Owner]:
+    def last(self) -> list[Chooser]:
         """Techniques that work on the last call."""
         return [t for t in self.techniques if t.loss == "last"]
 

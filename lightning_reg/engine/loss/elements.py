@@ -8,7 +8,7 @@ Every loss the engine understands is a weighted mean or a sum over *elements*:
 element that counts, 0 for an ignored one, the class weight where there is one).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -18,11 +18,14 @@ from torch import Tensor
 from lightning_reg.engine.host.errors import MisconfigurationException
 
 __all__ = [
+    "CLASS_LOSSES",
     "LOSS_FUNCTIONS",
+    "ROW_LOSSES",
     "Decomposition",
     "bind",
     "decompose",
     "element_mass",
+    "first_name",
     "has_gradient",
     "reduction_of",
     "target_name",
@@ -56,6 +59,27 @@ _NAMES = (
 LOSS_FUNCTIONS: dict[Callable[..., Any], tuple[str, ...]] = {
     getattr(F, name): _names(getattr(F, name)) for name in _NAMES.split() if hasattr(F, name)
 }
+# Losses over classes: the input has one dimension more than the elements.
+CLASS_LOSSES = frozenset(
+    f for f in LOSS_FUNCTIONS if f.__name__ in ("cross_entropy", "nll_loss", "linear_cross_entropy")
+)
+# Losses whose elements are one number per row although their input is a matrix.
+ROW_LOSSES = frozenset(
+    (
+        F.multilabel_margin_loss,
+        F.multilabel_soft_margin_loss,
+        F.multi_margin_loss,
+        F.cosine_embedding_loss,
+        F.triplet_margin_loss,
+        F.triplet_margin_with_distance_loss,
+        F.ctc_loss,
+    )
+)
+_FIRST_NAMES = {function: names[0] for function, names in LOSS_FUNCTIONS.items()}
+_TARGET_NAMES = {
+    function: next((name for name in ("target", "targets") if name in names), None)
+    for function, names in LOSS_FUNCTIONS.items()
+}
 
 
 def bind(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -63,18 +87,22 @@ def bind(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     return dict(zip(LOSS_FUNCTIONS[function], args, strict=False)) | kwargs
 
 
-def has_gradient(arguments: dict[str, Any]) -> bool:
+def has_gradient(arguments: Mapping[str, Any]) -> bool:
     """Whether a call has something to learn: a teacher, a metric, a loss that is only logged has not."""
     return any(isinstance(value, Tensor) and value.requires_grad for value in arguments.values())
 
 
+def first_name(function: Callable[..., Any]) -> str:
+    """The name of the first argument."""
+    return _FIRST_NAMES[function]
+
+
 def target_name(function: Callable[..., Any]) -> str | None:
     """The name of the target argument, ``None`` where a loss has no target (the triplet family)."""
-    names = LOSS_FUNCTIONS[function]
-    return next((name for name in ("target", "targets") if name in names), None)
+    return _TARGET_NAMES[function]
 
 
-def reduction_of(arguments: dict[str, Any]) -> str:
+def reduction_of(arguments: Mapping[str, Any]) -> str:
     """The reduction asked for, the two deprecated flags of torch included."""
     size_average, reduce = arguments.get("size_average"), arguments.get("reduce")
     if size_average is None and reduce is None:
@@ -84,7 +112,7 @@ def reduction_of(arguments: dict[str, Any]) -> str:
     return "sum" if size_average is False else "mean"
 
 
-def decompose(function: Callable[..., Any], arguments: dict[str, Any]) -> Decomposition:
+def decompose(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Decomposition:
     """Takes a loss call apart.
 
     Args:
@@ -120,7 +148,7 @@ def decompose(function: Callable[..., Any], arguments: dict[str, Any]) -> Decomp
     return Decomposition(elements, plain, reduction)
 
 
-def _decompose_cross_entropy(arguments: dict[str, Any], reduction: str) -> Decomposition:
+def _decompose_cross_entropy(arguments: Mapping[str, Any], reduction: str) -> Decomposition:
     # torch computes cross_entropy as nll_loss(log_softmax(input)): sharing the log-probabilities gives both the
     # per-element losses and, bit for bit, the user's own value for one softmax over the vocabulary.
     logits, target = arguments["input"], arguments["target"]
@@ -133,12 +161,12 @@ def _decompose_cross_entropy(arguments: dict[str, Any], reduction: str) -> Decom
     return Decomposition(elements, plain, reduction)
 
 
-def _is_soft(arguments: dict[str, Any]) -> bool:
+def _is_soft(arguments: Mapping[str, Any]) -> bool:
     # The rule of torch's cross_entropy: class probabilities have the shape of the input, and are floating point.
     return bool(arguments["target"].is_floating_point())
 
 
-def element_mass(function: Callable[..., Any], arguments: dict[str, Any]) -> Tensor | None:
+def element_mass(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Tensor | None:
     """What each element adds to the divisor of the function's own ``"mean"``.
 
     Args:

@@ -1,19 +1,31 @@
-"""Finding the engine of a Trainer; kept outside the Trainer and the callbacks, so both stay plain data."""
+"""Finding what is attached to a Trainer; kept outside the Trainer and the callbacks, so both stay plain data."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
-if TYPE_CHECKING:
-    from lightning_reg.engine.run.engine import Engine
+from torch import Tensor
 
-__all__ = ["ENGINES", "engine_of"]
-
-ENGINES: "WeakKeyDictionary[Any, Engine]" = WeakKeyDictionary()
+__all__ = ["ENGINES", "TakesLosses", "engine_behind"]
 
 
-def engine_of(module: Any) -> "Engine | None":
-    """The engine that stands around the module's training step at present, ``None`` outside of a fit."""
+class TakesLosses(Protocol):
+    """What takes the losses of a module that computes them itself."""
+
+    def reduce_loss(
+        self, per_sample: Tensor, logits: Tensor | None, targets: Tensor | None, indices: Tensor | None
+    ) -> Tensor:
+        """What :meth:`LossMixin.reduce_loss` returns."""
+
+
+ENGINES: "WeakKeyDictionary[Any, Any]" = WeakKeyDictionary()
+
+
+def engine_behind(module: Any) -> TakesLosses | None:
+    """What stands around the module's training step at present, ``None`` outside of a fit."""
     try:
         return ENGINES.get(module.trainer)
     except RuntimeError:  # Lightning's answer when the module is attached to no Trainer
         return None
+
+
+engine_of: Any = engine_behind  # TEMPORARY

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from lightning_reg.engine.loss.lookup import engine_of
+from lightning_reg.engine.loss.lookup import engine_behind
 
 __all__ = ["LossMixin"]
 
@@ -55,7 +55,7 @@ class LossMixin:
                 f"reduce_loss: `per_sample_loss` must have shape (B,), got {tuple(per_sample_loss.shape)}. Take the"
                 " mean over everything but the batch first."
             )
-        engine = engine_of(self)
+        engine = engine_behind(self)
         if engine is None:
             return per_sample_loss.mean()
         return engine.reduce_loss(per_sample_loss, logits, targets, indices)

@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_reg.engine.data.numbers import numbers
 from lightning_reg.engine.host.autograd import descends
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.loss.call_by_hand import HandWrittenCall
+from lightning_reg.engine.loss.call_by_hand import HandedOver
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,7 +34,7 @@ def regression_pairs(call: "LossCall") -> tuple[Tensor, Tensor]:
         MisconfigurationException: If the call is no regression, or predictions and targets do not fit.
 
     """
-    by_hand = isinstance(call, HandWrittenCall)
+    by_hand = isinstance(call.evaluation, HandedOver)
     if not by_hand and call.function not in _REGRESSION:
         raise MisconfigurationException(
             f"{call} is no regression: a technique needs numbers that are compared with numbers (F.mse_loss, F.l1_loss,"

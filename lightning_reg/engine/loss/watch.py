@@ -47,9 +47,9 @@ def call_site() -> str:
 
 
 class _LossMode(TorchFunctionMode):
-    def __init__(self, interception: "Interception") -> None:
+    def __init__(self, interception: "Interception", handler: Handler) -> None:
         super().__init__()
-        self.interception = interception
+        self.interception, self.handler = interception, handler
 
     @override
     def __torch_function__(
@@ -62,15 +62,14 @@ class _LossMode(TorchFunctionMode):
                 if torch.compiler.is_dynamo_compiling()
                 else self.interception.handle_in_mode
             )
-            return handle(func, args, kwargs or {})
+            return handle(self.handler, func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
 
 
 class _Gate:
     """Stands in for the override check of ``torch.nn.functional`` while it is entered, on the entering thread only."""
 
-    def __init__(self, handler: Handler) -> None:
-        self._handler = handler
+    def __init__(self) -> None:
         self._open = False
         self.asked = False
 
@@ -90,9 +89,9 @@ class _Gate:
                 self._open = True
         return self._handled(function, relevant, *args, **kwargs)
 
-    def intercept(self, on: bool) -> "_Gate":
+    def intercept(self, handler: Handler, on: bool) -> "_Gate":
         """Whether calls go to the handler, or it is only noted (``asked``) that they would."""
-        self._open, self.asked = on, False
+        self._handler, self._open, self.asked = handler, on, False
         return self
 
     def __enter__(self) -> None:
@@ -115,27 +114,33 @@ def _all_plain(args: tuple[Any, ...]) -> bool:
 
 
 class Interception:
-    """Hands every loss call inside :meth:`watch` to ``handler``, by the cheapest way that sees it.
+    """Hands every loss call inside :meth:`watch` to a handler, by the cheapest way that sees it.
 
     Args:
-        handler: Called as ``handler(function, args, kwargs)``; what it returns is what the user's code gets.
         compiled: Whether parts of the module are compiled: then the mode stays, because a compiled graph would have to
             be compiled again without it, and because it costs nothing where the operations are inside a graph.
 
     """
 
-    def __init__(self, handler: Handler, *, compiled: bool) -> None:
-        self._handler = handler
-        self._gate = _Gate(handler)
+    def __init__(self, *, compiled: bool) -> None:
+        self._gate = _Gate()
         self._stay_in_mode = compiled
         self._learned = False
-        self.handle_compiled: Handler = torch.compiler.disable(self._handle_compiled)  # type: ignore[no-untyped-call]  # torch's
+        self.handle_compiled: Callable[..., Any] = torch.compiler.disable(self._handle_compiled)  # type: ignore[no-untyped-call]  # torch's
 
-    def watch(self) -> AbstractContextManager[None]:
-        """A context in which loss calls are seen."""
+    def watch(self, handler: Handler) -> AbstractContextManager[None]:
+        """A context in which loss calls are seen.
+
+        Args:
+            handler: Called as ``handler(function, args, kwargs)``; what it returns is what the user's code gets.
+
+        Returns:
+            The context.
+
+        """
         if self.by_gate:
-            return self._gate.intercept(True)
-        return _LossMode(self)
+            return self._gate.intercept(handler, True)
+        return _LossMode(self, handler)
 
     @property
     def by_gate(self) -> bool:
@@ -162,14 +167,18 @@ class Interception:
         )
         return True
 
-    def handle_in_mode(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def handle_in_mode(
+        self, handler: Handler, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Handles a call that the mode saw in eager code, and learns whether the gate would have seen it."""
-        with nullcontext() if self._stay_in_mode else self._gate.intercept(False):
-            value = self._handler(function, args, kwargs)
+        with nullcontext() if self._stay_in_mode else self._gate.intercept(handler, False):
+            value = handler(function, args, kwargs)
         self._stay_in_mode |= not self._gate.asked
         self._learned = True
         return value
 
-    def _handle_compiled(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _handle_compiled(
+        self, handler: Handler, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         self._stay_in_mode = self._learned = True
-        return self._handler(function, args, kwargs)
+        return handler(function, args, kwargs)

@@ -17,9 +17,9 @@ from torchmetrics import Metric
 
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.layers.named import FeatureTap, is_of_a_tap
-from lightning_reg.engine.loss.call import LossCall
-from lightning_reg.engine.loss.call_by_hand import HandWrittenCall
+from lightning_reg.engine.layers.named import FeatureTap, LayerHook
+from lightning_reg.engine.loss.call import LossCall, loss_call
+from lightning_reg.engine.loss.call_by_hand import call_by_hand
 from lightning_reg.engine.loss.choice import Selection
 from lightning_reg.engine.loss.elements import bind
 from lightning_reg.engine.loss.mixin import LossMixin
@@ -66,8 +66,8 @@ def copy_of(module: "LightningModule") -> "LightningModule":
     """
     with host.without_compiled_steps(module):
         _check_functions(module)
-    memo: dict[int, Any] = {id(hook): hook for layer in module.modules() for hook in layer._forward_hooks.values()}
-    memo = {key: hook for key, hook in memo.items() if is_of_a_tap(hook)}
+    memo: dict[int, Any] = {id(hook): hook for hooks in _hooks(module) for hook in hooks.values()}
+    memo = {key: hook for key, hook in memo.items() if isinstance(hook, LayerHook)}
     # Such as `self.last_logits`: torch refuses to copy a tensor with a history.
     kept = (leaf for layer in module.modules() for leaf in tree_leaves(vars(layer)) if isinstance(leaf, Tensor))
     memo |= {id(leaf): leaf.detach().clone() for leaf in kept if not leaf.is_leaf}
@@ -85,10 +85,16 @@ def copy_of(module: "LightningModule") -> "LightningModule":
         ) from error
     for layer in twin.modules():
         layer._compiled_call_impl = None
-        for key, hook in list(layer._forward_hooks.items()):
-            if is_of_a_tap(hook):
-                del layer._forward_hooks[key]
+    for hooks in _hooks(twin):
+        for key in [key for key, hook in hooks.items() if isinstance(hook, LayerHook)]:
+            del hooks[key]
     return twin
+
+
+def _hooks(module: nn.Module) -> Iterator[dict[int, Any]]:
+    for layer in module.modules():
+        yield layer._forward_hooks
+        yield layer._forward_pre_hooks
 
 
 def _check_functions(module: nn.Module) -> None:
@@ -246,9 +252,9 @@ class Peer:
         self._tap = FeatureTap(self.module, layers)
         self._metrics = [layer for layer in self.module.modules() if isinstance(layer, Metric)]
         self._pairs = list(self.module.parameters()), list(module.parameters())
-        self._interception = Interception(self._intercept, compiled=False)
+        self._interception = Interception(compiled=False)
         self._step: Step | None = None
-        self._selection = Selection(())
+        self._selection: Selection[Owner] = Selection(())
         self._taken: LossCall | None = None
         self._keep: Callable[[dict[str, Any]], dict[str, Any]] = _detached
 
@@ -320,7 +326,7 @@ class Peer:
     @contextmanager
     def _watch(self) -> Iterator[None]:
         if not isinstance(self.module, LossMixin):
-            with self._interception.watch():
+            with self._interception.watch(self._intercept):
                 yield
             return
         replaced = host.Replacement(self.module, "reduce_loss", self._reduce_loss)
@@ -333,7 +339,7 @@ class Peer:
         arguments = bind(function, args, kwargs)
         has_gradient = any(isinstance(value, Tensor) and value.requires_grad for value in arguments.values())
         if self._step is not None and torch.is_grad_enabled() and has_gradient:
-            self._note(LossCall(function, self._keep(arguments), self._step, call_site()))
+            self._note(loss_call(function, self._keep(arguments), self._step, call_site()))
         return function(*args, **kwargs)
 
     def _reduce_loss(
@@ -347,7 +353,7 @@ class Peer:
         if self._step is not None and per_sample_loss.requires_grad:
             handed_over = self._keep({"loss": per_sample_loss, "logits": logits})
             self._note(
-                HandWrittenCall(handed_over["loss"], handed_over["logits"], targets, indices, self._step, call_site())
+                call_by_hand(handed_over["loss"], handed_over["logits"], targets, indices, self._step, call_site())
             )
         return per_sample_loss.mean()
 

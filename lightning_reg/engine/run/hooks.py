@@ -1,68 +1,81 @@
-"""The engine's own callback: the moments outside ``training_step`` at which the engine has something to do."""
+"""The engine's own callbacks: the moments outside ``training_step`` at which its parts have something to do."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from typing_extensions import override
 
 from lightning_reg.engine.host.lightning import Callback
+from lightning_reg.engine.run.part import overriding
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from torch.optim import Optimizer
 
-    from lightning_reg.engine.run.engine import Engine
+    from lightning_reg.engine.run.part import Part
 
-__all__ = ["EngineHooks", "LastHook"]
-
+__all__ = ["FirstHooks", "LastHooks"]
 
 _NEVER = ("on_train_batch_start", "on_before_backward", "on_after_backward", "on_before_zero_grad")
 
 
-class EngineHooks(Callback):
+class HasParts(Protocol):
+    """What is attached to the Trainer."""
+
+    parts: "list[Part]"
+
+    def prepare(self) -> None:
+        """The module is configured."""
+
+    def start(self) -> None:
+        """The loaders and optimizers are there."""
+
+    def detach(self) -> None:
+        """Takes everything off."""
+
+
+class FirstHooks(Callback):
     """Stands first among the Trainer's callbacks while the engine is attached, so that all others see dense weights.
 
     Args:
         engine: Whose hooks these are.
-        edits_weights: Whether there are weights to restore.
-        penalizes: Whether there are penalties whose gradients to add.
 
     """
 
-    def __init__(self, engine: "Engine", *, edits_weights: bool, penalizes: bool) -> None:
-        self._engine, self.edits_weights = engine, edits_weights
+    def __init__(self, engine: HasParts) -> None:
+        self._engine = engine
+        self._before_optimizer = overriding(engine.parts[::-1], "before_optimizer")
+        self._rest = overriding(engine.parts[::-1], "rest")
         # Lightning calls the hooks that are callable; nothing to do is not even a call.
-        idle = list(_NEVER)
-        if not edits_weights:
-            idle.append("on_train_batch_end")
-        if not (edits_weights or penalizes):
-            idle.append("on_before_optimizer_step")
-        for hook in idle:
+        idle = [*_NEVER, *([] if self._rest else ["on_train_batch_end"])]
+        for hook in [*idle, *([] if self._before_optimizer else ["on_before_optimizer_step"])]:
             setattr(self, hook, None)
 
     @override
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        self._engine.prepare_module()
+        self._engine.prepare()
 
     @override
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        self._engine.prepare_data()
+        self._engine.start()
 
     @override
     def on_before_optimizer_step(
         self, trainer: "Trainer", pl_module: "LightningModule", optimizer: "Optimizer"
     ) -> None:
-        self._engine.restore_weights(optimizer)
-        self._engine.add_penalties(optimizer)
+        for before in self._before_optimizer:
+            before(optimizer)
 
     @override
     def on_train_batch_end(
         self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._engine.restore_weights()
+        for rest in self._rest:
+            rest()
 
     @override
     def on_validation_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        self._engine.restore_weights()
+        for rest in self._rest:
+            rest()
 
     @override
     def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
@@ -73,25 +86,33 @@ class EngineHooks(Callback):
         self._engine.detach()
 
 
-class LastHook(Callback):
-    """Stands last among the callbacks while weights are edited or trained through a map.
+class LastHooks(Callback):
+    """Stands last among the callbacks if parts want the last word.
 
     So all others change dL/dw; and weights that others put in for validation (averages) are edited as well.
 
     Args:
-        engine: Whose hook this is.
+        engine: Whose hooks these are.
 
     """
 
-    def __init__(self, engine: "Engine") -> None:
-        self._engine = engine
+    def __init__(self, engine: HasParts) -> None:
+        self._final = overriding(engine.parts[::-1], "gradients_are_final")
+        self._begin_validation = overriding(engine.parts, "begin_validation")
+
+    @property
+    def have_something_to_do(self) -> bool:
+        """Whether a part wants it."""
+        return bool(self._final or self._begin_validation)
 
     @override
     def on_before_optimizer_step(
         self, trainer: "Trainer", pl_module: "LightningModule", optimizer: "Optimizer"
     ) -> None:
-        self._engine.pull_back(optimizer)
+        for final in self._final:
+            final(optimizer)
 
     @override
     def on_validation_epoch_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        self._engine.apply_weights()
+        for begin in self._begin_validation:
+            begin()

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.generators import kept_generators
-from lightning_reg.engine.run.hooks import EngineHooks
+from lightning_reg.engine.run.hooks import FirstHooks
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -45,7 +45,7 @@ def validation_metrics(trainer: "Trainer") -> dict[str, float]:
         undo.callback(setattr, trainer.state, "stage", stage)
         undo.callback(setattr, loop, "batch_progress", progress)
         undo.callback(setattr, loop, "_seen_batches_per_dataloader", seen)
-        host.set_callbacks(trainer, [callback for callback in callbacks if isinstance(callback, EngineHooks)])
+        host.set_callbacks(trainer, [callback for callback in callbacks if isinstance(callback, FirstHooks)])
         undo.callback(setattr, loop, "_module_mode", loop._module_mode)
         loop._module_mode = type(loop._module_mode)()
         trainer.validating = True

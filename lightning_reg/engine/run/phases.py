@@ -1,5 +1,6 @@
 """The phases of a training step, by what they act on; which of them a technique takes part in."""
 
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
 
 from torch import Tensor, nn
@@ -243,12 +244,19 @@ PHASES: dict[str, type[Member]] = {
 }
 LOSS_PHASES = frozenset(phase for phase, role in PHASES.items() if role is OnLoss)
 
+_PHASES_OF_ROLE = {role: tuple(p for p, declared in PHASES.items() if declared is role) for role in PHASES.values()}
+
 Role = TypeVar("Role", bound=Member)
 
 
 def phases_of(technique: Member | type[Member]) -> tuple[str, ...]:
     """Phases that a technique takes part in: those whose methods it overrides, in the order of the step."""
-    cls = technique if isinstance(technique, type) else type(technique)
+    cls: Any = technique if isinstance(technique, type) else type(technique)
+    return _phases_of_class(cls)
+
+
+@cache
+def _phases_of_class(cls: type[Any]) -> tuple[str, ...]:
     return tuple(p for p, role in PHASES.items() if issubclass(cls, role) and getattr(cls, p) is not getattr(role, p))
 
 
@@ -264,5 +272,5 @@ def taking_part(techniques: "Sequence[Member]", role: type[Role], *phases: str) 
         The techniques.
 
     """
-    named = set(phases) or {phase for phase, declared in PHASES.items() if declared is role}
-    return [cast("Role", technique) for technique in techniques if named.intersection(phases_of(technique))]
+    named = phases or _PHASES_OF_ROLE[role]
+    return [cast("Role", t) for t in techniques if any(phase in named for phase in phases_of(t))]

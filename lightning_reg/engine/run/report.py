@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -21,7 +21,7 @@ __all__ = ["log_scalars", "show_table", "techniques_table"]
 log = logging.getLogger(__name__)
 
 
-def techniques_table(techniques: Sequence[Member], samples: Mapping[Member, int]) -> Table:
+def techniques_table(techniques: Sequence[Member], samples: Mapping[Any, int]) -> Table:
     """The table at the start of the fit.
 
     Args:
@@ -43,7 +43,7 @@ def techniques_table(techniques: Sequence[Member], samples: Mapping[Member, int]
     return table
 
 
-def show_table(trainer: "Trainer", techniques: Sequence[Member], samples: Mapping[Member, int]) -> None:
+def show_table(trainer: "Trainer", techniques: Sequence[Member], samples: Mapping[Any, int]) -> None:
     """Prints the table where Lightning prints its model summary (``enable_model_summary``); else it goes to the log."""
     if not trainer.is_global_zero:
         return

@@ -11,7 +11,7 @@ memory.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,7 @@ from lightning_reg.engine.weights.swap import named_weights
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-    from lightning_reg.engine.host.owner import Owner
-
-__all__ = ["Latents", "WeightMaps", "check_mappable"]
+__all__ = ["Latents", "Mapper", "WeightMaps", "check_mappable"]
 
 _SPLITTING = ("FSDP", "DeepSpeed", "ModelParallel", "XLAFSDP")
 
@@ -100,10 +98,33 @@ class Latents:
         self._moments = {name: dict(moments) for name, moments in state["moments"].items()}
 
 
+class Mapper(Protocol):
+    """Who trains weights through a map; its class is named in messages."""
+
+    latents: Latents
+
+    def weights_to_map(self, module: nn.Module) -> Sequence[str]:
+        """Names of the parameters that are mapped."""
+
+    def begin_map(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """New latents for the weights that a training begins with."""
+
+    def latents_of(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """New latents for weights that somebody else wrote, under the map as it is."""
+
+    def map_weights(self, latents: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+        """Writes f(v) into the weights."""
+
+    def pull_back(
+        self, latents: Mapping[str, Tensor], weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
+    ) -> None:
+        """Turns gradients dL/dw into dL/dv, in place."""
+
+
 class _Map:
     """A technique and the weights that it maps."""
 
-    def __init__(self, technique: "Owner", weights: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, technique: Mapper, weights: Mapping[str, nn.Parameter]) -> None:
         self.technique, self.weights = technique, weights
         self._begun_with: dict[str, Tensor] | None = None
 
@@ -130,7 +151,7 @@ class _Map:
         return [name for name, differs in zip(mapped, differ.tolist(), strict=True) if differs]
 
 
-def check_mappable(technique: "Owner", trainer: "Trainer") -> None:
+def check_mappable(technique: object, trainer: "Trainer") -> None:
     """Refuses strategies under which neither the weight nor the optimizer is whole.
 
     Args:
@@ -161,7 +182,7 @@ class WeightMaps:
 
     """
 
-    def __init__(self, module: nn.Module, techniques: Sequence["Owner"]) -> None:
+    def __init__(self, module: nn.Module, techniques: Sequence[Mapper]) -> None:
         parameters = named_weights(module)
         owners: dict[str, str] = {}
         self._maps = []

@@ -11,8 +11,6 @@ from lightning_reg.engine.weights import shards
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-    from lightning_reg.engine.host.owner import Owner
-
 __all__ = ["check_editable", "check_split", "check_whole"]
 
 # Strategies under which what stands in a parameter is not what is trained.
@@ -23,7 +21,7 @@ _OPAQUE = {
 }
 
 
-def check_whole(technique: "Owner", trainer: "Trainer", does: str) -> None:
+def check_whole(technique: object, trainer: "Trainer", does: str) -> None:
     """Refuses strategies that do not keep parameters whole.
 
     Args:
@@ -42,7 +40,7 @@ def check_whole(technique: "Owner", trainer: "Trainer", does: str) -> None:
         )
 
 
-def check_editable(technique: "Owner", trainer: "Trainer") -> None:
+def check_editable(technique: object, trainer: "Trainer") -> None:
     """Refuses strategies that keep parameters in a form of their own.
 
     Args:
@@ -62,18 +60,19 @@ def check_editable(technique: "Owner", trainer: "Trainer") -> None:
         )
 
 
-def check_split(technique: "Owner", parameters: Mapping[str, Tensor]) -> None:
+def check_split(technique: object, parameters: Mapping[str, Tensor], needs_whole: str | None) -> None:
     """Refuses parameters that are split over processes in a way that the technique's edits cannot follow.
 
     Args:
         technique: Who edits weights.
         parameters: Those it edits, by name.
+        needs_whole: Why it needs whole parameters, as a clause; ``None`` if rows are enough.
 
     Raises:
         MisconfigurationException: If it needs whole parameters, or if rows are cut.
 
     """
-    owner, needs_whole = type(technique).__name__, technique.needs_whole_parameters()
+    owner = type(technique).__name__
     for name, parameter in parameters.items():
         if not shards.is_split(parameter):
             continue

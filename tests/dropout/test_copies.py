@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_reg.engine.copies import CopiesCall
+from lightning_reg.dropout.multi_sample_dropout._evaluation import OnCopies
 from lightning_reg.engine.data.mixing import Mixing
 from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.loss.call import call_of
 from lightning_reg.engine.loss.call_mixed import mixed_call
 from lightning_reg.engine.loss.elements import LOSS_FUNCTIONS
 from lightning_reg.engine.technique import Technique
@@ -44,7 +45,7 @@ def copies_of(name, **options):
     if name == "binary_cross_entropy":
         wide["input"] = wide["input"].detach().clamp(0.05, 0.95).requires_grad_()
     each = [first | {n: v[j * ROWS : (j + 1) * ROWS] for n, v in wide.items()} for j in range(COPIES)]
-    return CopiesCall(PRESENT[name], each[0], wide, COPIES, Step(ROWS)), each
+    return call_of(OnCopies(PRESENT[name], each[0], wide, COPIES), Step(ROWS)), each
 
 
 @pytest.mark.parametrize("with_options", [False, True])
@@ -75,7 +76,7 @@ def classification(reduction, options):
     scores = normal(COPIES * ROWS, 5).requires_grad_()
     labels = torch.tensor([1, 4, 0, 1])
     arguments = {"input": scores[:ROWS], "target": labels, "reduction": reduction, **options}
-    return CopiesCall(F.cross_entropy, arguments, {"input": scores}, COPIES, Step(ROWS)), scores, labels
+    return call_of(OnCopies(F.cross_entropy, arguments, {"input": scores}, COPIES), Step(ROWS)), scores, labels
 
 
 @pytest.mark.parametrize("options", CLASSIFICATIONS.values(), ids=CLASSIFICATIONS)
@@ -109,7 +110,7 @@ def test_weights_and_terms_of_samples_on_copies(reduction, options):
 def test_flattened_tokens_stay_with_their_sequence():
     scores, labels = normal(COPIES * 2 * 3, 4), torch.tensor([0, 1, -100, 3, 2, 1])  # 2 sequences of 3 tokens
     arguments = {"input": scores[:6], "target": labels}
-    call = CopiesCall(F.cross_entropy, arguments, {"input": scores}, COPIES, Step(2))
+    call = call_of(OnCopies(F.cross_entropy, arguments, {"input": scores}, COPIES), Step(2))
     assert (call.batch_size, call.kind) == (2, "sequence")
     elements = torch.stack([F.cross_entropy(s, labels, reduction="none") for s in scores.split(6)]).mean(0)
     assert call.losses.tolist() == pytest.approx([elements[:3].sum().item() / 2, elements[3:].mean().item()], rel=1e-5)
@@ -132,7 +133,7 @@ def test_replaced_targets_are_those_of_all_copies():
     call, scores, _ = classification("mean", {})
     _ = call.losses, call.plain
     soft = torch.rand(ROWS, 5).softmax(1)
-    call.replace_target(soft)
+    call = call.with_target(soft)
     expected = torch.stack([F.cross_entropy(s, soft) for s in scores.split(ROWS)]).mean()
     torch.testing.assert_close(call.plain, expected)
 
@@ -158,13 +159,13 @@ def test_spread_is_the_standard_deviation_of_the_copies_losses():
     call, scores, labels = classification("sum", {**CLASSES, "ignore_index": 1})
     own = [F.cross_entropy(s, labels, ignore_index=1, **CLASSES).item() for s in scores.split(ROWS)]
     mean = sum(own) / COPIES
-    assert call.spread().item() == pytest.approx((sum((v - mean) ** 2 for v in own) / 2) ** 0.5, rel=1e-4)
+    assert call.evaluation.spread().item() == pytest.approx((sum((v - mean) ** 2 for v in own) / 2) ** 0.5, rel=1e-4)
 
 
 def test_half_precision_is_averaged_in_single():
     prediction = (1000 + torch.arange(6.0)).half().requires_grad_()
     arguments = {"input": prediction[:2], "target": torch.zeros(2).half(), "reduction": "none"}
-    call = CopiesCall(F.l1_loss, arguments, {"input": prediction}, 3, Step(2))
+    call = call_of(OnCopies(F.l1_loss, arguments, {"input": prediction}, 3), Step(2))
     assert call.decomposition.elements.dtype == torch.float32
     assert call.decomposition.elements.tolist() == [1002.0, 1003.0]
     assert call.plain.dtype == torch.float16

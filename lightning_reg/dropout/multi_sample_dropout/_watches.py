@@ -8,6 +8,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
+from lightning_reg.engine.layers.named import LayerHook
+
 __all__ = ["NormWatch", "watch_order"]
 
 
@@ -63,7 +65,7 @@ def watch_order(layers: Mapping[str, nn.Module], check: Callable[[str, Any], Non
     return [layer.register_forward_pre_hook(_Order(name, check), with_kwargs=True) for name, layer in second.items()]
 
 
-class _Order:
+class _Order(LayerHook):
     def __init__(self, name: str, check: Callable[[str, Any], None]) -> None:
         self.name, self.check = name, check
 

@@ -1,188 +1,35 @@
 r"""Multi-sample dropout: several dropout masks on one pass through the backbone, and the mean of their losses."""
 
 import hashlib
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_reg.dropout._layers import drop, kind_of, mask_shape
-from lightning_reg.engine.copies import CopyPlan
+from lightning_reg.dropout.multi_sample_dropout._copies import Copies, CopyPlan, LayerCopies
+from lightning_reg.dropout.multi_sample_dropout.core import dropout_copies, kind_of, mask_shape
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.names import near_names
 from lightning_reg.engine.host.row_bits import global_rows, keep_mask
-from lightning_reg.engine.layers.named import named_layers
-from lightning_reg.engine.technique import LayerTechnique
+from lightning_reg.engine.layers.named import find_layer, named_layers
+from lightning_reg.engine.loss.mixin import LossMixin
+from lightning_reg.engine.run.phases import LOSS_PHASES, Member, phases_of
+from lightning_reg.engine.technique import Technique
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lightning_reg.engine.layers.edits import LayerCall
+    from lightning.pytorch import LightningModule, Trainer
+
+    from lightning_reg.engine.run.part import Part
     from lightning_reg.engine.step import Step
 
-__all__ = [
-    "MultiSampleDropout",
-    "MultiSampleDropoutLayer",
-    "dropout_copies",
-    "fold",
-    "multi_sample_dropout",
-    "multi_sample_loss",
-]
+__all__ = ["MultiSampleDropout"]
 
 
-def fold(x: Tensor, num_samples: int) -> Tensor:
-    """Copies of rows, one after the other, as a dimension of their own.
-
-    Args:
-        x: ``(M * B, ...)``: row ``j * B + b`` is copy j of row b.
-        num_samples: Number of copies M.
-
-    Returns:
-        ``(M, B, ...)``, a view.
-
-    Raises:
-        ValueError: If the rows are no multiple of M.
-
-    Example:
-        >>> fold(torch.tensor([1, 2, 10, 20]), num_samples=2)
-        tensor([[ 1,  2],
-                [10, 20]])
-
-    """
-    if num_samples < 1 or x.shape[0] % num_samples:
-        raise ValueError(f"fold: {x.shape[0]} rows are no multiple of `num_samples`={num_samples}.")
-    return x.reshape(num_samples, x.shape[0] // num_samples, *x.shape[1:])
-
-
-def dropout_copies(
-    h: Tensor, keep: Tensor, p: float, layer: type[nn.Module] = nn.Dropout, *, copied: bool = False
-) -> Tensor:
-    r"""Rows under given dropout masks.
-
-    .. math:: h_{jb} = h_b\, m_{jb} / (1 - p)
-
-    Args:
-        h: Features ``(B, ...)``, or ``(M * B, ...)`` if they are copies already.
-        keep: Masks ``m``, bool ``(M, B, ...)``, broadcast to the features.
-        p: Drop rate, in [0, 1).
-        layer: Which of torch's dropout modules to follow: what is dropped becomes 0, or, for alpha dropout, the value
-            that keeps mean and variance.
-        copied: Whether ``h`` holds M copies.
-
-    Returns:
-        ``(M * B, ...)`` in the type of ``h``, copy after copy.
-
-    """
-    h = fold(h, len(keep)) if copied else h[None]
-    return drop(layer, h, keep, p).flatten(0, 1)
-
-
-def multi_sample_dropout(h: Tensor, p: float, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
-    r"""Copies of the features, each under a dropout mask of its own; a mask for every row of every copy.
-
-    Args:
-        h: Features ``(B, ...)``.
-        p: Drop rate, in [0, 1).
-        num_samples: Number of copies M, at least 1. At 1 this is ordinary dropout.
-        generator: Source of the masks, on the device of ``h``; ``None`` for the global one.
-
-    Returns:
-        ``(M * B, ...)`` in the type of ``h``; row ``j * B + b`` is copy j of row b.
-
-    Raises:
-        ValueError: If ``p`` or ``num_samples`` is outside its range.
-
-    Example:
-        >>> multi_sample_dropout(torch.ones(2, 3), p=0.0, num_samples=2).shape
-        torch.Size([4, 3])
-
-    """
-    if not 0 <= p < 1:
-        raise ValueError(f"multi_sample_dropout: `p` must be in [0, 1), got {p}.")
-    if num_samples < 1:
-        raise ValueError(f"multi_sample_dropout: `num_samples` must be at least 1, got {num_samples}.")
-    keep = torch.empty(num_samples, *h.shape, device=h.device).bernoulli_(1 - p, generator=generator)
-    return dropout_copies(h, keep.bool(), p)
-
-
-def multi_sample_loss(
-    head: Callable[[Tensor], Tensor],
-    h: Tensor,
-    target: Tensor,
-    loss_fn: Callable[[Tensor, Tensor], Tensor],
-    p: float,
-    num_samples: int,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    r"""Mean of the losses of M dropout samples; the head runs once, on M times the rows.
-
-    .. math:: L = \frac1M \sum_{j=1}^M \frac1B \sum_{b=1}^B \ell\bigl(f(h_b \odot m_{jb}), y_b\bigr)
-
-    It is the mean of the losses and not the loss of the mean logits, which would average the masks away.
-
-    Args:
-        head: What follows the dropout ``f``: from ``(M * B, ...)`` to ``(M * B, ...)``, row by row.
-        h: Output of the backbone, ``(B, ...)``.
-        target: ``(B, ...)``.
-        loss_fn: A mean over rows, or a loss per row. Not a sum: that would be M times as large.
-        p: Drop rate, in [0, 1).
-        num_samples: Number of dropout samples M, at least 1.
-        generator: Source of the masks; ``None`` for the global one.
-
-    Returns:
-        A scalar, float32 at least.
-
-    Example:
-        >>> h, y = torch.randn(4, 8), torch.tensor([0, 1, 2, 0])
-        >>> multi_sample_loss(nn.Linear(8, 3), h, y, nn.functional.cross_entropy, p=0.5, num_samples=8).shape
-        torch.Size([])
-
-    """
-    logits = head(multi_sample_dropout(h, p, num_samples, generator))
-    losses = loss_fn(logits, target.repeat(num_samples, *(1 for _ in target.shape[1:])))
-    return losses.to(torch.promote_types(losses.dtype, torch.float32)).mean()
-
-
-class MultiSampleDropoutLayer(nn.Module):
-    """For a head of your own: in training ``(B, ...)`` becomes ``(M * B, ...)``, in evaluation it stays.
-
-    Repeat the targets M times, ``y.repeat(num_samples)``, and take the mean of the losses. In a LightningModule that
-    has a dropout layer already, :class:`MultiSampleDropout` does all this from outside.
-
-    Args:
-        p: Drop rate, in [0, 1).
-        num_samples: Number of copies M, at least 1.
-
-    Raises:
-        ValueError: If an argument is outside its range.
-
-    Example:
-        >>> head = nn.Sequential(MultiSampleDropoutLayer(p=0.5, num_samples=4), nn.Linear(8, 3))
-        >>> head(torch.zeros(2, 8)).shape, head.eval()(torch.zeros(2, 8)).shape
-        (torch.Size([8, 3]), torch.Size([2, 3]))
-
-    """
-
-    def __init__(self, p: float = 0.5, num_samples: int = 8) -> None:
-        super().__init__()
-        check_number(self, "p", p, low=0, high=1, high_open=True)
-        check_number(self, "num_samples", num_samples, low=1, integer=True)
-        self.p, self.num_samples = p, num_samples
-
-    @override
-    def forward(self, h: Tensor) -> Tensor:
-        return multi_sample_dropout(h, self.p, self.num_samples) if self.training else h
-
-    @override
-    def extra_repr(self) -> str:
-        return f"p={self.p}, num_samples={self.num_samples}"
-
-
-class MultiSampleDropout(LayerTechnique):
+class MultiSampleDropout(Technique):
     r"""Multi-sample dropout: what follows a dropout layer runs on M masks of one backbone pass; losses are averaged.
 
     .. math:: L = \frac1M \sum_j \frac1B \sum_b \ell\bigl(f(h_b \odot m_{jb}), y_b\bigr), \qquad
@@ -298,16 +145,55 @@ class MultiSampleDropout(LayerTechnique):
         return self.num_samples > 1
 
     @override
-    def copy_plan(self) -> CopyPlan | None:
+    def check(self, trainer: "Trainer", module: "LightningModule") -> None:
         if self.num_samples == 1:
-            return None
-        way: Literal["rows", "passes"] = "rows" if self.mode == "batched" else "passes"
-        return CopyPlan(self.num_samples, self.dropout, way, self.outputs, self.head, self.backbone)
+            return
+        if self.mode == "replay" and not module.automatic_optimization:
+            raise MisconfigurationException(
+                f"MultiSampleDropout runs `training_step` {self.num_samples} times for one optimizer step; with"
+                " automatic_optimization=False each run would train. Let the copies be rows of one run."
+            )
+        if self.mode == "batched" and isinstance(module, LossMixin):
+            raise MisconfigurationException(
+                "MultiSampleDropout: the module computes its losses itself (LossMixin), for the rows it knows of, and"
+                ' not for their copies. Pass `MultiSampleDropout(mode="replay", backbone="...")`.'
+            )
 
     @override
-    def features_to_edit(self, module: nn.Module) -> "Sequence[str]":
+    def conflict_with(self, other: Member) -> str | None:
+        name = type(other).__name__
+        if self.num_samples == 1:
+            return None
+        if isinstance(other, MultiSampleDropout) and other.num_samples > 1:
+            return "each lets a part of the network run on several copies of the batch. Remove one of them."
+        if self.mode == "replay" and (other.mixes != "none" or LOSS_PHASES.intersection(phases_of(other))):
+            return (
+                f"MultiSampleDropout runs the training step {self.num_samples} times, and {name} would act on the loss"
+                " of each. Let the copies be rows of one run."
+            )
+        if "extra_views" in phases_of(other):
+            return (
+                f"{name} passes further views of the batch through the network beside it, and MultiSampleDropout lets a"
+                " part of the network run on copies of the rows: which rows belong together is then not known. Remove"
+                " one of them."
+            )
+        return None
+
+    @override
+    def parts(self, trainer: "Trainer", module: "LightningModule") -> "Sequence[Part]":
+        if self.num_samples == 1:
+            return ()
+        way: Literal["rows", "passes"] = "rows" if self.mode == "batched" else "passes"
+        plan = CopyPlan(self.num_samples, self.dropout, way, self.outputs, self.head, self.backbone)
+        return [Copies(self, plan, module, self._layers, self._sample)]
+
+    @override
+    def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        self._layers(pl_module)  # with num_samples=1 too, a wrong name is told
+
+    def _layers(self, module: nn.Module) -> "Sequence[str]":
         layers = named_layers(module)
-        if self.dropout in layers and kind_of(layers[self.dropout]) is None:
+        if kind_of(find_layer(layers, self.dropout, "MultiSampleDropout")) is None:
             kinds = [name for name, layer in layers.items() if kind_of(layer)]
             raise MisconfigurationException(
                 f"MultiSampleDropout: the layer {self.dropout!r} is a {type(layers[self.dropout]).__name__}, which is"
@@ -315,14 +201,13 @@ class MultiSampleDropout(LayerTechnique):
             )
         return [self.dropout, *(n for n, layer in layers.items() if kind_of(layer) and n != self.dropout)]
 
-    @override
-    def edit_features(self, call: "LayerCall") -> Tensor | None:
-        if not call.after_copies and call.name != self.dropout:
+    def _sample(self, call: LayerCopies) -> Tensor | None:
+        if not call.after and call.name != self.dropout:
             return None
         kind = kind_of(call.layer)
         p = self.p if self.p is not None and call.name == self.dropout else float(getattr(call.layer, "p", 0.0))
         batched = self.mode == "batched"
-        copied = batched and call.after_copies
+        copied = batched and call.after
         shape = None if kind is None else mask_shape(kind, call.input.shape)
         if kind is None or shape is None or p >= 1:
             raise MisconfigurationException(
@@ -336,6 +221,6 @@ class MultiSampleDropout(LayerTechnique):
         keep = keep_mask(self._seed_of(call), rows, copies, shape, p)
         return dropout_copies(call.input, keep, p, kind, copied=copied)
 
-    def _seed_of(self, call: "LayerCall") -> int:
+    def _seed_of(self, call: LayerCopies) -> int:
         base = self.generator(call.step, same_on_ranks=True).initial_seed()
         return int.from_bytes(hashlib.blake2b(f"{base} {call.number}".encode(), digest_size=8).digest(), "little") >> 1

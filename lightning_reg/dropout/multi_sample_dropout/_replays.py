@@ -5,12 +5,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.layers.named import named_layers
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -23,15 +22,15 @@ class Replays:
 
     Args:
         module: The user's module.
-        backbone: Name of the layer that runs in the first pass only.
+        backbone: The layer that runs in the first pass only, and its name.
         number: Number of passes.
         name: Who asks for it, for messages.
 
     """
 
-    def __init__(self, module: "LightningModule", backbone: str, number: int, name: str) -> None:
-        self._module, self._number, self._name, self._backbone_name = module, number, name, backbone
-        self._backbone = named_layers(module)[backbone]
+    def __init__(self, module: "LightningModule", backbone: tuple[str, nn.Module], number: int, name: str) -> None:
+        self._module, self._number, self._name = module, number, name
+        self._backbone_name, self._backbone = backbone
 
     def run(self, once: Callable[[Any, int], Any], batch: Any) -> list[Any]:
         """All passes.

@@ -4,39 +4,47 @@ Copies lie one after the other: row ``j * B + b`` is copy j of row b. What runs 
 ``M * B`` rows; the loss is the mean of the copies' losses; techniques on the loss see samples as ever.
 """
 
-import math
-from collections.abc import Callable, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_reg.engine.copy_watches import NormWatch, watch_order
+from lightning_reg.dropout.multi_sample_dropout._evaluation import OnCopies, goes_by_rows
+from lightning_reg.dropout.multi_sample_dropout._replays import Replays
+from lightning_reg.dropout.multi_sample_dropout._watches import NormWatch, watch_order
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.autograd import descends
 from lightning_reg.engine.host.errors import MisconfigurationException, refuse_layer
-from lightning_reg.engine.layers.named import named_layers
-from lightning_reg.engine.loss import elements as losses
-from lightning_reg.engine.loss.call import LossCall
+from lightning_reg.engine.host.names import plain_name
+from lightning_reg.engine.layers.named import LayerHook, named_layers
+from lightning_reg.engine.loss import elements
+from lightning_reg.engine.loss.call import LossCall, call_of
+from lightning_reg.engine.loss.evaluation import FunctionEvaluation
+from lightning_reg.engine.loss.result import loss_of, with_loss
+from lightning_reg.engine.run.part import Part
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lightning.pytorch import LightningModule
+
     from lightning_reg.engine.host.owner import Owner
     from lightning_reg.engine.step import Step
 
-__all__ = ["Copies", "CopiesCall", "CopyPlan"]
+__all__ = ["Copies", "CopyPlan", "LayerCopies"]
 
 
 class CopyPlan(NamedTuple):
-    """How a technique lets what follows a layer run on several copies of the rows, see :meth:`Technique.copy_plan`.
+    """How what follows a layer runs on several copies of the rows.
 
     Attributes:
         number: Copies M of each row.
-        layer: The layer whose edited output holds them.
+        layer: The layer whose output holds them.
         way: ``"rows"``: the output has ``M * B`` rows, copy after copy. ``"passes"``: ``training_step`` runs M times.
         outputs: With ``"rows"``, what the user's code gets of the output of ``head``: the rows of the ``"first"`` copy,
             or of ``"all"``.
@@ -53,35 +61,80 @@ class CopyPlan(NamedTuple):
     backbone: str | None = None
 
 
-class Copies:
-    """Follows the copies through a training step.
+class LayerCopies(NamedTuple):
+    """One call of a layer whose output is to be that of copies.
+
+    Attributes:
+        name: Name of the layer.
+        layer: The layer.
+        input: What it got, all copies if it comes after the layer that makes them.
+        step: The training step.
+        number: How many outputs were changed before in this pass through ``training_step``.
+        after: Whether it comes after the layer that makes the copies.
+        run: Number of this pass through ``training_step``, where the copies are passes.
+
+    """
+
+    name: str
+    layer: nn.Module
+    input: Any
+    step: "Step"
+    number: int
+    after: bool
+    run: int
+
+
+class Copies(Part):
+    """Makes the copies in named layers, and follows them through a training step.
 
     Args:
         owner: The technique whose copies they are.
         plan: Its plan.
         module: The user's module.
-
-    Raises:
-        MisconfigurationException: If a name of the plan matches no layer.
+        layers: Names of the layers whose outputs are sampled, of a configured module.
+        sample: The output of a layer with its copies, ``None`` for its own output.
 
     """
 
-    def __init__(self, owner: "Owner", plan: CopyPlan, module: nn.Module) -> None:
+    def __init__(
+        self,
+        owner: "Owner",
+        plan: CopyPlan,
+        module: "LightningModule",
+        layers: "Callable[[nn.Module], Sequence[str]]",
+        sample: Callable[[LayerCopies], Any],
+    ) -> None:
         self.owner, self.plan, self.name = owner, plan, type(owner).__name__
-        self._named = named_layers(module)
-        for layer in (plan.layer, plan.head, plan.backbone):
-            if layer is not None and layer not in self._named:
-                refuse_layer(layer, self._named, self.name)
-        self._module = module
-        self._norms = NormWatch(self._named)
+        self._module, self._layers, self._sample = module, layers, sample
+        self._named: dict[str, nn.Module] = {}
+        self._norms = NormWatch({})
         self._ever_called = self._ever_active = self._ever_made = self._said_idle = False
         self._depends: dict[tuple[str, int, int], bool] = {}
         self._handles: list[RemovableHandle] = []
+        self._step: Step | None = None
+        self._begin(redirected=False, run=0)
+
+    @override
+    def prepare(self) -> None:
+        """Puts hooks on the layers.
+
+        Raises:
+            MisconfigurationException: If a name of the plan matches no layer.
+
+        """
+        plan, named = self.plan, named_layers(self._module)
+        for layer in (plan.layer, plan.head, plan.backbone):
+            if layer is not None and layer not in named:
+                refuse_layer(layer, named, self.name)
+        self._named, self._norms = named, NormWatch(named)
         if plan.way == "rows":
-            self._handles += watch_order(self._named, self._check_order)
+            self._handles += watch_order(named, self._check_order)
         if plan.way == "rows" and plan.outputs == "first":
             self._watch_ends()
-        self.begin(redirected=False)
+        for name in self._layers(self._module):
+            # Inside of the hooks of all others, so that these see an output with all copies.
+            self._handles.append(named[name].register_forward_pre_hook(_Before(self, name)))
+            self._handles.append(named[name].register_forward_hook(_After(self, name), prepend=True))
 
     def _watch_ends(self) -> None:
         head, layer = self.plan.head, self.plan.layer
@@ -90,31 +143,69 @@ class Copies:
             return
         around: dict[str, nn.Module] = {"": self._module}
         for name, module in self._module.named_modules():
-            plain = f"{name}.".replace("_orig_mod.", "")[:-1]
+            plain = plain_name(f"{name}.")[:-1]
             if plain and layer.startswith(f"{plain}."):
                 around.setdefault(plain, module)  # of a compiled module the one outside of the graph
         for name, module in around.items():
             self._handles.append(module.register_forward_pre_hook(_Start(self)))
             self._handles.append(module.register_forward_hook(_End(self, name)))
 
+    @override
     def close(self) -> None:
-        """Takes the hooks off."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self._norms.stop()
 
-    def shut(self) -> None:
-        """The step is over; nothing of it is kept."""
-        self.begin(redirected=False)
+    # -- a step, and one pass through training_step -------------------------------------------------------------------
 
-    # -- one pass through training_step -------------------------------------------------------------------------------
+    @override
+    @contextmanager
+    def around(self, step: "Step") -> Iterator[None]:
+        if self.owner not in step.active:
+            yield
+            return
+        self._step = step
+        once = step.network
+        step.feature_view = self.first
+        if self.plan.way == "rows":
+            step.call_changes.append(self._on_copies)
+            step.network = lambda batch: self._pass(once, batch, 0)
+        else:
+            step.network = lambda batch: self._replay(once, batch, step)
+        try:
+            yield
+            self._end(made_loss=step.made_loss)
+        except Exception as error:
+            self._explain(error)
+            raise
+        finally:
+            self._step = None
+            self._begin(redirected=False, run=0)
 
-    def begin(self, *, redirected: bool) -> None:
+    def _pass(self, once: Callable[[Any], Any], batch: Any, run: int) -> Any:
+        trainer = self._module.trainer
+        self._begin(redirected=host.reaches_step_through_call(trainer, self._module), run=run)
+        return once(batch)
+
+    def _replay(self, once: Callable[[Any], Any], batch: Any, step: "Step") -> Any:
+        backbone = self.plan.backbone or ""
+        replays = Replays(self._module, (backbone, self._named[backbone]), self.plan.number, self.name)
+        outputs = replays.run(lambda batch, run: self._pass(once, batch, run), batch)
+        losses = [loss for output in outputs if (loss := loss_of(output)) is not None]
+        if not losses:
+            return outputs[0]
+        values = torch.stack([loss.to(torch.promote_types(loss.dtype, torch.float32)) for loss in losses])
+        if step.is_logging:
+            step.log(self.owner, "spread", values.detach().std())
+        return with_loss(outputs[0], values.mean())
+
+    def _begin(self, *, redirected: bool, run: int) -> None:
         """A pass through ``training_step`` begins.
 
         Args:
             redirected: Whether the strategy reaches ``training_step`` through the module's ``__call__``, as DDP does.
+            run: Number of the pass.
 
         """
         self._rows: int | None = None
@@ -123,20 +214,52 @@ class Copies:
         self._handed: list[tuple[Tensor, Tensor, int]] = []
         self._depth = -1 if redirected else 0
         self._used = self._made_now = False
+        self._run, self._number = run, 0
+        self._inputs: dict[str, tuple[Any, bool]] = {}
 
-    def called(self, *, active: bool) -> None:
-        """The layer is called; ``active`` in training mode and with gradients recorded."""
-        self._ever_called = True
-        self._ever_active |= active
+    # -- the layers that are sampled ----------------------------------------------------------------------------------
 
-    def reached(self, name: str, given: Any) -> bool:
+    def before(self, name: str, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Keeps the input of a layer, and says what the layer gets in its place; ``None`` for the same."""
+        if self._step is None or not args:
+            return None
+        works = layer.training and torch.is_grad_enabled()
+        if name == self.plan.layer:
+            self._ever_called = True
+            self._ever_active |= works
+        if not works:
+            return None
+        given = args[0]
+        after = self._comes_after(name, given)
+        self._inputs[name] = given, after
+        # The layer's own output is given up where the rows are copies. It runs on the first copy alone, so that what it
+        # draws is what it would have drawn.
+        first = self.first(given) if after else given
+        if getattr(layer, "inplace", False) and isinstance(first, Tensor):
+            first = first.clone()
+        return None if first is given else (first, *args[1:])
+
+    def after(self, name: str, layer: nn.Module) -> Any:
+        """The output with its copies; ``None`` for the layer's own."""
+        if self._step is None or name not in self._inputs:
+            return None
+        given, after = self._inputs.pop(name)
+        result = self._sample(LayerCopies(name, layer, given, self._step, self._number, after, self._run))
+        if result is None:
+            return None
+        self._number += 1
+        if not after and name == self.plan.layer:
+            self._note_copies(given, result, self._step)
+        return result
+
+    def _comes_after(self, name: str, given: Any) -> bool:
         """Whether a layer comes after the copies were made, by its name and input."""
         if self.plan.way == "passes":
             return self._made_now
         # Without a graph the layer itself is in another pass: one behind its own copies would mostly have weights.
         return self._holds_copies(given) and (name != self.plan.layer or given.requires_grad)
 
-    def made(self, given: Any, output: Any, step: "Step") -> None:
+    def _note_copies(self, given: Any, output: Any, step: "Step") -> None:
         """The layer has made the copies."""
         self._made_now = True
         if self.plan.way == "rows":
@@ -209,25 +332,29 @@ class Copies:
 
     # -- the loss -----------------------------------------------------------------------------------------------------
 
-    def loss_call(
-        self, function: Callable[..., Any], arguments: dict[str, Any], step: "Step", site: str
-    ) -> "CopiesCall | None":
-        """The call of a loss on all copies, ``None`` for one that has nothing to do with them."""
-        if self.plan.way == "passes" or (self._rows is None and not self._handed):
-            return None
-        names = losses.LOSS_FUNCTIONS[function]
+    def _on_copies(self, call: LossCall) -> LossCall:
+        """The call of a loss on all copies; the call itself if it has nothing to do with them."""
+        evaluation, function = call.evaluation, call.function
+        if not isinstance(evaluation, FunctionEvaluation) or function is None:
+            return call
+        if self._rows is None and not self._handed:
+            return call
+        arguments, names = evaluation.arguments, elements.LOSS_FUNCTIONS[function]
         all_rows = {n: w for n in names if (w := self._all_rows(arguments.get(n))) is not None}
         if names[0] not in all_rows and not self._is_of_copies(function, arguments):
-            return None
+            return call
         number = self.plan.number
         rows = len(all_rows.get(names[0], arguments[names[0]]))
         for name in names:
             value: Any = arguments.get(name)
-            if _goes_by_rows(function, name, value, arguments[names[0]]) and len(value) == rows:
+            if goes_by_rows(function, name, value, arguments[names[0]]) and len(value) == rows:
                 all_rows[name] = value
         self._used = True
         firsts = {name: value[: value.shape[0] // number] for name, value in all_rows.items()}
-        return CopiesCall(function, {**arguments, **firsts}, all_rows, number, step, site)
+        on_copies = OnCopies(function, {**arguments, **firsts}, all_rows, number)
+        if call.step.is_logging and torch.is_grad_enabled() and elements.has_gradient(arguments):
+            call.step.log(self.owner, "spread", on_copies.spread())
+        return call_of(on_copies, call.step, call.site)
 
     def _all_rows(self, value: Any) -> Tensor | None:
         """All copies of what the user's code got of the first, or of a view of that."""
@@ -251,11 +378,11 @@ class Copies:
             return full.as_strided(shape, value.stride(), value.storage_offset())
         return None
 
-    def _is_of_copies(self, function: Callable[..., Any], arguments: dict[str, Any]) -> bool:
-        value, number = arguments[losses.LOSS_FUNCTIONS[function][0]], self.plan.number
+    def _is_of_copies(self, function: Callable[..., Any], arguments: Mapping[str, Any]) -> bool:
+        value, number = arguments[elements.LOSS_FUNCTIONS[function][0]], self.plan.number
         if self._rows is None or not isinstance(value, Tensor) or not value.dim() or value.shape[0] % number:
             return False
-        name = losses.target_name(function)
+        name = elements.target_name(function)
         target = None if name is None else arguments[name]
         if target is not None and target.dim() and target.shape[0] * number == value.shape[0]:
             return True
@@ -264,7 +391,7 @@ class Copies:
 
     # -- what is refused ----------------------------------------------------------------------------------------------
 
-    def end(self, *, made_loss: bool) -> None:
+    def _end(self, *, made_loss: bool) -> None:
         """A pass through ``training_step`` has ended.
 
         Raises:
@@ -298,7 +425,7 @@ class Copies:
             f" Dropout layers of the module: {', '.join(map(repr, layers)) or 'none'}."
         )
 
-    def explain(self, error: BaseException) -> None:
+    def _explain(self, error: BaseException) -> None:
         """Says with the user's error that rows are copies, if they are where it happened."""
         if self._rows is not None and hasattr(error, "add_note"):  # Python 3.11
             error.add_note(
@@ -328,153 +455,30 @@ class Copies:
         )
 
 
-class CopiesCall(LossCall):
-    """A loss call on several copies of the rows: one loss per sample, the mean over its copies.
-
-    Techniques see the samples: B targets, B losses; :attr:`input` is the mean over the copies.
-
-    Args:
-        function: The function of ``torch.nn.functional`` that was called.
-        arguments: Its arguments by name, of the first copy.
-        all_rows: Those of them that were given for all copies, ``(M * B, ...)``.
-        number: Number of copies M.
-        step: The training step that it happened in.
-        site: Where the user's code called it, as ``file.py:line``, or "".
-
-    """
-
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        arguments: dict[str, Any],
-        all_rows: dict[str, Tensor],
-        number: int,
-        step: "Step",
-        site: str = "",
-    ) -> None:
-        super().__init__(function, arguments, step, site)
-        self._given_rows, self._number = all_rows, number
-
-    @cached_property
-    @override
-    def input(self) -> Tensor:
-        """The first argument, mean over the copies."""
-        value = self._given_rows[losses.LOSS_FUNCTIONS[self.function][0]]
-        return self._copies_of(value).mean(0)
-
-    @override
-    def replace_target(self, target: Tensor) -> None:
-        """Puts other targets ``(B, ...)`` into the call, for all copies; see the base class."""
-        super().replace_target(target)
-        self._given_rows = {name: value for name, value in self._given_rows.items() if name != self.target_name}
-
-    @override
-    def with_arguments(self, arguments: dict[str, Any]) -> "CopiesCall":
-        """The same call with other arguments; those that were given for all copies and are changed count for all."""
-        kept = {n: v for n, v in self._given_rows.items() if arguments[n] is self.arguments[n]}
-        return CopiesCall(self.function, arguments, kept, self._number, self.step, self.site)
-
-    @override
-    def copies(self) -> Sequence[LossCall]:
-        """The call for the rows of each copy."""
-        rows = {name: self._copies_of(value) for name, value in self._given_rows.items()}
-        calls = []
-        for number in range(self._number):
-            own = {name: value[number] for name, value in rows.items()}
-            call = LossCall(self.function, {**self.arguments, **own}, self.step, self.site)
-            call.given_target = self.given_target
-            calls.append(call)
-        return calls
-
-    @property
-    @override
-    def logits(self) -> Tensor:
-        r"""Logarithm of the mean over the copies of the class probabilities, ``(B, C)``: its softmax is that mean.
-
-        Raises:
-            MisconfigurationException: If the call is no single-label classification of samples.
-
-        """
-        _ = super().logits
-        rows = self._given_rows[losses.LOSS_FUNCTIONS[self.function][0]]
-        log_probs = F.log_softmax(rows.to(torch.promote_types(rows.dtype, torch.float32)), dim=1)
-        return self._copies_of(log_probs).logsumexp(0) - math.log(self._number)
-
-    @cached_property
-    @override
-    def decomposition(self) -> losses.Decomposition:
-        """Elements of the loss of each sample, mean over its copies, with gradient."""
-        elements, plain, reduction = losses.decompose(self.function, self.all_arguments())
-        return losses.Decomposition(self._mean(elements), self._per_copy(plain, reduction), reduction)
-
-    @cached_property
-    @override
-    def plain(self) -> Tensor:
-        """Mean over the copies of the values that the user's own call would return for each."""
-        if "decomposition" in self.__dict__:
-            return self.decomposition.plain
-        return self._per_copy(self.function(**self.all_arguments()), self.reduction)
-
-    def spread(self) -> Tensor:
-        """Standard deviation over the copies of the loss, ``()``, without gradient."""
-        elements = losses.decompose(self.function, self.all_arguments()).elements.detach().float()
-        per_copy = self._copies_of(elements).flatten(1)
-        mass = per_copy.shape[1] if self.mass is None else self.mass.sum()
-        return (per_copy.sum(1) / mass).std()
-
-    def all_arguments(self) -> dict[str, Any]:
-        """The arguments for all copies: what was given for each row is repeated."""
-        first = losses.LOSS_FUNCTIONS[self.function][0]
-        one, rows = self.arguments[first], self.arguments[first].shape[0]
-        arguments = {**self.arguments, **self._given_rows}
-        for name, value in arguments.items():
-            repeated = name not in self._given_rows and _goes_by_rows(self.function, name, value, one)
-            if repeated and value.shape[0] == rows:
-                arguments[name] = value.repeat(self._number, *(1 for _ in value.shape[1:]))
-        return arguments
-
-    def _per_copy(self, value: Tensor, reduction: str) -> Tensor:
-        if reduction == "sum":
-            return value / self._number
-        return self._mean(value).to(value.dtype) if reduction == "none" else value
-
-    def _mean(self, value: Tensor) -> Tensor:
-        return self._copies_of(value.to(torch.promote_types(value.dtype, torch.float32))).mean(0)
-
-    def _copies_of(self, value: Tensor) -> Tensor:
-        return value.reshape(self._number, len(value) // self._number, *value.shape[1:])
+class _Hook(LayerHook):
+    def __init__(self, copies: Copies, name: str = "") -> None:
+        self.copies, self.name = copies, name
 
 
-# Where `weight` weights elements and not classes.
-_WEIGHTS_OF_ELEMENTS = (
-    F.binary_cross_entropy,
-    F.binary_cross_entropy_with_logits,
-    F.mse_loss,
-    F.l1_loss,
-    F.huber_loss,
-)
-
-
-def _goes_by_rows(function: Callable[..., Any], name: str, value: Any, first: Tensor) -> bool:
-    """Whether an argument has a row for each row of the first one, if it has as many."""
-    if not isinstance(value, Tensor) or not value.dim() or name in ("pos_weight", "linear_weight", "linear_bias"):
-        return False
-    return name != "weight" or (function in _WEIGHTS_OF_ELEMENTS and value.dim() == first.dim())
-
-
-class _Start:
-    def __init__(self, copies: Copies) -> None:
-        self.copies = copies
-
+class _Start(_Hook):
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
     def __call__(self, layer: nn.Module, args: Any) -> None:
         self.copies.enter()
 
 
-class _End:
-    def __init__(self, copies: Copies, name: str) -> None:
-        self.copies, self.name = copies, name
-
+class _End(_Hook):
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
     def __call__(self, layer: nn.Module, args: Any, output: Any) -> Any:
         return self.copies.leave(self.name, output)
+
+
+class _Before(_Hook):
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> Any:
+        return self.copies.before(self.name, layer, args)
+
+
+class _After(_Hook):
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
+    def __call__(self, layer: nn.Module, args: Any, output: Any) -> Any:
+        return self.copies.after(self.name, layer)

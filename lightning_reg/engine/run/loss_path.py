@@ -1,0 +1,245 @@
+"""The loss of one step, from the call that the user's code makes to the value that it gets."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_reg.engine.host import lightning as host
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.loss.call import LossCall, loss_call
+from lightning_reg.engine.loss.call_by_hand import call_by_hand
+from lightning_reg.engine.loss.call_mixed import mixed_call
+from lightning_reg.engine.loss.choice import Selection
+from lightning_reg.engine.loss.elements import bind, has_gradient
+from lightning_reg.engine.loss.result import loss_of, swapped, with_loss
+from lightning_reg.engine.loss.watch import Interception, call_site
+from lightning_reg.engine.run.phases import Member, OnLoss, phases_of, taking_part
+
+if TYPE_CHECKING:
+    from lightning_reg.engine.step import Step
+
+__all__ = ["LossPath", "Sightings"]
+
+
+@dataclass
+class Sightings:
+    """What is known of the loss calls of a fit, from one step to the next.
+
+    Args:
+        interception: Sees the loss functions.
+        by_mixin: Whether the module hands its losses over.
+        any_call: Whether a call was ever seen.
+        said_none: Whether it was said that a step went without.
+
+    """
+
+    interception: Interception
+    by_mixin: bool
+    any_call: bool = False
+    said_none: bool = False
+    paths: "list[LossPath]" = field(default_factory=list)
+
+
+class _Worked(NamedTuple):
+    """A call that techniques have worked on, and what came of it."""
+
+    call: LossCall
+    value: Tensor
+    takers: "list[Member]"
+    weights: Tensor | None = None
+    terms: tuple[Tensor, ...] = ()
+
+
+class LossPath:
+    """The way of a step's loss: sees its calls, lets the techniques work on them, settles what is known at the end.
+
+    It lives for one step, around the user's ``training_step``, and takes all it knows with it.
+
+    Args:
+        step: The step.
+        techniques: Active techniques that work on the loss, the mixer of the batch included.
+        sightings: What is known of the calls of the fit.
+
+    """
+
+    def __init__(self, step: "Step", techniques: "Sequence[Member]", sightings: Sightings) -> None:
+        self._step, self._techniques, self._sightings = step, techniques, sightings
+        self._selection: Selection[Member] = Selection(techniques, step.mixer)
+        self._last: _Worked | None = None
+        self._by_hand = not step.module.automatic_optimization
+        watched = not sightings.by_mixin and bool(techniques or step.call_changes or step.views is not None)
+        self._watching: AbstractContextManager[None] = (
+            sightings.interception.watch(self.see) if watched else nullcontext()
+        )
+        self._is_needed = watched or bool(techniques)
+
+    def __enter__(self) -> "LossPath":
+        self._sightings.paths.append(self)
+        self._steps_before = self._step.global_step if self._by_hand else 0
+        self._watching.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._watching.__exit__(kind, error, traceback)
+        self._sightings.paths.pop()
+        if kind is None:
+            self._finish()
+
+    # -- calls of the user's code -------------------------------------------------------------------------------------
+
+    def see(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a call of a loss function returns to the user's code."""
+        arguments, step = bind(function, args, kwargs), self._step
+        counts = torch.is_grad_enabled() and has_gradient(arguments)
+        if not counts and not step.call_changes:  # a teacher, a metric, a loss that is only logged
+            return function(*args, **kwargs)
+        seen = call = loss_call(function, arguments, step, self._site() if counts else "")
+        for change in step.call_changes:
+            call = change(call)
+        if counts:
+            return self._take(call)
+        return function(*args, **kwargs) if call is seen else call.plain
+
+    def reduce_loss(
+        self, per_sample: Tensor, logits: Tensor | None, targets: Tensor | None, indices: Tensor | None
+    ) -> Tensor:
+        """What :meth:`LossMixin.reduce_loss` returns to the user's code."""
+        call = call_by_hand(per_sample, logits, targets, indices, self._step, self._site())
+        return self._take(call)
+
+    def _site(self) -> str:
+        return call_site() if not self._sightings.any_call or self._selection.needs_site() else ""
+
+    def _take(self, call: LossCall) -> Tensor:
+        takers = self._selection.take(call.name, call.site, str(call) if call.site else call.name)
+        if call.step.views is not None:
+            call = call.narrowed(call.step.views)
+        call = self._mixed(call, takers)
+        worked = self._work(call, takers) if takers else _Worked(call, call.given_value(call.plain), takers)
+        if self._selection.last():
+            self._last = worked
+        return worked.value
+
+    def _mixed(self, call: LossCall, takers: list[Member]) -> LossCall:
+        """The call as it follows the mixing of the batch."""
+        step = call.step
+        mixing = step.mixing
+        if mixing is None or step.mixer is None or call.is_mixed:
+            return call
+        concerned = mixing.concerns(call.given_target, step.batch, step.given_batch)
+        self._selection.recognized += concerned is not None
+        taken = concerned is None and mixing.by in takers
+        return mixed_call(call, mixing, certain=not taken) if concerned or taken else call
+
+    def _work(self, call: LossCall, techniques: list[Member], before: _Worked | None = None) -> _Worked:
+        call.check_views()
+        step, acting = call.step, taking_part(techniques, OnLoss)
+        # Not changed by a mixer: what it gives is the base.
+        given = call.plain if step.is_logging and acting else None
+        for _, target in _answers(acting, "change_targets", call):
+            call = call.with_target(target)
+        for technique in acting:
+            call = _with_losses(call, technique)
+        weights, terms = (None, []) if before is None else (before.weights, [*before.terms])
+        for _, own in _answers(acting, "sample_weights", call):
+            weights = call.combined(weights, own)
+        for technique, term in _answers(acting, "loss_term", call):
+            terms.append(term)
+            if step.is_logging:
+                step.log(technique, "term", term.mean())
+        value = call.value(weights, terms)
+        if given is not None:
+            step.scalars["reg/loss/base"] = given.detach().mean()
+            step.scalars["reg/loss/total"] = value.detach().mean()
+        return _Worked(call, call.given_value(value), techniques, weights, tuple(terms))
+
+    # -- the end of the step ------------------------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        step, selection, sightings = self._step, self._selection, self._sightings
+        stepped = self._by_hand and step.global_step > self._steps_before
+        step.made_loss = stepped or loss_of(step.output) is not None
+        if selection.seen:
+            sightings.any_call = True
+            selection.check()
+            self._settle_last()
+        elif step.made_loss and self._is_needed:
+            self._miss()
+
+    def _miss(self) -> None:
+        """A loss was made, and no call was seen."""
+        step, selection, sightings = self._step, self._selection, self._sightings
+        if selection.mixer is not None and sightings.any_call:
+            raise selection.not_mixed()
+        if sightings.interception.missed(step.trainer.global_step):
+            step.made_loss = False  # as far as anybody can say: the mode looks at the next one
+        elif self._techniques and not sightings.any_call:
+            raise selection.nothing_seen(by_mixin=sightings.by_mixin)
+        elif self._techniques and not sightings.said_none:
+            sightings.said_none = True
+            names = ", ".join(type(t).__name__ for t in selection.techniques)
+            host.rank_zero_warn(
+                f"{names}: the step after global step {step.trainer.global_step} made a loss without a call that could"
+                " be seen, unlike steps before it: it went without. This is said once."
+            )
+
+    def _settle_last(self) -> None:
+        """Lets the techniques that work on the last call do so, now that it is known."""
+        step, selection, worked = self._step, self._selection, self._last
+        late, total = selection.last(), loss_of(step.output)
+        if not late or worked is None or total is None:
+            return
+        mixer = selection.mixer
+        if worked.call.is_mixed:  # its labels were recognized, so the mixer has had its way already
+            late = [technique for technique in late if technique is not mixer]
+        before = [technique for technique in worked.takers if technique is not mixer]
+        for technique in late:
+            if before and (technique is mixer or "change_targets" in phases_of(technique)):
+                raise selection.too_late(technique, before[0])
+        new = self._work(self._mixed(worked.call, late), late, worked).value if late else worked.value
+        step.output = with_loss(step.output, swapped(total, worked.value, new, worked.call))
+
+
+def _with_losses(call: LossCall, technique: OnLoss) -> LossCall:
+    if "change_losses" not in phases_of(technique):
+        return call
+    of_copies = [losses for copy in call.copies() for _, losses in _answers([technique], "change_losses", copy)]
+    if not of_copies:
+        return call
+    losses = of_copies[0] if len(of_copies) == 1 else torch.stack(of_copies).mean(0)
+    try:
+        changed = call.with_losses(losses)
+    except MisconfigurationException as error:
+        _name(technique, error)
+        raise
+    if call.step.is_logging:
+        call.step.log(technique, "loss", losses.mean())
+    return changed
+
+
+def _answers(techniques: Sequence[OnLoss], phase: str, call: LossCall) -> Iterator[tuple[OnLoss, Tensor]]:
+    for technique in techniques:
+        if phase not in phases_of(technique):
+            continue
+        read = call if technique.takes_mixed or call.step.mixing is None else call.read_by(technique)
+        try:
+            answer = getattr(technique, phase)(read)
+        except MisconfigurationException as error:
+            _name(technique, error)
+            raise
+        if answer is not None:
+            yield technique, answer
+
+
+def _name(technique: Member, error: MisconfigurationException) -> None:
+    """Raises the error once more with the technique's name, unless it has that already."""
+    name = type(technique).__name__
+    if name not in str(error):
+        raise MisconfigurationException(f"{name}: {error}") from error

@@ -1,0 +1,409 @@
+"""The engine's own parts, in the order of the step: the batch, penalties, weights, layers, the loss."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from inspect import signature
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_reg.engine.data.views import Views
+from lightning_reg.engine.host import lightning as host
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.layers.edits import LayerEdit, LayerEdits
+from lightning_reg.engine.layers.named import FeatureTap
+from lightning_reg.engine.loss.mixin import LossMixin
+from lightning_reg.engine.loss.result import loss_of
+from lightning_reg.engine.loss.watch import Interception
+from lightning_reg.engine.run.loss_path import LossPath, Sightings
+from lightning_reg.engine.run.part import Part
+from lightning_reg.engine.run.phases import (
+    LOSS_PHASES,
+    Member,
+    OnBatch,
+    OnLayers,
+    OnLoss,
+    OnParameters,
+    OnWeights,
+    ThroughMap,
+    phases_of,
+    taking_part,
+)
+from lightning_reg.engine.weights.maps import WeightMaps, check_mappable
+from lightning_reg.engine.weights.penalties import add_penalties_
+from lightning_reg.engine.weights.strategies import check_editable, check_split
+from lightning_reg.engine.weights.swap import Surgery, named_weights
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+    from lightning_reg.engine.step import Step
+
+__all__ = ["LossPart", "make_parts"]
+
+
+def make_parts(trainer: "Trainer", module: "LightningModule", techniques: Sequence[Member]) -> "list[Part]":
+    """The parts that these techniques need, in the order of the step; the loss comes behind these."""
+    parts: list[Part] = []
+    on_batch = taking_part(techniques, OnBatch)
+    if on_batch:
+        parts.append(BatchPart(on_batch))
+    penalized = taking_part(techniques, OnParameters)
+    if penalized:
+        parts.append(PenaltyPart(trainer, module, penalized))
+    mapped = taking_part(techniques, ThroughMap)
+    maps = MapPart(trainer, module, mapped)
+    edited = taking_part(techniques, OnWeights)
+    if edited:
+        parts.append(SwapPart(trainer, module, edited, maps.own_writes if mapped else nullcontext))
+    if mapped:
+        parts.append(maps)
+    on_layers = taking_part(techniques, OnLayers)
+    if on_layers:
+        parts.append(EditPart(module, on_layers))
+    for technique in taking_part(techniques, Member, "parts"):
+        parts += technique.parts(trainer, module)
+    layers = [layer for technique in techniques if isinstance(technique, OnLoss) for layer in technique.feature_layers]
+    if layers:
+        parts.append(TapPart(module, layers))
+    return parts
+
+
+class BatchPart(Part):
+    """Batches changed, observed, joined with views.
+
+    Args:
+        techniques: Those that take part.
+
+    """
+
+    def __init__(self, techniques: Sequence[OnBatch]) -> None:
+        self._techniques = techniques
+
+    @override
+    def around(self, step: "Step") -> AbstractContextManager[None]:
+        active = [technique for technique in self._techniques if technique in step.active]
+        for technique in taking_part(active, OnBatch, "transform_batch"):
+            step.batch = technique.transform_batch(step.batch, step)
+        for technique in taking_part(active, OnBatch, "observe_batch"):
+            technique.observe_batch(step)
+        made = {t: t.extra_views(step.batch, step) for t in taking_part(active, OnBatch, "extra_views")}
+        views = {technique: own for technique, own in made.items() if own}
+        if views:
+            step.views = Views(step.batch, _size_for_views(views, step), views)
+        return nullcontext()
+
+
+def _size_for_views(views: "dict[OnBatch, Sequence[Any]]", step: "Step") -> int:
+    if step.several or len(step.batch_sizes) != 1:
+        why = "comes from several loaders" if step.several else "has no number of samples that is known"
+        name = type(next(iter(views))).__name__
+        raise MisconfigurationException(f"{name} adds views to the batch, but the batch {why}.")
+    return step.batch_sizes[0]
+
+
+class PenaltyPart(Part):
+    """Penalties on parameters: their gradients, and their values for the log.
+
+    Args:
+        trainer: The Trainer.
+        module: The user's module.
+        techniques: Those that take part.
+
+    """
+
+    def __init__(self, trainer: "Trainer", module: "LightningModule", techniques: Sequence[OnParameters]) -> None:
+        self._trainer, self._module, self._techniques = trainer, module, techniques
+        self._active: Sequence[OnParameters] = techniques
+
+    @override
+    def begin_step(self) -> None:
+        self._active = ()  # in a step in which no technique is active the part is not entered
+
+    @override
+    @contextmanager
+    def around(self, step: "Step") -> Iterator[None]:
+        self._active = [technique for technique in self._techniques if technique in step.active]
+        with torch.no_grad():
+            found = [(t, t.penalty(self._module)) for t in self._active] if step.is_logging else []
+        yield
+        self._log({technique: value for technique, value in found if value is not None}, step)
+
+    def _log(self, penalties: dict[OnParameters, Tensor], step: "Step") -> None:
+        loss = loss_of(step.output)
+        for technique, penalty in penalties.items():
+            step.log(technique, "penalty", penalty)
+            if loss is not None:  # under manual optimization nothing need be returned
+                step.scalars.setdefault("reg/loss/base", loss.detach())
+                total = step.scalars.setdefault("reg/loss/total", loss.detach())
+                step.scalars["reg/loss/total"] = total + penalty
+
+    @override
+    def before_optimizer(self, optimizer: Any) -> None:
+        if self._active:
+            penalties = [technique.penalty for technique in self._active]
+            add_penalties_(penalties, self._module, self._trainer, optimizer, type(self._active[0]).__name__)
+
+
+class SwapPart(Part):
+    """Effective weights in place of the dense ones, from the forward pass until the gradients are there.
+
+    Args:
+        trainer: The Trainer.
+        module: The user's module.
+        techniques: Those that take part.
+        own_writes: A context for writes into weights that are no news to whoever watches them.
+
+    """
+
+    def __init__(
+        self,
+        trainer: "Trainer",
+        module: "LightningModule",
+        techniques: Sequence[OnWeights],
+        own_writes: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self._trainer, self._module, self._techniques, self._own_writes = trainer, module, techniques, own_writes
+        self._active: Sequence[Member] = techniques
+        self._is_in_step = False
+        self._surgeries: list[Surgery] = []
+        self._saving: list[host.Replacement] = []
+
+    @override
+    def prepare(self) -> None:
+        check_editable(self._techniques[0], self._trainer)
+        named = {technique: technique.weights_to_edit(self._module) for technique in self._techniques}
+        owners = ", ".join(type(technique).__name__ for technique in self._techniques)
+        self._surgeries = [Surgery(self._module, [(named[t], t.edit_weights) for t in self._techniques], owners)]
+        parameters = named_weights(self._module)
+        for technique, names in named.items():
+            edited = {name: parameters[name] for name in names}
+            check_split(technique, edited, technique.needs_whole_parameters())
+        self._saving = [host.Replacement(self._trainer, "save_checkpoint", self._save_checkpoint)]
+
+    @override
+    def start(self) -> None:
+        for surgery in self._surgeries:
+            surgery.guard.watch(self._trainer.optimizers)
+
+    @override
+    def begin_step(self) -> None:
+        self._active = ()  # as above
+
+    @override
+    @contextmanager
+    def around(self, step: "Step") -> Iterator[None]:
+        self._active, self._is_in_step = [t for t in self._techniques if t in step.active], True
+        try:
+            self._apply()
+            yield
+        finally:
+            self._is_in_step = False
+
+    @override
+    def before_optimizer(self, optimizer: Any) -> None:
+        # Under manual optimization those of the optimizer alone: graphs through others stay valid.
+        self._restore(None if self._module.automatic_optimization else optimizer)
+
+    @override
+    def before_closure(self) -> None:
+        if self._is_in_step:
+            self._apply()
+
+    @override
+    @contextmanager
+    def around_optimizer(self, optimizer: Any) -> Iterator[None]:
+        with self._surgeries[0].guard.stepping(optimizer):
+            yield
+        self.before_closure()  # manual optimization: the rest of training_step sees effective weights again
+
+    @override
+    def rest(self) -> None:
+        self._restore(None)
+
+    @override
+    def begin_validation(self) -> None:
+        self._apply()  # those of the last step
+
+    @override
+    def close(self) -> None:
+        self._restore(None)
+        for surgery in self._surgeries:
+            surgery.close()
+        for replaced in self._saving:
+            replaced.undo()
+        self._saving = []
+
+    def _apply(self) -> None:
+        for surgery in self._surgeries:
+            with self._own_writes():
+                surgery.apply([position for position, t in enumerate(self._techniques) if t in self._active])
+
+    def _restore(self, optimizer: Any) -> None:
+        for surgery in self._surgeries:
+            with self._own_writes():
+                surgery.restore(optimizer)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        original = self._saving[0].original
+        if signature(original).bind(*args, **kwargs).arguments.get("weights_only"):
+            with _entered([t.weights_to_save(self._trainer, self._module) for t in self._techniques]):
+                original(*args, **kwargs)
+        else:
+            original(*args, **kwargs)
+
+
+@contextmanager
+def _entered(contexts: "Sequence[AbstractContextManager[None] | None]") -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in contexts:
+            if context is not None:
+                stack.enter_context(context)
+        yield
+
+
+class MapPart(Part):
+    """Weights that are trained through a map.
+
+    Args:
+        trainer: The Trainer.
+        module: The user's module.
+        techniques: Those that take part.
+
+    """
+
+    def __init__(self, trainer: "Trainer", module: "LightningModule", techniques: Sequence[ThroughMap]) -> None:
+        self._trainer, self._module, self._techniques = trainer, module, techniques
+        self._maps = WeightMaps(module, ())
+
+    @override
+    def prepare(self) -> None:
+        check_mappable(self._techniques[0], self._trainer)
+        self._maps = WeightMaps(self._module, self._techniques)
+
+    def own_writes(self) -> AbstractContextManager[None]:
+        """What is written meanwhile is no news."""
+        return self._maps.own_writes()
+
+    @override
+    def begin_step(self) -> None:
+        self._maps.begin(self._trainer.optimizers, fresh=host.batches_so_far(self._trainer) <= 1)
+
+    @override
+    def gradients_are_final(self, optimizer: Any) -> None:
+        self._maps.open(optimizer, check=host.is_logging_step(self._trainer))
+
+    @override
+    @contextmanager
+    def around_optimizer(self, optimizer: Any) -> Iterator[None]:
+        self.begin_step()
+        with self._maps.stepping(optimizer):
+            yield
+
+    @override
+    def before_closure(self) -> None:
+        self._maps.put_weights()
+
+    @override
+    def close(self) -> None:
+        self._maps.close()
+
+
+class EditPart(Part):
+    """Outputs of named layers, changed.
+
+    Args:
+        module: The user's module.
+        techniques: Those that take part.
+
+    """
+
+    def __init__(self, module: "LightningModule", techniques: Sequence[OnLayers]) -> None:
+        self._module, self._techniques = module, techniques
+        self._edits = LayerEdits(module, ())
+
+    @override
+    def prepare(self) -> None:
+        edits = [LayerEdit(t, t.features_to_edit(self._module), t.edit_features) for t in self._techniques]
+        self._edits = LayerEdits(self._module, edits)
+
+    @override
+    @contextmanager
+    def around(self, step: "Step") -> Iterator[None]:
+        self._edits.open(step)
+        try:
+            yield
+        finally:
+            self._edits.shut()
+
+    @override
+    def close(self) -> None:
+        self._edits.close()
+
+
+class TapPart(Part):
+    """Outputs of named layers, observed.
+
+    Args:
+        module: The user's module.
+        layers: Names of the layers.
+
+    """
+
+    def __init__(self, module: "LightningModule", layers: Sequence[str]) -> None:
+        self._module, self._layers = module, layers
+        self._tap = FeatureTap(module, ())
+
+    @override
+    def prepare(self) -> None:
+        self._tap = FeatureTap(self._module, self._layers)
+
+    @override
+    @contextmanager
+    def around(self, step: "Step") -> Iterator[None]:
+        tap = self._tap
+        tap.open, step.features, step.passes = True, tap.outputs, tap.passes
+        if step.feature_view is not None:
+            tap.view = step.feature_view
+        if step.views is not None:
+            tap.own = step.views.own
+        try:
+            yield
+        finally:
+            tap.shut()
+
+    @override
+    def close(self) -> None:
+        self._tap.close()
+
+
+class LossPart(Part):
+    """The loss.
+
+    Args:
+        module: The user's module.
+        techniques: All of them: one that mixes a batch works on its loss as well.
+
+    """
+
+    def __init__(self, module: "LightningModule", techniques: Sequence[Member]) -> None:
+        self._techniques = techniques
+        self._on_loss = frozenset(t for t in techniques if LOSS_PHASES.intersection(phases_of(t)))
+        interception = Interception(compiled=host.is_compiled(module))
+        self._sightings = Sightings(interception, by_mixin=isinstance(module, LossMixin))
+
+    @override
+    def around(self, step: "Step") -> AbstractContextManager[Any]:
+        mixer = step.mixer
+        on_loss = [t for t in self._techniques if t in step.active and (t in self._on_loss or t is mixer)]
+        return LossPath(step, on_loss, self._sightings)
+
+    def reduce_loss(
+        self, per_sample: Tensor, logits: Tensor | None, targets: Tensor | None, indices: Tensor | None
+    ) -> Tensor:
+        """What :meth:`LossMixin.reduce_loss` returns."""
+        if not self._sightings.paths or not per_sample.requires_grad:
+            return per_sample.mean()
+        return self._sightings.paths[-1].reduce_loss(per_sample, logits, targets, indices)
