@@ -142,7 +142,7 @@ def mean_and_spread(values):
 
 def digits_arms(n, m, steps):
     """Last tenth with the final mask; "early" decays end where they were best in a first experiment."""
-    common = {"n": n, "m": m, "layers": r"net\.[02]$", "finetune_fraction": 0.1}
+    common = {"n": n, "m": m, "layers": "net.[02]", "finetune_fraction": 0.1}
     early = {"dense_fraction": 0.0, **common}
     return {
         "one-shot at half time": NMSparsity(recipe="one_shot", dense_fraction=0.5, **common),
@@ -202,7 +202,7 @@ class SmallViT(nn.Module):
 
 
 def vit_arms(n, m):
-    common = {"n": n, "m": m, "layers": r"linear[12]$"}
+    common = {"n": n, "m": m, "layers": "*.linear[12]"}
     return {
         "one-shot at half time": NMSparsity(recipe="one_shot", dense_fraction=0.5, **common),
         "SR-STE": NMSparsity(recipe="srste", **common),
@@ -289,9 +289,9 @@ def step(options):
     rows = [["feed-forward blocks sparse", "times the dense step", "95 % interval"]]
     arms = {
         "dense": [],
-        "2:4 MdGf exp, decaying": [NMSparsity(2, 4, layers=r"linear[12]$", dense_steps=0)],
-        "1:8 SR-STE": [NMSparsity(1, 8, recipe="srste", layers=r"linear[12]$", dense_steps=0)],
-        "1:8 STE": [NMSparsity(1, 8, recipe="ste", layers=r"linear[12]$", dense_steps=0)],
+        "2:4 MdGf exp, decaying": [NMSparsity(2, 4, layers="*.linear[12]", dense_steps=0)],
+        "1:8 SR-STE": [NMSparsity(1, 8, recipe="srste", layers="*.linear[12]", dense_steps=0)],
+        "1:8 STE": [NMSparsity(1, 8, recipe="ste", layers="*.linear[12]", dense_steps=0)],
     }
     turns, threads = Turns(arms, options.rounds), []
     dataset = TensorDataset(

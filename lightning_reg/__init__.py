@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from lightning_reg.regularization.weight_compander import Companding as Companding
     from lightning_reg.regularization.weight_compander import WeightCompander as WeightCompander
     from lightning_reg.reweighting.loss_reweighting import LossReweighting as LossReweighting
-    from lightning_reg.sparsity.nm_sparsity import NMSparsity as NMSparsity
-    from lightning_reg.sparsity.nm_sparsity import SparsityReport as SparsityReport
+    from lightning_reg.sparsity.nm_sparsity.nm_sparsity import NMSparsity as NMSparsity
+    from lightning_reg.sparsity.nm_sparsity.report import SparsityReport as SparsityReport
 
 __getattr__, __dir__, __all__ = lazy_attributes(
     __name__,
@@ -73,7 +73,7 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "Companding": "lightning_reg.regularization.weight_compander",
         "WeightCompander": "lightning_reg.regularization.weight_compander",
         "LossReweighting": "lightning_reg.reweighting.loss_reweighting",
-        "NMSparsity": "lightning_reg.sparsity.nm_sparsity",
-        "SparsityReport": "lightning_reg.sparsity.nm_sparsity",
+        "NMSparsity": "lightning_reg.sparsity.nm_sparsity.nm_sparsity",
+        "SparsityReport": "lightning_reg.sparsity.nm_sparsity.report",
     },
 )

@@ -61,16 +61,16 @@ if TYPE_CHECKING:
     from lightning_reg.reweighting.loss_reweighting import scheduled_temperature as scheduled_temperature
     from lightning_reg.reweighting.loss_reweighting import sequence_losses as sequence_losses
     from lightning_reg.reweighting.loss_reweighting import weighted_loss as weighted_loss
-    from lightning_reg.sparsity.nm_sparsity import best_channel_permutation as best_channel_permutation
-    from lightning_reg.sparsity.nm_sparsity import check_nm as check_nm
-    from lightning_reg.sparsity.nm_sparsity import decay_factor as decay_factor
-    from lightning_reg.sparsity.nm_sparsity import nm_mask as nm_mask
-    from lightning_reg.sparsity.nm_sparsity import pack_mask as pack_mask
-    from lightning_reg.sparsity.nm_sparsity import pattern_at as pattern_at
-    from lightning_reg.sparsity.nm_sparsity import semi_structured_refusal as semi_structured_refusal
-    from lightning_reg.sparsity.nm_sparsity import sparsify_weight as sparsify_weight
-    from lightning_reg.sparsity.nm_sparsity import to_semi_structured as to_semi_structured
-    from lightning_reg.sparsity.nm_sparsity import unpack_mask as unpack_mask
+    from lightning_reg.sparsity.nm_sparsity.core import best_channel_permutation as best_channel_permutation
+    from lightning_reg.sparsity.nm_sparsity.core import check_nm as check_nm
+    from lightning_reg.sparsity.nm_sparsity.core import decay_factor as decay_factor
+    from lightning_reg.sparsity.nm_sparsity.core import nm_mask as nm_mask
+    from lightning_reg.sparsity.nm_sparsity.core import pack_mask as pack_mask
+    from lightning_reg.sparsity.nm_sparsity.core import pattern_at as pattern_at
+    from lightning_reg.sparsity.nm_sparsity.core import sparsify_weight as sparsify_weight
+    from lightning_reg.sparsity.nm_sparsity.core import unpack_mask as unpack_mask
+    from lightning_reg.sparsity.nm_sparsity.export import semi_structured_refusal as semi_structured_refusal
+    from lightning_reg.sparsity.nm_sparsity.export import to_semi_structured as to_semi_structured
 
 __getattr__, __dir__, __all__ = lazy_attributes(
     __name__,
@@ -128,15 +128,15 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "scheduled_temperature": "lightning_reg.reweighting.loss_reweighting",
         "sequence_losses": "lightning_reg.reweighting.loss_reweighting",
         "weighted_loss": "lightning_reg.reweighting.loss_reweighting",
-        "best_channel_permutation": "lightning_reg.sparsity.nm_sparsity",
-        "check_nm": "lightning_reg.sparsity.nm_sparsity",
-        "decay_factor": "lightning_reg.sparsity.nm_sparsity",
-        "nm_mask": "lightning_reg.sparsity.nm_sparsity",
-        "pack_mask": "lightning_reg.sparsity.nm_sparsity",
-        "pattern_at": "lightning_reg.sparsity.nm_sparsity",
-        "semi_structured_refusal": "lightning_reg.sparsity.nm_sparsity",
-        "sparsify_weight": "lightning_reg.sparsity.nm_sparsity",
-        "to_semi_structured": "lightning_reg.sparsity.nm_sparsity",
-        "unpack_mask": "lightning_reg.sparsity.nm_sparsity",
+        "best_channel_permutation": "lightning_reg.sparsity.nm_sparsity.core",
+        "check_nm": "lightning_reg.sparsity.nm_sparsity.core",
+        "decay_factor": "lightning_reg.sparsity.nm_sparsity.core",
+        "nm_mask": "lightning_reg.sparsity.nm_sparsity.core",
+        "pack_mask": "lightning_reg.sparsity.nm_sparsity.core",
+        "pattern_at": "lightning_reg.sparsity.nm_sparsity.core",
+        "sparsify_weight": "lightning_reg.sparsity.nm_sparsity.core",
+        "unpack_mask": "lightning_reg.sparsity.nm_sparsity.core",
+        "semi_structured_refusal": "lightning_reg.sparsity.nm_sparsity.export",
+        "to_semi_structured": "lightning_reg.sparsity.nm_sparsity.export",
     },
 )

@@ -205,8 +205,8 @@ def on_the_head(hand, **settings):
 
 
 PATTERNS = {
-    "body": partial(NMSparsity, 1, 4, recipe="srste", lambda_w=0.1, dense_fraction=0.0, layers=["body"]),
-    "head": partial(NMSparsity, 2, 4, recipe="ste", dense_fraction=0.0, layers=["head"]),
+    "body": partial(NMSparsity, 1, 4, recipe="srste", lambda_w=0.1, dense_fraction=0.0, layers=["net.body"]),
+    "head": partial(NMSparsity, 2, 4, recipe="ste", dense_fraction=0.0, layers=["net.head"]),
 }
 COMPANDERS = {
     "body": partial(WeightCompander, a=0.5, b=0.3, layers=["body"]),

@@ -56,6 +56,7 @@ __all__ = [
     "Callback",
     "MisconfigurationException",
     "Replacement",
+    "adds_epoch_for_statistics",
     "arguments_of_training_step",
     "batches_of_epoch",
     "batches_so_far",
@@ -146,6 +147,11 @@ def is_compiled(module: "LightningModule") -> bool:
     if getattr(module, "_compiler_ctx", None) is not None:
         return True
     return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in module.modules())
+
+
+def adds_epoch_for_statistics(trainer: "Trainer") -> bool:
+    """Whether Lightning's SWA adds an epoch for batch norm statistics, which trains nothing."""
+    return any(getattr(callback, "_model_contains_batch_norm", False) for callback in callbacks(trainer))
 
 
 def prints_summary(trainer: "Trainer") -> bool:

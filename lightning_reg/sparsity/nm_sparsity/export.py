@@ -7,10 +7,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_reg.engine.layers.named import named_layers
-from lightning_reg.sparsity._nm_masks import check_nm
+from lightning_reg.engine.host.names import plain_name
+from lightning_reg.sparsity.nm_sparsity.core import check_nm
 
-__all__ = ["ExportedLayer", "semi_structured_refusal", "to_semi_structured"]
+__all__ = ["semi_structured_refusal", "to_semi_structured"]
 
 # Multiples that rows and columns must be, by backend and type.
 _MULTIPLES = {
@@ -109,10 +109,11 @@ def to_semi_structured(
             " exist on CUDA devices only. As it is, with zeros in dense weights, the model computes the same anywhere."
         )
     model.to(types[dtype])
+    layers = {plain_name(f"{name}.")[:-1]: layer for name, layer in model.named_modules()}
     return [
         _convert(name, layer, backend, rows, only_faster)
-        for name, layer in named_layers(model).items()
-        if isinstance(layer, nn.Linear) and isinstance(layer._parameters.get("weight"), nn.Parameter)
+        for name, layer in layers.items()
+        if name and isinstance(layer, nn.Linear) and isinstance(layer._parameters.get("weight"), nn.Parameter)
     ]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-__all__ = ["SparsityReport", "SparsityRow"]
+__all__ = ["SparsityReport"]
 
 
 @dataclass(frozen=True)

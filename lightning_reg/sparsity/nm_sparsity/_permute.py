@@ -1,69 +1,38 @@
-"""Channel permutations: other groups that keep more magnitude, and a network that computes the same."""
+"""Channel permutations: groups that keep more magnitude, in a network that goes on computing the same."""
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import combinations
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
+from lightning_reg.engine.host import distributed
+from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.layers.named import named_layers
-from lightning_reg.sparsity._nm_graph import Chain, find_chain
-from lightning_reg.sparsity._nm_layers import Weight
-from lightning_reg.sparsity._nm_masks import nm_mask
+from lightning_reg.engine.loss.lookup import ENGINES
+from lightning_reg.engine.loss.result import loss_of
+from lightning_reg.engine.networks.peer import check_runs_on_copy, copy_of
+from lightning_reg.sparsity.nm_sparsity._graph import Chain, find_chain
+from lightning_reg.sparsity.nm_sparsity._layers import Weight
+from lightning_reg.sparsity.nm_sparsity.core import best_channel_permutation, nm_mask
 
-__all__ = ["Permutation", "best_channel_permutation", "permute_network_"]
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
-_TOLERANCE = 1e-5
+    from lightning_reg.engine.step import Step
 
+__all__ = ["Permutation", "Probe", "permute_network_"]
 
-@torch.no_grad()
-def best_channel_permutation(weight: Tensor, n: int = 2, m: int = 4, passes: int = 10) -> Tensor:
-    """An order of the input channels in which the N:M mask keeps more magnitude: a local optimum.
-
-    From pair to pair of groups the two channels are exchanged that gain most, until no exchange gains anything. Without
-    randomness: the same on all ranks. One pass costs about ``size * in`` multiplications.
-
-    Args:
-        weight: ``(out, in)`` or ``(out, in, *kernel)``; ``in`` is a multiple of ``m``.
-        n: Weights kept in each group.
-        m: Length of a group.
-        passes: Most passes over all pairs of groups.
-
-    Returns:
-        Permutation ``(in,)`` int64; ``weight[:, permutation]`` is to be pruned.
-
-    Example:
-        >>> w = torch.tensor([[9.0, 8.0, 7.0, 6.0, 1.0, 1.0, 1.0, 1.0]])
-        >>> permuted = w[:, best_channel_permutation(w)]
-        >>> float((permuted * nm_mask(permuted, 2, 4)).sum())
-        30.0
-
-    """
-    columns = weight.detach().abs().float().movedim(1, 0).flatten(1)  # (in, rows)
-    order = torch.arange(len(columns), device=weight.device)
-    swaps = torch.tensor([(i, m + j) for i in range(m) for j in range(m)], device=weight.device)
-    trials = torch.arange(2 * m, device=weight.device).repeat(1 + len(swaps), 1)
-    rows = torch.arange(1, 1 + len(swaps), device=weight.device)
-    trials[rows, swaps[:, 0]], trials[rows, swaps[:, 1]] = swaps[:, 1], swaps[:, 0]
-    groups = range(0, len(order), m)
-    for _ in range(passes):
-        improved = False
-        for a, b in combinations(groups, 2):
-            places = torch.cat([order[a : a + m], order[b : b + m]])
-            magnitudes = columns[places][trials].view(len(trials), 2, m, -1)
-            kept = magnitudes.topk(n, dim=2).values.double().sum((1, 2, 3))
-            best = int(kept.argmax())
-            if kept[best] > kept[0] * (1 + 1e-9):
-                order[a : a + m], order[b : b + m] = places[trials[best]].view(2, m)
-                improved = True
-        if not improved:
-            break
-    return order
+_TOLERANCE = 1e-5  # of layers tried alone
+_STEP_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}  # of losses of a whole training step
 
 
 @dataclass(frozen=True)
@@ -200,3 +169,70 @@ def _permute_(chain: Chain, order: Tensor) -> None:
 def _kept(value: Tensor, weight: Weight) -> float:
     magnitudes = value.detach().abs().double()
     return float((magnitudes * nm_mask(value, weight.n, weight.m)).sum() / magnitudes.sum())
+
+
+class Probe:
+    """Losses of ``training_step`` on the first batch, in train mode without dropout and in eval mode.
+
+    In double precision, where the module's code lets it, so that rounding is none of the difference. Memory: a copy of
+    the module in double precision.
+
+    Args:
+        trainer: The Trainer that starts to train.
+        module: The user's module.
+        owner: Whose it is; its class is named in messages.
+
+    Raises:
+        MisconfigurationException: If ``training_step`` cannot be run on a copy, or makes no loss.
+
+    """
+
+    def __init__(self, trainer: "Trainer", module: "LightningModule", owner: object) -> None:
+        check_runs_on_copy(module, owner)
+        self._trainer, self._module = trainer, module
+        with ENGINES[trainer].training_steps() as steps:
+            step = next(steps, None)
+        if step is None:
+            raise MisconfigurationException(f"{type(owner).__name__}: there is no training batch to try it on.")
+        self._step, self._dtype = step, torch.float64
+        try:
+            self._before = self._losses()
+        except (RuntimeError, ValueError, TypeError):  # the user's code makes tensors of float32
+            self._dtype = torch.float32
+            self._before = self._losses()
+        if not len(self._before):
+            raise MisconfigurationException(
+                f"{type(owner).__name__}: `training_step` makes no loss of the first batch, so that it cannot be tried."
+            )
+
+    def unchanged(self) -> bool:
+        """Whether the module makes the same of the batch as in the beginning, on all ranks."""
+        now, tolerance = self._losses(), _STEP_TOLERANCES[self._dtype]
+        differs = ~torch.isclose(now, self._before, rtol=tolerance, atol=tolerance).all()
+        group = host.data_parallel_group(self._trainer)
+        return not bool(distributed.all_reduce_max(differs.float(), group)) if group else not bool(differs)
+
+    def _losses(self) -> Tensor:
+        losses = []
+        for training in (True, False):
+            twin = copy_of(self._module).to(self._dtype).train(training)
+            for layer in twin.modules():
+                if isinstance(layer, _DropoutNd):
+                    layer.eval()
+            with _running(twin, self._step, self._dtype) as batch:
+                loss = loss_of(twin.training_step(batch, *self._step.arguments))
+            losses += [] if loss is None else [loss.detach().double()]
+        return torch.stack(losses) if losses else torch.zeros(0)
+
+
+@contextmanager
+def _running(twin: "LightningModule", step: "Step", dtype: torch.dtype) -> Iterator[Any]:
+    def converted(value: Tensor) -> Tensor:
+        return value.to(dtype) if value.is_floating_point() else value.clone()
+
+    with ExitStack() as undo:
+        undo.enter_context(host.isolated_randomness())
+        undo.enter_context(host.lent_trainer(twin, step.trainer))
+        undo.enter_context(torch.no_grad())
+        undo.enter_context(torch.autocast(twin.device.type, enabled=False))
+        yield tree_map_only(Tensor, converted, step.batch)

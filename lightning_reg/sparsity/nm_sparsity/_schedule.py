@@ -2,18 +2,28 @@
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_reg.engine.host import lightning as host
+from lightning_reg.engine.host.arguments import check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.sparsity._nm_masks import decay_factor
+from lightning_reg.sparsity.nm_sparsity._layers import Weight
+from lightning_reg.sparsity.nm_sparsity.core import decay_factor
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-__all__ = ["NEVER", "Schedule", "length_of_training", "make_schedule", "say_it_goes_back", "solved_beta"]
+__all__ = [
+    "NEVER",
+    "Schedule",
+    "check_phases",
+    "length_of_training",
+    "make_schedule",
+    "pattern_scalars",
+    "say_it_goes_back",
+]
 
 NEVER = 1 << 62  # a step that no training gets to
 _DONE_AT = 0.7  # share of the training at which the decay is over: the paper's advice
@@ -70,24 +80,26 @@ class Schedule:
         return self.factor(step) == 0.0 and all(self.pattern(p, step) == p[-1] for p in frames)
 
 
-def solved_beta(recipe: str, total: int, dense: int, final: int) -> float:
-    """The rate at which D is 1e-3 (exponential) or 0 (linear) after 70 % of the training, or earlier if that is final.
+def check_phases(owner: object, shares: Mapping[str, float], steps: Mapping[str, int | None]) -> None:
+    """Refuses lengths of phases outside their range.
 
     Args:
-        recipe: The recipe.
-        total: Optimizer steps of the training.
-        dense: First step that is not dense.
-        final: First step of fine-tuning.
+        owner: Whose they are; its class is named in messages.
+        shares: Shares of the training by argument.
+        steps: Numbers of steps by argument.
 
-    Returns:
-        The rate per step; infinite if there is no step left to decay in.
+    Raises:
+        ValueError: Naming class, argument, range and value.
 
     """
-    steps = min(round(_DONE_AT * total), final) - dense
-    if steps <= 0:
-        return math.inf
-    # The next float up, so that 1 - beta * steps is not a rounding error above 0.
-    return math.nextafter(1.0 / steps, math.inf) if recipe == "mdgf_linear" else -math.log(_NEGLIGIBLE) / steps
+    for argument, share in shares.items():
+        check_number(owner, argument, share, low=0, high=1, high_open=True)
+    if sum(shares.values()) >= 1:
+        arguments, values = (" and ".join(map(str, x)) for x in ([f"`{k}`" for k in shares], shares.values()))
+        raise ValueError(f"{type(owner).__name__}: {arguments} must be less than 1 together, got {values}.")
+    for argument, length in steps.items():
+        if length is not None:
+            check_number(owner, argument, length, low=0, integer=True)
 
 
 def make_schedule(
@@ -131,16 +143,51 @@ def make_schedule(
         )
     final = steps - last
     if beta is None:
-        beta = solved_beta(recipe, steps, dense, final) if recipe.startswith("mdgf") else math.inf
+        beta = _solved_beta(recipe, steps, dense, final) if recipe.startswith("mdgf") else math.inf
     return Schedule(recipe, dense, final, beta)
+
+
+def _solved_beta(recipe: str, total: int, dense: int, final: int) -> float:
+    """The rate at which D is 1e-3 (exponential) or 0 (linear) after 70 % of the training, or earlier if that is final.
+
+    Args:
+        recipe: The recipe.
+        total: Optimizer steps of the training.
+        dense: First step that is not dense.
+        final: First step of fine-tuning.
+
+    Returns:
+        The rate per step; infinite if there is no step left to decay in.
+
+    """
+    steps = min(round(_DONE_AT * total), final) - dense
+    if steps <= 0:
+        return math.inf
+    # The next float up, so that 1 - beta * steps is not a rounding error above 0.
+    return math.nextafter(1.0 / steps, math.inf) if recipe == "mdgf_linear" else -math.log(_NEGLIGIBLE) / steps
+
+
+def pattern_scalars(factor: float, patterns: Mapping[Weight, tuple[int, int]]) -> dict[str, Any]:
+    """What is logged of a step.
+
+    Args:
+        factor: What pruned weights are multiplied by.
+        patterns: N and M now of each sparse weight; at least one.
+
+    Returns:
+        ``factor``; ``n`` and ``m`` of the first weight; ``kept``, the share of sparse weights that are not pruned.
+
+    """
+    n, m = next(iter(patterns.values()))
+    size = sum(math.prod(weight.shape) for weight in patterns)
+    kept = sum(math.prod(weight.shape) * a / b for weight, (a, b) in patterns.items()) / size
+    return {"factor": factor, "n": float(n), "m": float(m), "kept": kept if factor < 1.0 else 1.0}
 
 
 def length_of_training(trainer: "Trainer") -> float:
     """Optimizer steps of the training; infinite or negative if not known. Says where that count may be wrong."""
     total, limited, epochs = trainer.estimated_stepping_batches, trainer.max_steps > 0, trainer.max_epochs
-    # Lightning's SWA adds an epoch for batch norm statistics, which trains nothing.
-    for_statistics = any(getattr(c, "_model_contains_batch_norm", False) for c in host.callbacks(trainer))
-    if for_statistics and not limited and epochs is not None and epochs > 1:
+    if host.adds_epoch_for_statistics(trainer) and not limited and epochs is not None and epochs > 1:
         total = total * (epochs - 1) / epochs
     accumulates = any(type(c).__name__ == "GradientAccumulationScheduler" for c in host.callbacks(trainer))
     several = len(trainer.optimizers) > 1

@@ -8,32 +8,25 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_reg.engine.host import lightning as host
+from lightning_reg.engine.host.arguments import check_choice, check_number
+from lightning_reg.engine.host.names import as_patterns
+from lightning_reg.engine.run import passes as extra_passes
 from lightning_reg.engine.technique import WeightTechnique
 from lightning_reg.engine.weights.swap import named_weights
-from lightning_reg.sparsity._nm_arguments import check_arguments
-from lightning_reg.sparsity._nm_export import semi_structured_refusal, to_semi_structured
-from lightning_reg.sparsity._nm_layers import Choice, Weight, check_apart, weights_table
-from lightning_reg.sparsity._nm_masks import (
-    apply_mask_,
-    check_nm,
-    decay_factor,
-    nm_mask,
-    pack_mask,
-    pattern_at,
-    sparsify_weight,
-    unpack_mask,
-)
-from lightning_reg.sparsity._nm_network import SparseNetwork
-from lightning_reg.sparsity._nm_permute import best_channel_permutation, permute_network_
-from lightning_reg.sparsity._nm_probe import Probe
-from lightning_reg.sparsity._nm_report import SparsityReport
-from lightning_reg.sparsity._nm_schedule import NEVER, Schedule, length_of_training, make_schedule, say_it_goes_back
-from lightning_reg.sparsity._nm_validation import validate_hardened
-from lightning_reg.sparsity._nm_weights import (
-    change_gradient_,
+from lightning_reg.sparsity.nm_sparsity._layers import Choice, Weight, check_apart, check_groups, weights_table
+from lightning_reg.sparsity.nm_sparsity._network import SparseNetwork, change_gradient_, put_back_pruned_
+from lightning_reg.sparsity.nm_sparsity._permute import Probe, permute_network_
+from lightning_reg.sparsity.nm_sparsity._schedule import (
+    NEVER,
+    Schedule,
+    check_phases,
+    length_of_training,
+    make_schedule,
     pattern_scalars,
-    put_back_pruned_,
+    say_it_goes_back,
 )
+from lightning_reg.sparsity.nm_sparsity.core import apply_mask_
+from lightning_reg.sparsity.nm_sparsity.report import SparsityReport
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -43,11 +36,7 @@ if TYPE_CHECKING:
 
     from lightning_reg.engine.step import Step
 
-__all__ = [
-    "NMSparsity", "SparsityReport", "best_channel_permutation", "check_nm", "decay_factor", "nm_mask", "pack_mask",
-    "pattern_at", "semi_structured_refusal", "sparsify_weight", "to_semi_structured", "unpack_mask",
-]  # fmt: skip
-
+__all__ = ["NMSparsity"]
 
 _DENSE = Schedule("ste", NEVER, None, 0.0)
 
@@ -97,7 +86,8 @@ class NMSparsity(WeightTechnique):
         n: Weights kept in each group (N), 1 to ``m``. Neutral: ``m``.
         m: Length of a group (M). Paper: 4 to 128, a power of two.
         recipe: How the constraint comes in, see the table.
-        layers: Regular expressions, searched in the names of layers as in ``named_modules()`` and of their weights.
+        layers: Shell patterns of names: of a weight, of its layer, or of a module around that, as in
+            ``named_modules()``; ``"net.head"`` takes all weights in there, ``"*.fc[12]"`` those of all such layers.
             ``"auto"``: all linear, convolution and attention layers but the first layer and the head, in the order in
             which the module registers them.
         dim: ``"in"``: groups along input features or channels; ``"out"``: along output features or channels.
@@ -111,8 +101,8 @@ class NMSparsity(WeightTechnique):
         permute: Whether input channels are permuted before training so that the masks keep more magnitude, where the
             traced layers allow it; the table at the start says where, or why not. For pretrained networks, once.
         harden_at_end: Whether pruned weights are set to zero in the module when training ends.
-        exclude: Regular expressions of layers that stay dense.
-        patterns: Other N and M for some layers: regular expression to ``[n, m]``; the first that matches counts.
+        exclude: Shell patterns of what stays dense, as for ``layers``.
+        patterns: Other N and M for some layers: shell pattern to ``[n, m]``; the first that matches counts.
         dense_steps: Length of the dense phase in optimizer steps, in place of ``dense_fraction``.
         finetune_steps: Length of the last phase in optimizer steps, in place of ``finetune_fraction``.
         validate_hard_mask: Whether after each validation, which sees the weights of the moment, another one sees them
@@ -126,7 +116,7 @@ class NMSparsity(WeightTechnique):
 
     Example:
         >>> from lightning.pytorch import Trainer
-        >>> sparse = NMSparsity(1, 16, recipe="mdgf_exp", layers=r"mlp\.fc[12]")
+        >>> sparse = NMSparsity(1, 16, recipe="mdgf_exp", layers="*.mlp.fc[12]")
         >>> trainer = Trainer(max_epochs=350, callbacks=[sparse], logger=False, enable_checkpointing=False)
 
     """
@@ -149,7 +139,7 @@ class NMSparsity(WeightTechnique):
         on_indivisible: Literal["error", "skip"] = "skip",
         permute: bool = False,
         harden_at_end: bool = True,
-        exclude: list[str] | None = None,
+        exclude: list[str] | str | None = None,
         patterns: dict[str, list[int]] | None = None,
         dense_steps: int | None = None,
         finetune_steps: int | None = None,
@@ -165,20 +155,31 @@ class NMSparsity(WeightTechnique):
         self.exclude, self.patterns = exclude, patterns
         self.dense_steps, self.finetune_steps, self.refresh_every = dense_steps, finetune_steps, refresh_every
         self.validate_hard_mask = validate_hard_mask
-        check_arguments(self)
-        self._choice = Choice(
-            n, m, dim, layers, list(exclude or []), dict(patterns or {}), recipe, geometric_k, on_indivisible
-        )
-        self._network = SparseNetwork(self._choice, type(self).__name__)
+        chosen = as_patterns(exclude), dict(patterns or {})
+        choice = Choice(n, m, dim, layers, *chosen, recipe, geometric_k, on_indivisible)
+        self._check_arguments(choice)
+        self._network = SparseNetwork(choice, self)
         self._schedule = _DENSE
         self._has_begun = False
         self._reset()
+
+    def _check_arguments(self, choice: Choice) -> None:
+        check_groups(self, choice)
+        check_choice(self, "grad", self.grad, ("ste", "masked"))
+        if self.beta is not None:
+            check_number(self, "beta", self.beta, low=0, low_open=True)
+        check_number(self, "lambda_w", self.lambda_w, low=0)
+        check_number(self, "refresh_every", self.refresh_every, low=1, integer=True)
+        shares = {"dense_fraction": self.dense_fraction, "finetune_fraction": self.finetune_fraction}
+        check_phases(self, shares, {"dense_steps": self.dense_steps, "finetune_steps": self.finetune_steps})
+        if self.permute and self.dim == "out":
+            raise ValueError(f'{type(self).__name__}: `permute` must be False with dim="out", got True.')
 
     def _reset(self) -> None:
         self._network.forget()
         self._pruned: dict[str, Any] = {}
         self._steps, self._step, self._factor, self._was_final = 0, 0, 1.0, False
-        self._counted = self._measures = False
+        self._measures = False
 
     @override
     def describe(self) -> str:
@@ -232,11 +233,11 @@ class NMSparsity(WeightTechnique):
         if self._schedule.factor(self._steps) > self._factor or (self._was_final and not self._is_final()):
             say_it_goes_back(self._factor, self._schedule.factor(self._steps))
         if trainer.is_global_zero and host.prints_summary(trainer):
-            Console().print(weights_table(self._network.weights, self._choice, self.describe(), permuted))
+            Console().print(weights_table(self._network.weights, self.describe(), permuted))
 
     @override
     def is_active(self, step: "Step") -> bool:
-        self._step, self._counted, self._measures = self._steps, False, step.is_logging
+        self._step, self._measures = self._steps, step.is_logging
         return bool(self._network.sparse) and self._schedule.factor(self._step) < 1.0
 
     @property
@@ -260,7 +261,7 @@ class NMSparsity(WeightTechnique):
         if factor == 1.0 or self._network.is_hard:
             return
         refresh = self._network.masks.age >= self.refresh_every and self.recipe != "one_shot"
-        patterns = {weight.name: self._pattern(weight) for weight in self._network.sparse if weight.name in weights}
+        patterns = {weight.name: now for weight, now in self._patterns_now().items() if weight.name in weights}
         masks = self._network.masks.choose(weights, patterns, refresh=refresh, measure=self._measures)
         for name, mask in masks.items():
             apply_mask_(weights[name], mask, factor)
@@ -269,9 +270,7 @@ class NMSparsity(WeightTechnique):
     def on_before_optimizer_step(
         self, trainer: "Trainer", pl_module: "LightningModule", optimizer: "Optimizer"
     ) -> None:
-        if not self._counted:
-            self._steps += 1
-            self._counted = True
+        self._steps = self._step + 1  # once for a batch, whatever the number of optimizers
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         parameters = named_weights(pl_module)
         sparse = [w for w in self._network.sparse if id(parameters[w.name]) in owned]
@@ -295,7 +294,9 @@ class NMSparsity(WeightTechnique):
     @override
     def on_validation_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         if self.validate_hard_mask and self._network.sparse and host.validates_in_fit(trainer):
-            validate_hardened(trainer, pl_module, self._network, self.log_key)
+            with self._network.hardened(pl_module):
+                metrics = extra_passes.validation_metrics(trainer)
+            host.log_beside(trainer, {f"{self.log_key}/hard/{name}": value for name, value in metrics.items()})
 
     @override
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
@@ -309,9 +310,8 @@ class NMSparsity(WeightTechnique):
 
     @override
     def on_fit_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        if (
-            self.harden_at_end and self._has_begun
-        ):  # again after `on_train_end`: another callback may have put its average in meanwhile
+        # Again after `on_train_end`: another callback may have put its average in meanwhile.
+        if self.harden_at_end and self._has_begun:
             self.harden(pl_module)
 
     def harden(self, module: nn.Module) -> None:
@@ -380,17 +380,16 @@ class NMSparsity(WeightTechnique):
             state = checkpoint["callbacks"].setdefault(self.state_key, self.state_dict())
             state.update(self._network.state_of(pl_module, checkpoint["state_dict"], prune=self._is_final()))
 
-    def _pattern(self, weight: Weight) -> tuple[int, int]:
-        return self._schedule.pattern(weight.patterns(self._choice), self._step)
+    def _patterns_now(self) -> dict[Weight, tuple[int, int]]:
+        return {weight: self._schedule.pattern(weight.patterns, self._step) for weight in self._network.sparse}
 
     def _is_final(self) -> bool:
         # Whether the last step that was made had the final mask: the weights have been trained with it.
         made = self._steps - 1
-        return made >= 0 and self._schedule.is_final((w.patterns(self._choice) for w in self._network.sparse), made)
+        return made >= 0 and self._schedule.is_final((w.patterns for w in self._network.sparse), made)
 
     def _log(self, module: "LightningModule") -> None:
-        patterns = {weight: self._pattern(weight) for weight in self._network.sparse}
-        values = pattern_scalars(self._schedule.factor(self._step), patterns)
+        values = pattern_scalars(self._schedule.factor(self._step), self._patterns_now())
         flips = self._network.masks.flips(named_weights(module))
         if flips is not None:
             values["flips"] = flips.float()

@@ -1,6 +1,9 @@
-"""Which weights of a network become sparse, in which pattern, and why the others do not."""
+"""Which weights of a network become sparse, in which pattern, and why the others do not.
 
-import re
+Patterns of names are matched with the name of a weight, of its layer and of every module around that: ``"net.head"``
+takes all the weights in there.
+"""
+
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -9,14 +12,16 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.host.names import near_names
+from lightning_reg.engine.host.arguments import check_choice, check_number
+from lightning_reg.engine.host.errors import MisconfigurationException, check_patterns
+from lightning_reg.engine.host.names import Patterns, matches
 from lightning_reg.engine.layers.named import named_layers
 from lightning_reg.engine.weights.swap import named_weights
-from lightning_reg.sparsity._nm_masks import patterns_of
+from lightning_reg.sparsity.nm_sparsity.core import patterns_of
 
-__all__ = ["Choice", "Weight", "check_apart", "choose_weights", "weights_table"]
+__all__ = ["Choice", "Weight", "check_apart", "check_groups", "choose_weights", "weights_table"]
 
+_RECIPES = ("mdgf_linear", "mdgf_exp", "sdgf_stepwise", "sdgf_geometric", "srste", "ste", "one_shot")
 _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 _ALL_KEPT = "the pattern keeps all weights"
 
@@ -29,8 +34,8 @@ class Choice:
         n: Weights kept.
         m: Length of a group.
         dim: Direction of the groups.
-        layers: Patterns, or ``"auto"``.
-        exclude: Patterns.
+        layers: Patterns of names, or ``"auto"``.
+        exclude: Patterns of names.
         patterns: N and M by pattern.
         recipe: The recipe.
         geometric_k: First multiple of the geometric recipe.
@@ -58,7 +63,7 @@ class Weight:
         shape: Its shape.
         n: Weights kept of the target pattern.
         m: Length of a group of the target pattern.
-        k: First multiple of the geometric recipe that fits.
+        patterns: N and M of all patterns that it goes through, the target last.
         why_dense: Why it stays dense; "" if it becomes sparse.
 
     """
@@ -67,24 +72,46 @@ class Weight:
     shape: tuple[int, ...]
     n: int
     m: int
-    k: int = 1
+    patterns: tuple[tuple[int, int], ...]
     why_dense: str = ""
 
-    def patterns(self, choice: Choice) -> list[tuple[int, int]]:
-        """Patterns that the weight goes through; a geometric frame too long for it is the longest one that fits."""
-        frames = patterns_of(choice.recipe, self.n, self.m, choice.geometric_k)
-        if choice.recipe != "sdgf_geometric":
-            return frames
-        return [(min(n, self.k * self.n), min(m, self.k * self.m)) for n, m in frames]
+
+def check_groups(owner: object, choice: Choice) -> None:
+    """Refuses arguments outside their range.
+
+    Args:
+        owner: Whose they are; its class is named in messages.
+        choice: The arguments.
+
+    Raises:
+        ValueError: Naming class, argument, range and value.
+
+    """
+    name = type(owner).__name__
+    check_choice(owner, "recipe", choice.recipe, _RECIPES)
+    check_choice(owner, "dim", choice.dim, ("in", "out"))
+    check_choice(owner, "on_indivisible", choice.on_indivisible, ("error", "skip"))
+    check_number(owner, "geometric_k", choice.geometric_k, low=1, integer=True)
+    if choice.geometric_k & (choice.geometric_k - 1):
+        raise ValueError(f"{name}: `geometric_k` must be a power of two, got {choice.geometric_k}.")
+    for pattern, numbers in choice.patterns.items():
+        if len(numbers) != 2:
+            raise ValueError(f"{name}: `patterns` must map to [n, m], got {pattern!r}: {numbers!r}.")
+    others = [("patterns", "patterns", n, m) for n, m in choice.patterns.values()]
+    for of_n, of_m, n, m in [("n", "m", choice.n, choice.m), *others]:
+        check_number(owner, of_m, m, low=1, integer=True)
+        check_number(owner, of_n, n, low=1, high=m, integer=True)
+        if choice.recipe == "sdgf_stepwise" and (m % n or (m // n) & (m // n - 1)):
+            raise ValueError(f"{name}: `{of_n}` must be m over a power of two for sdgf_stepwise, got n={n} with m={m}.")
 
 
-def choose_weights(module: nn.Module, choice: Choice, owner: str) -> list[Weight]:
+def choose_weights(module: nn.Module, choice: Choice, owner: object) -> list[Weight]:
     """Every weight of a linear, convolution or attention layer, with what becomes of it.
 
     Args:
         module: The user's module.
         choice: What the user asked for.
-        owner: Class to name in errors.
+        owner: Who asks; its class is named in errors.
 
     Returns:
         In the order of the layers.
@@ -95,13 +122,13 @@ def choose_weights(module: nn.Module, choice: Choice, owner: str) -> list[Weight
 
     """
     candidates = list(_candidates(module))
-    _check_patterns(choice, sorted({layer for layer, _, _ in candidates}), owner)
+    _check_names(choice, [parameter for _, parameter, _ in candidates], owner)
     ends = _ends(module) if choice.layers == "auto" else {}
     users = _users(module)
     parameters = {id(p): name for name, p in named_weights(module).items()}
     weights = []
     for layer, parameter, weight in candidates:
-        n, m = _pattern_for(choice, layer, parameter)
+        n, m = _pattern_for(choice, parameter)
         why = _why_dense(choice, layer, parameter, ends)
         why = why or _unusable(weight, layer, users.get(id(weight), []), parameters.get(id(weight), ""), parameter)
         shape = tuple(weight.shape) if isinstance(weight, nn.Parameter) and not _is_lazy(weight) else ()
@@ -111,10 +138,11 @@ def choose_weights(module: nn.Module, choice: Choice, owner: str) -> list[Weight
             why = f"too small: {size} for groups of {m}" if length < m else f"not divisible: {size} by {m}"
             if choice.on_indivisible == "error":
                 raise MisconfigurationException(
-                    f'{owner}: {parameter!r} of shape {shape} is {why}. Exclude it, or write on_indivisible="skip".'
+                    f"{type(owner).__name__}: {parameter!r} of shape {shape} is {why}. Exclude it, or write"
+                    ' on_indivisible="skip".'
                 )
         why = why or (_ALL_KEPT if n == m else "")
-        weights.append(Weight(parameter, shape, n, m, 1 if why else _fitting_k(length, m, choice.geometric_k), why))
+        weights.append(Weight(parameter, shape, n, m, () if why else _patterns(choice, n, m, length), why))
     _check_any(weights, owner)
     return weights
 
@@ -140,14 +168,11 @@ def check_apart(owner: str, mine: Sequence[Weight], others: Sequence[Weight]) ->
         )
 
 
-def weights_table(
-    weights: Sequence[Weight], choice: Choice, settings: str, permutations: Mapping[str, object]
-) -> Table:
+def weights_table(weights: Sequence[Weight], settings: str, permutations: Mapping[str, object]) -> Table:
     """The table at the start of the fit: each weight with its pattern, or with the reason why it stays dense.
 
     Args:
         weights: All weights.
-        choice: What the user asked for.
         settings: A line below.
         permutations: What became of the input channels, by name; empty if nothing was to be permuted.
 
@@ -161,7 +186,7 @@ def weights_table(
     for column in ("weight", "shape", "pattern", *(["input channels"] if permutations else [])):
         table.add_column(column, overflow="fold")
     for weight in weights:
-        patterns = dict.fromkeys(f"{n}:{m}" for n, m in weight.patterns(choice))
+        patterns = dict.fromkeys(f"{n}:{m}" for n, m in weight.patterns)
         said = f"dense ({weight.why_dense})" if weight.why_dense else " > ".join(patterns)
         channels = [escape(str(permutations.get(weight.name, "")))] if permutations else []
         table.add_row(escape(weight.name), "x".join(map(str, weight.shape)), escape(said), *channels)
@@ -180,37 +205,36 @@ def _candidates(module: nn.Module) -> Iterator[tuple[str, str, Tensor | None]]:
                     yield layer, f"{layer}.{name}", weight
 
 
-def _matches(pattern: str, layer: str, parameter: str = "") -> bool:
-    return re.search(pattern, layer) is not None or re.search(pattern, parameter) is not None
+def _matches(patterns: Patterns, parameter: str) -> bool:
+    return any(matches(name, patterns) for name in _names(parameter))
 
 
-def _check_patterns(choice: Choice, layers: Sequence[str], owner: str) -> None:
-    named = [] if choice.layers == "auto" else _as_list(choice.layers)
-    given = {"layers": named, "exclude": choice.exclude, "patterns": list(choice.patterns)}
-    for argument, patterns in given.items():
-        for pattern in patterns:
-            names = [*layers, *(f"{layer}.{weight}" for layer in layers for weight in ("weight", *_ATTENTION))]
-            if not any(re.search(pattern, name) for name in names):
-                raise MisconfigurationException(
-                    f"{owner}: `{argument}` has {pattern!r}, which matches no linear, convolution or attention layer."
-                    f" Near names: {near_names(pattern, layers)}. Layers are named as in `module.named_modules()`."
-                )
+def _names(parameter: str) -> list[str]:
+    """Names of the modules around a parameter, from the outside in, and its own."""
+    parts = parameter.split(".")
+    return [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
 
 
-def _pattern_for(choice: Choice, layer: str, parameter: str) -> tuple[int, int]:
+def _check_names(choice: Choice, parameters: Sequence[str], owner: object) -> None:
+    names = dict.fromkeys(name for parameter in parameters for name in _names(parameter))
+    given = {"layers": None if choice.layers == "auto" else choice.layers, "exclude": choice.exclude}
+    for argument, patterns in {**given, "patterns": list(choice.patterns)}.items():
+        check_patterns(owner, argument, patterns, names, "linear, convolution or attention layer")
+
+
+def _pattern_for(choice: Choice, parameter: str) -> tuple[int, int]:
     for pattern, (n, m) in choice.patterns.items():
-        if _matches(pattern, layer, parameter):
+        if _matches(pattern, parameter):
             return n, m
     return choice.n, choice.m
 
 
 def _why_dense(choice: Choice, layer: str, parameter: str, ends: Mapping[str, str]) -> str:
-    if any(_matches(pattern, layer, parameter) for pattern in choice.exclude):
+    if _matches(choice.exclude, parameter):
         return "excluded"
     if choice.layers == "auto":
         return ends.get(layer, "")
-    named = any(_matches(pattern, layer, parameter) for pattern in _as_list(choice.layers))
-    return "" if named else "not in `layers`"
+    return "" if _matches(choice.layers, parameter) else "not in `layers`"
 
 
 def _unusable(weight: Tensor | None, layer: str, users: Sequence[tuple[str, bool]], name: str, parameter: str) -> str:
@@ -260,21 +284,21 @@ def _length(shape: tuple[int, ...], parameter: str, dim: str) -> int:
     return shape[1]
 
 
-def _fitting_k(length: int, m: int, k: int) -> int:
+def _patterns(choice: Choice, n: int, m: int, length: int) -> tuple[tuple[int, int], ...]:
+    """A geometric frame that is too long for the weight is the longest one that fits."""
+    patterns, k = patterns_of(choice.recipe, n, m, choice.geometric_k), choice.geometric_k
+    if choice.recipe != "sdgf_geometric":
+        return tuple(patterns)
     while k > 1 and length % (k * m):
         k //= 2
-    return k
+    return tuple((min(a, k * n), min(b, k * m)) for a, b in patterns)
 
 
-def _check_any(weights: Sequence[Weight], owner: str) -> None:
+def _check_any(weights: Sequence[Weight], owner: object) -> None:
     if any(w.why_dense in ("", _ALL_KEPT) for w in weights):
         return
     reasons = "".join(f"\n  {w.name}: {w.why_dense}" for w in weights) or " There is no linear or convolution layer."
     raise MisconfigurationException(
-        f"{owner}: no weight can become sparse.{reasons}\nName layers with `layers=...`, as in"
+        f"{type(owner).__name__}: no weight can become sparse.{reasons}\nName layers with `layers=...`, as in"
         " `module.named_modules()`."
     )
-
-
-def _as_list(patterns: str | list[str]) -> list[str]:
-    return [patterns] if isinstance(patterns, str) else patterns
