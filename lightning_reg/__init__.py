@@ -9,8 +9,8 @@ from lightning_reg._lazy import lazy_attributes
 from lightning_reg.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from lightning_reg.augmentation.cutmix import CutMix as CutMix
-    from lightning_reg.augmentation.cutmix import Mixup as Mixup
+    from lightning_reg.augmentation.cutmix.cutmix import CutMix as CutMix
+    from lightning_reg.augmentation.cutmix.mixup import Mixup as Mixup
     from lightning_reg.averaging.model_soups import LearnedSoup as LearnedSoup
     from lightning_reg.averaging.model_soups import SoupAverager as SoupAverager
     from lightning_reg.averaging.model_soups import SoupResult as SoupResult
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy_attributes(
     __name__,
     {
-        "CutMix": "lightning_reg.augmentation.cutmix",
-        "Mixup": "lightning_reg.augmentation.cutmix",
+        "CutMix": "lightning_reg.augmentation.cutmix.cutmix",
+        "Mixup": "lightning_reg.augmentation.cutmix.mixup",
         "LearnedSoup": "lightning_reg.averaging.model_soups",
         "SoupAverager": "lightning_reg.averaging.model_soups",
         "SoupResult": "lightning_reg.averaging.model_soups",

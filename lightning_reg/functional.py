@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from lightning_reg._lazy import lazy_attributes
 
 if TYPE_CHECKING:
-    from lightning_reg.augmentation.cutmix import cutmix as cutmix
-    from lightning_reg.augmentation.cutmix import cutmix_loss as cutmix_loss
-    from lightning_reg.augmentation.cutmix import mix_targets as mix_targets
-    from lightning_reg.augmentation.cutmix import mixup as mixup
-    from lightning_reg.augmentation.cutmix import paste_box as paste_box
-    from lightning_reg.augmentation.cutmix import rand_box as rand_box
+    from lightning_reg.augmentation.cutmix.core import cutmix as cutmix
+    from lightning_reg.augmentation.cutmix.core import cutmix_loss as cutmix_loss
+    from lightning_reg.augmentation.cutmix.core import mix_targets as mix_targets
+    from lightning_reg.augmentation.cutmix.core import mixup as mixup
+    from lightning_reg.augmentation.cutmix.core import paste_box as paste_box
+    from lightning_reg.augmentation.cutmix.core import rand_box as rand_box
     from lightning_reg.averaging.model_soups import ancestry as ancestry
     from lightning_reg.averaging.model_soups import average_state_dicts as average_state_dicts
     from lightning_reg.averaging.model_soups import dare_merge as dare_merge
@@ -74,12 +74,12 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy_attributes(
     __name__,
     {
-        "cutmix": "lightning_reg.augmentation.cutmix",
-        "cutmix_loss": "lightning_reg.augmentation.cutmix",
-        "mix_targets": "lightning_reg.augmentation.cutmix",
-        "mixup": "lightning_reg.augmentation.cutmix",
-        "paste_box": "lightning_reg.augmentation.cutmix",
-        "rand_box": "lightning_reg.augmentation.cutmix",
+        "cutmix": "lightning_reg.augmentation.cutmix.core",
+        "cutmix_loss": "lightning_reg.augmentation.cutmix.core",
+        "mix_targets": "lightning_reg.augmentation.cutmix.core",
+        "mixup": "lightning_reg.augmentation.cutmix.core",
+        "paste_box": "lightning_reg.augmentation.cutmix.core",
+        "rand_box": "lightning_reg.augmentation.cutmix.core",
         "ancestry": "lightning_reg.averaging.model_soups",
         "average_state_dicts": "lightning_reg.averaging.model_soups",
         "dare_merge": "lightning_reg.averaging.model_soups",
