@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from lightning_reg.regularization.weight_compander import Compander as Compander
     from lightning_reg.regularization.weight_compander import Companding as Companding
     from lightning_reg.regularization.weight_compander import WeightCompander as WeightCompander
-    from lightning_reg.reweighting.loss_reweighting import LossReweighting as LossReweighting
+    from lightning_reg.reweighting.loss_reweighting.loss_reweighting import LossReweighting as LossReweighting
     from lightning_reg.sparsity.nm_sparsity import NMSparsity as NMSparsity
     from lightning_reg.sparsity.nm_sparsity import SparsityReport as SparsityReport
 
@@ -72,7 +72,7 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "Compander": "lightning_reg.regularization.weight_compander",
         "Companding": "lightning_reg.regularization.weight_compander",
         "WeightCompander": "lightning_reg.regularization.weight_compander",
-        "LossReweighting": "lightning_reg.reweighting.loss_reweighting",
+        "LossReweighting": "lightning_reg.reweighting.loss_reweighting.loss_reweighting",
         "NMSparsity": "lightning_reg.sparsity.nm_sparsity",
         "SparsityReport": "lightning_reg.sparsity.nm_sparsity",
     },

@@ -54,12 +54,12 @@ if TYPE_CHECKING:
     from lightning_reg.regularization.weight_compander import compand_gradients as compand_gradients
     from lightning_reg.regularization.weight_compander import expand as expand
     from lightning_reg.regularization.weight_compander import weight_stats as weight_stats
-    from lightning_reg.reweighting.loss_reweighting import apply_strategy as apply_strategy
-    from lightning_reg.reweighting.loss_reweighting import normalize_losses as normalize_losses
-    from lightning_reg.reweighting.loss_reweighting import reweight as reweight
-    from lightning_reg.reweighting.loss_reweighting import scheduled_temperature as scheduled_temperature
-    from lightning_reg.reweighting.loss_reweighting import sequence_losses as sequence_losses
-    from lightning_reg.reweighting.loss_reweighting import weighted_loss as weighted_loss
+    from lightning_reg.reweighting.loss_reweighting.core import apply_strategy as apply_strategy
+    from lightning_reg.reweighting.loss_reweighting.core import normalize_losses as normalize_losses
+    from lightning_reg.reweighting.loss_reweighting.core import reweight as reweight
+    from lightning_reg.reweighting.loss_reweighting.core import scheduled_temperature as scheduled_temperature
+    from lightning_reg.reweighting.loss_reweighting.core import sequence_losses as sequence_losses
+    from lightning_reg.reweighting.loss_reweighting.core import weighted_loss as weighted_loss
     from lightning_reg.sparsity.nm_sparsity import best_channel_permutation as best_channel_permutation
     from lightning_reg.sparsity.nm_sparsity import check_nm as check_nm
     from lightning_reg.sparsity.nm_sparsity import decay_factor as decay_factor
@@ -120,12 +120,12 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "compand_gradients": "lightning_reg.regularization.weight_compander",
         "expand": "lightning_reg.regularization.weight_compander",
         "weight_stats": "lightning_reg.regularization.weight_compander",
-        "apply_strategy": "lightning_reg.reweighting.loss_reweighting",
-        "normalize_losses": "lightning_reg.reweighting.loss_reweighting",
-        "reweight": "lightning_reg.reweighting.loss_reweighting",
-        "scheduled_temperature": "lightning_reg.reweighting.loss_reweighting",
-        "sequence_losses": "lightning_reg.reweighting.loss_reweighting",
-        "weighted_loss": "lightning_reg.reweighting.loss_reweighting",
+        "apply_strategy": "lightning_reg.reweighting.loss_reweighting.core",
+        "normalize_losses": "lightning_reg.reweighting.loss_reweighting.core",
+        "reweight": "lightning_reg.reweighting.loss_reweighting.core",
+        "scheduled_temperature": "lightning_reg.reweighting.loss_reweighting.core",
+        "sequence_losses": "lightning_reg.reweighting.loss_reweighting.core",
+        "weighted_loss": "lightning_reg.reweighting.loss_reweighting.core",
         "best_channel_permutation": "lightning_reg.sparsity.nm_sparsity",
         "check_nm": "lightning_reg.sparsity.nm_sparsity",
         "decay_factor": "lightning_reg.sparsity.nm_sparsity",
