@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from lightning_reg.engine.technique import WeightMapTechnique as WeightMapTechnique
     from lightning_reg.engine.technique import WeightTechnique as WeightTechnique
     from lightning_reg.metric_learning.conr import ConR as ConR
-    from lightning_reg.noisy_labels.elr import ELRCallback as ELRCallback
-    from lightning_reg.noisy_labels.elr_plus import ELRPlusCallback as ELRPlusCallback
+    from lightning_reg.noisy_labels.elr.elr import ELRCallback as ELRCallback
+    from lightning_reg.noisy_labels.elr_plus.elr_plus import ELRPlusCallback as ELRPlusCallback
     from lightning_reg.noisy_labels.label_errors import LabelErrors as LabelErrors
     from lightning_reg.regularization.weight_compander import Compander as Compander
     from lightning_reg.regularization.weight_compander import Companding as Companding
@@ -66,8 +66,8 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "WeightMapTechnique": "lightning_reg.engine.technique",
         "WeightTechnique": "lightning_reg.engine.technique",
         "ConR": "lightning_reg.metric_learning.conr",
-        "ELRCallback": "lightning_reg.noisy_labels.elr",
-        "ELRPlusCallback": "lightning_reg.noisy_labels.elr_plus",
+        "ELRCallback": "lightning_reg.noisy_labels.elr.elr",
+        "ELRPlusCallback": "lightning_reg.noisy_labels.elr_plus.elr_plus",
         "LabelErrors": "lightning_reg.noisy_labels.label_errors",
         "Compander": "lightning_reg.regularization.weight_compander",
         "Companding": "lightning_reg.regularization.weight_compander",

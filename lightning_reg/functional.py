@@ -40,15 +40,15 @@ if TYPE_CHECKING:
     from lightning_reg.metric_learning.conr import inverse_density_weights as inverse_density_weights
     from lightning_reg.metric_learning.conr import label_distance as label_distance
     from lightning_reg.metric_learning.conr import pair_masks as pair_masks
-    from lightning_reg.noisy_labels.elr import elr_loss as elr_loss
-    from lightning_reg.noisy_labels.elr import elr_regularizer as elr_regularizer
-    from lightning_reg.noisy_labels.elr import elr_targets as elr_targets
-    from lightning_reg.noisy_labels.elr import elr_update_targets as elr_update_targets
-    from lightning_reg.noisy_labels.elr_plus import elr_plus_decay as elr_plus_decay
-    from lightning_reg.noisy_labels.elr_plus import elr_plus_loss as elr_plus_loss
-    from lightning_reg.noisy_labels.elr_plus import elr_plus_targets as elr_plus_targets
-    from lightning_reg.noisy_labels.elr_plus import refine_labels as refine_labels
-    from lightning_reg.noisy_labels.elr_plus import sigmoid_rampup as sigmoid_rampup
+    from lightning_reg.noisy_labels.elr.core import elr_loss as elr_loss
+    from lightning_reg.noisy_labels.elr.core import elr_regularizer as elr_regularizer
+    from lightning_reg.noisy_labels.elr.core import elr_targets as elr_targets
+    from lightning_reg.noisy_labels.elr.core import elr_update_targets as elr_update_targets
+    from lightning_reg.noisy_labels.elr_plus.core import elr_plus_decay as elr_plus_decay
+    from lightning_reg.noisy_labels.elr_plus.core import elr_plus_loss as elr_plus_loss
+    from lightning_reg.noisy_labels.elr_plus.core import elr_plus_targets as elr_plus_targets
+    from lightning_reg.noisy_labels.elr_plus.core import refine_labels as refine_labels
+    from lightning_reg.noisy_labels.elr_plus.core import sigmoid_rampup as sigmoid_rampup
     from lightning_reg.regularization.weight_compander import bake_companders as bake_companders
     from lightning_reg.regularization.weight_compander import compand as compand
     from lightning_reg.regularization.weight_compander import compand_gradients as compand_gradients
@@ -106,15 +106,15 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "inverse_density_weights": "lightning_reg.metric_learning.conr",
         "label_distance": "lightning_reg.metric_learning.conr",
         "pair_masks": "lightning_reg.metric_learning.conr",
-        "elr_loss": "lightning_reg.noisy_labels.elr",
-        "elr_regularizer": "lightning_reg.noisy_labels.elr",
-        "elr_targets": "lightning_reg.noisy_labels.elr",
-        "elr_update_targets": "lightning_reg.noisy_labels.elr",
-        "elr_plus_decay": "lightning_reg.noisy_labels.elr_plus",
-        "elr_plus_loss": "lightning_reg.noisy_labels.elr_plus",
-        "elr_plus_targets": "lightning_reg.noisy_labels.elr_plus",
-        "refine_labels": "lightning_reg.noisy_labels.elr_plus",
-        "sigmoid_rampup": "lightning_reg.noisy_labels.elr_plus",
+        "elr_loss": "lightning_reg.noisy_labels.elr.core",
+        "elr_regularizer": "lightning_reg.noisy_labels.elr.core",
+        "elr_targets": "lightning_reg.noisy_labels.elr.core",
+        "elr_update_targets": "lightning_reg.noisy_labels.elr.core",
+        "elr_plus_decay": "lightning_reg.noisy_labels.elr_plus.core",
+        "elr_plus_loss": "lightning_reg.noisy_labels.elr_plus.core",
+        "elr_plus_targets": "lightning_reg.noisy_labels.elr_plus.core",
+        "refine_labels": "lightning_reg.noisy_labels.elr_plus.core",
+        "sigmoid_rampup": "lightning_reg.noisy_labels.elr_plus.core",
         "bake_companders": "lightning_reg.regularization.weight_compander",
         "compand": "lightning_reg.regularization.weight_compander",
         "compand_gradients": "lightning_reg.regularization.weight_compander",
