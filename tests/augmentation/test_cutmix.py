@@ -545,6 +545,20 @@ def test_a_module_that_writes_its_loss_gets_soft_targets():
         fit(Written(), CutMix(form="pair"), loader=loader())
 
 
+@pytest.mark.parametrize("technique", [CutMix(prob=1.0), Mixup()], ids=lambda technique: type(technique).__name__)
+def test_a_target_made_of_numbers_may_be_mixed_in_the_batch(technique):
+    def step(module, batch):
+        return F.mse_loss(module.net(batch[0]), F.one_hot(batch[1], 4).float())
+
+    name = type(technique).__name__
+    sentence = (
+        rf'made of the labels, say so, `{name}\(loss="mse_loss"\)`, or have them mixed in the batch,'
+        rf' `{name}\(form="soft"\)`; if another loss has the labels, choose that one'
+    )
+    with pytest.raises(MisconfigurationException, match=sentence):
+        fit(Net(step=step), technique, loader=loader(), max_epochs=1)
+
+
 def test_an_empty_box_leaves_the_very_batch():
     technique, batch = CutMix(prob=1.0, alpha=1.0), [torch.rand(4, 1, 1, 1), torch.zeros(4)]  # a pixel is never cut out
     step = SimpleNamespace(mixing=None, batches_so_far=1, stream="", is_logging=False, several=False)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from lightning_reg.noisy_labels.elr import ELRCallback
+from lightning_reg.noisy_labels.elr.elr import ELRCallback
 from tests.conformance import discovery, test_laws
 from tests.conformance.broken import BROKEN, SOUND
 from tests.conformance.case import Case

@@ -70,7 +70,8 @@ class Swap(BatchTechnique):
         mixed, permutation, lam = mixup(x, self.share)
         permutation = (torch.arange(len(x)) - 1) % len(x)
         mixed = lam * x + (1 - lam) * x[permutation]
-        step.mixing = Mixing(self, permutation, lam, mixed, batch)
+        advice = 'have them mixed in the batch, `Swap(form="soft")`'
+        step.mixing = Mixing(self, permutation, lam, mixed, batch, advice=advice)
         return [mixed, *batch[1:]]
 
 

@@ -480,8 +480,17 @@ def test_setups_that_cannot_hold_are_refused_by_name():
         def training_step(self, batch, batch_idx):
             return F.nll_loss(self(batch[0]).log_softmax(1), batch[1])
 
+    class Converted(Classifier):
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self(batch[0]), F.one_hot(batch[1], CLASSES).float())
+
     class Manual(Classifier):
         automatic_optimization = False
+
+    # It has no `form`, so that choosing the loss is all that helps.
+    sentence = r'say so, `ELRPlusCallback\(loss="cross_entropy"\)`; if another loss has the labels, choose that one'
+    with pytest.raises(MisconfigurationException, match=sentence):
+        fit(ELRPlusCallback(), Converted())
 
     with pytest.raises(MisconfigurationException, match=r"refine=True\) gives probabilities as labels, which nll_loss"):
         fit(ELRPlusCallback(refine=True), NLL())

@@ -26,6 +26,8 @@ class Mixing:
         inputs: The mixed inputs as they stand in the batch.
         part: The batch, or of several loaders' batches the one that was mixed, with its targets as they were.
         in_targets: Whether the batch's targets are mixed as well; then the loss is left as it is.
+        advice: What the user may write to have the labels follow, where it is not certain whether a loss is about them;
+            "" where nothing helps but choosing the loss.
 
     """
 
@@ -35,6 +37,7 @@ class Mixing:
     inputs: Tensor
     part: Any
     in_targets: bool = False
+    advice: str = ""
 
     def rows(self, values: Tensor) -> Tensor:
         """What a mixed sample has of a row per sample, ``(B, ...)``: its own and its partner's, by their shares."""

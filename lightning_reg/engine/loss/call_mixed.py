@@ -57,12 +57,12 @@ def mixed_call(call: LossCall, mixing: Mixing, *, certain: bool = True) -> LossC
     target = call.given_target
     unsaid = not certain and mixing.by.loss is None
     if unsaid and target is not None and target.is_floating_point():
+        advice = f", or {mixing.advice}" if mixing.advice else ""
         raise MisconfigurationException(
             f"{name}: the samples of the batch are mixed, but whether the target of {call} follows is not certain: it"
             " is no entry of the batch, so it may be made of the labels or of the mixed inputs (a teacher's output, an"
-            f' autoencoder\'s target). If it is made of the labels, say so, `{name}(loss="{call.name}")`, or have them'
-            f' mixed in the batch, `{name}(form="soft")`; if another loss has the labels, choose that one with'
-            f" `loss=...`; if none has, leave {name} out."
+            f' autoencoder\'s target). If it is made of the labels, say so, `{name}(loss="{call.name}")`{advice}; if'
+            f" another loss has the labels, choose that one with `loss=...`; if none has, leave {name} out."
         )
     return replace(call, evaluation=Mixed(call.evaluation, mixing, call.given_target, call.site), is_mixed=True)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_reg.reweighting._weights import cap_weights, weight_statistics
+from lightning_reg.reweighting.loss_reweighting._weights import cap_weights, weight_statistics
 
 
 def by_hand(weights, cap):

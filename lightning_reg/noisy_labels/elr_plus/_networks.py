@@ -12,7 +12,7 @@ from lightning_reg.engine.layers.named import find_layer, named_layers
 from lightning_reg.engine.networks.ensemble import JointForward, MeanOfTwo
 from lightning_reg.engine.networks.peer import Peer, copy_of, load_weights_, weights_of
 from lightning_reg.engine.networks.trained import PeerInit, PeerStep, TrainedPeer
-from lightning_reg.noisy_labels._elr_plus_core import elr_plus_decay
+from lightning_reg.noisy_labels.elr_plus.core import elr_plus_decay
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -1,4 +1,4 @@
-"""What the techniques share that mix the samples of a batch in pairs."""
+"""What CutMix and mixup share: when a batch is mixed, and how its labels follow."""
 
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Literal
@@ -107,7 +107,7 @@ class Mixer(BatchTechnique, ABC):
         return batch
 
     def _mixed(self, batch: object, step: "Step", generator: torch.Generator) -> tuple[object, float | Tensor]:
-        key = self._find_key(batch, step)
+        key = input_key_of(batch, self, several=step.several) if self.input_key is None else self.input_key
         inputs = find_entry(batch, key, f"{type(self).__name__}: input_key")
         problem = self._problem_with(inputs) if isinstance(inputs, Tensor) else "it is no tensor"
         if problem:
@@ -123,13 +123,9 @@ class Mixer(BatchTechnique, ABC):
         soft = self.form == "soft" or (self.form == "auto" and isinstance(step.module, LossMixin))
         if soft:
             batch = self._with_soft_targets(batch, key, permutation, lam)
-        step.mixing = Mixing(self, permutation, lam, mixed, part, in_targets=soft)
+        advice = f'have them mixed in the batch, `{type(self).__name__}(form="soft")`'
+        step.mixing = Mixing(self, permutation, lam, mixed, part, in_targets=soft, advice=advice)
         return replace_entry(batch, key, mixed), lam
-
-    def _find_key(self, batch: object, step: "Step") -> str:
-        if self.input_key is not None:
-            return self.input_key
-        return input_key_of(batch, self, several=step.several)
 
     def _with_soft_targets(self, batch: object, input_key: str, permutation: Tensor, lam: float | Tensor) -> object:
         name, key = type(self).__name__, self.target_key

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from lightning_reg.engine.data.blend import blend, draw_lam, draw_permutation
+from lightning_reg.engine.data.blend import draw_lam, mixup
 from lightning_reg.engine.data.entries import find_entry, input_key_of, replace_entry
 from lightning_reg.engine.data.mixing import Mixing
 from lightning_reg.engine.host.errors import MisconfigurationException
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lightning_reg.engine.step import Step
     from lightning_reg.engine.technique import Technique
 
-__all__ = ["mix_batch"]
+__all__ = ["mix_batch", "mix_rows"]
 
 
 def mix_batch(
@@ -48,9 +48,12 @@ def mix_batch(
             f" be mixed, found {kind}. Name another entry with `input_key`, or write `mixup_alpha=0`."
         )
     generator = by.generator(step)
-    lam = float(draw_lam(alpha, generator))
-    lam = max(lam, 1.0 - lam)
-    permutation = draw_permutation(inputs, generator)
-    mixed = blend(inputs, permutation, lam)
+    share = float(draw_lam(alpha, generator))
+    mixed, permutation, lam = mixup(inputs, max(share, 1.0 - share), generator=generator)
     step.mixing = Mixing(by, permutation, lam, mixed, batch, in_targets=in_targets)
     return replace_entry(batch, key, mixed)
+
+
+def mix_rows(rows: Tensor, step: "Step") -> Tensor:
+    """A row per sample ``(B, ...)``, mixed as the images of the step's batch are; as it is where they are not mixed."""
+    return rows if step.mixing is None else step.mixing.rows(rows)

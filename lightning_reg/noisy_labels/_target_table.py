@@ -1,4 +1,4 @@
-"""What the early-learning techniques share: targets per training sample, and the term that pulls towards them."""
+"""What the early-learning techniques share: targets per training sample, and the wrong labels that they tell of."""
 
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -9,67 +9,30 @@ from lightning_reg.engine.data.memory import SampleMemory, last_occurrences
 from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.distributed import RowExchange, world_size
 from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.noisy_labels._early_learning import contradicted, elr_targets
 from lightning_reg.noisy_labels.label_errors import LabelErrors
 
 if TYPE_CHECKING:
     from lightning_reg.engine.step import Samples
     from lightning_reg.engine.technique import Technique
 
-__all__ = [
-    "TargetTable",
-    "agreement_with",
-    "check_elr_arguments",
-    "check_table_arguments",
-    "clamped_probabilities",
-    "contradicted",
-    "elr_targets",
-    "errors_by_confidence",
-    "log_disagreement",
-]
+__all__ = ["LabelErrors", "TargetTable", "check_arguments", "errors_by_confidence"]
 
 
-def elr_targets(targets_rows: Tensor, probabilities: Tensor, beta: float) -> Tensor:
-    r"""One step of the moving average of a network's predictions.
-
-    .. math:: t \leftarrow \beta\, t + (1 - \beta)\, \hat p, \qquad \hat p_c = p_c / \textstyle\sum_k p_k
-
-    Args:
-        targets_rows: Targets of the batch before the step, ``(B, C)`` float32, initially 0.
-        probabilities: Softmax outputs ``p``, clamped or not, ``(B, C)``; no gradient flows into them.
-        beta: Momentum, in [0, 1).
-
-    Returns:
-        The new targets ``(B, C)``, constant. After k visits a row sums to ``1 - beta ** k``: there is no bias
-        correction, which is what makes the regularizer weak early on.
-
-    """
-    p = probabilities.detach()
-    return beta * targets_rows + (1.0 - beta) * (p / p.sum(1, keepdim=True))
-
-
-def clamped_probabilities(logits: Tensor, clamp: float) -> Tensor:
-    """Softmax in float32, between ``clamp`` and ``1 - clamp``; an entry at its bound has no gradient."""
-    # In float16 and bfloat16 1 - 1e-4 rounds to 1, the clamp is void and log(0) follows. Autocast lowers none of the
-    # operations here, so float32 once is float32 throughout.
-    return logits.float().softmax(1).clamp(clamp, 1.0 - clamp)
-
-
-def log_disagreement(probabilities: Tensor, targets_rows: Tensor) -> Tensor:
-    """``log(1 - <t, p>)`` of each sample, ``(B,)`` float32."""
-    return (1.0 - (targets_rows.float() * probabilities).sum(1)).log()
-
-
-def check_elr_arguments(owner: "Technique", lam: float, beta: float, clamp: float) -> None:
-    """Refuses values of the term's arguments outside their ranges, by ``ValueError``."""
+def check_arguments(
+    owner: "Technique",
+    lam: float,
+    beta: float,
+    clamp: float,
+    num_samples: int | None,
+    num_classes: int | None,
+    table_dtype: str,
+    table_device: str,
+) -> None:
+    """Refuses values of the arguments of the term and of the table outside their ranges, by ``ValueError``."""
     check_number(owner, "lam", lam, low=0)
     check_number(owner, "beta", beta, low=0, high=1, high_open=True)
     check_number(owner, "clamp", clamp, low=0, high=0.5, low_open=True, high_open=True)
-
-
-def check_table_arguments(
-    owner: "Technique", num_samples: int | None, num_classes: int | None, table_dtype: str, table_device: str
-) -> None:
-    """Refuses values of the table's arguments outside their ranges, by ``ValueError``."""
     for argument, value in (("num_samples", num_samples), ("num_classes", num_classes)):
         if value is not None:
             check_number(owner, argument, value, low=1, integer=True)
@@ -97,10 +60,10 @@ class TargetTable:
     def __init__(
         self,
         owner: str,
+        num_samples: int | None,
+        num_classes: int | None,
+        dtype: Literal["float32", "float16", "bfloat16"],
         *,
-        num_samples: int | None = None,
-        num_classes: int | None = None,
-        dtype: Literal["float32", "float16", "bfloat16"] = "float32",
         on_cpu: bool = False,
         top_k: int | None = None,
         gather: bool = True,
@@ -238,21 +201,9 @@ class TargetTable:
         return self.targets, self.labels
 
 
-def contradicted(targets: Tensor, labels: Tensor) -> Tensor:
-    """Which labels their targets contradict: bool ``(N,)``; a sample never seen is not suspected."""
-    return (targets.sum(1) > 0) & (labels >= 0) & (targets.argmax(1) != labels)
-
-
 def errors_by_confidence(targets: Tensor, labels: Tensor) -> LabelErrors:
     """The labels that their targets contradict, most confident first."""
     (index,) = contradicted(targets, labels).nonzero(as_tuple=True)
     confidence, suggested = (targets[index] / targets[index].sum(1, keepdim=True)).max(1)
     order = confidence.argsort(descending=True, stable=True)
     return LabelErrors(index[order], labels[index][order], suggested[order], confidence[order])
-
-
-def agreement_with(rows: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """To log of the targets of a batch: ``agreement``, their mean share of the given label, and ``suspects``."""
-    known = labels.clamp(0, rows.shape[1] - 1)
-    on_label = rows.gather(1, known[:, None])[:, 0] / rows.sum(1)
-    return {"agreement": on_label.mean(), "suspects": (rows.argmax(1) != labels).float().mean()}

@@ -1,27 +1,20 @@
-r"""Early-learning regularization: keeps a network from memorising wrong labels."""
+"""Early-learning regularization: keeps a network from memorising wrong labels."""
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_reg.engine.data.memory import last_occurrences
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.technique import LossTechnique
-from lightning_reg.noisy_labels._targets import (
-    TargetTable,
+from lightning_reg.noisy_labels._early_learning import (
     agreement_with,
-    check_elr_arguments,
-    check_table_arguments,
     clamped_probabilities,
     contradicted,
-    elr_targets,
-    errors_by_confidence,
     log_disagreement,
 )
-from lightning_reg.noisy_labels.label_errors import LabelErrors
+from lightning_reg.noisy_labels._target_table import LabelErrors, TargetTable, check_arguments, errors_by_confidence
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -29,93 +22,7 @@ if TYPE_CHECKING:
     from lightning_reg.engine.loss.call import LossCall
     from lightning_reg.engine.step import Step
 
-__all__ = ["ELRCallback", "elr_loss", "elr_regularizer", "elr_targets", "elr_update_targets"]
-
-
-def elr_update_targets(targets: Tensor, index: Tensor, logits: Tensor, beta: float, clamp: float = 1e-4) -> Tensor:
-    r"""Updates the targets of a batch in place, before its loss is computed.
-
-    .. math:: t_i \leftarrow \beta\, t_i + (1 - \beta)\, \hat p_i, \qquad
-        \hat p = p / \textstyle\sum_c p_c, \quad p = \operatorname{clamp}(\operatorname{softmax}(z), c, 1 - c)
-
-    Args:
-        targets: All targets, ``(N, C)``, initially 0. The rows in ``index`` are changed, the others are not.
-        index: Sample index of each row of the batch, ``(B,)`` int64. Of several rows for one sample the last counts.
-        logits: Logits of the batch, ``(B, C)``; no gradient flows into them.
-        beta: Momentum, in [0, 1).
-        clamp: Floor of the probabilities, in (0, 0.5).
-
-    Returns:
-        The updated rows, ``(B, C)``, constant.
-
-    Example:
-        >>> import torch
-        >>> targets = torch.zeros(3, 2)
-        >>> elr_update_targets(targets, torch.tensor([2]), torch.zeros(1, 2), beta=0.7)
-        tensor([[0.1500, 0.1500]])
-
-    """
-    rows = elr_targets(targets[index].float(), clamped_probabilities(logits, clamp), beta)
-    rows = rows[last_occurrences(index)]
-    targets.index_copy_(0, index, rows.to(targets.dtype))
-    return rows
-
-
-def elr_regularizer(
-    logits: Tensor, targets_rows: Tensor, clamp: float = 1e-4, reduction: Literal["mean", "none"] = "mean"
-) -> Tensor:
-    r"""The early-learning regularizer, without its weight.
-
-    .. math:: \frac1B \sum_i \log\bigl(1 - \langle t_i, p_i \rangle\bigr) \le 0, \qquad
-        p = \operatorname{clamp}(\operatorname{softmax}(z), c, 1 - c)
-
-    Args:
-        logits: ``(B, C)``. The gradient flows through the clamp: an entry at its floor has none.
-        targets_rows: Targets of the batch after their update, ``(B, C)``, constant.
-        clamp: Floor of the probabilities, in (0, 0.5).
-        reduction: ``"mean"`` over the batch, or ``"none"``.
-
-    Returns:
-        float32: a scalar, or ``(B,)``.
-
-    Example:
-        >>> import torch
-        >>> elr_regularizer(torch.zeros(1, 2), torch.tensor([[0.15, 0.15]]))
-        tensor(-0.1625)
-
-    """
-    term = log_disagreement(clamped_probabilities(logits, clamp), targets_rows)
-    return term.mean() if reduction == "mean" else term
-
-
-def elr_loss(
-    logits: Tensor,
-    labels: Tensor,
-    index: Tensor,
-    targets: Tensor,
-    lam: float,
-    beta: float,
-    clamp: float = 1e-4,
-) -> Tensor:
-    r"""Cross-entropy with early-learning regularization; updates ``targets`` first.
-
-    .. math:: \frac1B \sum_i \operatorname{CE}(z_i, y_i) + \frac{\lambda}{B} \sum_i \log(1 - \langle t_i, p_i \rangle)
-
-    Args:
-        logits: ``(B, C)``.
-        labels: ``(B,)`` int64.
-        index: Sample index of each row, ``(B,)`` int64.
-        targets: All targets ``(N, C)``, initially 0; changed in place.
-        lam: Weight of the regularizer.
-        beta: Momentum of the targets, in [0, 1).
-        clamp: Floor of the probabilities, in (0, 0.5).
-
-    Returns:
-        A scalar; values far below zero are normal.
-
-    """
-    rows = elr_update_targets(targets, index, logits, beta, clamp)
-    return F.cross_entropy(logits, labels) + lam * elr_regularizer(logits, rows, clamp)
+__all__ = ["ELRCallback"]
 
 
 class ELRCallback(LossTechnique):
@@ -202,8 +109,7 @@ class ELRCallback(LossTechnique):
         name: str | None = None,
     ) -> None:
         super().__init__(loss=loss, index_key=index_key, dataloader=dataloader, name=name)
-        check_elr_arguments(self, lam, beta, clamp)
-        check_table_arguments(self, num_samples, num_classes, table_dtype, table_device)
+        check_arguments(self, lam, beta, clamp, num_samples, num_classes, table_dtype, table_device)
         check_number(self, "warmup_epochs", warmup_epochs, low=0, integer=True)
         if top_k is not None:
             check_number(self, "top_k", top_k, low=1, integer=True)
@@ -213,9 +119,9 @@ class ELRCallback(LossTechnique):
         self.table_dtype, self.table_device, self.top_k, self.sync = table_dtype, table_device, top_k, sync
         self._table = TargetTable(
             type(self).__name__,
-            num_samples=num_samples,
-            num_classes=num_classes,
-            dtype=table_dtype,
+            num_samples,
+            num_classes,
+            table_dtype,
             on_cpu=table_device == "cpu",
             top_k=top_k,
             gather=sync == "gather",

@@ -1,6 +1,5 @@
 """ELR+: early-learning regularization with two networks, averaged teachers and mixup."""
 
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -15,26 +14,16 @@ from lightning_reg.engine.loss.lookup import engine_of
 from lightning_reg.engine.networks.trained import PeerInit, check_trainable
 from lightning_reg.engine.run.phases import Member, phases_of
 from lightning_reg.engine.technique import BatchTechnique, LossTechnique
-from lightning_reg.noisy_labels._elr_plus_core import (
-    elr_plus_decay,
-    elr_plus_loss,
-    elr_plus_targets,
-    refine_labels,
-    sigmoid_rampup,
-)
-from lightning_reg.noisy_labels._mixup import mix_batch
-from lightning_reg.noisy_labels._networks import Networks, Notes
-from lightning_reg.noisy_labels._targets import (
-    TargetTable,
+from lightning_reg.noisy_labels._early_learning import (
     agreement_with,
-    check_elr_arguments,
-    check_table_arguments,
     clamped_probabilities,
     contradicted,
-    errors_by_confidence,
     log_disagreement,
 )
-from lightning_reg.noisy_labels.label_errors import LabelErrors
+from lightning_reg.noisy_labels._target_table import LabelErrors, TargetTable, check_arguments, errors_by_confidence
+from lightning_reg.noisy_labels.elr_plus._mixup import mix_batch, mix_rows
+from lightning_reg.noisy_labels.elr_plus._networks import Networks, Notes
+from lightning_reg.noisy_labels.elr_plus.core import one_hot_labels, refine_labels, sigmoid_rampup
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -43,14 +32,7 @@ if TYPE_CHECKING:
     from lightning_reg.engine.loss.call import LossCall
     from lightning_reg.engine.step import Step
 
-__all__ = [
-    "ELRPlusCallback",
-    "elr_plus_decay",
-    "elr_plus_loss",
-    "elr_plus_targets",
-    "refine_labels",
-    "sigmoid_rampup",
-]
+__all__ = ["ELRPlusCallback"]
 
 
 class ELRPlusCallback(BatchTechnique, LossTechnique):
@@ -168,8 +150,7 @@ class ELRPlusCallback(BatchTechnique, LossTechnique):
         seed: int = 0,
     ) -> None:
         super().__init__(loss=loss, index_key=index_key, name=name, seed=seed)
-        check_elr_arguments(self, lam, beta, clamp)
-        check_table_arguments(self, num_samples, num_classes, table_dtype, table_device)
+        check_arguments(self, lam, beta, clamp, num_samples, num_classes, table_dtype, table_device)
         check_number(self, "mixup_alpha", mixup_alpha, low=0)
         check_number(self, "decay", decay, low=0, high=1, high_open=True)
         for argument, value in (("lam_rampup_steps", lam_rampup_steps), ("decay_rampup_steps", decay_rampup_steps)):
@@ -187,8 +168,10 @@ class ELRPlusCallback(BatchTechnique, LossTechnique):
         used, length = (decay, decay_rampup_steps) if averaging else (0.0, 0)
         train = teacher == "train"
         self._networks = Networks(networks, init=peer_init, in_train_mode=train, decay=used, rampup_steps=length)
-        new_table = partial(TargetTable, type(self).__name__, num_samples=num_samples, num_classes=num_classes)
-        self._tables = [new_table(dtype=table_dtype, on_cpu=table_device == "cpu") for _ in range(networks)]
+        self._tables = [
+            TargetTable(type(self).__name__, num_samples, num_classes, table_dtype, on_cpu=table_device == "cpu")
+            for _ in range(networks)
+        ]
         self._has_stepped = False
 
     @override
@@ -261,10 +244,7 @@ class ELRPlusCallback(BatchTechnique, LossTechnique):
                 f"ELRPlusCallback(refine=True) gives probabilities as labels, which {call.name} does not take. Use"
                 " cross_entropy, or leave `refine` out."
             )
-        labels = call.labels
-        one_hot = F.one_hot(labels.clamp(min=0), targets.shape[1]).float() * (labels >= 0)[:, None]
-        mixing = call.step.mixing
-        return refine_labels(one_hot if mixing is None else mixing.rows(one_hot), targets)
+        return refine_labels(mix_rows(one_hot_labels(call.labels, targets.shape[1]), call.step), targets)
 
     @override
     def loss_term(self, call: "LossCall") -> Tensor | None:
@@ -388,8 +368,7 @@ class ELRPlusCallback(BatchTechnique, LossTechnique):
             table = self._tables[self._networks.number_of(call.step)]
             predicted = notes.teacher.logits.float().softmax(1)
             notes.targets = table.update(call.samples(self), predicted, call.labels, self.beta, call.sample_mass)
-        mixing = call.step.mixing
-        return notes.targets if mixing is None or notes.targets is None else mixing.rows(notes.targets)
+        return None if notes.targets is None else mix_rows(notes.targets, call.step)
 
     def _log(self, call: "LossCall") -> None:
         for name, value in agreement_with(call.step.notes[self].targets, call.labels).items():

@@ -1,0 +1,1 @@
+"""CutMix and mixup: samples made of two, with labels to match."""

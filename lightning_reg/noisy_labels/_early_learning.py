@@ -1,0 +1,48 @@
+"""The formulas that the early-learning techniques share."""
+
+from torch import Tensor
+
+__all__ = ["agreement_with", "clamped_probabilities", "contradicted", "elr_targets", "log_disagreement"]
+
+
+def log_disagreement(probabilities: Tensor, targets_rows: Tensor) -> Tensor:
+    """``log(1 - <t, p>)`` of each sample, ``(B,)`` float32."""
+    return (1.0 - (targets_rows.float() * probabilities).sum(1)).log()
+
+
+def clamped_probabilities(logits: Tensor, clamp: float) -> Tensor:
+    """Softmax in float32, between ``clamp`` and ``1 - clamp``; an entry at its bound has no gradient."""
+    # In float16 and bfloat16 1 - 1e-4 rounds to 1, the clamp is void and log(0) follows. Autocast lowers none of the
+    # operations here, so float32 once is float32 throughout.
+    return logits.float().softmax(1).clamp(clamp, 1.0 - clamp)
+
+
+def elr_targets(targets_rows: Tensor, probabilities: Tensor, beta: float) -> Tensor:
+    r"""One step of the moving average of a network's predictions.
+
+    .. math:: t \leftarrow \beta\, t + (1 - \beta)\, \hat p, \qquad \hat p_c = p_c / \textstyle\sum_k p_k
+
+    Args:
+        targets_rows: Targets of the batch before the step, ``(B, C)`` float32, initially 0.
+        probabilities: Softmax outputs ``p``, clamped or not, ``(B, C)``; no gradient flows into them.
+        beta: Momentum, in [0, 1).
+
+    Returns:
+        The new targets ``(B, C)``, constant. After k visits a row sums to ``1 - beta ** k``: there is no bias
+        correction, which is what makes the regularizer weak early on.
+
+    """
+    p = probabilities.detach()
+    return beta * targets_rows + (1.0 - beta) * (p / p.sum(1, keepdim=True))
+
+
+def contradicted(targets: Tensor, labels: Tensor) -> Tensor:
+    """Which labels their targets contradict: bool ``(N,)``; a sample never seen is not suspected."""
+    return (targets.sum(1) > 0) & (labels >= 0) & (targets.argmax(1) != labels)
+
+
+def agreement_with(rows: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """To log of the targets of a batch: ``agreement``, their mean share of the given label, and ``suspects``."""
+    known = labels.clamp(0, rows.shape[1] - 1)
+    on_label = rows.gather(1, known[:, None])[:, 0] / rows.sum(1)
+    return {"agreement": on_label.mean(), "suspects": (rows.argmax(1) != labels).float().mean()}

@@ -1,0 +1,1 @@
+"""ELR+: early-learning regularization with two networks, averaged teachers and mixup."""
