@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from lightning_reg.averaging.model_soups import SoupAverager as SoupAverager
     from lightning_reg.averaging.model_soups import SoupResult as SoupResult
     from lightning_reg.averaging.model_soups import TrainerEvaluation as TrainerEvaluation
-    from lightning_reg.continual.rehearsal_free_cl import ContinualMetrics as ContinualMetrics
-    from lightning_reg.continual.rehearsal_free_cl import FeatureDistillation as FeatureDistillation
-    from lightning_reg.continual.rehearsal_free_cl import PredictionDistillation as PredictionDistillation
-    from lightning_reg.continual.weight_anchors import EWC as EWC
-    from lightning_reg.continual.weight_anchors import L2ToStart as L2ToStart
+    from lightning_reg.continual.rehearsal_free_cl.feature_distillation import FeatureDistillation as FeatureDistillation
+    from lightning_reg.continual.rehearsal_free_cl.metrics import ContinualMetrics as ContinualMetrics
+    from lightning_reg.continual.rehearsal_free_cl.prediction_distillation import PredictionDistillation as PredictionDistillation
+    from lightning_reg.continual.weight_anchors.ewc import EWC as EWC
+    from lightning_reg.continual.weight_anchors.l2_to_start import L2ToStart as L2ToStart
     from lightning_reg.dropout.multi_sample_dropout import MultiSampleDropout as MultiSampleDropout
     from lightning_reg.dropout.multi_sample_dropout import MultiSampleDropoutLayer as MultiSampleDropoutLayer
     from lightning_reg.engine.loss.mixin import LossMixin as LossMixin
@@ -50,11 +50,11 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "SoupAverager": "lightning_reg.averaging.model_soups",
         "SoupResult": "lightning_reg.averaging.model_soups",
         "TrainerEvaluation": "lightning_reg.averaging.model_soups",
-        "ContinualMetrics": "lightning_reg.continual.rehearsal_free_cl",
-        "FeatureDistillation": "lightning_reg.continual.rehearsal_free_cl",
-        "PredictionDistillation": "lightning_reg.continual.rehearsal_free_cl",
-        "EWC": "lightning_reg.continual.weight_anchors",
-        "L2ToStart": "lightning_reg.continual.weight_anchors",
+        "FeatureDistillation": "lightning_reg.continual.rehearsal_free_cl.feature_distillation",
+        "ContinualMetrics": "lightning_reg.continual.rehearsal_free_cl.metrics",
+        "PredictionDistillation": "lightning_reg.continual.rehearsal_free_cl.prediction_distillation",
+        "EWC": "lightning_reg.continual.weight_anchors.ewc",
+        "L2ToStart": "lightning_reg.continual.weight_anchors.l2_to_start",
         "MultiSampleDropout": "lightning_reg.dropout.multi_sample_dropout",
         "MultiSampleDropoutLayer": "lightning_reg.dropout.multi_sample_dropout",
         "LossMixin": "lightning_reg.engine.loss.mixin",

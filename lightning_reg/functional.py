@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from lightning_reg.averaging.model_soups import slerp_merge as slerp_merge
     from lightning_reg.averaging.model_soups import ties_merge as ties_merge
     from lightning_reg.averaging.model_soups import wise_ft as wise_ft
-    from lightning_reg.continual.rehearsal_free_cl import bce_distillation_loss as bce_distillation_loss
-    from lightning_reg.continual.rehearsal_free_cl import feature_distillation_loss as feature_distillation_loss
-    from lightning_reg.continual.rehearsal_free_cl import forgetting as forgetting
-    from lightning_reg.continual.rehearsal_free_cl import softmax_distillation_loss as softmax_distillation_loss
-    from lightning_reg.continual.weight_anchors import fisher_diagonal as fisher_diagonal
-    from lightning_reg.continual.weight_anchors import fisher_losses as fisher_losses
-    from lightning_reg.continual.weight_anchors import quadratic_penalty as quadratic_penalty
+    from lightning_reg.continual.rehearsal_free_cl.core import bce_distillation_loss as bce_distillation_loss
+    from lightning_reg.continual.rehearsal_free_cl.core import feature_distillation_loss as feature_distillation_loss
+    from lightning_reg.continual.rehearsal_free_cl.core import forgetting as forgetting
+    from lightning_reg.continual.rehearsal_free_cl.core import softmax_distillation_loss as softmax_distillation_loss
+    from lightning_reg.continual.weight_anchors.core import fisher_diagonal as fisher_diagonal
+    from lightning_reg.continual.weight_anchors.core import fisher_losses as fisher_losses
+    from lightning_reg.continual.weight_anchors.core import quadratic_penalty as quadratic_penalty
     from lightning_reg.dropout.multi_sample_dropout import dropout_copies as dropout_copies
     from lightning_reg.dropout.multi_sample_dropout import fold as fold
     from lightning_reg.dropout.multi_sample_dropout import multi_sample_dropout as multi_sample_dropout
@@ -91,13 +91,13 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "slerp_merge": "lightning_reg.averaging.model_soups",
         "ties_merge": "lightning_reg.averaging.model_soups",
         "wise_ft": "lightning_reg.averaging.model_soups",
-        "bce_distillation_loss": "lightning_reg.continual.rehearsal_free_cl",
-        "feature_distillation_loss": "lightning_reg.continual.rehearsal_free_cl",
-        "forgetting": "lightning_reg.continual.rehearsal_free_cl",
-        "softmax_distillation_loss": "lightning_reg.continual.rehearsal_free_cl",
-        "fisher_diagonal": "lightning_reg.continual.weight_anchors",
-        "fisher_losses": "lightning_reg.continual.weight_anchors",
-        "quadratic_penalty": "lightning_reg.continual.weight_anchors",
+        "bce_distillation_loss": "lightning_reg.continual.rehearsal_free_cl.core",
+        "feature_distillation_loss": "lightning_reg.continual.rehearsal_free_cl.core",
+        "forgetting": "lightning_reg.continual.rehearsal_free_cl.core",
+        "softmax_distillation_loss": "lightning_reg.continual.rehearsal_free_cl.core",
+        "fisher_diagonal": "lightning_reg.continual.weight_anchors.core",
+        "fisher_losses": "lightning_reg.continual.weight_anchors.core",
+        "quadratic_penalty": "lightning_reg.continual.weight_anchors.core",
         "dropout_copies": "lightning_reg.dropout.multi_sample_dropout",
         "fold": "lightning_reg.dropout.multi_sample_dropout",
         "multi_sample_dropout": "lightning_reg.dropout.multi_sample_dropout",
