@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from lightning_reg.engine.technique import Technique as Technique
     from lightning_reg.engine.technique import WeightMapTechnique as WeightMapTechnique
     from lightning_reg.engine.technique import WeightTechnique as WeightTechnique
-    from lightning_reg.metric_learning.conr import ConR as ConR
+    from lightning_reg.metric_learning.conr.conr import ConR as ConR
     from lightning_reg.noisy_labels.elr import ELRCallback as ELRCallback
     from lightning_reg.noisy_labels.elr_plus import ELRPlusCallback as ELRPlusCallback
     from lightning_reg.noisy_labels.label_errors import LabelErrors as LabelErrors
-    from lightning_reg.regularization.weight_compander import Compander as Compander
-    from lightning_reg.regularization.weight_compander import Companding as Companding
-    from lightning_reg.regularization.weight_compander import WeightCompander as WeightCompander
+    from lightning_reg.regularization.weight_compander.core import Compander as Compander
+    from lightning_reg.regularization.weight_compander.core import Companding as Companding
+    from lightning_reg.regularization.weight_compander.weight_compander import WeightCompander as WeightCompander
     from lightning_reg.reweighting.loss_reweighting import LossReweighting as LossReweighting
     from lightning_reg.sparsity.nm_sparsity import NMSparsity as NMSparsity
     from lightning_reg.sparsity.nm_sparsity import SparsityReport as SparsityReport
@@ -65,13 +65,13 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "Technique": "lightning_reg.engine.technique",
         "WeightMapTechnique": "lightning_reg.engine.technique",
         "WeightTechnique": "lightning_reg.engine.technique",
-        "ConR": "lightning_reg.metric_learning.conr",
+        "ConR": "lightning_reg.metric_learning.conr.conr",
         "ELRCallback": "lightning_reg.noisy_labels.elr",
         "ELRPlusCallback": "lightning_reg.noisy_labels.elr_plus",
         "LabelErrors": "lightning_reg.noisy_labels.label_errors",
-        "Compander": "lightning_reg.regularization.weight_compander",
-        "Companding": "lightning_reg.regularization.weight_compander",
-        "WeightCompander": "lightning_reg.regularization.weight_compander",
+        "Compander": "lightning_reg.regularization.weight_compander.core",
+        "Companding": "lightning_reg.regularization.weight_compander.core",
+        "WeightCompander": "lightning_reg.regularization.weight_compander.weight_compander",
         "LossReweighting": "lightning_reg.reweighting.loss_reweighting",
         "NMSparsity": "lightning_reg.sparsity.nm_sparsity",
         "SparsityReport": "lightning_reg.sparsity.nm_sparsity",

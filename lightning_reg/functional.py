@@ -36,10 +36,10 @@ if TYPE_CHECKING:
     from lightning_reg.dropout.multi_sample_dropout import fold as fold
     from lightning_reg.dropout.multi_sample_dropout import multi_sample_dropout as multi_sample_dropout
     from lightning_reg.dropout.multi_sample_dropout import multi_sample_loss as multi_sample_loss
-    from lightning_reg.metric_learning.conr import conr_loss as conr_loss
-    from lightning_reg.metric_learning.conr import inverse_density_weights as inverse_density_weights
-    from lightning_reg.metric_learning.conr import label_distance as label_distance
-    from lightning_reg.metric_learning.conr import pair_masks as pair_masks
+    from lightning_reg.metric_learning.conr.core import conr_loss as conr_loss
+    from lightning_reg.metric_learning.conr.core import inverse_density_weights as inverse_density_weights
+    from lightning_reg.metric_learning.conr.core import label_distance as label_distance
+    from lightning_reg.metric_learning.conr.core import pair_masks as pair_masks
     from lightning_reg.noisy_labels.elr import elr_loss as elr_loss
     from lightning_reg.noisy_labels.elr import elr_regularizer as elr_regularizer
     from lightning_reg.noisy_labels.elr import elr_targets as elr_targets
@@ -49,11 +49,13 @@ if TYPE_CHECKING:
     from lightning_reg.noisy_labels.elr_plus import elr_plus_targets as elr_plus_targets
     from lightning_reg.noisy_labels.elr_plus import refine_labels as refine_labels
     from lightning_reg.noisy_labels.elr_plus import sigmoid_rampup as sigmoid_rampup
-    from lightning_reg.regularization.weight_compander import bake_companders as bake_companders
-    from lightning_reg.regularization.weight_compander import compand as compand
-    from lightning_reg.regularization.weight_compander import compand_gradients as compand_gradients
-    from lightning_reg.regularization.weight_compander import expand as expand
-    from lightning_reg.regularization.weight_compander import weight_stats as weight_stats
+    from lightning_reg.regularization.weight_compander.core import Compander as Compander
+    from lightning_reg.regularization.weight_compander.core import Companding as Companding
+    from lightning_reg.regularization.weight_compander.core import bake_companders as bake_companders
+    from lightning_reg.regularization.weight_compander.core import compand as compand
+    from lightning_reg.regularization.weight_compander.core import compand_gradients as compand_gradients
+    from lightning_reg.regularization.weight_compander.core import expand as expand
+    from lightning_reg.regularization.weight_compander.core import weight_stats as weight_stats
     from lightning_reg.reweighting.loss_reweighting import apply_strategy as apply_strategy
     from lightning_reg.reweighting.loss_reweighting import normalize_losses as normalize_losses
     from lightning_reg.reweighting.loss_reweighting import reweight as reweight
@@ -102,10 +104,10 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "fold": "lightning_reg.dropout.multi_sample_dropout",
         "multi_sample_dropout": "lightning_reg.dropout.multi_sample_dropout",
         "multi_sample_loss": "lightning_reg.dropout.multi_sample_dropout",
-        "conr_loss": "lightning_reg.metric_learning.conr",
-        "inverse_density_weights": "lightning_reg.metric_learning.conr",
-        "label_distance": "lightning_reg.metric_learning.conr",
-        "pair_masks": "lightning_reg.metric_learning.conr",
+        "conr_loss": "lightning_reg.metric_learning.conr.core",
+        "inverse_density_weights": "lightning_reg.metric_learning.conr.core",
+        "label_distance": "lightning_reg.metric_learning.conr.core",
+        "pair_masks": "lightning_reg.metric_learning.conr.core",
         "elr_loss": "lightning_reg.noisy_labels.elr",
         "elr_regularizer": "lightning_reg.noisy_labels.elr",
         "elr_targets": "lightning_reg.noisy_labels.elr",
@@ -115,11 +117,13 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "elr_plus_targets": "lightning_reg.noisy_labels.elr_plus",
         "refine_labels": "lightning_reg.noisy_labels.elr_plus",
         "sigmoid_rampup": "lightning_reg.noisy_labels.elr_plus",
-        "bake_companders": "lightning_reg.regularization.weight_compander",
-        "compand": "lightning_reg.regularization.weight_compander",
-        "compand_gradients": "lightning_reg.regularization.weight_compander",
-        "expand": "lightning_reg.regularization.weight_compander",
-        "weight_stats": "lightning_reg.regularization.weight_compander",
+        "Compander": "lightning_reg.regularization.weight_compander.core",
+        "Companding": "lightning_reg.regularization.weight_compander.core",
+        "bake_companders": "lightning_reg.regularization.weight_compander.core",
+        "compand": "lightning_reg.regularization.weight_compander.core",
+        "compand_gradients": "lightning_reg.regularization.weight_compander.core",
+        "expand": "lightning_reg.regularization.weight_compander.core",
+        "weight_stats": "lightning_reg.regularization.weight_compander.core",
         "apply_strategy": "lightning_reg.reweighting.loss_reweighting",
         "normalize_losses": "lightning_reg.reweighting.loss_reweighting",
         "reweight": "lightning_reg.reweighting.loss_reweighting",
