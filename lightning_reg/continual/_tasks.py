@@ -1,6 +1,7 @@
 """What counts as a task, and what is kept from one to the next."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
@@ -13,7 +14,43 @@ if TYPE_CHECKING:
 
     from lightning_reg.engine.step import Step
 
-__all__ = ["TaskTechnique"]
+__all__ = ["TaskTechnique", "Tasks"]
+
+
+class Tasks:
+    """How many tasks are finished, whether one is under way, and what is kept from one to the next.
+
+    Attributes:
+        finished: Number of tasks that came to their end.
+        kept: What the present task works with, or what the last one left: tensors and plain values.
+        begun: Whether the present fit has begun its task.
+        resumed: Whether a state was loaded that is of the midst of a task, which the present fit goes on with.
+
+    """
+
+    def __init__(self) -> None:
+        self.finished = 0
+        self.kept: dict[str, Any] = {}
+        self.begun = self.resumed = False
+
+    def end(self, kept: dict[str, Any]) -> None:
+        """Counts a task as finished, which leaves this for the next one."""
+        self.kept = kept
+        self.finished += 1
+
+    def leave(self) -> None:
+        """No task is under way any more."""
+        self.begun = self.resumed = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values."""
+        return {"finished": self.finished, "in_task": self.begun or self.resumed, **self.kept}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what :meth:`state_dict` gave."""
+        kept = dict(state)
+        self.finished, self.resumed, self.begun = kept.pop("finished"), kept.pop("in_task"), False
+        self.kept = kept
 
 
 class TaskTechnique(Technique, ABC):
@@ -32,25 +69,22 @@ class TaskTechnique(Technique, ABC):
 
     def __init__(self, *, loss: int | str | None = None, name: str | None = None, seed: int = 0) -> None:
         super().__init__(loss=loss, name=name, seed=seed)
-        self._finished = 0
-        self._kept: dict[str, Any] = {}
-        self._begun = self._resumed = False
+        self._tasks = Tasks()
 
     @property
     def tasks(self) -> int:
         """Number of tasks that came to their end."""
-        return self._finished
-
-    @property
-    @override
-    def remembers_channels(self) -> bool:
-        """Whether what was kept of earlier tasks belongs to single channels."""
-        return self.tasks > 0 and not self.is_neutral
+        return self._tasks.finished
 
     @property
     @abstractmethod
     def is_neutral(self) -> bool:
         """Whether its settings make it do nothing, and keep nothing."""
+
+    @property
+    @abstractmethod
+    def acts(self) -> bool:
+        """Whether it has anything to do in this task."""
 
     @abstractmethod
     def begin(self, step: "Step") -> None:
@@ -64,36 +98,30 @@ class TaskTechnique(Technique, ABC):
     def forget(self) -> None:
         """Lets go of what was made for one fit."""
 
-    @property
-    @abstractmethod
-    def acts(self) -> bool:
-        """Whether it has anything to do in this task."""
-
     @override
     def check(self, trainer: "Trainer", module: "LightningModule") -> None:
         check_whole(self, trainer, "keeps")
 
     @override
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        self._begun = False
+        self._tasks.begun = False
         self.forget()
 
     @override
     def is_active(self, step: "Step") -> bool:
         if self.is_neutral:
             return False
-        if not self._begun:
+        if not self._tasks.begun:
             # Not in `on_train_start`: other callbacks may put other weights into the module there.
             self.begin(step)
-            self._begun, self._resumed = True, False
+            self._tasks.begun, self._tasks.resumed = True, False
         return self.acts
 
     @override
     def on_fit_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        in_task = self._begun or (self._resumed and not self.is_neutral)
+        in_task = self._tasks.begun or (self._tasks.resumed and not self.is_neutral)
         if in_task and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by Lightning's debugging setup
-            self._kept = self.keep(trainer, pl_module)
-            self._finished += 1
+            self._tasks.end(self.keep(trainer, pl_module))
         self._leave()
 
     @override
@@ -102,15 +130,13 @@ class TaskTechnique(Technique, ABC):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"finished": self._finished, "in_task": self._begun or self._resumed, **self._kept}
+        return self._tasks.state_dict()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._leave()  # a state may come in the middle of a fit: Lightning's learning-rate finder puts the old one back
-        kept = dict(state_dict)
-        self._finished, self._resumed = kept.pop("finished"), kept.pop("in_task")
-        self._kept = kept
+        self._tasks.load_state_dict(state_dict)
 
     def _leave(self) -> None:
-        self._begun = self._resumed = False
+        self._tasks.leave()
         self.forget()

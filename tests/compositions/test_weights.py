@@ -120,7 +120,7 @@ class Latent(nn.Module):
 @pytest.mark.parametrize("recipe", ["ste", "srste"])
 @pytest.mark.parametrize("first", [True, False], ids=["compander first", "sparsity first"])
 def test_sparsity_prunes_companded_weights_and_the_gradient_goes_on_through_the_map(first, recipe):
-    compander = WeightCompander(layers="2", a=0.4, b=0.3, learn=True, shape_lr_factor=0.5)
+    compander = WeightCompander(layers="net.2", a=0.4, b=0.3, learn=True, shape_lr_factor=0.5)
     sparse = NMSparsity(1, 4, recipe=recipe, lambda_w=0.05, dense_fraction=0.0)
     module = train(*([compander, sparse] if first else [sparse, compander]))
     reference = Net()
@@ -155,7 +155,7 @@ def test_sparsity_prunes_companded_weights_and_the_gradient_goes_on_through_the_
 @pytest.mark.parametrize("first", [True, False], ids=["average first", "compander first"])
 @pytest.mark.parametrize("arguments", [{"method": "uniform"}, {"method": "ema", "decay": 0.5}], ids=["uniform", "ema"])
 def test_an_average_of_companded_weights_is_one_of_the_weights(first, arguments):
-    dense, compander = Dense(), WeightCompander(layers="2", a=0.4, b=0.3, learn=True, shape_lr_factor=0.5)
+    dense, compander = Dense(), WeightCompander(layers="net.2", a=0.4, b=0.3, learn=True, shape_lr_factor=0.5)
     soup = SoupAverager(**arguments)
     module = train(*([soup, dense, compander] if first else [compander, dense, soup]))
     weights = dense.weights
@@ -175,7 +175,7 @@ def test_resuming_companded_weights_beside_an_average_that_is_validated_is_exact
     def run(epochs, ckpt=None):
         # The file's weights are the average; those of the training lie with the average's callback.
         soup = SoupAverager(method="ema", decay=0.5, swap_for_validation=True)
-        compander = WeightCompander(layers="2", a=0.4, b=0.3, learn=True, shape_lr_factor=0.5)
+        compander = WeightCompander(layers="net.2", a=0.4, b=0.3, learn=True, shape_lr_factor=0.5)
         module, trainer = Net(), make_trainer(callbacks=[soup, compander], max_epochs=epochs)
         trainer.fit(module, DataLoader(data(), 8), ckpt_path=ckpt, weights_only=True if ckpt else None)
         return module, compander
@@ -186,7 +186,7 @@ def test_resuming_companded_weights_beside_an_average_that_is_validated_is_exact
                 trainer.save_checkpoint(tmp_path / "first.ckpt")
 
     soup = SoupAverager(method="ema", decay=0.5, swap_for_validation=True)
-    compander = WeightCompander(layers="2", a=0.4, b=0.3, learn=True, shape_lr_factor=0.5)
+    compander = WeightCompander(layers="net.2", a=0.4, b=0.3, learn=True, shape_lr_factor=0.5)
     whole = Net()
     fit(whole, soup, compander, Saves(), loader=DataLoader(data(), 8), max_epochs=3)
     resumed, again = run(3, tmp_path / "first.ckpt")
@@ -209,8 +209,8 @@ PATTERNS = {
     "head": partial(NMSparsity, 2, 4, recipe="ste", dense_fraction=0.0, layers=["net.head"]),
 }
 COMPANDERS = {
-    "body": partial(WeightCompander, a=0.5, b=0.3, layers=["body"]),
-    "head": partial(WeightCompander, a=0.4, b=0.6, layers=["head"]),
+    "body": partial(WeightCompander, a=0.5, b=0.3, layers=["net.body"]),
+    "head": partial(WeightCompander, a=0.4, b=0.6, layers=["net.head"]),
 }
 TWO = {
     "NMSparsity": (PATTERNS, SparsityByHand, on_the_head(SparsityByHand, pattern=(2, 4), pull=0.0)),

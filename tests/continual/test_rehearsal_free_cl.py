@@ -437,7 +437,7 @@ class Sights(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if self.features is None:
             (technique,) = [c for c in trainer.callbacks if isinstance(c, FeatureDistillation)]
-            self.features = technique._teacher.module.net[:2](batch[0])
+            self.features = technique._teacher.peer.module.net[:2](batch[0])
 
 
 def test_the_teacher_is_not_the_module_of_today():

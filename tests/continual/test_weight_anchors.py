@@ -491,6 +491,17 @@ def test_patterns_that_match_nothing_are_refused():
             learn(Classifier(), 0, make(params=["net.0.*"], exclude=["net.*"]))
 
 
+@pytest.mark.parametrize("make", [EWC, partial(L2ToStart, anchor="end_of_task")])
+def test_a_plain_string_is_one_pattern(make):
+    for arguments, names in (
+        ({"params": "net.0.*"}, {"net.0.weight", "net.0.bias"}),
+        ({"exclude": "net.?.bias"}, {"net.0.weight", "net.3.weight"}),
+    ):
+        technique = make(**arguments)
+        learn(Classifier(), 0, technique)
+        assert technique.state_dict()["slots"][0]["anchors"].keys() == names
+
+
 def test_setups_that_are_refused():
     module = Classifier()
     module.automatic_optimization = False
@@ -586,6 +597,22 @@ def test_what_is_known_of_a_layer_outlives_a_task_in_which_it_is_frozen():
     module.net[0].requires_grad_(requires_grad=True)
     learn(module, 2, ewc)
     assert ewc.tasks == 3
+
+
+def test_numbers_are_tied_over_several_tasks():
+    class Scaled(Classifier):
+        def __init__(self):
+            super().__init__(step=lambda module, batch: F.cross_entropy(module.scale * module(batch[0]), batch[1]))
+            self.scale = nn.Parameter(torch.tensor(1.0))
+
+    ewc, module, before = EWC(memory="online", params=["scale"]), Scaled(), 0.0
+    for number in range(2):
+        learn(module, number, ewc)
+        losses = fisher_losses(module.scale * module(task(number).tensors[0]), None)
+        before = before + fisher_diagonal([module.scale], [losses])[0]
+        (slot,) = ewc.state_dict()["slots"]
+        torch.testing.assert_close(slot["weights"]["scale"], before, rtol=1e-5, atol=0.0)  # sums in another order
+        assert slot["anchors"]["scale"] == module.scale
 
 
 # -- streams ----------------------------------------------------------------------------------------------------------

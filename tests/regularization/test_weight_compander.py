@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_reg import Compander, WeightCompander
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.functional import bake_companders, compand, compand_gradients, expand, weight_stats
-from lightning_reg.regularization._companding import compand_all, pull_back_all_, shapes_for
+from lightning_reg.regularization.weight_compander.core import compand_all, pull_back_all_, shapes_for
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
 from tests.conformance.laws import LAWS
@@ -53,15 +53,13 @@ CASE = Case(
     variants=[
         partial(WeightCompander, a=0.5, b=0.3, learn=True, shape_lr_factor=0.1),
         partial(WeightCompander),
-        partial(WeightCompander, fn="tanh", layers=["body"], preserve_init=False),
-        partial(WeightCompander, fn="softsign", b=0.3, exclude=["head"], learn=True),
+        partial(WeightCompander, fn="tanh", layers=["*.body"], preserve_init=False),
+        partial(WeightCompander, fn="softsign", b=0.3, exclude=["*.head"], learn=True),
     ],
     invalid=[
         ({"a": 0.0}, "a"),
         ({"b": 0.0}, "b"),
         ({"shape_lr_factor": -0.1}, "shape_lr_factor"),
-        ({"layers": "("}, "layers"),
-        ({"exclude": ["("]}, "exclude"),
     ],
 )
 
@@ -669,28 +667,48 @@ def test_weights_of_sums_are_chosen():
     assert sorted(chosen(Mixed())) == sorted([*WEIGHTS, "out.weight", *rest])
     assert sorted(chosen(Mixed(tied=True))) == sorted([*WEIGHTS, *rest])
     assert chosen(Mixed(tied=True), layers="table") == ["table.weight"]
-    assert chosen(Mixed(), layers=["^net", "conv"], exclude=[r"net\.3"]) == ["net.0.weight", "conv.weight"]
+    assert chosen(Mixed(), layers=["net.*", "conv"], exclude=["net.3"]) == ["net.0.weight", "conv.weight"]
     assert chosen(Mixed(), fn="identity") == []
+
+
+def test_a_pattern_is_of_whole_names_and_a_plain_string_is_one_pattern():
+    assert chosen(Mixed(), layers="net.?", exclude="*.0") == ["net.3.weight"]
+    assert chosen(Mixed(), layers="net.0.weight") == ["net.0.weight"]
+    assert chosen(Mixed(), layers="odd.[qv]_*") == ["odd.q_proj_weight", "odd.v_proj_weight"]
+    assert chosen(Mixed(), layers="attention") == ["attention.in_proj_weight"]  # not those of the layers in it
+    assert chosen(Mixed(), layers=["net.*"], exclude=["net.4"]) == list(WEIGHTS)  # which is a norm
+    for name in ("out", "out.weight", "table", "table.weight"):
+        assert chosen(Mixed(tied=True), layers=name) == ["table.weight"]
+    assert chosen(nn.Linear(2, 2)) == chosen(nn.Linear(2, 2), layers="weight") == ["weight"]
+    compiled = nn.Sequential(torch.compile(nn.Linear(2, 2), backend="eager"), nn.Linear(2, 2))
+    assert chosen(compiled, layers="0") == ["0.weight"]
 
 
 def test_a_choice_of_nothing_is_refused():
     with pytest.raises(MisconfigurationException) as raised:
-        chosen(Mixed(), layers=["net", "atention"])
+        chosen(Mixed(), layers=["net.*", "atention"])
     assert str(raised.value) == (
-        "WeightCompander: `layers` 'atention' fits no linear, convolution or attention layer. Near names:"
-        " 'attention', 'attention.out_proj'."
+        "WeightCompander(layers=['atention']): no linear, convolution or attention layer has such a name. Near names:"
+        " 'attention', 'attention.out_proj', 'attention.in_proj_weight', 'attention.out_proj.weight'."
     )
-    with pytest.raises(MisconfigurationException, match=r"no weight to compand; `layers` 'auto' and `exclude` \['.'\]"):
-        chosen(Mixed(), exclude=["."])
+    with pytest.raises(MisconfigurationException) as raised:
+        chosen(Mixed(), exclude=["net"])
+    assert str(raised.value).startswith(
+        "WeightCompander(exclude=['net']): no layer with parameters has such a name. Near names: 'net.4', 'net.3'"
+    )
+    with pytest.raises(
+        MisconfigurationException, match=r"no weight to compand; `layers` 'auto' and `exclude` \['\*'\]"
+    ):
+        chosen(Mixed(), exclude=["*"])
 
 
 def test_the_same_weight_twice_is_refused():
     with pytest.raises(
         MisconfigurationException, match=r"^WeightCompander and WeightCompander cannot .* 'net.0.weight'"
     ):
-        fit(Module(), WeightCompander(name="one"), WeightCompander(name="two", layers=r"net\.0"))
+        fit(Module(), WeightCompander(name="one"), WeightCompander(name="two", layers="net.0"))
     module = Module()
-    fit(module, WeightCompander(name="one", layers=r"net\.3", a=A), WeightCompander(name="two", layers=r"net\.0", a=A))
+    fit(module, WeightCompander(name="one", layers="net.3", a=A), WeightCompander(name="two", layers="net.0", a=A))
     both = Module()
     fit(both, WeightCompander(a=A))
     assert same_weights(module, both)

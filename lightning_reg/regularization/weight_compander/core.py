@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf, pi
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,80 +11,17 @@ from torch.nn.utils import parametrize
 from typing_extensions import override
 
 __all__ = [
-    "COMPANDINGS",
     "Compander",
     "Companding",
     "bake_companders",
     "compand",
-    "compand_all",
     "compand_gradients",
     "expand",
-    "pull_back_all_",
-    "shapes_for",
     "weight_stats",
 ]
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
 Scales = Sequence[float | Tensor]
-
-# Where the bound of a layer lies when nothing is said: the bound should be near the scale of the weights.
-_BOUND_OF_RMS = 4.0
-# And no nearer to the largest weight than this: at 0.8 of the bound the arctan's inverse is three times the weight.
-_BOUND_OF_LARGEST = 1.25
-
-
-@dataclass(frozen=True)
-class Companding:
-    r"""A function :math:`\psi` for weights :math:`w = a\,\psi(v/b)`.
-
-    It has to be odd, strictly increasing, bounded, with a continuous derivative that is 1 at 0 and nowhere larger. All
-    functions take a list of tensors and return a new list of such. Another one is added to ``COMPANDINGS`` by name.
-
-    Args:
-        psi: The function.
-        slope: Its derivative.
-        inverse: Its inverse.
-        bound: What its magnitude stays below.
-
-    """
-
-    psi: Callable[[Tensors], Tensors]
-    slope: Callable[[Tensors], Tensors]
-    inverse: Callable[[Tensors], Tensors]
-    bound: float
-
-
-def _arctan_slope(x: Tensors) -> Tensors:
-    return torch._foreach_reciprocal(torch._foreach_add(torch._foreach_mul(x, x), 1.0))
-
-
-def _tanh_slope(x: Tensors) -> Tensors:
-    y = torch._foreach_tanh(x)
-    return torch._foreach_add(torch._foreach_neg(torch._foreach_mul(y, y)), 1.0)
-
-
-def _softsign(x: Tensors) -> Tensors:
-    return torch._foreach_div(x, torch._foreach_add(torch._foreach_abs(x), 1.0))
-
-
-def _softsign_slope(x: Tensors) -> Tensors:
-    one = torch._foreach_add(torch._foreach_abs(x), 1.0)
-    return torch._foreach_reciprocal(torch._foreach_mul(one, one))
-
-
-def _softsign_inverse(y: Tensors) -> Tensors:
-    return torch._foreach_div(y, torch._foreach_add(torch._foreach_neg(torch._foreach_abs(y)), 1.0))
-
-
-COMPANDINGS = {
-    "arctan": Companding(torch._foreach_atan, _arctan_slope, torch._foreach_tan, pi / 2),
-    "tanh": Companding(torch._foreach_tanh, _tanh_slope, lambda y: [t.atanh() for t in y], 1.0),
-    "softsign": Companding(_softsign, _softsign_slope, _softsign_inverse, 1.0),
-    "identity": Companding(list, lambda x: [torch.ones_like(t) for t in x], list, inf),
-}
-
-
-# -- one weight -------------------------------------------------------------------------------------------------------
 
 
 def compand(v: Tensor, a: float | Tensor, b: float | Tensor, fn: str = "arctan") -> Tensor:
@@ -156,6 +93,60 @@ def compand_gradients(
     return at_v, (gradient * compand(v, a, b, fn)).sum(), -(at_v * v).sum()
 
 
+# -- the functions -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Companding:
+    r"""A function :math:`\psi` for weights :math:`w = a\,\psi(v/b)`.
+
+    It has to be odd, strictly increasing, bounded, with a continuous derivative that is 1 at 0 and nowhere larger. All
+    functions take a list of tensors and return a new list of such. Another one is added to ``COMPANDINGS`` by name.
+
+    Args:
+        psi: The function.
+        slope: Its derivative.
+        inverse: Its inverse.
+        bound: What its magnitude stays below.
+
+    """
+
+    psi: Callable[[Tensors], Tensors]
+    slope: Callable[[Tensors], Tensors]
+    inverse: Callable[[Tensors], Tensors]
+    bound: float
+
+
+def _arctan_slope(x: Tensors) -> Tensors:
+    return torch._foreach_reciprocal(torch._foreach_add(torch._foreach_mul(x, x), 1.0))
+
+
+def _tanh_slope(x: Tensors) -> Tensors:
+    y = torch._foreach_tanh(x)
+    return torch._foreach_add(torch._foreach_neg(torch._foreach_mul(y, y)), 1.0)
+
+
+def _softsign(x: Tensors) -> Tensors:
+    return torch._foreach_div(x, torch._foreach_add(torch._foreach_abs(x), 1.0))
+
+
+def _softsign_slope(x: Tensors) -> Tensors:
+    one = torch._foreach_add(torch._foreach_abs(x), 1.0)
+    return torch._foreach_reciprocal(torch._foreach_mul(one, one))
+
+
+def _softsign_inverse(y: Tensors) -> Tensors:
+    return torch._foreach_div(y, torch._foreach_add(torch._foreach_neg(torch._foreach_abs(y)), 1.0))
+
+
+COMPANDINGS = {
+    "arctan": Companding(torch._foreach_atan, _arctan_slope, torch._foreach_tan, pi / 2),
+    "tanh": Companding(torch._foreach_tanh, _tanh_slope, lambda y: [t.atanh() for t in y], 1.0),
+    "softsign": Companding(_softsign, _softsign_slope, _softsign_inverse, 1.0),
+    "identity": Companding(list, lambda x: [torch.ones_like(t) for t in x], list, inf),
+}
+
+
 # -- many weights -----------------------------------------------------------------------------------------------------
 
 
@@ -215,6 +206,12 @@ def _dot(one: Tensor, two: Tensor) -> Tensor:
     return (one.float() * two.float()).sum()
 
 
+# Where the bound of a layer lies when nothing is said: the bound should be near the scale of the weights.
+_BOUND_OF_RMS = 4.0
+# And no nearer to the largest weight than this: at 0.8 of the bound the arctan's inverse is three times the weight.
+_BOUND_OF_LARGEST = 1.25
+
+
 @torch.no_grad()
 def shapes_for(
     weights: Tensors, a: float | None, b: float | None, fn: str = "arctan"
@@ -241,6 +238,26 @@ def shapes_for(
         bound = max(_BOUND_OF_RMS * (rms or usual), _BOUND_OF_LARGEST * largest)
         scales.append(bound / COMPANDINGS[fn].bound)
     return scales, [scale / 2 if b is None else b for scale in scales]
+
+
+def figures(latents: Tensors, weights: Tensors, a: Scales, b: Scales) -> dict[str, Any]:
+    """What is told of the weights in the course of a training.
+
+    Args:
+        latents: What is trained.
+        weights: What it is mapped to.
+        a: A number or a scalar tensor for each.
+        b: The same.
+
+    Returns:
+        ``max``, the largest magnitude of a weight; ``saturated``, the share of latents beyond their knee; the means of
+        ``a`` and of ``b``.
+
+    """
+    largest = torch.stack([w.float().abs().max() for w in weights]).max()
+    beyond = torch.stack([(v.abs() > knee).sum() for v, knee in zip(latents, b, strict=True)]).sum()
+    saturated = beyond / sum(v.numel() for v in latents)
+    return {"max": largest, "saturated": saturated, "a": sum(a) / len(a), "b": sum(b) / len(b)}
 
 
 # -- loops without Lightning ------------------------------------------------------------------------------------------

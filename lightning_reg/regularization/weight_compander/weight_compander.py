@@ -1,7 +1,6 @@
 """Weight Compander: weights as a bounded function of what is trained, so that no few of them decide."""
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -11,23 +10,17 @@ from typing_extensions import override
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.host.names import near_names
-from lightning_reg.engine.layers.named import named_layers
 from lightning_reg.engine.technique import WeightMapTechnique
 from lightning_reg.engine.weights.maps import Latents
 from lightning_reg.engine.weights.swap import named_weights
-from lightning_reg.regularization._companding import (
+from lightning_reg.regularization.weight_compander._choice import weights_to_compand
+from lightning_reg.regularization.weight_compander.core import (
     COMPANDINGS,
-    Compander,
-    Companding,
-    bake_companders,
-    compand,
     compand_all,
-    compand_gradients,
     expand,
+    figures,
     pull_back_all_,
     shapes_for,
-    weight_stats,
 )
 
 if TYPE_CHECKING:
@@ -35,16 +28,7 @@ if TYPE_CHECKING:
 
     from lightning_reg.engine.step import Step
 
-__all__ = [
-    "Compander",
-    "Companding",
-    "WeightCompander",
-    "bake_companders",
-    "compand",
-    "compand_gradients",
-    "expand",
-    "weight_stats",
-]
+__all__ = ["WeightCompander"]
 
 
 class WeightCompander(WeightMapTechnique):
@@ -87,9 +71,9 @@ class WeightCompander(WeightMapTechnique):
     averaged over ranks, all of this is the same on each.
 
     Args:
-        layers: Regular expressions, searched in the names of layers as in ``named_modules()`` and of their weights.
-            ``"auto"``: all linear, convolution and attention layers, without weights shared with a layer of another
-            kind.
+        layers: Patterns of names, of layers as in ``named_modules()`` (``"net.head"``, ``"*.mlp.*"``) or of weights
+            themselves (``"*.in_proj_weight"``). ``"auto"``: all linear, convolution and attention layers, without
+            weights shared with a layer of another kind.
         fn: The function; ``"identity"`` leaves all as it is, for comparisons. Paper: the arctan, as far as known.
             Neutral: ``"identity"``.
         a: Scale of the bound, above 0, in the weights' unit. ``None``: for each layer so that the bound is four times
@@ -100,7 +84,7 @@ class WeightCompander(WeightMapTechnique):
         shape_lr_factor: Learning rate of log a and log b as a multiple of that of the layer's weights, at least 0.
         preserve_init: Whether v begins so that the weights are the initial ones. ``False``: v begins as these, which
             changes the network before the first step.
-        exclude: Regular expressions of layers and weights to leave alone.
+        exclude: Patterns of names of layers and weights to leave alone (``"*head*"``).
         name: Tells several instances in one Trainer apart; they must not share a weight.
 
     Raises:
@@ -108,21 +92,21 @@ class WeightCompander(WeightMapTechnique):
 
     Example:
         >>> from lightning.pytorch import Trainer
-        >>> compander = WeightCompander(a=0.2, b=0.1, exclude=["head"])
+        >>> compander = WeightCompander(a=0.2, b=0.1, exclude=["*head*"])
         >>> trainer = Trainer(max_epochs=200, callbacks=[compander], logger=False, enable_checkpointing=False)
 
     """
 
     def __init__(
         self,
-        layers: str | list[str] = "auto",
+        layers: list[str] | str = "auto",
         fn: Literal["arctan", "tanh", "softsign", "identity"] = "arctan",
         a: float | None = None,
         b: float | None = None,
         learn: bool = False,
         shape_lr_factor: float = 0.01,
         preserve_init: bool = True,
-        exclude: list[str] | None = None,
+        exclude: list[str] | str | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(name=name)
@@ -131,8 +115,6 @@ class WeightCompander(WeightMapTechnique):
             if value is not None:
                 check_number(self, argument, value, low=0, low_open=True)
         check_number(self, "shape_lr_factor", shape_lr_factor, low=0)
-        for argument, patterns in (("layers", layers), ("exclude", exclude or [])):
-            _check_patterns(argument, [patterns] if isinstance(patterns, str) else patterns)
         self.layers, self.fn, self.a, self.b, self.learn = layers, fn, a, b, learn
         self.shape_lr_factor, self.preserve_init, self.exclude = shape_lr_factor, preserve_init, exclude
         self.latents = Latents(lr_factor=shape_lr_factor)
@@ -159,7 +141,9 @@ class WeightCompander(WeightMapTechnique):
 
     @override
     def weights_to_map(self, module: nn.Module) -> list[str]:
-        self._chosen = [] if self.fn == "identity" else _choose(module, self.layers, self.exclude or [])
+        self._chosen = []
+        if self.fn != "identity":
+            self._chosen = weights_to_compand(self, module, self.layers, self.exclude)
         return self._chosen
 
     @override
@@ -221,12 +205,9 @@ class WeightCompander(WeightMapTechnique):
     ) -> None:
         if not host.is_logging_step(trainer) or not self.latents.values:
             return
-        parameters, values = named_weights(pl_module), self.latents.values
-        scales, knees = self._shapes_of(values)
-        largest = torch.stack([parameters[name].detach().float().abs().max() for name in values]).max()
-        beyond = torch.stack([(v.abs() > b).sum() for v, b in zip(values.values(), knees, strict=True)]).sum()
-        scalars = {"max": largest, "saturated": beyond / sum(v.numel() for v in values.values())}
-        scalars |= {"a": sum(scales) / len(scales), "b": sum(knees) / len(knees)}
+        parameters, latents = named_weights(pl_module), self.latents.values
+        weights = [parameters[name].detach() for name in latents]
+        scalars = figures(list(latents.values()), weights, *self._shapes_of(latents))
         # The same on all ranks, so there is nothing to reduce.
         pl_module.log_dict({f"{self.log_key}/{k}": v for k, v in scalars.items()}, on_step=True, on_epoch=False)
 
@@ -243,61 +224,3 @@ class WeightCompander(WeightMapTechnique):
             )
         self._shapes = dict(state_dict["shapes"])
         self.latents.load_state_dict(state_dict)
-
-
-def _check_patterns(argument: str, patterns: Sequence[str]) -> None:
-    try:
-        for pattern in patterns:
-            re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise ValueError(
-            f"WeightCompander: `{argument}` must hold regular expressions, got {list(patterns)}: {error}."
-        ) from error
-
-
-def _choose(module: nn.Module, layers: str | list[str], exclude: Sequence[str]) -> list[str]:
-    """Names of the weights to compand.
-
-    Args:
-        module: The user's module.
-        layers: As in the constructor.
-        exclude: As in the constructor.
-
-    Returns:
-        In the order of ``named_parameters()``.
-
-    Raises:
-        MisconfigurationException: If a pattern matches nothing, or nothing is left.
-
-    """
-    names = {id(p): name for name, p in named_weights(module).items()}
-    fitting, elsewhere = set(), set()
-    for layer in module.modules():
-        own = _weights_in(layer)
-        fitting |= {names[id(p)] for key, p in layer._parameters.items() if p is not None and key in own}
-        elsewhere |= {names[id(p)] for key, p in layer._parameters.items() if p is not None and key not in own}
-    patterns = [layers] if isinstance(layers, str) else layers
-    if layers == "auto":
-        chosen = fitting - elsewhere
-    else:
-        chosen = {name for pattern in patterns for name in fitting if re.search(pattern, name)}
-        for pattern in patterns:
-            if not any(re.search(pattern, name) for name in fitting):
-                raise MisconfigurationException(
-                    f"WeightCompander: `layers` {pattern!r} fits no linear, convolution or attention layer. Near names:"
-                    f" {near_names(pattern, named_layers(module))}."
-                )
-    chosen = {name for name in chosen if not any(re.search(pattern, name) for pattern in exclude)}
-    if not chosen:
-        raise MisconfigurationException(
-            f"WeightCompander: there is no weight to compand; `layers` {layers!r} and `exclude` {list(exclude)} leave"
-            " none. Linear, convolution and attention layers have some."
-        )
-    return [name for name in names.values() if name in chosen]
-
-
-def _weights_in(layer: nn.Module) -> tuple[str, ...]:
-    """Names of a layer's own parameters that are weights of sums over inputs."""
-    if isinstance(layer, nn.MultiheadAttention):
-        return ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-    return ("weight",) if isinstance(layer, nn.Linear | nn.modules.conv._ConvNd) else ()

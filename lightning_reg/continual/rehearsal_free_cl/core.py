@@ -1,12 +1,13 @@
-"""Losses that tie outputs and features to those of an earlier network."""
+"""Losses that tie outputs and features to those of an earlier network, and how much was forgotten."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["bce_distillation_loss", "feature_distillation_loss", "softmax_distillation_loss"]
+__all__ = ["bce_distillation_loss", "feature_distillation_loss", "forgetting", "softmax_distillation_loss"]
 
 
 def bce_distillation_loss(
@@ -104,3 +105,26 @@ def feature_distillation_loss(
     """
     losses = (features.float() - teacher_features.detach().float()).square().flatten(1).sum(1)
     return losses.mean() if reduction == "mean" else losses
+
+
+def forgetting(accuracies: Tensor, sizes: Sequence[int] | Tensor) -> Tensor:
+    r"""Mean loss of accuracy on earlier tasks, weighted by their sizes.
+
+    .. math:: \frac{1}{N-1} \sum_{i=2}^{N} \sum_{n<i} \frac{|T_n|}{|T_{1:i}|} (R_{n,n} - R_{i,n})
+
+    Args:
+        accuracies: R, ``(N, N)``: row i is after task i, column n on task n. What lies above the diagonal is not read.
+        sizes: Size of each task, ``(N,)``.
+
+    Returns:
+        A scalar in the units of ``accuracies``; negative if earlier tasks got better. 0 for one task.
+
+    Example:
+        >>> forgetting(torch.tensor([[1.0, 0.0], [0.4, 1.0]]), [2, 2])
+        tensor(0.3000)
+
+    """
+    weights = torch.as_tensor(sizes, dtype=accuracies.dtype, device=accuracies.device)
+    lost = (accuracies.diagonal() - accuracies).tril(-1)
+    each = (lost * weights).sum(1) / weights.cumsum(0)
+    return each.sum() / max(len(each) - 1, 1)

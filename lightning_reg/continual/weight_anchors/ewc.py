@@ -1,151 +1,38 @@
-"""Weights tied to what they were: to their start, or to the task before, each as firmly as it matters."""
+"""Elastic weight consolidation: weights tied to those of the task before by their Fisher information."""
 
 import math
 from collections.abc import Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, final
 
 import torch
-from torch import Tensor
-from torch.optim import LBFGS
+from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_reg.continual._anchors import fisher_diagonal, fisher_losses, pull_, quadratic_penalty
-from lightning_reg.continual._tying import Anchor, TyingTechnique
+from lightning_reg.continual._tasks import TaskTechnique
+from lightning_reg.continual.weight_anchors._ties import Slot, Ties, add_earlier_, weights_to_tie
+from lightning_reg.continual.weight_anchors.core import fisher_diagonal, fisher_losses
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.distributed import world_size
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.loss.lookup import ENGINES
 from lightning_reg.engine.networks.peer import Peer, check_runs_on_copy
+from lightning_reg.engine.technique import PenaltyTechnique
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
-    from torch.optim import Optimizer
 
     from lightning_reg.engine.loss.call import LossCall
     from lightning_reg.engine.step import Step
 
-__all__ = ["EWC", "L2ToStart", "fisher_diagonal", "fisher_losses", "quadratic_penalty"]
-
+__all__ = ["EWC"]
 
 _SAMPLES_AT_ONCE = 4  # of the Fisher pass; fewer do not pay for their calls
 
 
-class L2ToStart(TyingTechnique):
-    r"""Ties weights to their values at the start of the fit (L2-SP): pre-trained ones, those of the task before.
-
-    .. math:: \lambda \sum_j (\theta_j - \theta^*_j)^2
-
-    Use it to fine-tune pre-trained networks, once or task after task; the paper's best choice for vision transformers,
-    on query, key and value weights. Leave it in class-incremental training from scratch without
-    :class:`PredictionDistillation`. Set ``weight_decay`` to 0 on tied weights, it pulls to 0. Statistics of batch norm
-    drift all the same. A task is a fit that came to its end; keep the object from fit to fit.
-
-    Source:
-        Smith et al., "A Closer Look at Rehearsal-Free Continual Learning", CVPR Workshops 2023, arXiv 2203.17269.
-
-    Differs:
-        ``mode="decoupled"`` is an addition. The paper's values of lambda are not published.
-
-    Memory: the parameters that match once more, frozen ones too; in the optimizer's step two temporary copies of those
-    that are trained.
-
-    Args:
-        weight: lambda, at least 0. Sensible: 1e-3 to 10. Neutral: 0.
-        params: Patterns of parameter names as in ``named_parameters()``, one of which must match (``"*.qkv.weight"``);
-            ``None`` for all. Frozen ones are tied from the step on that trains them.
-        exclude: Patterns of names to leave free, those of a new head for example (``"head.*"``). Parameters that are
-            new since the last task, and rows by which one has grown, are free anyway.
-        anchor: ``"start_of_fit"`` (paper), or ``"end_of_task"``: to the weights when the task before ended, whatever
-            was done to the module since, and in the first task to nothing.
-        mode: ``"gradient"`` adds :math:`2 \lambda (\theta - \theta^*)` to the gradient (paper); ``"decoupled"`` moves
-            weights by :math:`\eta \lambda (\theta^* - \theta)` before each step, with the learning rate :math:`\eta`.
-        name: Tells several instances in one Trainer apart.
-
-    Raises:
-        ValueError: If an argument is outside its range.
-
-    Example:
-        >>> from lightning.pytorch import Trainer
-        >>> tie = L2ToStart(weight=0.1, exclude=["head.*"])
-        >>> trainer = Trainer(max_epochs=20, callbacks=[tie], logger=False, enable_checkpointing=False)
-
-    """
-
-    ties_frozen = True
-
-    def __init__(
-        self,
-        weight: float = 0.1,
-        params: list[str] | None = None,
-        exclude: list[str] | None = None,
-        anchor: Anchor = "start_of_fit",
-        mode: Literal["gradient", "decoupled"] = "gradient",
-        name: str | None = None,
-    ) -> None:
-        super().__init__(weight, params, exclude, name)
-        check_choice(self, "anchor", anchor, ("start_of_fit", "end_of_task"))
-        check_choice(self, "mode", mode, ("gradient", "decoupled"))
-        self.anchor, self.mode = anchor, mode
-
-    @classmethod
-    @override
-    def key(cls) -> str:
-        return "l2_to_start"
-
-    @property
-    @override
-    def remembers_channels(self) -> bool:
-        """Whether it ties to an earlier task."""
-        return self.anchor == "end_of_task" and super().remembers_channels
-
-    @override
-    def describe(self) -> str:
-        if self.is_neutral:
-            return "weight=0: inactive"
-        to = f"to the {self.anchor.replace('_', ' ')}"
-        if self.anchor == "end_of_task" and not self.tasks:
-            to = "nothing to tie to in the first task"
-        return f"weight={self.weight:g}, {self.mode}; {to}; tasks before: {self.tasks}"
-
-    @override
-    def begin(self, step: "Step") -> None:
-        if self.anchor == "start_of_fit" and not self._resumed:
-            rows: dict[str, int] | None = self._kept.get("rows")
-            chosen = self.chosen(step.module)
-            named = {name: p.detach() for name, p in chosen.items() if rows is None or name in rows}
-            anchors = {n: (p[: rows[n]] if rows and p.dim() else p).clone() for n, p in named.items()}
-            self._kept = {"slots": [{"anchors": anchors, "weights": {}}], "rows": rows}
-        if self.mode == "decoupled" and any(isinstance(o, LBFGS) for o in step.trainer.optimizers):
-            raise MisconfigurationException(
-                "L2ToStart(mode='decoupled') pulls once in each step of the optimizer, and LBFGS evaluates the loss"
-                " several times in one. Write `mode='gradient'`, or choose another optimizer."
-            )
-        super().begin(step)
-
-    @override
-    def penalty(self, module: "LightningModule") -> Tensor | None:
-        return super().penalty(module) if self.mode == "gradient" else None
-
-    @override
-    def on_before_optimizer_step(
-        self, trainer: "Trainer", pl_module: "LightningModule", optimizer: "Optimizer"
-    ) -> None:
-        if self.mode == "decoupled":
-            for params, anchors, _ in self._tied:
-                for group in optimizer.param_groups:
-                    pull_(params, anchors, group["params"], float(group["lr"]) * self.weight)
-
-    @override
-    def keep(self, trainer: "Trainer", module: "LightningModule") -> dict[str, Any]:
-        chosen = self.chosen(module)
-        if self.anchor == "start_of_fit":
-            return {"rows": {name: len(p) if p.dim() else 1 for name, p in chosen.items()}}
-        return {"slots": [{"anchors": {name: p.detach().clone() for name, p in chosen.items()}, "weights": {}}]}
-
-
-class EWC(TyingTechnique):
+@final
+class EWC(TaskTechnique, PenaltyTechnique):
     r"""Elastic weight consolidation: ties weights to those of the task before, each as firmly as it matters there.
 
     .. math:: \lambda \sum_j F_j (\theta_j - \theta^*_j)^2, \qquad
@@ -198,8 +85,8 @@ class EWC(TyingTechnique):
     def __init__(
         self,
         weight: float = 100.0,
-        params: list[str] | None = None,
-        exclude: list[str] | None = None,
+        params: list[str] | str | None = None,
+        exclude: list[str] | str | None = None,
         fisher_batches: int | None = None,
         per_sample: bool = True,
         labels: Literal["argmax", "sample", "true"] = "argmax",
@@ -208,17 +95,31 @@ class EWC(TyingTechnique):
         name: str | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(weight, params, exclude, name, loss, seed)
+        super().__init__(loss=loss, name=name, seed=seed)
+        check_number(self, "weight", weight, low=0)
         if fisher_batches is not None:
             check_number(self, "fisher_batches", fisher_batches, low=1, integer=True)
         check_choice(self, "labels", labels, ("argmax", "sample", "true"))
         check_choice(self, "memory", memory, ("separate", "online"))
+        self.weight, self.params, self.exclude = weight, params, exclude
         self.fisher_batches, self.per_sample, self.labels, self.memory = fisher_batches, per_sample, labels, memory
+        self._ties = Ties()
 
-    @classmethod
+    @property
     @override
-    def key(cls) -> str:
-        return "ewc"
+    def is_neutral(self) -> bool:
+        return self.weight == 0
+
+    @property
+    @override
+    def acts(self) -> bool:
+        return bool(self._ties)
+
+    @property
+    @override
+    def remembers_channels(self) -> bool:
+        """Whether it ties to an earlier task."""
+        return self.tasks > 0 and not self.is_neutral
 
     @override
     def describe(self) -> str:
@@ -235,7 +136,9 @@ class EWC(TyingTechnique):
 
     @override
     def begin(self, step: "Step") -> None:
-        super().begin(step)
+        # Asked in the first task too, so that a pattern without a match is not found out at its end.
+        self._chosen(step.module)
+        self._ties.tie(self, step.module, self._tasks.kept.get("slots", ()))
         if self.fisher_batches is None and step.trainer.num_training_batches == math.inf:
             loader = step.trainer.train_dataloader
             raise MisconfigurationException(
@@ -251,20 +154,30 @@ class EWC(TyingTechnique):
                 self._logits(call)
 
     @override
+    def penalty(self, module: "LightningModule") -> Tensor | None:
+        value = self._ties.penalty()
+        return None if value is None else self.weight * value
+
+    @override
     def keep(self, trainer: "Trainer", module: "LightningModule") -> dict[str, Any]:
-        chosen = self.chosen(module)
-        fisher = dict(zip(chosen, self._fisher(trainer, module, list(chosen)), strict=True))
-        anchors = {name: p.detach().clone() for name, p in chosen.items()}
-        slots = self._kept.get("slots", [])
+        chosen = self._chosen(module)
+        fisher = self._fisher(trainer, module, list(chosen))
+        slot = Slot(
+            anchors={name: p.detach().clone() for name, p in chosen.items()},
+            weights=dict(zip(chosen, fisher, strict=True)),
+        )
+        before: list[Slot] = self._tasks.kept.get("slots", [])
         if self.memory == "online":
-            found = [(name, value, slot["anchors"][name]) for slot in slots for name, value in slot["weights"].items()]
-            for name, value, anchor in found:
-                if name in fisher:
-                    fisher[name][: len(value) if value.dim() else None] += value.to(fisher[name].device)
-                else:  # frozen in this task
-                    fisher[name], anchors[name] = value, anchor
-            slots = []
-        return {"slots": [*slots, {"anchors": anchors, "weights": fisher}]}
+            add_earlier_(slot, before)
+            before = []
+        return {"slots": [*before, slot]}
+
+    @override
+    def forget(self) -> None:
+        self._ties.clear()
+
+    def _chosen(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        return weights_to_tie(self, module, self.params, self.exclude)
 
     def _fisher(self, trainer: "Trainer", module: "LightningModule", names: list[str]) -> list[Tensor]:
         peer = Peer(module, owner=self)

@@ -1,4 +1,4 @@
-r"""ConR's functional core: which rows attract and repel one another, and the loss that follows."""
+"""ConR's loss: which rows attract and repel one another, and what follows; weights of rare labels."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from lightning_reg.engine.host.distributed import all_gather_rows, world_size
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["Distance", "Push", "conr_loss", "conr_rows", "inverse_density_weights", "label_distance", "pair_masks"]
+__all__ = ["conr_loss", "inverse_density_weights", "label_distance", "pair_masks"]
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 Push = Literal["exponential", "linear"]
@@ -42,39 +42,6 @@ def label_distance(one: Tensor, two: Tensor, kind: Literal["l1", "l2", "max"] = 
     p = {"l1": 1.0, "l2": 2.0, "max": math.inf}[kind]
     # The way over a matrix product cancels where labels are close, which is where the window lies.
     return torch.cdist(one, two, p, compute_mode="donot_use_mm_for_euclid_dist")
-
-
-def pair_masks(
-    targets: Tensor, predictions: Tensor, window: float, distance: Distance = label_distance
-) -> tuple[Tensor, Tensor]:
-    r"""Which pairs of rows attract and which repel one another.
-
-    .. math:: P_{ij} = [d(y_i, y_j) \le w,\ i \ne j], \qquad
-        Q_{ij} = [d(y_i, y_j) > w \text{ and } d(\hat y_i, \hat y_j) \le w]
-
-    Args:
-        targets: Labels ``y``, ``(n,)`` or ``(n, K)``.
-        predictions: Predictions of the same shape; no gradient flows into them.
-        window: Width ``w`` in units of the label, at least 0.
-        distance: From ``(n, K)`` and ``(m, K)`` to ``(n, m)``.
-
-    Returns:
-        Positives and negatives, bool ``(n, n)``.
-
-    Example:
-        >>> positive, negative = pair_masks(torch.tensor([1.0, 1.5, 9.0]), torch.tensor([2.0, 8.0, 2.5]), window=1.0)
-        >>> positive.int().tolist(), negative.int().tolist()
-        ([[0, 1, 0], [1, 0, 0], [0, 0, 0]], [[0, 0, 1], [0, 0, 0], [1, 0, 0]])
-
-    """
-    y, p = numbers(targets), numbers(predictions).detach()
-    oneself = torch.eye(len(y), dtype=torch.bool, device=y.device)
-    return _masks(distance(y, y), distance(p, p), window, ~oneself)
-
-
-def _masks(apart: Tensor, predicted_apart: Tensor, window: float, others: Tensor) -> tuple[Tensor, Tensor]:
-    near = apart <= window
-    return near & others, ~near & (predicted_apart <= window) & others
 
 
 def conr_loss(
@@ -169,6 +136,11 @@ def conr_rows(
         return Rows(losses * (1 if group is None else world_size(group)) / total, anchors, negative.sum(1))
 
 
+def _masks(apart: Tensor, predicted_apart: Tensor, window: float, others: Tensor) -> tuple[Tensor, Tensor]:
+    near = apart <= window
+    return near & others, ~near & (predicted_apart <= window) & others
+
+
 def _row_losses(
     s: Tensor, positive: Tensor, negative: Tensor, log_push: Tensor, compat_total: Tensor | int | None
 ) -> tuple[Tensor, Tensor]:
@@ -190,6 +162,34 @@ def _unit_rows(features: Tensor) -> Tensor:
     # A row of zeros has no direction: it stays 0 and gets no gradient, where dividing by a floor would give 1e12 of it.
     there = norms > 1e-12
     return torch.where(there, flat, 0.0) / torch.where(there, norms, 1.0)
+
+
+def pair_masks(
+    targets: Tensor, predictions: Tensor, window: float, distance: Distance = label_distance
+) -> tuple[Tensor, Tensor]:
+    r"""Which pairs of rows attract and which repel one another.
+
+    .. math:: P_{ij} = [d(y_i, y_j) \le w,\ i \ne j], \qquad
+        Q_{ij} = [d(y_i, y_j) > w \text{ and } d(\hat y_i, \hat y_j) \le w]
+
+    Args:
+        targets: Labels ``y``, ``(n,)`` or ``(n, K)``.
+        predictions: Predictions of the same shape; no gradient flows into them.
+        window: Width ``w`` in units of the label, at least 0.
+        distance: From ``(n, K)`` and ``(m, K)`` to ``(n, m)``.
+
+    Returns:
+        Positives and negatives, bool ``(n, n)``.
+
+    Example:
+        >>> positive, negative = pair_masks(torch.tensor([1.0, 1.5, 9.0]), torch.tensor([2.0, 8.0, 2.5]), window=1.0)
+        >>> positive.int().tolist(), negative.int().tolist()
+        ([[0, 1, 0], [1, 0, 0], [0, 0, 0]], [[0, 0, 1], [0, 0, 0], [1, 0, 0]])
+
+    """
+    y, p = numbers(targets), numbers(predictions).detach()
+    oneself = torch.eye(len(y), dtype=torch.bool, device=y.device)
+    return _masks(distance(y, y), distance(p, p), window, ~oneself)
 
 
 def inverse_density_weights(

@@ -1,41 +1,24 @@
-"""Weights tied to anchors: the penalty, the parameters that are meant, how much each one matters."""
+"""Weights tied to anchors: the penalty, and how much each weight matters."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
 from lightning_reg.engine.host.distributed import all_reduce_sum
-from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.host.names import near_names
-from lightning_reg.engine.networks.peer import is_grown
-from lightning_reg.engine.weights.swap import named_weights
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = [
-    "anchored_weights",
-    "fisher_diagonal",
-    "fisher_losses",
-    "pair_up",
-    "parts_like",
-    "pull_",
-    "quadratic_penalty",
-]
+__all__ = ["fisher_diagonal", "fisher_losses", "quadratic_penalty"]
 
 Labels = Literal["argmax", "sample", "true"]
 
-# Numbers in the gradients of the samples that are computed at once.
-_NUMBERS_AT_ONCE = 1 << 24
-
-
-# -- the penalty ------------------------------------------------------------------------------------------------------
+_NUMBERS_AT_ONCE = 1 << 24  # in the gradients of samples that are computed together
 
 
 def quadratic_penalty(
@@ -106,81 +89,6 @@ def pull_(params: Sequence[Tensor], anchors: Sequence[Tensor], among: Sequence[T
     if pairs:
         parts = parts_like([p.detach() for p, _ in pairs], [a for _, a in pairs])
         torch._foreach_lerp_(parts, [a for _, a in pairs], share)
-
-
-# -- the parameters ---------------------------------------------------------------------------------------------------
-
-
-def anchored_weights(
-    owner: object,
-    module: nn.Module,
-    params: Sequence[str] | None,
-    exclude: Sequence[str] | None,
-    *,
-    frozen: bool = False,
-) -> dict[str, nn.Parameter]:
-    """Parameters whose names match.
-
-    Args:
-        owner: Who asks; its class is named in messages.
-        module: The user's module.
-        params: Patterns of names as in ``named_parameters()``, one of which must match; ``None`` for all.
-        exclude: Patterns, none of which may match.
-        frozen: Whether parameters count that are not trained at present.
-
-    Returns:
-        Parameters by name.
-
-    Raises:
-        MisconfigurationException: If a pattern matches nothing, or no parameter is left.
-
-    """
-    weights = named_weights(module).items()
-    named = {name: p for name, p in weights if p.requires_grad or (frozen and p.is_floating_point())}
-    kind = "parameter" if frozen else "trainable parameter"
-    for argument, patterns in (("params", params), ("exclude", exclude)):
-        for pattern in patterns or ():
-            if not any(fnmatchcase(name, pattern) for name in named):
-                raise MisconfigurationException(
-                    f"{type(owner).__name__}({argument}=[{pattern!r}]): no {kind} has such a name. Near"
-                    f" names: {near_names(pattern, named)}."
-                )
-    chosen = {
-        name: p
-        for name, p in named.items()
-        if (params is None or any(fnmatchcase(name, pattern) for pattern in params))
-        and not any(fnmatchcase(name, pattern) for pattern in exclude or ())
-    }
-    if not chosen:
-        raise MisconfigurationException(f"{type(owner).__name__}: `params` and `exclude` leave no {kind} to anchor.")
-    return chosen
-
-
-def pair_up(owner: object, module: nn.Module, kept: Mapping[str, Tensor]) -> tuple[list[nn.Parameter], list[Tensor]]:
-    """Parameters of the module, and what was kept of each.
-
-    Args:
-        owner: Whose it is; its class is named in messages.
-        module: The user's module.
-        kept: By name; a parameter may have more rows by now.
-
-    Returns:
-        Parameters, and constants on their devices.
-
-    Raises:
-        MisconfigurationException: If a parameter is not there or has another shape.
-
-    """
-    named = named_weights(module)
-    for name, value in kept.items():
-        if name not in named or not is_grown(named[name], value):
-            found = f"has shape {tuple(named[name].shape)}" if name in named else "is not there"
-            raise MisconfigurationException(
-                f"{type(owner).__name__}: {name!r} had shape {tuple(value.shape)} when its anchor was taken and"
-                f" {found} now. Between fits parameters may only come anew, or grow by rows at the end (new classes of"
-                " a head)."
-            )
-    return [named[name] for name in kept], [value.to(named[name].device) for name, value in kept.items()]
 
 
 # -- how much each one matters ----------------------------------------------------------------------------------------

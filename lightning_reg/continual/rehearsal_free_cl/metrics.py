@@ -8,30 +8,9 @@ from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import override
 
-__all__ = ["ContinualMetrics", "forgetting"]
+from lightning_reg.continual.rehearsal_free_cl.core import forgetting
 
-
-def forgetting(accuracies: Tensor, sizes: Sequence[int] | Tensor) -> Tensor:
-    r"""Mean loss of accuracy on earlier tasks, weighted by their sizes.
-
-    .. math:: \frac{1}{N-1} \sum_{i=2}^{N} \sum_{n<i} \frac{|T_n|}{|T_{1:i}|} (R_{n,n} - R_{i,n})
-
-    Args:
-        accuracies: R, ``(N, N)``: row i is after task i, column n on task n. What lies above the diagonal is not read.
-        sizes: Size of each task, ``(N,)``.
-
-    Returns:
-        A scalar in the units of ``accuracies``; negative if earlier tasks got better. 0 for one task.
-
-    Example:
-        >>> forgetting(torch.tensor([[1.0, 0.0], [0.4, 1.0]]), [2, 2])
-        tensor(0.3000)
-
-    """
-    weights = torch.as_tensor(sizes, dtype=accuracies.dtype, device=accuracies.device)
-    lost = (accuracies.diagonal() - accuracies).tril(-1)
-    each = (lost * weights).sum(1) / weights.cumsum(0)
-    return each.sum() / max(len(each) - 1, 1)
+__all__ = ["ContinualMetrics"]
 
 
 class ContinualMetrics(Metric):

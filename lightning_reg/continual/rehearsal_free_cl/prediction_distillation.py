@@ -1,41 +1,31 @@
-"""Continual learning without old samples: outputs and features tied to those of the network of the task before."""
+"""Learning without forgetting: outputs for old classes as the network of the task before has them."""
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, final
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_reg.continual._distillation import (
-    bce_distillation_loss,
-    feature_distillation_loss,
-    softmax_distillation_loss,
-)
-from lightning_reg.continual._metrics import ContinualMetrics, forgetting
-from lightning_reg.continual._tying import Anchor, TaughtTechnique
+from lightning_reg.continual._tasks import TaskTechnique
+from lightning_reg.continual.rehearsal_free_cl._teacher import Teacher, network
+from lightning_reg.continual.rehearsal_free_cl.core import bce_distillation_loss, softmax_distillation_loss
 from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.networks.peer import check_runs_on_copy
+from lightning_reg.engine.technique import BatchTechnique, LossTechnique
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from lightning.pytorch import LightningModule, Trainer
 
     from lightning_reg.engine.loss.call import LossCall
+    from lightning_reg.engine.networks.peer import Sight
     from lightning_reg.engine.step import Step
 
-__all__ = [
-    "ContinualMetrics",
-    "FeatureDistillation",
-    "PredictionDistillation",
-    "bce_distillation_loss",
-    "feature_distillation_loss",
-    "forgetting",
-    "softmax_distillation_loss",
-]
+__all__ = ["PredictionDistillation"]
 
 
-class PredictionDistillation(TaughtTechnique):
+@final
+class PredictionDistillation(TaskTechnique, BatchTechnique, LossTechnique):
     r"""Keeps the outputs for old classes as the network of the task before has them, on the new samples (LwF).
 
     ``loss_form="bce"`` replaces your loss by a sum of one-vs-all losses, from the first task on:
@@ -87,24 +77,14 @@ class PredictionDistillation(TaughtTechnique):
         loss: int | str | None = None,
         name: str | None = None,
     ) -> None:
-        super().__init__(weight, "end_of_task", [], loss, name)
+        super().__init__(loss=loss, name=name)
         check_choice(self, "loss_form", loss_form, ("bce", "softmax"))
+        check_number(self, "weight", weight, low=0)
         check_number(self, "temperature", temperature, low=0, low_open=True)
         for count in new_classes or ():
             check_number(self, "new_classes", count, low=0, integer=True)
-        self.loss_form, self.temperature, self.new_classes = loss_form, temperature, new_classes
-        self._columns = 0
-
-    @classmethod
-    @override
-    def key(cls) -> str:
-        return "prediction_distillation"
-
-    @property
-    @override
-    def remembers_channels(self) -> bool:
-        """No: the teacher is a network of its own, and classes stay in their order."""
-        return False
+        self.loss_form, self.weight, self.temperature, self.new_classes = loss_form, weight, temperature, new_classes
+        self._teacher, self._columns = Teacher(), 0
 
     @property
     @override
@@ -127,9 +107,18 @@ class PredictionDistillation(TaughtTechnique):
         return f"{form}; {old}"
 
     @override
+    def check(self, trainer: "Trainer", module: "LightningModule") -> None:
+        super().check(trainer, module)
+        check_runs_on_copy(module, self)
+
+    @override
     def begin(self, step: "Step") -> None:
-        super().begin(step)
+        self._teacher.take(self, step.module, self._tasks.kept)
         self._columns = 0
+
+    @override
+    def observe_batch(self, step: "Step") -> None:
+        self._teacher.observe(step, self)
 
     @override
     def change_losses(self, call: "LossCall") -> Tensor | None:
@@ -160,7 +149,11 @@ class PredictionDistillation(TaughtTechnique):
 
     @override
     def keep(self, trainer: "Trainer", module: "LightningModule") -> dict[str, Any]:
-        return {**super().keep(trainer, module), "columns": self._columns}
+        return {"teacher": network(module), "columns": self._columns}
+
+    @override
+    def forget(self) -> None:
+        self._teacher.clear()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -175,7 +168,7 @@ class PredictionDistillation(TaughtTechnique):
     def _classes(self, call: "LossCall") -> tuple[int, int]:
         columns = call.logits.shape[1]
         if self.new_classes is None:
-            old = int(self._kept.get("columns", 0))
+            old = int(self._tasks.kept.get("columns", 0))
             if old and columns <= old:
                 raise MisconfigurationException(
                     f"PredictionDistillation: the head has {columns} outputs and had {old} in the task before, so it is"
@@ -203,7 +196,7 @@ class PredictionDistillation(TaughtTechnique):
             )
 
     def _teacher_logits(self, call: "LossCall") -> Tensor | None:
-        sight = self.seen(call)
+        sight: Sight | None = call.step.notes.get(self)
         if sight is None:
             return None
         if sight.call is None:
@@ -212,98 +205,3 @@ class PredictionDistillation(TaughtTechnique):
                 " old network's outputs are not known."
             )
         return sight.call.logits
-
-
-class FeatureDistillation(TaughtTechnique):
-    r"""Keeps the outputs of a layer as the network of the task before has them, on the new samples.
-
-    .. math:: \frac{\lambda}{B} \sum_b \lVert f(x_b; \theta) - f(x_b; \theta^\text{old}) \rVert_2^2
-
-    The paper's finding is to leave it: it lowered accuracy in every combination. Use it as a baseline, or to fine-tune
-    a pre-trained network near its features (``anchor="start_of_fit"``). A task is a fit that came to its end; keep the
-    object from fit to fit.
-
-    Source:
-        Smith et al., "A Closer Look at Rehearsal-Free Continual Learning", CVPR Workshops 2023, arXiv 2203.17269.
-
-    Differs:
-        ``anchor="start_of_fit"`` is an addition: the paper has no teacher in the first task.
-
-    Memory: the module's parameters and buffers once more; a forward pass of the old network per step.
-
-    Args:
-        layer: The layer, named as in ``named_modules()``; paper: the one before the head. Its outputs are ``(B, ...)``;
-            squares are summed over everything but the batch.
-        weight: lambda, at least 0. Sensible: 1e-2 to 1. Neutral: 0.
-        anchor: ``"end_of_task"`` (paper): the network when the task before ended, in the first task none.
-            ``"start_of_fit"``: the network at the start of each fit.
-        loss: Which loss call it joins, if there are several: position, ``"last"``, function name, or ``"model.py:42"``.
-        name: Tells several instances in one Trainer apart.
-
-    Raises:
-        ValueError: If an argument is outside its range.
-
-    Example:
-        >>> from lightning.pytorch import Trainer
-        >>> distillation = FeatureDistillation("net.body", weight=0.1)
-        >>> trainer = Trainer(max_epochs=10, callbacks=[distillation], logger=False, enable_checkpointing=False)
-
-    """
-
-    def __init__(
-        self,
-        layer: str,
-        weight: float = 0.1,
-        anchor: Anchor = "end_of_task",
-        loss: int | str | None = None,
-        name: str | None = None,
-    ) -> None:
-        super().__init__(weight, anchor, [layer], loss, name)
-        self.layer, self.anchor = layer, anchor
-
-    @classmethod
-    @override
-    def key(cls) -> str:
-        return "feature_distillation"
-
-    @property
-    @override
-    def remembers_channels(self) -> bool:
-        """Whether the teacher's features are those of an earlier task."""
-        return self.anchor == "end_of_task" and super().remembers_channels
-
-    @property
-    @override
-    def is_neutral(self) -> bool:
-        return self.weight == 0
-
-    @property
-    @override
-    def acts(self) -> bool:
-        return self._teacher is not None
-
-    @override
-    def describe(self) -> str:
-        if self.is_neutral:
-            return "weight=0: inactive"
-        to = f"to the {self.anchor.replace('_', ' ')}"
-        if self.anchor == "end_of_task" and not self.tasks:
-            to = "no teacher in the first task"
-        return f"layer {self.layer}, weight={self.weight:g}; {to}; tasks before: {self.tasks}"
-
-    @property
-    @override
-    def feature_layers(self) -> "Sequence[str]":
-        return () if self.is_neutral else (self.layer,)
-
-    @override
-    def loss_term(self, call: "LossCall") -> Tensor | None:
-        sight = self.seen(call)
-        own, theirs = (None if s is None else s.features.get(self.layer) for s in (call.step, sight))
-        if not isinstance(own, Tensor) or not isinstance(theirs, Tensor) or len(own) != call.batch_size:
-            found = f"a tensor of shape {tuple(own.shape)}" if isinstance(own, Tensor) else f"a {type(own).__name__}"
-            raise MisconfigurationException(
-                f"FeatureDistillation(layer={self.layer!r}): its output must be a tensor with the {call.batch_size}"
-                f" samples in its first dimension, got {found}."
-            )
-        return self.weight * feature_distillation_loss(own, theirs, reduction="none")

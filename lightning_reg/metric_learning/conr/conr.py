@@ -14,15 +14,7 @@ from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.user_functions import user_function
 from lightning_reg.engine.loss.regression import features_per_row, regression_pairs
 from lightning_reg.engine.technique import BatchTechnique, LossTechnique
-from lightning_reg.metric_learning._conr_loss import (
-    Distance,
-    Push,
-    conr_loss,
-    conr_rows,
-    inverse_density_weights,
-    label_distance,
-    pair_masks,
-)
+from lightning_reg.metric_learning.conr.core import Distance, Push, conr_rows, label_distance
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,7 +24,7 @@ if TYPE_CHECKING:
     from lightning_reg.engine.loss.call import LossCall
     from lightning_reg.engine.step import Step
 
-__all__ = ["ConR", "conr_loss", "inverse_density_weights", "label_distance", "pair_masks"]
+__all__ = ["ConR"]
 
 
 _DISTANCES: dict[str, Distance] = {

@@ -1,0 +1,142 @@
+"""Feature distillation: outputs of a layer as the network of the task before has them."""
+
+from typing import TYPE_CHECKING, Any, Literal, final
+
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_reg.continual._tasks import TaskTechnique
+from lightning_reg.continual.rehearsal_free_cl._teacher import Teacher, network
+from lightning_reg.continual.rehearsal_free_cl.core import feature_distillation_loss
+from lightning_reg.engine.host.arguments import check_choice, check_number
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.networks.peer import check_runs_on_copy, weights_of
+from lightning_reg.engine.technique import BatchTechnique, LossTechnique
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lightning.pytorch import LightningModule, Trainer
+
+    from lightning_reg.engine.loss.call import LossCall
+    from lightning_reg.engine.networks.peer import Sight
+    from lightning_reg.engine.step import Step
+
+__all__ = ["FeatureDistillation"]
+
+
+@final
+class FeatureDistillation(TaskTechnique, BatchTechnique, LossTechnique):
+    r"""Keeps the outputs of a layer as the network of the task before has them, on the new samples.
+
+    .. math:: \frac{\lambda}{B} \sum_b \lVert f(x_b; \theta) - f(x_b; \theta^\text{old}) \rVert_2^2
+
+    The paper's finding is to leave it: it lowered accuracy in every combination. Use it as a baseline, or to fine-tune
+    a pre-trained network near its features (``anchor="start_of_fit"``). A task is a fit that came to its end; keep the
+    object from fit to fit.
+
+    Source:
+        Smith et al., "A Closer Look at Rehearsal-Free Continual Learning", CVPR Workshops 2023, arXiv 2203.17269.
+
+    Differs:
+        ``anchor="start_of_fit"`` is an addition: the paper has no teacher in the first task.
+
+    Memory: the module's parameters and buffers once more; a forward pass of the old network per step.
+
+    Args:
+        layer: The layer, named as in ``named_modules()``; paper: the one before the head. Its outputs are ``(B, ...)``;
+            squares are summed over everything but the batch.
+        weight: lambda, at least 0. Sensible: 1e-2 to 1. Neutral: 0.
+        anchor: ``"end_of_task"`` (paper): the network when the task before ended, in the first task none.
+            ``"start_of_fit"``: the network at the start of each fit.
+        loss: Which loss call it joins, if there are several: position, ``"last"``, function name, or ``"model.py:42"``.
+        name: Tells several instances in one Trainer apart.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> distillation = FeatureDistillation("net.body", weight=0.1)
+        >>> trainer = Trainer(max_epochs=10, callbacks=[distillation], logger=False, enable_checkpointing=False)
+
+    """
+
+    def __init__(
+        self,
+        layer: str,
+        weight: float = 0.1,
+        anchor: Literal["start_of_fit", "end_of_task"] = "end_of_task",
+        loss: int | str | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(loss=loss, name=name)
+        check_number(self, "weight", weight, low=0)
+        check_choice(self, "anchor", anchor, ("start_of_fit", "end_of_task"))
+        self.layer, self.weight, self.anchor = layer, weight, anchor
+        self._teacher = Teacher([layer])
+
+    @property
+    @override
+    def remembers_channels(self) -> bool:
+        """Whether the teacher's features are those of an earlier task."""
+        return self.anchor == "end_of_task" and self.tasks > 0 and not self.is_neutral
+
+    @property
+    @override
+    def is_neutral(self) -> bool:
+        return self.weight == 0
+
+    @property
+    @override
+    def acts(self) -> bool:
+        return self._teacher.peer is not None
+
+    @override
+    def describe(self) -> str:
+        if self.is_neutral:
+            return "weight=0: inactive"
+        to = f"to the {self.anchor.replace('_', ' ')}"
+        if self.anchor == "end_of_task" and not self.tasks:
+            to = "no teacher in the first task"
+        return f"layer {self.layer}, weight={self.weight:g}; {to}; tasks before: {self.tasks}"
+
+    @property
+    @override
+    def feature_layers(self) -> "Sequence[str]":
+        return () if self.is_neutral else (self.layer,)
+
+    @override
+    def check(self, trainer: "Trainer", module: "LightningModule") -> None:
+        super().check(trainer, module)
+        check_runs_on_copy(module, self)
+
+    @override
+    def begin(self, step: "Step") -> None:
+        if self.anchor == "start_of_fit" and not self._tasks.resumed:
+            self._tasks.kept = {"teacher": weights_of(step.module)}
+        self._teacher.take(self, step.module, self._tasks.kept)
+
+    @override
+    def observe_batch(self, step: "Step") -> None:
+        self._teacher.observe(step, self)
+
+    @override
+    def loss_term(self, call: "LossCall") -> Tensor | None:
+        sight: Sight | None = call.step.notes.get(self)
+        own, theirs = (None if s is None else s.features.get(self.layer) for s in (call.step, sight))
+        if not isinstance(own, Tensor) or not isinstance(theirs, Tensor) or len(own) != call.batch_size:
+            found = f"a tensor of shape {tuple(own.shape)}" if isinstance(own, Tensor) else f"a {type(own).__name__}"
+            raise MisconfigurationException(
+                f"FeatureDistillation(layer={self.layer!r}): its output must be a tensor with the {call.batch_size}"
+                f" samples in its first dimension, got {found}."
+            )
+        return self.weight * feature_distillation_loss(own, theirs, reduction="none")
+
+    @override
+    def keep(self, trainer: "Trainer", module: "LightningModule") -> dict[str, Any]:
+        return {"teacher": network(module)}
+
+    @override
+    def forget(self) -> None:
+        self._teacher.clear()

@@ -1,0 +1,149 @@
+"""Parameters of a module that are tied to anchors: which ones, what was kept of each, and what pulls them."""
+
+from collections.abc import Mapping, Sequence
+from itertools import compress
+from typing import Any, NamedTuple, TypedDict
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_reg.continual.weight_anchors.core import parts_like, pull_, quadratic_penalty
+from lightning_reg.engine.host.errors import MisconfigurationException, check_patterns
+from lightning_reg.engine.host.names import Patterns, is_selected
+from lightning_reg.engine.networks.peer import is_grown
+from lightning_reg.engine.weights.swap import named_weights
+
+__all__ = ["Slot", "Ties", "add_earlier_", "weights_to_tie"]
+
+
+class Slot(TypedDict):
+    """What is kept of a task: anchors by the names of parameters, and their weights, which are none for all 1."""
+
+    anchors: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+
+def add_earlier_(slot: Slot, earlier: Sequence[Slot]) -> None:
+    """Makes one slot of several, in place: with the sum of the weights, and its own anchors.
+
+    Args:
+        slot: The last task's.
+        earlier: Those of tasks before; a parameter may have had fewer rows then. One that this slot has not, since it
+            was frozen, keeps its anchor.
+
+    """
+    anchors, weights = slot["anchors"], slot["weights"]
+    for one in earlier:
+        for name, value in one["weights"].items():
+            if name in weights:
+                parts_like([weights[name]], [value])[0].add_(value.to(weights[name].device))
+            else:
+                anchors[name], weights[name] = one["anchors"][name], value
+
+
+class _Tie(NamedTuple):
+    params: Sequence[nn.Parameter]
+    anchors: Sequence[Tensor]
+    weights: Sequence[Tensor] | None
+
+
+class Ties:
+    """Parameters of a module tied to the anchors of one task or several, for the time of a fit."""
+
+    def __init__(self) -> None:
+        self._ties: list[_Tie] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._ties)
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_ties": []}  # the module's parameters; what is kept of them is elsewhere
+
+    def clear(self) -> None:
+        """Ties nothing any more."""
+        self._ties = []
+
+    def tie(self, owner: object, module: nn.Module, slots: Sequence[Slot]) -> None:
+        """Ties the module's parameters to what was kept.
+
+        Args:
+            owner: Whose it is; its class is named in messages.
+            module: The user's module.
+            slots: What was kept of each task.
+
+        Raises:
+            MisconfigurationException: If a parameter is not there or has another shape.
+
+        """
+        self._ties = []
+        for slot in slots:
+            params = _partners(owner, module, slot["anchors"])
+            anchors = [value.to(p.device) for value, p in zip(slot["anchors"].values(), params, strict=True)]
+            weights = (
+                [slot["weights"][name].to(a.device) for name, a in zip(slot["anchors"], anchors, strict=True)]
+                if slot["weights"]
+                else None
+            )
+            self._ties.append(_Tie(params, anchors, weights))
+
+    def penalty(self) -> Tensor | None:
+        """The sum of the quadratic penalties of the parameters that are trained at present; ``None`` without any."""
+        values = []
+        for params, anchors, weights in self._ties:
+            trained = [p.requires_grad for p in params]
+            if any(trained):
+                near = list(compress(anchors, trained))
+                factors = None if weights is None else list(compress(weights, trained))
+                values.append(quadratic_penalty(parts_like(list(compress(params, trained)), near), near, factors))
+        return torch.stack(values).sum() if values else None
+
+    def pull_(self, among: Sequence[Tensor], share: float) -> None:
+        """Moves those parameters that are among the given ones by a share of the way to their anchors."""
+        for params, anchors, _ in self._ties:
+            pull_(params, anchors, among, share)
+
+
+def weights_to_tie(
+    owner: object, module: nn.Module, params: Patterns, exclude: Patterns, *, frozen: bool = False
+) -> dict[str, nn.Parameter]:
+    """Parameters whose names match.
+
+    Args:
+        owner: Who asks; its class is named in messages.
+        module: The user's module.
+        params: Patterns of names as in ``named_parameters()``, one of which must match; ``None`` for all.
+        exclude: Patterns, none of which may match.
+        frozen: Whether parameters count that are not trained at present.
+
+    Returns:
+        Parameters by name.
+
+    Raises:
+        MisconfigurationException: If a pattern matches nothing, or no parameter is left.
+
+    """
+    weights = named_weights(module).items()
+    named = {name: p for name, p in weights if p.requires_grad or (frozen and p.is_floating_point())}
+    kind = "parameter" if frozen else "trainable parameter"
+    check_patterns(owner, "params", params, named, kind)
+    check_patterns(owner, "exclude", exclude, named, kind)
+    chosen = {name: p for name, p in named.items() if is_selected(name, params, exclude)}
+    if not chosen:
+        raise MisconfigurationException(f"{type(owner).__name__}: `params` and `exclude` leave no {kind} to anchor.")
+    return chosen
+
+
+def _partners(owner: object, module: nn.Module, kept: Mapping[str, Tensor]) -> list[nn.Parameter]:
+    """The parameters that something was kept of; each may have more rows by now."""
+    named = named_weights(module)
+    for name, value in kept.items():
+        if name not in named or not is_grown(named[name], value):
+            found = f"has shape {tuple(named[name].shape)}" if name in named else "is not there"
+            raise MisconfigurationException(
+                f"{type(owner).__name__}: {name!r} had shape {tuple(value.shape)} when its anchor was taken and"
+                f" {found} now. Between fits parameters may only come anew, or grow by rows at the end (new classes of"
+                " a head)."
+            )
+    return [named[name] for name in kept]

@@ -1,0 +1,150 @@
+"""L2-SP: weights tied to what they were when the fit began, or when the task before ended."""
+
+from typing import TYPE_CHECKING, Any, Literal, final
+
+from torch import Tensor, nn
+from torch.optim import LBFGS
+from typing_extensions import override
+
+from lightning_reg.continual._tasks import TaskTechnique
+from lightning_reg.continual.weight_anchors._ties import Ties, weights_to_tie
+from lightning_reg.engine.host.arguments import check_choice, check_number
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.technique import PenaltyTechnique
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+    from torch.optim import Optimizer
+
+    from lightning_reg.engine.step import Step
+
+__all__ = ["L2ToStart"]
+
+
+@final
+class L2ToStart(TaskTechnique, PenaltyTechnique):
+    r"""Ties weights to their values at the start of the fit (L2-SP): pre-trained ones, those of the task before.
+
+    .. math:: \lambda \sum_j (\theta_j - \theta^*_j)^2
+
+    Use it to fine-tune pre-trained networks, once or task after task; the paper's best choice for vision transformers,
+    on query, key and value weights. Leave it in class-incremental training from scratch without
+    :class:`PredictionDistillation`. Set ``weight_decay`` to 0 on tied weights, it pulls to 0. Statistics of batch norm
+    drift all the same. A task is a fit that came to its end; keep the object from fit to fit.
+
+    Source:
+        Smith et al., "A Closer Look at Rehearsal-Free Continual Learning", CVPR Workshops 2023, arXiv 2203.17269.
+
+    Differs:
+        ``mode="decoupled"`` is an addition. The paper's values of lambda are not published.
+
+    Memory: the parameters that match once more, frozen ones too; in the optimizer's step two temporary copies of those
+    that are trained.
+
+    Args:
+        weight: lambda, at least 0. Sensible: 1e-3 to 10. Neutral: 0.
+        params: Patterns of parameter names as in ``named_parameters()``, one of which must match (``"*.qkv.weight"``);
+            ``None`` for all. Frozen ones are tied from the step on that trains them.
+        exclude: Patterns of names to leave free, those of a new head for example (``"head.*"``). Parameters that are
+            new since the last task, and rows by which one has grown, are free anyway.
+        anchor: ``"start_of_fit"`` (paper), or ``"end_of_task"``: to the weights when the task before ended, whatever
+            was done to the module since, and in the first task to nothing.
+        mode: ``"gradient"`` adds :math:`2 \lambda (\theta - \theta^*)` to the gradient (paper); ``"decoupled"`` moves
+            weights by :math:`\eta \lambda (\theta^* - \theta)` before each step, with the learning rate :math:`\eta`.
+        name: Tells several instances in one Trainer apart.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> tie = L2ToStart(weight=0.1, exclude=["head.*"])
+        >>> trainer = Trainer(max_epochs=20, callbacks=[tie], logger=False, enable_checkpointing=False)
+
+    """
+
+    def __init__(
+        self,
+        weight: float = 0.1,
+        params: list[str] | str | None = None,
+        exclude: list[str] | str | None = None,
+        anchor: Literal["start_of_fit", "end_of_task"] = "start_of_fit",
+        mode: Literal["gradient", "decoupled"] = "gradient",
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name=name)
+        check_number(self, "weight", weight, low=0)
+        check_choice(self, "anchor", anchor, ("start_of_fit", "end_of_task"))
+        check_choice(self, "mode", mode, ("gradient", "decoupled"))
+        self.weight, self.params, self.exclude = weight, params, exclude
+        self.anchor, self.mode = anchor, mode
+        self._ties = Ties()
+
+    @property
+    @override
+    def is_neutral(self) -> bool:
+        return self.weight == 0
+
+    @property
+    @override
+    def acts(self) -> bool:
+        return bool(self._ties)
+
+    @property
+    @override
+    def remembers_channels(self) -> bool:
+        """Whether it ties to an earlier task."""
+        return self.anchor == "end_of_task" and self.tasks > 0 and not self.is_neutral
+
+    @override
+    def describe(self) -> str:
+        if self.is_neutral:
+            return "weight=0: inactive"
+        to = f"to the {self.anchor.replace('_', ' ')}"
+        if self.anchor == "end_of_task" and not self.tasks:
+            to = "nothing to tie to in the first task"
+        return f"weight={self.weight:g}, {self.mode}; {to}; tasks before: {self.tasks}"
+
+    @override
+    def begin(self, step: "Step") -> None:
+        # Asked in the first task too, so that a pattern without a match is not found out at its end.
+        chosen = self._chosen(step.module)
+        if self.anchor == "start_of_fit" and not self._tasks.resumed:
+            rows: dict[str, int] | None = self._tasks.kept.get("rows")
+            named = {name: p.detach() for name, p in chosen.items() if rows is None or name in rows}
+            anchors = {n: (p[: rows[n]] if rows and p.dim() else p).clone() for n, p in named.items()}
+            self._tasks.kept = {"slots": [{"anchors": anchors, "weights": {}}], "rows": rows}
+        if self.mode == "decoupled" and any(isinstance(o, LBFGS) for o in step.trainer.optimizers):
+            raise MisconfigurationException(
+                "L2ToStart(mode='decoupled') pulls once in each step of the optimizer, and LBFGS evaluates the loss"
+                " several times in one. Write `mode='gradient'`, or choose another optimizer."
+            )
+        self._ties.tie(self, step.module, self._tasks.kept.get("slots", ()))
+
+    @override
+    def penalty(self, module: "LightningModule") -> Tensor | None:
+        value = self._ties.penalty() if self.mode == "gradient" else None
+        return None if value is None else self.weight * value
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: "Trainer", pl_module: "LightningModule", optimizer: "Optimizer"
+    ) -> None:
+        if self.mode == "decoupled":
+            for group in optimizer.param_groups:
+                self._ties.pull_(group["params"], float(group["lr"]) * self.weight)
+
+    @override
+    def keep(self, trainer: "Trainer", module: "LightningModule") -> dict[str, Any]:
+        chosen = self._chosen(module)
+        if self.anchor == "start_of_fit":
+            return {"rows": {name: len(p) if p.dim() else 1 for name, p in chosen.items()}}
+        return {"slots": [{"anchors": {name: p.detach().clone() for name, p in chosen.items()}, "weights": {}}]}
+
+    @override
+    def forget(self) -> None:
+        self._ties.clear()
+
+    def _chosen(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        # Frozen ones too: they may be trained later.
+        return weights_to_tie(self, module, self.params, self.exclude, frozen=True)

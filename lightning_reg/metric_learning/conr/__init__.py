@@ -1,0 +1,1 @@
+"""ConR: a contrastive regularizer for regression whose targets are imbalanced."""

@@ -1,0 +1,1 @@
+"""Weight Compander: weights as a bounded function of what is trained."""

@@ -1,0 +1,64 @@
+"""Which weights are companded: those of sums over inputs, by the names of layers and of their own."""
+
+from torch import nn
+
+from lightning_reg.engine.host.errors import MisconfigurationException, check_patterns
+from lightning_reg.engine.host.names import Patterns, as_patterns, matches, plain_name
+from lightning_reg.engine.weights.swap import named_weights
+
+__all__ = ["weights_to_compand"]
+
+
+def weights_to_compand(owner: object, module: nn.Module, layers: Patterns, exclude: Patterns) -> list[str]:
+    """Names of the weights to compand.
+
+    Args:
+        owner: Who asks; its class is named in messages.
+        module: The user's module.
+        layers: Patterns of names of layers and of weights, or ``"auto"``.
+        exclude: Patterns of names of layers and of weights to leave alone.
+
+    Returns:
+        In the order of ``named_parameters()``.
+
+    Raises:
+        MisconfigurationException: If a pattern matches nothing, or nothing is left.
+
+    """
+    companded, held_elsewhere, names = _weights(module)
+    if layers == "auto":
+        chosen = companded - held_elsewhere
+    else:
+        there = sorted(name for weight in companded for name in names[weight])
+        check_patterns(owner, "layers", layers, there, "linear, convolution or attention layer")
+        chosen = {weight for weight in companded if any(matches(name, layers) for name in names[weight])}
+    check_patterns(owner, "exclude", exclude, sorted(set().union(*names.values())), "layer with parameters")
+    chosen -= {weight for weight in chosen if any(matches(name, exclude) for name in names[weight])}
+    if not chosen:
+        raise MisconfigurationException(
+            f"{type(owner).__name__}: there is no weight to compand; `layers` {layers!r} and `exclude`"
+            f" {as_patterns(exclude)} leave none. Linear, convolution and attention layers have some."
+        )
+    return [weight for weight in names if weight in chosen]
+
+
+def _weights(module: nn.Module) -> tuple[set[str], set[str], dict[str, set[str]]]:
+    """Weights of sums over inputs, parameters in another role, and the names of all: own ones, and of their layers."""
+    parameters = {id(p): name for name, p in named_weights(module).items()}
+    summing: set[str] = set()
+    others: set[str] = set()
+    names: dict[str, set[str]] = {name: set() for name in parameters.values()}
+    for path, layer in module.named_modules():
+        for key, p in layer._parameters.items():
+            if p is not None:
+                name, prefix = parameters[id(p)], plain_name(f"{path}.") if path else ""
+                (summing if key in _weights_in(layer) else others).add(name)
+                names[name] |= {prefix + key} | ({prefix[:-1]} if prefix else set())
+    return summing, others, names
+
+
+def _weights_in(layer: nn.Module) -> tuple[str, ...]:
+    """Names of a layer's own parameters that are weights of sums over inputs."""
+    if isinstance(layer, nn.MultiheadAttention):
+        return ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+    return ("weight",) if isinstance(layer, nn.Linear | nn.modules.conv._ConvNd) else ()
