@@ -9,17 +9,21 @@ from lightning_reg._lazy import lazy_attributes
 from lightning_reg.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from lightning_reg.augmentation.cutmix import CutMix as CutMix
-    from lightning_reg.augmentation.cutmix import Mixup as Mixup
+    from lightning_reg.augmentation.cutmix.cutmix import CutMix as CutMix
+    from lightning_reg.augmentation.cutmix.mixup import Mixup as Mixup
     from lightning_reg.averaging.model_soups import LearnedSoup as LearnedSoup
     from lightning_reg.averaging.model_soups import SoupAverager as SoupAverager
     from lightning_reg.averaging.model_soups import SoupResult as SoupResult
     from lightning_reg.averaging.model_soups import TrainerEvaluation as TrainerEvaluation
-    from lightning_reg.continual.rehearsal_free_cl import ContinualMetrics as ContinualMetrics
-    from lightning_reg.continual.rehearsal_free_cl import FeatureDistillation as FeatureDistillation
-    from lightning_reg.continual.rehearsal_free_cl import PredictionDistillation as PredictionDistillation
-    from lightning_reg.continual.weight_anchors import EWC as EWC
-    from lightning_reg.continual.weight_anchors import L2ToStart as L2ToStart
+    from lightning_reg.continual.rehearsal_free_cl.feature_distillation import (
+        FeatureDistillation as FeatureDistillation,
+    )
+    from lightning_reg.continual.rehearsal_free_cl.metrics import ContinualMetrics as ContinualMetrics
+    from lightning_reg.continual.rehearsal_free_cl.prediction_distillation import (
+        PredictionDistillation as PredictionDistillation,
+    )
+    from lightning_reg.continual.weight_anchors.ewc import EWC as EWC
+    from lightning_reg.continual.weight_anchors.l2_to_start import L2ToStart as L2ToStart
     from lightning_reg.dropout.multi_sample_dropout.core import MultiSampleDropoutLayer as MultiSampleDropoutLayer
     from lightning_reg.dropout.multi_sample_dropout.multi_sample_dropout import MultiSampleDropout as MultiSampleDropout
     from lightning_reg.engine.loss.mixin import LossMixin as LossMixin
@@ -30,31 +34,31 @@ if TYPE_CHECKING:
     from lightning_reg.engine.technique import Technique as Technique
     from lightning_reg.engine.technique import WeightMapTechnique as WeightMapTechnique
     from lightning_reg.engine.technique import WeightTechnique as WeightTechnique
-    from lightning_reg.metric_learning.conr import ConR as ConR
-    from lightning_reg.noisy_labels.elr import ELRCallback as ELRCallback
-    from lightning_reg.noisy_labels.elr_plus import ELRPlusCallback as ELRPlusCallback
+    from lightning_reg.metric_learning.conr.conr import ConR as ConR
+    from lightning_reg.noisy_labels.elr.elr import ELRCallback as ELRCallback
+    from lightning_reg.noisy_labels.elr_plus.elr_plus import ELRPlusCallback as ELRPlusCallback
     from lightning_reg.noisy_labels.label_errors import LabelErrors as LabelErrors
-    from lightning_reg.regularization.weight_compander import Compander as Compander
-    from lightning_reg.regularization.weight_compander import Companding as Companding
-    from lightning_reg.regularization.weight_compander import WeightCompander as WeightCompander
-    from lightning_reg.reweighting.loss_reweighting import LossReweighting as LossReweighting
+    from lightning_reg.regularization.weight_compander.core import Compander as Compander
+    from lightning_reg.regularization.weight_compander.core import Companding as Companding
+    from lightning_reg.regularization.weight_compander.weight_compander import WeightCompander as WeightCompander
+    from lightning_reg.reweighting.loss_reweighting.loss_reweighting import LossReweighting as LossReweighting
     from lightning_reg.sparsity.nm_sparsity.nm_sparsity import NMSparsity as NMSparsity
     from lightning_reg.sparsity.nm_sparsity.report import SparsityReport as SparsityReport
 
 __getattr__, __dir__, __all__ = lazy_attributes(
     __name__,
     {
-        "CutMix": "lightning_reg.augmentation.cutmix",
-        "Mixup": "lightning_reg.augmentation.cutmix",
+        "CutMix": "lightning_reg.augmentation.cutmix.cutmix",
+        "Mixup": "lightning_reg.augmentation.cutmix.mixup",
         "LearnedSoup": "lightning_reg.averaging.model_soups",
         "SoupAverager": "lightning_reg.averaging.model_soups",
         "SoupResult": "lightning_reg.averaging.model_soups",
         "TrainerEvaluation": "lightning_reg.averaging.model_soups",
-        "ContinualMetrics": "lightning_reg.continual.rehearsal_free_cl",
-        "FeatureDistillation": "lightning_reg.continual.rehearsal_free_cl",
-        "PredictionDistillation": "lightning_reg.continual.rehearsal_free_cl",
-        "EWC": "lightning_reg.continual.weight_anchors",
-        "L2ToStart": "lightning_reg.continual.weight_anchors",
+        "FeatureDistillation": "lightning_reg.continual.rehearsal_free_cl.feature_distillation",
+        "ContinualMetrics": "lightning_reg.continual.rehearsal_free_cl.metrics",
+        "PredictionDistillation": "lightning_reg.continual.rehearsal_free_cl.prediction_distillation",
+        "EWC": "lightning_reg.continual.weight_anchors.ewc",
+        "L2ToStart": "lightning_reg.continual.weight_anchors.l2_to_start",
         "MultiSampleDropoutLayer": "lightning_reg.dropout.multi_sample_dropout.core",
         "MultiSampleDropout": "lightning_reg.dropout.multi_sample_dropout.multi_sample_dropout",
         "LossMixin": "lightning_reg.engine.loss.mixin",
@@ -65,14 +69,14 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "Technique": "lightning_reg.engine.technique",
         "WeightMapTechnique": "lightning_reg.engine.technique",
         "WeightTechnique": "lightning_reg.engine.technique",
-        "ConR": "lightning_reg.metric_learning.conr",
-        "ELRCallback": "lightning_reg.noisy_labels.elr",
-        "ELRPlusCallback": "lightning_reg.noisy_labels.elr_plus",
+        "ConR": "lightning_reg.metric_learning.conr.conr",
+        "ELRCallback": "lightning_reg.noisy_labels.elr.elr",
+        "ELRPlusCallback": "lightning_reg.noisy_labels.elr_plus.elr_plus",
         "LabelErrors": "lightning_reg.noisy_labels.label_errors",
-        "Compander": "lightning_reg.regularization.weight_compander",
-        "Companding": "lightning_reg.regularization.weight_compander",
-        "WeightCompander": "lightning_reg.regularization.weight_compander",
-        "LossReweighting": "lightning_reg.reweighting.loss_reweighting",
+        "Compander": "lightning_reg.regularization.weight_compander.core",
+        "Companding": "lightning_reg.regularization.weight_compander.core",
+        "WeightCompander": "lightning_reg.regularization.weight_compander.weight_compander",
+        "LossReweighting": "lightning_reg.reweighting.loss_reweighting.loss_reweighting",
         "NMSparsity": "lightning_reg.sparsity.nm_sparsity.nm_sparsity",
         "SparsityReport": "lightning_reg.sparsity.nm_sparsity.report",
     },

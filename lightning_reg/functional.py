@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from lightning_reg._lazy import lazy_attributes
 
 if TYPE_CHECKING:
-    from lightning_reg.augmentation.cutmix import cutmix as cutmix
-    from lightning_reg.augmentation.cutmix import cutmix_loss as cutmix_loss
-    from lightning_reg.augmentation.cutmix import mix_targets as mix_targets
-    from lightning_reg.augmentation.cutmix import mixup as mixup
-    from lightning_reg.augmentation.cutmix import paste_box as paste_box
-    from lightning_reg.augmentation.cutmix import rand_box as rand_box
+    from lightning_reg.augmentation.cutmix.core import cutmix as cutmix
+    from lightning_reg.augmentation.cutmix.core import cutmix_loss as cutmix_loss
+    from lightning_reg.augmentation.cutmix.core import mix_targets as mix_targets
+    from lightning_reg.augmentation.cutmix.core import mixup as mixup
+    from lightning_reg.augmentation.cutmix.core import paste_box as paste_box
+    from lightning_reg.augmentation.cutmix.core import rand_box as rand_box
     from lightning_reg.averaging.model_soups import ancestry as ancestry
     from lightning_reg.averaging.model_soups import average_state_dicts as average_state_dicts
     from lightning_reg.averaging.model_soups import dare_merge as dare_merge
@@ -25,42 +25,44 @@ if TYPE_CHECKING:
     from lightning_reg.averaging.model_soups import slerp_merge as slerp_merge
     from lightning_reg.averaging.model_soups import ties_merge as ties_merge
     from lightning_reg.averaging.model_soups import wise_ft as wise_ft
-    from lightning_reg.continual.rehearsal_free_cl import bce_distillation_loss as bce_distillation_loss
-    from lightning_reg.continual.rehearsal_free_cl import feature_distillation_loss as feature_distillation_loss
-    from lightning_reg.continual.rehearsal_free_cl import forgetting as forgetting
-    from lightning_reg.continual.rehearsal_free_cl import softmax_distillation_loss as softmax_distillation_loss
-    from lightning_reg.continual.weight_anchors import fisher_diagonal as fisher_diagonal
-    from lightning_reg.continual.weight_anchors import fisher_losses as fisher_losses
-    from lightning_reg.continual.weight_anchors import quadratic_penalty as quadratic_penalty
+    from lightning_reg.continual.rehearsal_free_cl.core import bce_distillation_loss as bce_distillation_loss
+    from lightning_reg.continual.rehearsal_free_cl.core import feature_distillation_loss as feature_distillation_loss
+    from lightning_reg.continual.rehearsal_free_cl.core import forgetting as forgetting
+    from lightning_reg.continual.rehearsal_free_cl.core import softmax_distillation_loss as softmax_distillation_loss
+    from lightning_reg.continual.weight_anchors.core import fisher_diagonal as fisher_diagonal
+    from lightning_reg.continual.weight_anchors.core import fisher_losses as fisher_losses
+    from lightning_reg.continual.weight_anchors.core import quadratic_penalty as quadratic_penalty
     from lightning_reg.dropout.multi_sample_dropout.core import MultiSampleDropoutLayer as MultiSampleDropoutLayer
     from lightning_reg.dropout.multi_sample_dropout.core import dropout_copies as dropout_copies
     from lightning_reg.dropout.multi_sample_dropout.core import fold as fold
     from lightning_reg.dropout.multi_sample_dropout.core import multi_sample_dropout as multi_sample_dropout
     from lightning_reg.dropout.multi_sample_dropout.core import multi_sample_loss as multi_sample_loss
-    from lightning_reg.metric_learning.conr import conr_loss as conr_loss
-    from lightning_reg.metric_learning.conr import inverse_density_weights as inverse_density_weights
-    from lightning_reg.metric_learning.conr import label_distance as label_distance
-    from lightning_reg.metric_learning.conr import pair_masks as pair_masks
-    from lightning_reg.noisy_labels.elr import elr_loss as elr_loss
-    from lightning_reg.noisy_labels.elr import elr_regularizer as elr_regularizer
-    from lightning_reg.noisy_labels.elr import elr_targets as elr_targets
-    from lightning_reg.noisy_labels.elr import elr_update_targets as elr_update_targets
-    from lightning_reg.noisy_labels.elr_plus import elr_plus_decay as elr_plus_decay
-    from lightning_reg.noisy_labels.elr_plus import elr_plus_loss as elr_plus_loss
-    from lightning_reg.noisy_labels.elr_plus import elr_plus_targets as elr_plus_targets
-    from lightning_reg.noisy_labels.elr_plus import refine_labels as refine_labels
-    from lightning_reg.noisy_labels.elr_plus import sigmoid_rampup as sigmoid_rampup
-    from lightning_reg.regularization.weight_compander import bake_companders as bake_companders
-    from lightning_reg.regularization.weight_compander import compand as compand
-    from lightning_reg.regularization.weight_compander import compand_gradients as compand_gradients
-    from lightning_reg.regularization.weight_compander import expand as expand
-    from lightning_reg.regularization.weight_compander import weight_stats as weight_stats
-    from lightning_reg.reweighting.loss_reweighting import apply_strategy as apply_strategy
-    from lightning_reg.reweighting.loss_reweighting import normalize_losses as normalize_losses
-    from lightning_reg.reweighting.loss_reweighting import reweight as reweight
-    from lightning_reg.reweighting.loss_reweighting import scheduled_temperature as scheduled_temperature
-    from lightning_reg.reweighting.loss_reweighting import sequence_losses as sequence_losses
-    from lightning_reg.reweighting.loss_reweighting import weighted_loss as weighted_loss
+    from lightning_reg.metric_learning.conr.core import conr_loss as conr_loss
+    from lightning_reg.metric_learning.conr.core import inverse_density_weights as inverse_density_weights
+    from lightning_reg.metric_learning.conr.core import label_distance as label_distance
+    from lightning_reg.metric_learning.conr.core import pair_masks as pair_masks
+    from lightning_reg.noisy_labels.elr.core import elr_loss as elr_loss
+    from lightning_reg.noisy_labels.elr.core import elr_regularizer as elr_regularizer
+    from lightning_reg.noisy_labels.elr.core import elr_targets as elr_targets
+    from lightning_reg.noisy_labels.elr.core import elr_update_targets as elr_update_targets
+    from lightning_reg.noisy_labels.elr_plus.core import elr_plus_decay as elr_plus_decay
+    from lightning_reg.noisy_labels.elr_plus.core import elr_plus_loss as elr_plus_loss
+    from lightning_reg.noisy_labels.elr_plus.core import elr_plus_targets as elr_plus_targets
+    from lightning_reg.noisy_labels.elr_plus.core import refine_labels as refine_labels
+    from lightning_reg.noisy_labels.elr_plus.core import sigmoid_rampup as sigmoid_rampup
+    from lightning_reg.regularization.weight_compander.core import Compander as Compander
+    from lightning_reg.regularization.weight_compander.core import Companding as Companding
+    from lightning_reg.regularization.weight_compander.core import bake_companders as bake_companders
+    from lightning_reg.regularization.weight_compander.core import compand as compand
+    from lightning_reg.regularization.weight_compander.core import compand_gradients as compand_gradients
+    from lightning_reg.regularization.weight_compander.core import expand as expand
+    from lightning_reg.regularization.weight_compander.core import weight_stats as weight_stats
+    from lightning_reg.reweighting.loss_reweighting.core import apply_strategy as apply_strategy
+    from lightning_reg.reweighting.loss_reweighting.core import normalize_losses as normalize_losses
+    from lightning_reg.reweighting.loss_reweighting.core import reweight as reweight
+    from lightning_reg.reweighting.loss_reweighting.core import scheduled_temperature as scheduled_temperature
+    from lightning_reg.reweighting.loss_reweighting.core import sequence_losses as sequence_losses
+    from lightning_reg.reweighting.loss_reweighting.core import weighted_loss as weighted_loss
     from lightning_reg.sparsity.nm_sparsity.core import best_channel_permutation as best_channel_permutation
     from lightning_reg.sparsity.nm_sparsity.core import check_nm as check_nm
     from lightning_reg.sparsity.nm_sparsity.core import decay_factor as decay_factor
@@ -75,12 +77,12 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy_attributes(
     __name__,
     {
-        "cutmix": "lightning_reg.augmentation.cutmix",
-        "cutmix_loss": "lightning_reg.augmentation.cutmix",
-        "mix_targets": "lightning_reg.augmentation.cutmix",
-        "mixup": "lightning_reg.augmentation.cutmix",
-        "paste_box": "lightning_reg.augmentation.cutmix",
-        "rand_box": "lightning_reg.augmentation.cutmix",
+        "cutmix": "lightning_reg.augmentation.cutmix.core",
+        "cutmix_loss": "lightning_reg.augmentation.cutmix.core",
+        "mix_targets": "lightning_reg.augmentation.cutmix.core",
+        "mixup": "lightning_reg.augmentation.cutmix.core",
+        "paste_box": "lightning_reg.augmentation.cutmix.core",
+        "rand_box": "lightning_reg.augmentation.cutmix.core",
         "ancestry": "lightning_reg.averaging.model_soups",
         "average_state_dicts": "lightning_reg.averaging.model_soups",
         "dare_merge": "lightning_reg.averaging.model_soups",
@@ -92,42 +94,44 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "slerp_merge": "lightning_reg.averaging.model_soups",
         "ties_merge": "lightning_reg.averaging.model_soups",
         "wise_ft": "lightning_reg.averaging.model_soups",
-        "bce_distillation_loss": "lightning_reg.continual.rehearsal_free_cl",
-        "feature_distillation_loss": "lightning_reg.continual.rehearsal_free_cl",
-        "forgetting": "lightning_reg.continual.rehearsal_free_cl",
-        "softmax_distillation_loss": "lightning_reg.continual.rehearsal_free_cl",
-        "fisher_diagonal": "lightning_reg.continual.weight_anchors",
-        "fisher_losses": "lightning_reg.continual.weight_anchors",
-        "quadratic_penalty": "lightning_reg.continual.weight_anchors",
+        "bce_distillation_loss": "lightning_reg.continual.rehearsal_free_cl.core",
+        "feature_distillation_loss": "lightning_reg.continual.rehearsal_free_cl.core",
+        "forgetting": "lightning_reg.continual.rehearsal_free_cl.core",
+        "softmax_distillation_loss": "lightning_reg.continual.rehearsal_free_cl.core",
+        "fisher_diagonal": "lightning_reg.continual.weight_anchors.core",
+        "fisher_losses": "lightning_reg.continual.weight_anchors.core",
+        "quadratic_penalty": "lightning_reg.continual.weight_anchors.core",
         "MultiSampleDropoutLayer": "lightning_reg.dropout.multi_sample_dropout.core",
         "dropout_copies": "lightning_reg.dropout.multi_sample_dropout.core",
         "fold": "lightning_reg.dropout.multi_sample_dropout.core",
         "multi_sample_dropout": "lightning_reg.dropout.multi_sample_dropout.core",
         "multi_sample_loss": "lightning_reg.dropout.multi_sample_dropout.core",
-        "conr_loss": "lightning_reg.metric_learning.conr",
-        "inverse_density_weights": "lightning_reg.metric_learning.conr",
-        "label_distance": "lightning_reg.metric_learning.conr",
-        "pair_masks": "lightning_reg.metric_learning.conr",
-        "elr_loss": "lightning_reg.noisy_labels.elr",
-        "elr_regularizer": "lightning_reg.noisy_labels.elr",
-        "elr_targets": "lightning_reg.noisy_labels.elr",
-        "elr_update_targets": "lightning_reg.noisy_labels.elr",
-        "elr_plus_decay": "lightning_reg.noisy_labels.elr_plus",
-        "elr_plus_loss": "lightning_reg.noisy_labels.elr_plus",
-        "elr_plus_targets": "lightning_reg.noisy_labels.elr_plus",
-        "refine_labels": "lightning_reg.noisy_labels.elr_plus",
-        "sigmoid_rampup": "lightning_reg.noisy_labels.elr_plus",
-        "bake_companders": "lightning_reg.regularization.weight_compander",
-        "compand": "lightning_reg.regularization.weight_compander",
-        "compand_gradients": "lightning_reg.regularization.weight_compander",
-        "expand": "lightning_reg.regularization.weight_compander",
-        "weight_stats": "lightning_reg.regularization.weight_compander",
-        "apply_strategy": "lightning_reg.reweighting.loss_reweighting",
-        "normalize_losses": "lightning_reg.reweighting.loss_reweighting",
-        "reweight": "lightning_reg.reweighting.loss_reweighting",
-        "scheduled_temperature": "lightning_reg.reweighting.loss_reweighting",
-        "sequence_losses": "lightning_reg.reweighting.loss_reweighting",
-        "weighted_loss": "lightning_reg.reweighting.loss_reweighting",
+        "conr_loss": "lightning_reg.metric_learning.conr.core",
+        "inverse_density_weights": "lightning_reg.metric_learning.conr.core",
+        "label_distance": "lightning_reg.metric_learning.conr.core",
+        "pair_masks": "lightning_reg.metric_learning.conr.core",
+        "elr_loss": "lightning_reg.noisy_labels.elr.core",
+        "elr_regularizer": "lightning_reg.noisy_labels.elr.core",
+        "elr_targets": "lightning_reg.noisy_labels.elr.core",
+        "elr_update_targets": "lightning_reg.noisy_labels.elr.core",
+        "elr_plus_decay": "lightning_reg.noisy_labels.elr_plus.core",
+        "elr_plus_loss": "lightning_reg.noisy_labels.elr_plus.core",
+        "elr_plus_targets": "lightning_reg.noisy_labels.elr_plus.core",
+        "refine_labels": "lightning_reg.noisy_labels.elr_plus.core",
+        "sigmoid_rampup": "lightning_reg.noisy_labels.elr_plus.core",
+        "Compander": "lightning_reg.regularization.weight_compander.core",
+        "Companding": "lightning_reg.regularization.weight_compander.core",
+        "bake_companders": "lightning_reg.regularization.weight_compander.core",
+        "compand": "lightning_reg.regularization.weight_compander.core",
+        "compand_gradients": "lightning_reg.regularization.weight_compander.core",
+        "expand": "lightning_reg.regularization.weight_compander.core",
+        "weight_stats": "lightning_reg.regularization.weight_compander.core",
+        "apply_strategy": "lightning_reg.reweighting.loss_reweighting.core",
+        "normalize_losses": "lightning_reg.reweighting.loss_reweighting.core",
+        "reweight": "lightning_reg.reweighting.loss_reweighting.core",
+        "scheduled_temperature": "lightning_reg.reweighting.loss_reweighting.core",
+        "sequence_losses": "lightning_reg.reweighting.loss_reweighting.core",
+        "weighted_loss": "lightning_reg.reweighting.loss_reweighting.core",
         "best_channel_permutation": "lightning_reg.sparsity.nm_sparsity.core",
         "check_nm": "lightning_reg.sparsity.nm_sparsity.core",
         "decay_factor": "lightning_reg.sparsity.nm_sparsity.core",

@@ -19,8 +19,8 @@ from lightning_reg.averaging._state_dicts import average_state_dicts
 from lightning_reg.engine.host import distributed
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.loss.lookup import ENGINES
 from lightning_reg.engine.run import passes as extra_passes
+from lightning_reg.engine.run.engine import attached_engine
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -87,7 +87,7 @@ def reestimate(soup: "SoupAverager", trainer: "Trainer", module: "LightningModul
         for layer in tracking_layers(module)
         if layer.num_batches_tracked is not None
     ]
-    with ENGINES[trainer].training_batches() as batches:
+    with attached_engine(trainer).training_batches() as batches:
         used = reestimate_batchnorm(
             module, batches, soup.bn_update_batches, lambda b: extra_passes.replay_step(trainer, module, b, next(steps))
         )

@@ -28,7 +28,7 @@ from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.networks.ensemble import JointForward, MeanOfTwo
 from lightning_reg.engine.networks.peer import copy_of, weights_of
 from lightning_reg.engine.networks.trained import PeerStep, TrainedPeer, check_trainable, reset_parameters_
-from lightning_reg.engine.run.engine import engine_of
+from lightning_reg.engine.run.engine import attached_engine
 from lightning_reg.engine.technique import LossTechnique
 from tests.toys import BATCH, CLASSES, INPUTS, QUIET, SAMPLES, Classifier, _Toy, fit, make_tensors
 
@@ -57,7 +57,7 @@ class Second(_Toy, LossTechnique):
 
     def on_train_epoch_end(self, trainer, pl_module):
         self.peer.train(
-            engine_of(pl_module), host.batches_of_epoch(trainer), lambda: self.steps.append(self.peer.steps)
+            attached_engine(trainer), host.batches_of_epoch(trainer), lambda: self.steps.append(self.peer.steps)
         )
         self.peer.end_epoch()
 

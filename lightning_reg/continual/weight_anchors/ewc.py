@@ -16,8 +16,8 @@ from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.distributed import world_size
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.loss.lookup import ENGINES
 from lightning_reg.engine.networks.peer import Peer, check_runs_on_copy
+from lightning_reg.engine.run.engine import attached_engine
 from lightning_reg.engine.technique import PenaltyTechnique
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ class EWC(TaskTechnique, PenaltyTechnique):
     def _fisher(self, trainer: "Trainer", module: "LightningModule", names: list[str]) -> list[Tensor]:
         peer = Peer(module, owner=self)
         named = dict(peer.module.named_parameters())
-        with ENGINES[trainer].training_steps() as steps:
+        with attached_engine(trainer).training_steps() as steps:
             losses = self._losses(peer, islice(steps, self.fisher_batches))
             group = host.data_parallel_group(trainer)
             return fisher_diagonal([named[name] for name in names], losses, self.per_sample, group)

@@ -17,7 +17,7 @@ class TakesLosses(Protocol):
         """What :meth:`LossMixin.reduce_loss` returns."""
 
 
-ENGINES: "WeakKeyDictionary[Any, Any]" = WeakKeyDictionary()
+ENGINES: "WeakKeyDictionary[Any, TakesLosses]" = WeakKeyDictionary()
 
 
 def engine_behind(module: Any) -> TakesLosses | None:
@@ -26,6 +26,3 @@ def engine_behind(module: Any) -> TakesLosses | None:
         return ENGINES.get(module.trainer)
     except RuntimeError:  # Lightning's answer when the module is attached to no Trainer
         return None
-
-
-engine_of: Any = engine_behind  # TEMPORARY

@@ -3,11 +3,10 @@
 import inspect
 from collections.abc import Sequence
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.loss.mixin import LossMixin
-from lightning_reg.engine.run.phases import LOSS_PHASES, Member, phases_of
+from lightning_reg.engine.run.phases import Member, OnLoss, phases_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -40,7 +39,6 @@ def check_composition(techniques: Sequence[Member], trainer: "Trainer", module: 
             _check_fetching(technique)
         if not module.automatic_optimization:
             _check_manual(technique)
-        _check_mixin(technique, module)
         technique.check(trainer, module)
 
 
@@ -59,7 +57,7 @@ def conflict_between(one: Member, two: Member) -> str | None:
         return f'in one Trainer share the log key {one.log_key!r}. Tell them apart by `name="..."`.'
     sentence = one.conflict_with(two) or two.conflict_with(one)
     if sentence is None:
-        sentence = _mixing_conflict(one, two) or _copies_conflict(one, two) or _views_conflict(one, two)
+        sentence = _mixing_conflict(one, two) or _views_conflict(one, two)
         sentence = sentence or _order_conflict(one, two)
     for phase, what in _EXCLUSIVE.items():
         if sentence is None and phase in phases_of(one) and phase in phases_of(two) and one.loss == two.loss:
@@ -70,38 +68,15 @@ def conflict_between(one: Member, two: Member) -> str | None:
     return None if sentence is None else f"cannot stand together: {sentence}"
 
 
-def _copies_conflict(one: Member, two: Member) -> str | None:
-    if _plan(one) is not None and _plan(two) is not None:
-        return "each lets a part of the network run on several copies of the batch. Remove one of them."
-    for copying, other in ((one, two), (two, one)):
-        plan, names = _plan(copying), (type(copying).__name__, type(other).__name__)
-        acts = LOSS_PHASES.intersection(phases_of(other)) or other.mixes != "none"
-        if plan is not None and plan.way == "passes" and acts:
-            return (
-                f"{names[0]} runs the training step {plan.number} times, and {names[1]} would act on the loss of each."
-                " Let the copies be rows of one run."
-            )
-    return None
-
-
 def _views_conflict(one: Member, two: Member) -> str | None:
     for viewing, other in ((one, two), (two, one)):
-        if "extra_views" in phases_of(viewing) and (other.mixes != "none" or _plan(other) is not None):
-            what = "mixes samples" if other.mixes != "none" else "lets a part of the network run on copies of the rows"
+        if "extra_views" in phases_of(viewing) and other.mixes != "none":
             return (
                 f"{type(viewing).__name__} passes further views of the batch through the network beside it, and"
-                f" {type(other).__name__} {what}: which rows belong together is then not known. Remove one of them."
+                f" {type(other).__name__} mixes samples: which rows belong together is then not known. Remove one of"
+                " them."
             )
     return None
-
-
-def _check_mixin(technique: Member, module: "LightningModule") -> None:
-    plan = _plan(technique)
-    if isinstance(module, LossMixin) and plan is not None and plan.way == "rows":
-        raise MisconfigurationException(
-            f"{type(technique).__name__}: the module computes its losses itself (LossMixin), for the rows it knows of,"
-            " and not for their copies. Let the copies be runs of the training step, if the technique offers that."
-        )
 
 
 def _mixing_conflict(one: Member, two: Member) -> str | None:
@@ -115,7 +90,7 @@ def _mixing_conflict(one: Member, two: Member) -> str | None:
         if mixer.mixes == "none" or not looks_at_samples:
             continue
         names = type(mixer).__name__, type(other).__name__
-        if not getattr(other, "takes_mixed", False):
+        if not (isinstance(other, OnLoss) and other.takes_mixed):
             return f"{names[0]} makes one sample of two, and {names[1]} has no rule for a sample with two owners."
         if mixer.mixes == "all" and other.needs_indices:
             return (
@@ -152,19 +127,9 @@ def _check_fetching(technique: Member) -> None:
 
 
 def _check_manual(technique: Member) -> None:
-    name, plan = type(technique).__name__, _plan(technique)
-    if plan is not None and plan.way == "passes":
-        raise MisconfigurationException(
-            f"{name} runs `training_step` {plan.number} times for one optimizer step; with automatic_optimization=False"
-            " each run would train. Let the copies be rows of one run."
-        )
     if technique.loss == "last":
         raise MisconfigurationException(
-            f'{name}(loss="last") is known only after `training_step` has returned; with automatic_optimization=False'
-            " that is too late. Name the call by its position, function or place in the code."
+            f'{type(technique).__name__}(loss="last") is known only after `training_step` has returned; with'
+            " automatic_optimization=False that is too late. Name the call by its position, function or place in the"
+            " code."
         )
-
-
-def _plan(technique: Member) -> Any:
-    plan = getattr(technique, "copy_plan", None)
-    return None if plan is None else plan()

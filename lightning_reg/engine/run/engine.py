@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_reg.engine.data.loaders import TrainLoaders
 from lightning_reg.engine.data.order import Reordered
 from lightning_reg.engine.host import lightning as host
-from lightning_reg.engine.loss.lookup import ENGINES, engine_behind
+from lightning_reg.engine.loss.lookup import ENGINES
 from lightning_reg.engine.loss.result import loss_of
 from lightning_reg.engine.run import passes, report
 from lightning_reg.engine.run.composition import check_composition
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from lightning_reg.engine.host.owner import Owner
 
-__all__ = ["Engine", "engine_of"]
+__all__ = ["Engine", "attached_engine"]
 
 
 class Engine:
@@ -168,7 +168,20 @@ class Engine:
         return Reordered(self._loaders.the_only_one(technique), technique)
 
 
-def engine_of(module: Any) -> Engine | None:
-    """The engine that stands around the module's training step at present, ``None`` outside of a fit."""
-    engine = engine_behind(module)
-    return engine if isinstance(engine, Engine) else None
+def attached_engine(trainer: "Trainer") -> Engine:
+    """The engine of a Trainer that fits with techniques.
+
+    Args:
+        trainer: The Trainer.
+
+    Returns:
+        Its engine.
+
+    Raises:
+        RuntimeError: If there is none.
+
+    """
+    engine = ENGINES.get(trainer)
+    if not isinstance(engine, Engine):
+        raise RuntimeError("There is no engine: the Trainer does not fit, or has no technique among its callbacks.")
+    return engine

@@ -116,9 +116,9 @@ class Networks:
         self._steps += 1
         self._update_average(0, self._steps)
 
-    def catch_up(self, engine: "Engine | None", batches: int) -> None:
+    def catch_up(self, engine: "Engine", batches: int) -> None:
         """Trains the second network on as many batches of this epoch as the module has had."""
-        if self._second is not None and engine is not None:
+        if self._second is not None:
             second = self._second
             second.train(engine, batches, lambda: self._update_average(1, second.steps))
 

@@ -10,8 +10,8 @@ from typing_extensions import override
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.loss.lookup import engine_of
 from lightning_reg.engine.networks.trained import PeerInit, check_trainable
+from lightning_reg.engine.run.engine import attached_engine
 from lightning_reg.engine.run.phases import Member, phases_of
 from lightning_reg.engine.technique import BatchTechnique, LossTechnique
 from lightning_reg.noisy_labels._early_learning import (
@@ -270,12 +270,12 @@ class ELRPlusCallback(BatchTechnique, LossTechnique):
             self._networks.after_step()
         self._has_stepped = False
         if trainer.is_last_batch:  # before validation, and before a checkpoint
-            self._networks.catch_up(engine_of(pl_module), host.batches_of_epoch(trainer))
+            self._networks.catch_up(attached_engine(trainer), host.batches_of_epoch(trainer))
             self._networks.end_epoch()
 
     @override
     def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:  # if it was cut short
-        self._networks.catch_up(engine_of(pl_module), host.batches_of_epoch(trainer))
+        self._networks.catch_up(attached_engine(trainer), host.batches_of_epoch(trainer))
 
     @override
     def on_validation_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:

@@ -17,9 +17,9 @@ from lightning_reg.engine.host import distributed
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.layers.named import named_layers
-from lightning_reg.engine.loss.lookup import ENGINES
 from lightning_reg.engine.loss.result import loss_of
 from lightning_reg.engine.networks.peer import check_runs_on_copy, copy_of
+from lightning_reg.engine.run.engine import attached_engine
 from lightning_reg.sparsity.nm_sparsity._graph import Chain, find_chain
 from lightning_reg.sparsity.nm_sparsity._layers import Weight
 from lightning_reg.sparsity.nm_sparsity.core import best_channel_permutation, nm_mask
@@ -190,7 +190,7 @@ class Probe:
     def __init__(self, trainer: "Trainer", module: "LightningModule", owner: object) -> None:
         check_runs_on_copy(module, owner)
         self._trainer, self._module = trainer, module
-        with ENGINES[trainer].training_steps() as steps:
+        with attached_engine(trainer).training_steps() as steps:
             step = next(steps, None)
         if step is None:
             raise MisconfigurationException(f"{type(owner).__name__}: there is no training batch to try it on.")
