@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_reg.averaging._batch_norm import reestimate_batchnorm, tracking_layers
-from lightning_reg.engine.host.lightning import isolated_randomness, metrics_kept
+from lightning_reg.engine.host.generators import isolated_randomness
+from lightning_reg.engine.host.lightning import metrics_kept
 from lightning_reg.engine.run.passes import replay_step
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from lightning_reg.dropout.multi_sample_dropout._evaluation import OnCopies, goe
 from lightning_reg.dropout.multi_sample_dropout._replays import Replays
 from lightning_reg.dropout.multi_sample_dropout._watches import NormWatch, watch_order
 from lightning_reg.engine.host import lightning as host
-from lightning_reg.engine.host.autograd import descends
+from lightning_reg.engine.host.autograd import descends, version_of
 from lightning_reg.engine.host.errors import MisconfigurationException, refuse_layer
 from lightning_reg.engine.host.names import plain_name
 from lightning_reg.engine.layers.named import LayerHook, named_layers
@@ -315,7 +315,7 @@ class Copies(Part):
         if not self._depends[place]:
             return value
         first = value[: value.shape[0] // number]
-        self._handed.append((first, value, first._version))
+        self._handed.append((first, value, version_of(first)))
         return first
 
     def _fits(self, value: Tensor) -> bool:
@@ -367,7 +367,7 @@ class Copies(Part):
             tiles = value.shape[0] * value.stride(0) == first.shape[0] * first.stride(0)
             if not tiles or not value.requires_grad or not 0 <= offset < max(full.stride(0), 1):
                 continue
-            if value._version != version:
+            if version_of(value) != version:
                 raise MisconfigurationException(
                     f"{self.name}: the output of the layers after {self.plan.layer!r} is changed in place before the"
                     f' loss, in one of its copies only. Write it out of place, or pass `{self.name}(outputs="all")`.'

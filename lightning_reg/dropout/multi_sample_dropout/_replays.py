@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_reg.engine.host import lightning as host
+from lightning_reg.engine.host.autograd import version_of
 from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.host.generators import isolated_randomness
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -66,7 +68,7 @@ class Replays:
                 " could be kept for the other passes. Name the layer that your step calls."
             )
         passes = [first]
-        changes = any(tensor._version for tensor in handed)
+        changes = any(version_of(tensor) for tensor in handed)
         handed.clear()
         with self._again(outputs, Tensor.clone if changes else _same):
             passes += [once(copy.copy(batch), number) for number in range(1, self._number)]
@@ -82,7 +84,7 @@ class Replays:
             return tree_map_only(Tensor, given, outputs[(calls - 1) % len(outputs)])
 
         with ExitStack() as undo:
-            undo.enter_context(host.isolated_randomness())
+            undo.enter_context(isolated_randomness())
             undo.enter_context(host.metrics_kept(self._module))
             undo.callback(host.Replacement(self._backbone, "forward", kept).undo)
             for name in ("log", "log_dict"):

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
+from lightning_reg.engine.host.autograd import version_of
+from lightning_reg.engine.host.modules import BatchNorm
 from lightning_reg.engine.layers.named import LayerHook
 
 __all__ = ["NormWatch", "watch_order"]
@@ -21,7 +22,7 @@ class NormWatch:
     """
 
     def __init__(self, layers: dict[str, nn.Module]) -> None:
-        self._norms = {name: layer for name, layer in layers.items() if isinstance(layer, _BatchNorm)}
+        self._norms = {name: layer for name, layer in layers.items() if isinstance(layer, BatchNorm)}
         self._versions: dict[str, int] = {}
         self._handles: list[RemovableHandle] = []
 
@@ -31,7 +32,7 @@ class NormWatch:
             if norm.num_batches_tracked is None:
                 self._handles.append(norm.register_forward_pre_hook(lambda *_, name=name: refuse(name)))
             elif norm.training:
-                self._versions[name] = norm.num_batches_tracked._version
+                self._versions[name] = version_of(norm.num_batches_tracked)
 
     def check(self, refuse: Callable[[str], None]) -> None:
         """Hands over the name of each that has run, and notices no more."""
@@ -39,7 +40,7 @@ class NormWatch:
         self.stop()
         for name, version in versions.items():
             count = self._norms[name].num_batches_tracked
-            if count is not None and count._version != version:
+            if count is not None and version_of(count) != version:
                 refuse(name)
 
     def stop(self) -> None:

@@ -9,9 +9,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_reg.engine.data.indices import BatchIndices, IndexSource
 from lightning_reg.engine.host import distributed
-from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.host.generators import kept_generators
+from lightning_reg.engine.host.generators import isolated_randomness, kept_generators, own_randomness
 from lightning_reg.engine.host.owner import Owner
 
 __all__ = ["Reordered"]
@@ -54,7 +53,7 @@ class Reordered:
         """What the batches of an epoch are made of: one index, or a list of them, for each batch."""
         seed = self._technique.derived_seed(f"order {epoch}")  # the same on all ranks, as shuffling is
         sampler = _copied_sampler(getattr(self._loader, self._place), epoch + seed % 2**30)
-        with host.own_randomness(seed), kept_generators(self._loader, seed):
+        with own_randomness(seed), kept_generators(self._loader, seed):
             return [[*draw] if isinstance(draw, list) else draw for draw in sampler]
 
     def batches(self, draws: Sequence[Any], epoch: int, start: int) -> Iterator[tuple[int, BatchIndices, Any]]:
@@ -73,11 +72,11 @@ class Reordered:
         generator = torch.Generator().manual_seed(self._technique.derived_seed(f"workers {epoch} {start}"))
         changes = {self._place: draws[start:], "generator": generator, "_iterator": None, "persistent_workers": False}
         twin.__dict__.update(changes)  # torch forbids to set them
-        with host.isolated_randomness():
+        with isolated_randomness():
             batches = iter(twin)
             for position, draw in enumerate(draws[start:], start):
                 seed = self._technique.derived_seed(f"batch {distributed.rank()} {epoch} {position}")
-                with host.own_randomness(seed):
+                with own_randomness(seed):
                     batch = next(batches)
                     if batch is not None:
                         yield position, BatchIndices(draw), batch

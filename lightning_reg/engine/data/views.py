@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from lightning_reg.engine.data.batches import join_batches, lies_by_sample
+from lightning_reg.engine.host.autograd import is_view_of_rows
 
 if TYPE_CHECKING:
     from lightning_reg.engine.host.owner import Owner
@@ -68,7 +69,7 @@ class Views:
             return None
         samples, target = self.count * self._size, arguments.get("target")
         flat = isinstance(target, Tensor) and len(target) == len(given) and lies_by_sample(target, self.batch, samples)
-        if len(given) != samples and not flat and not _is_flattened(given, samples):
+        if len(given) != samples and not flat and not is_view_of_rows(given, samples):
             return None
         narrowed = dict(arguments)
         for name in _PER_ROW:
@@ -122,17 +123,3 @@ class Views:
     def _has_blocks(self, rows: Tensor) -> bool:
         samples = self.count * self._size
         return rows.dim() > 0 and len(rows) > 0 and len(rows) % samples == 0
-
-
-def _is_flattened(rows: Tensor, samples: int) -> bool:
-    """Whether rows are certainly those of a tensor with a row per sample, by the operations that made them."""
-    node = rows.grad_fn
-    while node is not None and node.name() in _KEEP_ORDER:
-        if node._saved_self_sym_sizes[0] == samples:  # type: ignore[attr-defined]  # of each kind of node its own
-            return True
-        node = node.next_functions[0][0]
-    return False
-
-
-# `view` and `reshape` without a copy: another shape, the elements in the same order.
-_KEEP_ORDER = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")

@@ -1,4 +1,4 @@
-"""The random generators that a training loader and its samplers draw from."""
+"""Random generators: the global ones, and those that a training loader and its samplers draw from."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -9,7 +9,32 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-__all__ = ["kept_generators"]
+__all__ = ["isolated_randomness", "kept_generators", "own_randomness"]
+
+
+@contextmanager
+def isolated_randomness() -> Iterator[None]:
+    """Puts the global random states of torch, numpy and Python back at the end, after an exception as well."""
+    on_devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]  # torch's
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002 # users draw from it
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002 # as above
+        random.setstate(states[2])
+        if on_devices:
+            torch.cuda.set_rng_state_all(on_devices)
+
+
+@contextmanager
+def own_randomness(seed: int) -> Iterator[None]:
+    """The global random states start from a seed, and are what they were at the end."""
+    with isolated_randomness():
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002 # users draw from it
+        random.seed(seed)
+        yield
 
 
 @contextmanager

@@ -3,18 +3,17 @@
 import copy
 import importlib
 import inspect
-import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from lightning_reg.engine.host import distributed
+from lightning_reg.engine.host import distributed, modules
+from lightning_reg.engine.host.generators import isolated_randomness
 
 # `lightning.pytorch` and `pytorch_lightning` are twins that do not know each other's classes. A program of the older
 # name need not pay for importing the other one, and its LightningCLI accepts only subclasses of its own Callback.
@@ -58,6 +57,7 @@ __all__ = [
     "Replacement",
     "adds_epoch_for_statistics",
     "arguments_of_training_step",
+    "batch_on_device",
     "batches_of_epoch",
     "batches_so_far",
     "callbacks",
@@ -66,16 +66,17 @@ __all__ = [
     "gradient_scale",
     "is_compiled",
     "is_logging_step",
-    "isolated_randomness",
+    "joined_like",
     "lent_trainer",
     "log_beside",
     "metrics_kept",
+    "new_scaler",
     "nominal_batch_size",
     "optimizers_of",
-    "own_randomness",
     "prints_summary",
     "rank_zero_warn",
     "reaches_step_through_call",
+    "rerun_validation",
     "set_callbacks",
     "silenced_metrics",
     "validates_in_fit",
@@ -146,12 +147,7 @@ def is_compiled(module: "LightningModule") -> bool:
     """Whether the module, or one inside it, went through ``torch.compile``."""
     if getattr(module, "_compiler_ctx", None) is not None:
         return True
-    return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in module.modules())
-
-
-def adds_epoch_for_statistics(trainer: "Trainer") -> bool:
-    """Whether Lightning's SWA adds an epoch for batch norm statistics, which trains nothing."""
-    return any(getattr(callback, "_model_contains_batch_norm", False) for callback in callbacks(trainer))
+    return any(modules.is_compiled(layer) for layer in module.modules())
 
 
 def prints_summary(trainer: "Trainer") -> bool:
@@ -201,31 +197,6 @@ def callbacks(trainer: "Trainer") -> "list[Callback]":
 def set_callbacks(trainer: "Trainer", callbacks: "list[Callback]") -> None:
     """Gives the Trainer a new list; the one that Lightning may be iterating over stays as it is."""
     trainer.callbacks = callbacks  # type: ignore[attr-defined]  # set by the callback connector
-
-
-@contextmanager
-def isolated_randomness() -> Iterator[None]:
-    """Puts the global random states of torch, numpy and Python back at the end, after an exception as well."""
-    on_devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]  # torch's
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002 # users draw from it
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002 # as above
-        random.setstate(states[2])
-        if on_devices:
-            torch.cuda.set_rng_state_all(on_devices)
-
-
-@contextmanager
-def own_randomness(seed: int) -> Iterator[None]:
-    """The global random states start from a seed, and are what they were at the end."""
-    with isolated_randomness():
-        torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002 # users draw from it
-        random.seed(seed)
-        yield
 
 
 @contextmanager
@@ -313,3 +284,76 @@ def validates_in_fit(trainer: "Trainer") -> bool:
 def arguments_of_training_step(module: "LightningModule") -> int:
     """How many of ``(batch, batch_idx)`` the module's ``training_step`` takes."""
     return min(2, len(inspect.signature(module.training_step).parameters))
+
+
+def batch_on_device(trainer: "Trainer", batch: Any) -> Any:
+    """A batch as Lightning hands it to ``training_step``: converted, through the module's hooks, on its device."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def joined_like(combined: Any, iterables: Any) -> Any:
+    """Loaders joined as Lightning has joined others: in the same mode, with the same limits.
+
+    Args:
+        combined: The CombinedLoader of the others.
+        iterables: Loaders in the structure of the others.
+
+    Returns:
+        Another CombinedLoader, begun.
+
+    """
+    fresh = type(combined)(iterables, combined._mode)
+    fresh.limits = combined.limits
+    return fresh
+
+
+def new_scaler(trainer: "Trainer") -> Any:
+    """A scaler of losses with the settings of the Trainer's, at its present scale; ``None`` if there is none."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None:
+        return None
+    own = type(scaler)(scaler._device) if hasattr(scaler, "_device") else type(scaler)()
+    state = scaler.state_dict()
+    if state:
+        own.load_state_dict(state)
+    return own
+
+
+def rerun_validation(trainer: "Trainer", kept: "Sequence[Callback]") -> dict[str, float]:
+    """Runs the user's validation loop once more on the module as it is; nothing else notices.
+
+    Args:
+        trainer: A Trainer that fits; at the earliest in ``on_validation_end`` if it validates.
+        kept: The callbacks that are called.
+
+    Returns:
+        What the module logged, by name.
+
+    """
+    loop, before, stage = trainer.fit_loop.epoch_loop.val_loop, callbacks(trainer), trainer.state.stage
+    kept_by_loop = {
+        "batch_progress": copy.deepcopy(loop.batch_progress),
+        "_seen_batches_per_dataloader": copy.copy(loop._seen_batches_per_dataloader),
+        "_module_mode": loop._module_mode,
+    }
+    with ExitStack() as undo:
+        undo.enter_context(isolated_randomness())
+        undo.enter_context(silenced_metrics(trainer))
+        undo.enter_context(metrics_kept(trainer.lightning_module))
+        undo.callback(set_callbacks, trainer, before)
+        undo.callback(setattr, trainer.state, "stage", stage)
+        for name, value in kept_by_loop.items():
+            undo.callback(setattr, loop, name, value)
+        set_callbacks(trainer, list(kept))
+        loop._module_mode = type(loop._module_mode)()
+        trainer.validating = True
+        trainer._logger_connector.reset_results()  # metric objects of a validation that is about to end
+        loop.run()
+        return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def adds_epoch_for_statistics(trainer: "Trainer") -> bool:
+    """Whether Lightning's SWA adds an epoch for batch norm statistics, which trains nothing."""
+    return any(getattr(callback, "_model_contains_batch_norm", False) for callback in callbacks(trainer))

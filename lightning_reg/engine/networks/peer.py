@@ -16,7 +16,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torchmetrics import Metric
 
 from lightning_reg.engine.host import lightning as host
+from lightning_reg.engine.host.autograd import version_of
 from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.host.generators import isolated_randomness
+from lightning_reg.engine.host.modules import forget_compiled_call, hooks_of, own_buffers, uncompiled
+from lightning_reg.engine.host.names import plain_name
 from lightning_reg.engine.layers.named import FeatureTap, LayerHook
 from lightning_reg.engine.loss.call import LossCall, loss_call
 from lightning_reg.engine.loss.call_by_hand import call_by_hand
@@ -66,7 +70,7 @@ def copy_of(module: "LightningModule") -> "LightningModule":
     """
     with host.without_compiled_steps(module):
         _check_functions(module)
-    memo: dict[int, Any] = {id(hook): hook for hooks in _hooks(module) for hook in hooks.values()}
+    memo: dict[int, Any] = {id(hook): hook for hooks in hooks_of(module) for hook in hooks.values()}
     memo = {key: hook for key, hook in memo.items() if isinstance(hook, LayerHook)}
     # Such as `self.last_logits`: torch refuses to copy a tensor with a history.
     kept = (leaf for layer in module.modules() for leaf in tree_leaves(vars(layer)) if isinstance(leaf, Tensor))
@@ -74,8 +78,8 @@ def copy_of(module: "LightningModule") -> "LightningModule":
     try:
         # The innermost first, so that a compiled network inside another one is found in the memo.
         for layer in reversed(list(module.modules())):
-            if hasattr(layer, "_orig_mod"):
-                memo[id(layer)] = copy.deepcopy(layer._orig_mod, memo)
+            if (inner := uncompiled(layer)) is not None:
+                memo[id(layer)] = copy.deepcopy(inner, memo)
         with host.without_compiled_steps(module):
             twin = copy.deepcopy(module, memo)
     except (RuntimeError, TypeError) as error:
@@ -84,27 +88,21 @@ def copy_of(module: "LightningModule") -> "LightningModule":
             " not belong into the module."
         ) from error
     for layer in twin.modules():
-        layer._compiled_call_impl = None
-    for hooks in _hooks(twin):
+        forget_compiled_call(layer)
+    for hooks in hooks_of(twin):
         for key in [key for key, hook in hooks.items() if isinstance(hook, LayerHook)]:
             del hooks[key]
     return twin
-
-
-def _hooks(module: nn.Module) -> Iterator[dict[int, Any]]:
-    for layer in module.modules():
-        yield layer._forward_hooks
-        yield layer._forward_pre_hooks
 
 
 def _check_functions(module: nn.Module) -> None:
     """Refuses hooks and replaced methods that hold a layer; copies share plain functions, so they would use it too."""
     names = {id(layer): f"the layer {name!r}" if name else "the module" for name, layer in module.named_modules()}
     for layer in module.modules():
-        functions = [*layer._forward_hooks.values(), *layer._forward_pre_hooks.values()]
+        functions = [hook for hooks in hooks_of(layer) for hook in hooks.values()]
         # A metric wraps its methods in functions that hold it, and wraps them anew when it is copied; what is compiled
         # is left out of copies.
-        if not isinstance(layer, Metric) and not hasattr(layer, "_orig_mod"):
+        if not isinstance(layer, Metric) and uncompiled(layer) is None:
             functions += [value for name, value in vars(layer).items() if name != "_compiled_call_impl"]
         for function in functions:
             held = next((names[id(x)] for x in _held(function) if id(x) in names), None)
@@ -158,7 +156,7 @@ def check_runs_on_copy(module: "LightningModule", owner: object) -> None:
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
     """All parameters and buffers by the names the user knows; the module's own memory, without gradient."""
     named = (*module.named_parameters(), *module.named_buffers())
-    return {name.replace("_orig_mod.", ""): tensor.detach() for name, tensor in named}
+    return {plain_name(name): tensor.detach() for name, tensor in named}
 
 
 @torch.no_grad()
@@ -284,12 +282,12 @@ class Peer:
         """
         trainer = step.trainer
         tensors = [leaf for leaf in tree_leaves(step.batch) if isinstance(leaf, Tensor)]
-        versions = [tensor._version for tensor in tensors]
+        versions = [version_of(tensor) for tensor in tensors]
         self._step, self._selection, self._taken = step, Selection([] if technique is None else [technique]), None
         self._keep = _unchanged if gradient else _detached
         try:
             with ExitStack() as undo:
-                undo.enter_context(host.isolated_randomness())
+                undo.enter_context(isolated_randomness())
                 undo.enter_context(host.lent_trainer(self.module, trainer))
                 undo.enter_context(_kept_buffers(self.module))
                 # With a graph, so that calls with a gradient are told apart as they are in the user's own step (a
@@ -316,7 +314,7 @@ class Peer:
             self._step = None
             for metric in self._metrics:
                 metric.reset()
-        if versions != [tensor._version for tensor in tensors]:
+        if versions != [version_of(tensor) for tensor in tensors]:
             raise MisconfigurationException(
                 f"{type(self.module).__name__}.training_step changes its batch in place, so a second network sees"
                 " another batch than the module. Write `x = x + noise` for `x += noise`."
@@ -392,7 +390,7 @@ def _kept_buffers(module: nn.Module) -> Iterator[None]:
     # In eval mode too: `training_step` may move them itself. Copies stand in for them, because a graph that outlives
     # the pass allows no writing into what it saved.
     copies = {id(buffer): buffer.detach().clone() for buffer in module.buffers()}
-    places = [(layer._buffers, dict(layer._buffers)) for layer in module.modules() if layer._buffers]
+    places = [(own, dict(own)) for layer in module.modules() if (own := own_buffers(layer))]
     try:
         for place, before in places:
             place.update({name: None if buffer is None else copies[id(buffer)] for name, buffer in before.items()})

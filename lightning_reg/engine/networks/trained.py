@@ -17,8 +17,9 @@ from lightning_reg.engine.data.indices import BatchIndices, IndexSource
 from lightning_reg.engine.host import distributed
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.host.generators import isolated_randomness, own_randomness
+from lightning_reg.engine.host.modules import reset_of
 from lightning_reg.engine.networks.peer import copy_of, load_weights_, weights_of
-from lightning_reg.engine.run.passes import on_device
 from lightning_reg.engine.step import Step
 from lightning_reg.engine.technique import Technique
 
@@ -77,9 +78,9 @@ def reset_parameters_(module: nn.Module, seed: int) -> list[str]:
     """
     kept = []
     frozen = {name: value.clone() for name, value in weights_of(module).items() if name in _frozen_names(module)}
-    with host.own_randomness(seed), torch.no_grad():
+    with own_randomness(seed), torch.no_grad():
         for name, layer in reversed(list(module.named_modules())):
-            reset = getattr(layer, "reset_parameters", None) or getattr(layer, "_reset_parameters", None)
+            reset = reset_of(layer)
             if callable(reset):
                 reset()
             else:
@@ -189,11 +190,11 @@ class TrainedPeer:
                 f"{type(owner).__name__}: the second network starts with the first one's values for {', '.join(kept)}:"
                 " their layers have no `reset_parameters`. Define it on the module to draw them anew."
             )
-        with host.lent_trainer(self.module, trainer), host.isolated_randomness():
+        with host.lent_trainer(self.module, trainer), isolated_randomness():
             optimizers, self._schedulers = host.optimizers_of(self.module)
         _check_optimizers(owner, self.module, optimizers, self._schedulers)
         self._optimizer: torch.optim.Optimizer = optimizers[0]
-        self._scaler = _own_scaler(trainer)
+        self._scaler = host.new_scaler(trainer)
         self.steps = self._batches = self._epoch = self._position = 0
         self._scheduled = -1
         self.loss: Tensor | None = None
@@ -248,7 +249,14 @@ class TrainedPeer:
         trainer = self._trainer
         self._batches += 1
         step = PeerStep(
-            trainer, self.module, on_device(trainer, batch), source, indices, position, self._batches, self.steps
+            trainer,
+            self.module,
+            host.batch_on_device(trainer, batch),
+            source,
+            indices,
+            position,
+            self._batches,
+            self.steps,
         )
         with trainer.precision_plugin.train_step_context():
             loss = engine.run_alone(self._owner, step)
@@ -331,18 +339,6 @@ _PLACE = ("steps", "_batches", "_epoch", "_position", "_scheduled")
 
 def _base_of(module: "LightningModule") -> type[Any]:
     return next(cls for cls in type(module).__mro__ if cls.__name__ == "LightningModule")  # of either twin
-
-
-def _own_scaler(trainer: "Trainer") -> Any:
-    """A scaler of losses with the settings of the Trainer's, at its present scale; ``None`` if there is none."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is None:
-        return None
-    own = type(scaler)(scaler._device) if hasattr(scaler, "_device") else type(scaler)()
-    state = scaler.state_dict()
-    if state:
-        own.load_state_dict(state)
-    return own
 
 
 def _check_optimizers(

@@ -12,13 +12,13 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
 from lightning_reg.engine.host import lightning as host
-from lightning_reg.engine.host.generators import kept_generators
+from lightning_reg.engine.host.generators import isolated_randomness, kept_generators
 from lightning_reg.engine.run.hooks import FirstHooks
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["on_device", "replay_step", "training_batches", "validation_metrics"]
+__all__ = ["replay_step", "training_batches", "validation_metrics"]
 
 
 def validation_metrics(trainer: "Trainer") -> dict[str, float]:
@@ -33,25 +33,8 @@ def validation_metrics(trainer: "Trainer") -> dict[str, float]:
         What the module logged, by name.
 
     """
-    loop = trainer.fit_loop.epoch_loop.val_loop
-    progress, seen = copy.deepcopy(loop.batch_progress), copy.copy(loop._seen_batches_per_dataloader)
-    callbacks = host.callbacks(trainer)
-    stage = trainer.state.stage
-    with ExitStack() as undo:
-        undo.enter_context(host.isolated_randomness())
-        undo.enter_context(host.silenced_metrics(trainer))
-        undo.enter_context(host.metrics_kept(trainer.lightning_module))
-        undo.callback(host.set_callbacks, trainer, callbacks)
-        undo.callback(setattr, trainer.state, "stage", stage)
-        undo.callback(setattr, loop, "batch_progress", progress)
-        undo.callback(setattr, loop, "_seen_batches_per_dataloader", seen)
-        host.set_callbacks(trainer, [callback for callback in callbacks if isinstance(callback, FirstHooks)])
-        undo.callback(setattr, loop, "_module_mode", loop._module_mode)
-        loop._module_mode = type(loop._module_mode)()
-        trainer.validating = True
-        trainer._logger_connector.reset_results()  # metric objects of a validation that is about to end
-        loop.run()
-        return {name: float(value) for name, value in trainer.callback_metrics.items()}
+    engines = [callback for callback in host.callbacks(trainer) if isinstance(callback, FirstHooks)]
+    return host.rerun_validation(trainer, engines)
 
 
 @contextmanager
@@ -71,23 +54,14 @@ def training_batches(trainer: "Trainer", original: Callable[[Any], Any]) -> Iter
     # Of `limit_train_batches` the loader knows in its length only.
     limit = None if trainer.num_training_batches == math.inf else int(trainer.num_training_batches)
     twins = dict(zip(map(id, combined.flattened), map(_fresh, loaders), strict=True))
-    fresh = type(combined)(
-        tree_map(lambda loader: twins[id(loader)], combined.iterables, is_leaf=lambda x: id(x) in twins), combined._mode
-    )
+    iterables = tree_map(lambda loader: twins[id(loader)], combined.iterables, is_leaf=lambda x: id(x) in twins)
+    fresh = host.joined_like(combined, iterables)
     with ExitStack() as undo:
-        undo.enter_context(host.isolated_randomness())
+        undo.enter_context(isolated_randomness())
         undo.enter_context(host.metrics_kept(trainer.lightning_module))
         for loader in loaders:
             undo.enter_context(kept_generators(loader))
-        fresh.limits = combined.limits
-        yield (on_device(trainer, batch) for batch, *_ in islice(fresh, limit))
-
-
-def on_device(trainer: "Trainer", batch: Any) -> Any:
-    """A batch as Lightning hands it to ``training_step``: converted, through the module's hooks, on its device."""
-    batch = trainer.precision_plugin.convert_input(batch)
-    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
-    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        yield (host.batch_on_device(trainer, batch) for batch, *_ in islice(fresh, limit))
 
 
 def _fresh(loader: Any) -> Any:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_reg.engine.host import lightning as host
+from lightning_reg.engine.host.autograd import version_of
 from lightning_reg.engine.host.errors import MisconfigurationException, refuse_parameter
 from lightning_reg.engine.weights.guard import StepGuard
 from lightning_reg.engine.weights.swap import named_weights
@@ -242,7 +243,7 @@ class WeightMaps:
     def _follow_writes(self) -> None:
         """Takes over what somebody else wrote into weights, an average that was loaded say."""
         for one in self._maps:
-            written = [name for name, p in one.weights.items() if p._version != self._versions[p]]
+            written = [name for name, p in one.weights.items() if version_of(p) != self._versions[p]]
             if written:
                 present = one.weights_of({name: one.technique.latents.values[name] for name in written})
                 self._follow(one, [name for name in written if not torch.equal(present[name], one.weights[name])])
@@ -268,13 +269,13 @@ class WeightMaps:
     @contextmanager
     def own_writes(self) -> Iterator[None]:
         """What is written meanwhile is no news: edits of weights that come and go, in every step."""
-        before = {p: p._version for p in self._versions}
+        before = {p: version_of(p) for p in self._versions}
         yield
         for p, version in before.items():
-            self._versions[p] += p._version - version
+            self._versions[p] += version_of(p) - version
 
     def _note(self, weights: Mapping[str, nn.Parameter]) -> None:
-        self._versions.update({p: p._version for p in weights.values()})
+        self._versions.update({p: version_of(p) for p in weights.values()})
 
     # -- around an optimizer step -------------------------------------------------------------------------------------
 

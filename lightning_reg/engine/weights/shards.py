@@ -13,6 +13,8 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
+from lightning_reg.engine.host.modules import reshards
+
 __all__ = [
     "Layout",
     "cut_rows",
@@ -145,5 +147,5 @@ def reshard_(module: nn.Module) -> None:
     Until then a module that keeps gathered parameters after its forward pass shows those as its parameters, too.
     """
     for submodule in module.modules():
-        if hasattr(type(submodule), "_get_fsdp_state"):  # torch's FSDPModule, which older versions do not have
+        if reshards(submodule):
             submodule.reshard()  # type: ignore[operator]  # torch: any attribute is a Tensor or Module

@@ -11,6 +11,7 @@ from lightning_reg.engine.data.entries import find_entry, replace_entry
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.host.generators import own_randomness
 from lightning_reg.engine.host.user_functions import user_function
 from lightning_reg.engine.loss.regression import features_per_row, regression_pairs
 from lightning_reg.engine.technique import BatchTechnique, LossTechnique
@@ -194,7 +195,7 @@ class ConR(BatchTechnique, LossTechnique):
         augment = user_function(self.augment, step.trainer, step.module, "ConR(augment=...)")
         x = find_entry(batch, self.input_key, "input_key")
         seed = int(torch.randint(2**32, (), generator=self.generator(step)))
-        with host.own_randomness(seed), torch.no_grad():
+        with own_randomness(seed), torch.no_grad():
             return [replace_entry(batch, self.input_key, augment(x)) for _ in range(count)]
 
     @override

@@ -3,6 +3,7 @@
 from torch import nn
 
 from lightning_reg.engine.host.errors import MisconfigurationException, check_patterns
+from lightning_reg.engine.host.modules import own_parameters
 from lightning_reg.engine.host.names import Patterns, as_patterns, matches, plain_name
 from lightning_reg.engine.weights.swap import named_weights
 
@@ -49,7 +50,7 @@ def _weights(module: nn.Module) -> tuple[set[str], set[str], dict[str, set[str]]
     others: set[str] = set()
     names: dict[str, set[str]] = {name: set() for name in parameters.values()}
     for path, layer in module.named_modules():
-        for key, p in layer._parameters.items():
+        for key, p in own_parameters(layer).items():
             if p is not None:
                 name, prefix = parameters[id(p)], plain_name(f"{path}.") if path else ""
                 (summing if key in _weights_in(layer) else others).add(name)

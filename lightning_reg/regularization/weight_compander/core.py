@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from typing_extensions import override
 
+from lightning_reg.engine.host.modules import own_parameters
+
 __all__ = [
     "Compander",
     "Companding",
@@ -340,10 +342,10 @@ def weight_stats(module: nn.Module, near_zero: float = 1e-2) -> dict[str, float]
     found = {}
     for layer in module.modules():
         if not isinstance(layer, parametrize.ParametrizationList):
-            for name in (*layer._parameters, *getattr(layer, "parametrizations", ())):
+            for name in (*own_parameters(layer), *getattr(layer, "parametrizations", ())):
                 weight = getattr(layer, name)
                 if weight is not None and weight.dim() > 1:
-                    found[id(layer._parameters.get(name, weight))] = weight
+                    found[id(own_parameters(layer).get(name, weight))] = weight
     weights = torch.cat([weight.flatten().double() for weight in found.values()])
     centred, largest = weights - weights.mean(), weights.abs().max()
     variance = centred.square().mean()

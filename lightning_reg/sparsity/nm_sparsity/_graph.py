@@ -12,6 +12,8 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from typing_extensions import override
 
+from lightning_reg.engine.host.modules import own_parameters
+
 __all__ = ["Chain", "find_chain"]
 
 _CHANNELWISE = (
@@ -151,8 +153,8 @@ def _chain_in(holder: nn.Module, consumer: nn.Module, *, deep: bool) -> Chain | 
 
 def _fitting(chain: Chain) -> Chain | str:
     producer, consumer = chain.modules[0], chain.modules[-1]
-    channels = producer._parameters["weight"].shape[0]  # type: ignore[union-attr]  # `_unfit` saw it
-    if consumer._parameters["weight"].shape[1] != channels:  # type: ignore[union-attr]  # as above
+    channels = own_parameters(producer)["weight"].shape[0]  # type: ignore[union-attr]  # `_unfit` saw it
+    if own_parameters(consumer)["weight"].shape[1] != channels:  # type: ignore[union-attr]  # as above
         return "its input channels are not those of the layer before it"
     linear = isinstance(producer, nn.Linear) and isinstance(consumer, nn.Linear)
     for norm in chain.norms:
@@ -166,7 +168,7 @@ def _fitting(chain: Chain) -> Chain | str:
 
 
 def _unfit(layer: nn.Module) -> str:
-    if not isinstance(layer, _LINEAR) or not isinstance(layer._parameters.get("weight"), nn.Parameter):
+    if not isinstance(layer, _LINEAR) or not isinstance(own_parameters(layer).get("weight"), nn.Parameter):
         return "it is no plain linear layer or convolution"
     return "" if getattr(layer, "groups", 1) == 1 else "it is a convolution in groups"
 

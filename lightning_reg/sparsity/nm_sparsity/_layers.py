@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException, check_patterns
+from lightning_reg.engine.host.modules import own_parameters
 from lightning_reg.engine.host.names import Patterns, matches
 from lightning_reg.engine.layers.named import named_layers
 from lightning_reg.engine.weights.swap import named_weights
@@ -197,10 +198,10 @@ def _candidates(module: nn.Module) -> Iterator[tuple[str, str, Tensor | None]]:
     """Layer, name of the parameter and its value, for all that could become sparse."""
     for layer, submodule in named_layers(module).items():
         if isinstance(submodule, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            yield layer, f"{layer}.weight", submodule._parameters.get("weight")
+            yield layer, f"{layer}.weight", own_parameters(submodule).get("weight")
         elif isinstance(submodule, nn.MultiheadAttention):
             for name in _ATTENTION:
-                weight = submodule._parameters.get(name)
+                weight = own_parameters(submodule).get(name)
                 if weight is not None:
                     yield layer, f"{layer}.{name}", weight
 
@@ -255,7 +256,7 @@ def _users(module: nn.Module) -> dict[int, list[tuple[str, bool]]]:
     kinds = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.MultiheadAttention
     users: dict[int, list[tuple[str, bool]]] = {}
     for layer, submodule in named_layers(module).items():
-        for parameter in submodule._parameters.values():
+        for parameter in own_parameters(submodule).values():
             if parameter is not None:
                 users.setdefault(id(parameter), []).append((layer, isinstance(submodule, kinds)))
     return users

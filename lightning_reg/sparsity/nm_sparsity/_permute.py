@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
 from lightning_reg.engine.host import distributed
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.host.generators import isolated_randomness
+from lightning_reg.engine.host.modules import Dropout, own_buffers, own_parameters
 from lightning_reg.engine.layers.named import named_layers
 from lightning_reg.engine.loss.result import loss_of
 from lightning_reg.engine.networks.peer import check_runs_on_copy, copy_of
@@ -82,7 +83,7 @@ def permute_network_(
 
     """
     layers = named_layers(module) | {"": module}
-    counts = Counter(id(p) for layer in layers.values() for p in layer._parameters.values() if p is not None)
+    counts = Counter(id(p) for layer in layers.values() for p in own_parameters(layer).values() if p is not None)
     found = {weight.name: _permuted_(layers, counts, weight) for weight in weights}
     if not unchanged():
         for permutation in reversed(found.values()):
@@ -118,12 +119,12 @@ def _permuted_(layers: Mapping[str, nn.Module], counts: Mapping[int, int], weigh
         return Permutation(why_not=chain)
     producer, consumer = chain.modules[0], chain.modules[-1]
     # A weight that is used elsewhere too would change there.
-    if any(counts[id(end._parameters["weight"])] != 1 for end in (producer, consumer)):
+    if any(counts[id(own_parameters(end)["weight"])] != 1 for end in (producer, consumer)):
         return Permutation(why_not="it, or the layer before it, shares its weight")
     x, computed = _tried(chain)
     if computed is None:
         return Permutation(why_not="it could not be tried on random input")
-    value: Tensor = consumer._parameters["weight"]  # type: ignore[assignment]  # `find_chain` saw it
+    value: Tensor = own_parameters(consumer)["weight"]  # type: ignore[assignment]  # `find_chain` saw it
     order, before = best_channel_permutation(value, weight.n, weight.m), _kept(value, weight)
     _permute_(chain, order)
     difference = (chain.run(x, _twins(chain)) - computed).abs().max()
@@ -137,7 +138,7 @@ def _permuted_(layers: Mapping[str, nn.Module], counts: Mapping[int, int], weigh
 def _tried(chain: Chain) -> tuple[Tensor, Tensor | None]:
     """Random input of the producer, and what the consumer makes of it; in double precision."""
     producer = chain.modules[0]
-    weight: Tensor = producer._parameters["weight"]  # type: ignore[assignment]  # as above
+    weight: Tensor = own_parameters(producer)["weight"]  # type: ignore[assignment]  # as above
     generator, twins = torch.Generator().manual_seed(0), _twins(chain)
     sizes = (1,) if weight.dim() == 2 else (max(weight.shape[2:]), 8, 16, 32, 64)
     x = torch.empty(0)
@@ -159,10 +160,10 @@ def _twins(chain: Chain) -> dict[nn.Module, nn.Module]:
 @torch.no_grad()
 def _permute_(chain: Chain, order: Tensor) -> None:
     for owner in (chain.modules[0], *chain.norms):
-        for value in (*owner._parameters.values(), *owner._buffers.values()):
+        for value in (*own_parameters(owner).values(), *own_buffers(owner).values()):
             if value is not None and value.dim():
                 value.copy_(value[order])
-    consumer: Tensor = chain.modules[-1]._parameters["weight"]  # type: ignore[assignment]  # `find_chain` saw it
+    consumer: Tensor = own_parameters(chain.modules[-1])["weight"]  # type: ignore[assignment]  # `find_chain` saw it
     consumer.copy_(consumer[:, order])
 
 
@@ -217,7 +218,7 @@ class Probe:
         for training in (True, False):
             twin = copy_of(self._module).to(self._dtype).train(training)
             for layer in twin.modules():
-                if isinstance(layer, _DropoutNd):
+                if isinstance(layer, Dropout):
                     layer.eval()
             with _running(twin, self._step, self._dtype) as batch:
                 loss = loss_of(twin.training_step(batch, *self._step.arguments))
@@ -231,7 +232,7 @@ def _running(twin: "LightningModule", step: "Step", dtype: torch.dtype) -> Itera
         return value.to(dtype) if value.is_floating_point() else value.clone()
 
     with ExitStack() as undo:
-        undo.enter_context(host.isolated_randomness())
+        undo.enter_context(isolated_randomness())
         undo.enter_context(host.lent_trainer(twin, step.trainer))
         undo.enter_context(torch.no_grad())
         undo.enter_context(torch.autocast(twin.device.type, enabled=False))

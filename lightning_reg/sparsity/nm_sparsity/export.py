@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_reg.engine.host.modules import own_parameters
 from lightning_reg.engine.host.names import plain_name
 from lightning_reg.sparsity.nm_sparsity.core import check_nm
 
@@ -113,7 +114,7 @@ def to_semi_structured(
     return [
         _convert(name, layer, backend, rows, only_faster)
         for name, layer in layers.items()
-        if name and isinstance(layer, nn.Linear) and isinstance(layer._parameters.get("weight"), nn.Parameter)
+        if name and isinstance(layer, nn.Linear) and isinstance(own_parameters(layer).get("weight"), nn.Parameter)
     ]
 
 

@@ -1,0 +1,64 @@
+"""Private names of torch's modules: own tensors, hooks, what ``torch.compile`` puts around a network."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.nn.modules.dropout import _DropoutNd as Dropout
+
+__all__ = [
+    "BatchNorm",
+    "Dropout",
+    "forget_compiled_call",
+    "hooks_of",
+    "is_compiled",
+    "own_buffers",
+    "own_parameters",
+    "reset_of",
+    "reshards",
+    "uncompiled",
+]
+
+
+def own_parameters(layer: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The layer's own parameters, without those of layers within it; the very dictionary."""
+    return layer._parameters
+
+
+def own_buffers(layer: nn.Module) -> dict[str, Tensor | None]:
+    """The layer's own buffers, without those of layers within it; the very dictionary."""
+    return layer._buffers
+
+
+def hooks_of(module: nn.Module) -> Iterator[dict[int, Any]]:
+    """The dictionaries with the hooks of all layers, before and after their forward pass."""
+    for layer in module.modules():
+        yield layer._forward_hooks
+        yield layer._forward_pre_hooks
+
+
+def uncompiled(layer: nn.Module) -> nn.Module | None:
+    """The network that ``torch.compile(layer)`` was called on, ``None`` for a layer that does not come from there."""
+    inner = getattr(layer, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else None
+
+
+def is_compiled(layer: nn.Module) -> bool:
+    """Whether a layer went through ``torch.compile`` or ``layer.compile()``."""
+    return uncompiled(layer) is not None or layer._compiled_call_impl is not None
+
+
+def forget_compiled_call(layer: nn.Module) -> None:
+    """Undoes ``layer.compile()``."""
+    layer._compiled_call_impl = None
+
+
+def reset_of(layer: nn.Module) -> Any:
+    """What draws the layer's initial weights anew, under either of torch's names; ``None`` if it cannot."""
+    return getattr(layer, "reset_parameters", None) or getattr(layer, "_reset_parameters", None)
+
+
+def reshards(layer: nn.Module) -> bool:
+    """Whether ``fully_shard`` was called on the layer: torch's FSDPModule, which older versions do not have."""
+    return hasattr(type(layer), "_get_fsdp_state")
