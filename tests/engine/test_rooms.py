@@ -59,7 +59,7 @@ def test_no_message_of_the_engine_names_an_argument_of_one_technique():
     assert named == []
 
 
-# -- private names of Lightning and torch stand in one room -------------------------------------------------------------
+# -- private names of Lightning and torch stand in one room ------------------------------------------------------------
 
 HOST = [path for path in SOURCES if name_of(path).startswith("lightning_reg.engine.host.")]
 # Python's own, and those of named tuples.

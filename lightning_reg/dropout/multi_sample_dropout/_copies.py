@@ -4,9 +4,9 @@ Copies lie one after the other: row ``j * B + b`` is copy j of row b. What runs 
 ``M * B`` rows; the loss is the mean of the copies' losses; techniques on the loss see samples as ever.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +14,16 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_reg.dropout.multi_sample_dropout._evaluation import OnCopies, goes_by_rows
+from lightning_reg.dropout.multi_sample_dropout._plan import CopyPlan, LayerCopies
 from lightning_reg.dropout.multi_sample_dropout._replays import Replays
+from lightning_reg.dropout.multi_sample_dropout._rows import CopiedRows
 from lightning_reg.dropout.multi_sample_dropout._watches import NormWatch, watch_order
 from lightning_reg.engine.host import lightning as host
-from lightning_reg.engine.host.autograd import descends, version_of
 from lightning_reg.engine.host.errors import MisconfigurationException, refuse_layer
 from lightning_reg.engine.host.names import plain_name
 from lightning_reg.engine.layers.named import LayerHook, named_layers
-from lightning_reg.engine.loss import elements
 from lightning_reg.engine.loss.call import LossCall, call_of
-from lightning_reg.engine.loss.evaluation import FunctionEvaluation
+from lightning_reg.engine.loss.elements import has_gradient
 from lightning_reg.engine.loss.result import loss_of, with_loss
 from lightning_reg.engine.run.part import Part
 
@@ -36,52 +35,7 @@ if TYPE_CHECKING:
     from lightning_reg.engine.host.owner import Owner
     from lightning_reg.engine.step import Step
 
-__all__ = ["Copies", "CopyPlan", "LayerCopies"]
-
-
-class CopyPlan(NamedTuple):
-    """How what follows a layer runs on several copies of the rows.
-
-    Attributes:
-        number: Copies M of each row.
-        layer: The layer whose output holds them.
-        way: ``"rows"``: the output has ``M * B`` rows, copy after copy. ``"passes"``: ``training_step`` runs M times.
-        outputs: With ``"rows"``, what the user's code gets of the output of ``head``: the rows of the ``"first"`` copy,
-            or of ``"all"``.
-        head: With ``"rows"``, the layer at whose output that is; ``None`` for the outermost module that is running.
-        backbone: With ``"passes"``, the layer that runs in the first pass only.
-
-    """
-
-    number: int
-    layer: str
-    way: Literal["rows", "passes"] = "rows"
-    outputs: Literal["first", "all"] = "first"
-    head: str | None = None
-    backbone: str | None = None
-
-
-class LayerCopies(NamedTuple):
-    """One call of a layer whose output is to be that of copies.
-
-    Attributes:
-        name: Name of the layer.
-        layer: The layer.
-        input: What it got, all copies if it comes after the layer that makes them.
-        step: The training step.
-        number: How many outputs were changed before in this pass through ``training_step``.
-        after: Whether it comes after the layer that makes the copies.
-        run: Number of this pass through ``training_step``, where the copies are passes.
-
-    """
-
-    name: str
-    layer: nn.Module
-    input: Any
-    step: "Step"
-    number: int
-    after: bool
-    run: int
+__all__ = ["Copies"]
 
 
 class Copies(Part):
@@ -167,7 +121,7 @@ class Copies(Part):
             return
         self._step = step
         once = step.network
-        step.feature_view = self.first
+        step.feature_view = self._first
         if self.plan.way == "rows":
             step.call_changes.append(self._on_copies)
             step.network = lambda batch: self._pass(once, batch, 0)
@@ -182,6 +136,9 @@ class Copies(Part):
         finally:
             self._step = None
             self._begin(redirected=False, run=0)
+
+    def _first(self, output: Any) -> Any:
+        return self._rows.first(output)  # of the present pass
 
     def _pass(self, once: Callable[[Any], Any], batch: Any, run: int) -> Any:
         trainer = self._module.trainer
@@ -208,12 +165,9 @@ class Copies(Part):
             run: Number of the pass.
 
         """
-        self._rows: int | None = None
-        self._sizes: set[int] = set()
-        self._made: Tensor | None = None
-        self._handed: list[tuple[Tensor, Tensor, int]] = []
+        self._rows = CopiedRows(self.plan, self.name, self._depends)
         self._depth = -1 if redirected else 0
-        self._used = self._made_now = False
+        self._made_now = False
         self._run, self._number = run, 0
         self._inputs: dict[str, tuple[Any, bool]] = {}
 
@@ -234,7 +188,7 @@ class Copies(Part):
         self._inputs[name] = given, after
         # The layer's own output is given up where the rows are copies. It runs on the first copy alone, so that what it
         # draws is what it would have drawn.
-        first = self.first(given) if after else given
+        first = self._rows.first(given) if after else given
         if getattr(layer, "inplace", False) and isinstance(first, Tensor):
             first = first.clone()
         return None if first is given else (first, *args[1:])
@@ -257,7 +211,7 @@ class Copies(Part):
         if self.plan.way == "passes":
             return self._made_now
         # Without a graph the layer itself is in another pass: one behind its own copies would mostly have weights.
-        return self._holds_copies(given) and (name != self.plan.layer or given.requires_grad)
+        return self._rows.holds_copies(given) and (name != self.plan.layer or given.requires_grad)
 
     def _note_copies(self, given: Any, output: Any, step: "Step") -> None:
         """The layer has made the copies."""
@@ -267,23 +221,10 @@ class Copies(Part):
             sizes = {blocks * size for size in step.batch_sizes}
             if given.dim() == 3 and given.shape[1] in sizes and all(given.shape[0] % size for size in sizes):
                 self._refuse_order(f"{self.plan.layer!r} gets", given)
-            self._rows, self._made, self._sizes = given.shape[0], output, {given.shape[0], *sizes}
+            self._rows.begin(given.shape[0], sizes, output)
             if not self._ever_made:
                 self._norms.start(self._refuse_norm)
         self._ever_made = True
-
-    def first(self, value: Any) -> Any:
-        """The rows of the first copy, of a tensor that holds all copies; anything else as it is."""
-        return value[: value.shape[0] // self.plan.number] if self._holds_copies(value) else value
-
-    def _holds_copies(self, value: Any) -> bool:
-        if self._rows is None or self._made is None or not isinstance(value, Tensor) or not value.dim():
-            return False
-        if value.shape[0] == 0 or value.shape[0] % (self.plan.number * self._rows):
-            return False
-        if self._made.grad_fn is None or not value.requires_grad:  # a frozen backbone: the graph begins behind it
-            return True
-        return descends(value, self._made.grad_fn)
 
     def enter(self) -> None:
         """A module around the layer begins to run."""
@@ -295,99 +236,23 @@ class Copies(Part):
             self._depth -= 1
             if self._depth != 0:
                 return None
-        if self._rows is None:
+        if self._rows.count is None:
             return None
         leaves, structure = tree_flatten(output)
-        firsts = [self._hand_out(leaf, (name, position, len(leaves))) for position, leaf in enumerate(leaves)]
+        firsts = [self._rows.hand_out(leaf, (name, position, len(leaves))) for position, leaf in enumerate(leaves)]
         self._norms.check(self._refuse_norm)
         if self.plan.head is None:
-            self._rows = self._made = None
+            self._rows.leave()
         return tree_unflatten(firsts, structure)
-
-    def _hand_out(self, value: Any, place: tuple[str, int, int]) -> Any:
-        number = self.plan.number
-        if not isinstance(value, Tensor) or not value.dim() or value.shape[0] == 0:
-            return value
-        if not self._fits(value):
-            return value
-        if place not in self._depends:
-            self._depends[place] = self._comes_from_copies(value)
-        if not self._depends[place]:
-            return value
-        first = value[: value.shape[0] // number]
-        self._handed.append((first, value, version_of(first)))
-        return first
-
-    def _fits(self, value: Tensor) -> bool:
-        """Whether there can be a row for each copy of each sample: a value over all rows may have any length."""
-        return any(value.shape[0] % (self.plan.number * size) == 0 for size in self._sizes)
-
-    def _comes_from_copies(self, value: Tensor) -> bool:
-        made = self._made
-        if made is None or self._rows is None or not value.requires_grad:
-            return False
-        if made.grad_fn is None:  # a frozen backbone: the graph begins behind it
-            return value.shape[0] % (self.plan.number * self._rows) == 0
-        return descends(value, made.grad_fn)
-
-    # -- the loss -----------------------------------------------------------------------------------------------------
 
     def _on_copies(self, call: LossCall) -> LossCall:
         """The call of a loss on all copies; the call itself if it has nothing to do with them."""
-        evaluation, function = call.evaluation, call.function
-        if not isinstance(evaluation, FunctionEvaluation) or function is None:
+        evaluation = self._rows.evaluation_of(call)
+        if evaluation is None:
             return call
-        if self._rows is None and not self._handed:
-            return call
-        arguments, names = evaluation.arguments, elements.LOSS_FUNCTIONS[function]
-        all_rows = {n: w for n in names if (w := self._all_rows(arguments.get(n))) is not None}
-        if names[0] not in all_rows and not self._is_of_copies(function, arguments):
-            return call
-        number = self.plan.number
-        rows = len(all_rows.get(names[0], arguments[names[0]]))
-        for name in names:
-            value: Any = arguments.get(name)
-            if goes_by_rows(function, name, value, arguments[names[0]]) and len(value) == rows:
-                all_rows[name] = value
-        self._used = True
-        firsts = {name: value[: value.shape[0] // number] for name, value in all_rows.items()}
-        on_copies = OnCopies(function, {**arguments, **firsts}, all_rows, number)
-        if call.step.is_logging and torch.is_grad_enabled() and elements.has_gradient(arguments):
-            call.step.log(self.owner, "spread", on_copies.spread())
-        return call_of(on_copies, call.step, call.site)
-
-    def _all_rows(self, value: Any) -> Tensor | None:
-        """All copies of what the user's code got of the first, or of a view of that."""
-        if not isinstance(value, Tensor) or not value.dim():
-            return None
-        for first, full, version in self._handed:
-            if value is not first and (value._base is None or value._base is not first._base):
-                continue
-            offset = value.storage_offset() - full.storage_offset()
-            tiles = value.shape[0] * value.stride(0) == first.shape[0] * first.stride(0)
-            if not tiles or not value.requires_grad or not 0 <= offset < max(full.stride(0), 1):
-                continue
-            if version_of(value) != version:
-                raise MisconfigurationException(
-                    f"{self.name}: the output of the layers after {self.plan.layer!r} is changed in place before the"
-                    f' loss, in one of its copies only. Write it out of place, or pass `{self.name}(outputs="all")`.'
-                )
-            if value is first:
-                return full
-            shape = (self.plan.number * value.shape[0], *value.shape[1:])
-            return full.as_strided(shape, value.stride(), value.storage_offset())
-        return None
-
-    def _is_of_copies(self, function: Callable[..., Any], arguments: Mapping[str, Any]) -> bool:
-        value, number = arguments[elements.LOSS_FUNCTIONS[function][0]], self.plan.number
-        if self._rows is None or not isinstance(value, Tensor) or not value.dim() or value.shape[0] % number:
-            return False
-        name = elements.target_name(function)
-        target = None if name is None else arguments[name]
-        if target is not None and target.dim() and target.shape[0] * number == value.shape[0]:
-            return True
-        same = target is None or (target.dim() > 0 and target.shape[0] == value.shape[0])
-        return same and self._fits(value) and self._comes_from_copies(value)
+        if call.step.is_logging and torch.is_grad_enabled() and has_gradient(call.arguments):
+            call.step.log(self.owner, "spread", evaluation.spread())
+        return call_of(evaluation, call.step, call.site)
 
     # -- what is refused ----------------------------------------------------------------------------------------------
 
@@ -407,7 +272,7 @@ class Copies(Part):
                 f"{self.name}: the layer {self.plan.layer!r} is not in training mode or runs without gradient, so"
                 " nothing is changed as long as it is. This is said once."
             )
-        if made_loss and self.plan.way == "rows" and self._made_now and not self._used:
+        if made_loss and self.plan.way == "rows" and self._made_now and not self._rows.are_used:
             raise MisconfigurationException(
                 f"{self.name}: the step made a loss, but no loss function of torch got the output of the layers after"
                 f" {self.plan.layer!r} as it is or as a view. If layers of yours come behind the module around it, name"
@@ -427,17 +292,17 @@ class Copies(Part):
 
     def _explain(self, error: BaseException) -> None:
         """Says with the user's error that rows are copies, if they are where it happened."""
-        if self._rows is not None and hasattr(error, "add_note"):  # Python 3.11
+        if self._rows.count is not None and hasattr(error, "add_note"):  # Python 3.11
             error.add_note(
                 f"lightning_reg: what follows {self.plan.layer!r} runs on {self.plan.number} copies of the"
-                f" {self._rows} rows ({self.name}). If it joins them with tensors of {self._rows} rows (a residual"
-                ' connection), name a dropout layer nearer to the loss, or use `mode="replay"`.'
+                f" {self._rows.count} rows ({self.name}). If it joins them with tensors of {self._rows.count} rows (a"
+                ' residual connection), name a dropout layer nearer to the loss, or use `mode="replay"`.'
             )
 
     def _check_order(self, name: str, given: Any) -> None:
-        if self._rows is None or not isinstance(given, Tensor) or given.dim() != 3:
+        if self._rows.count is None or not isinstance(given, Tensor) or given.dim() != 3:
             return
-        if given.shape[1] % (self.plan.number * self._rows) and self._holds_copies(given):
+        if given.shape[1] % (self.plan.number * self._rows.count) and self._rows.holds_copies(given):
             self._refuse_order(f"{name!r}, which runs after {self.plan.layer!r}, takes", given)
 
     def _refuse_order(self, what: str, given: Tensor) -> None:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_reg.dropout.multi_sample_dropout._copies import Copies, CopyPlan, LayerCopies
+from lightning_reg.dropout.multi_sample_dropout._copies import Copies
+from lightning_reg.dropout.multi_sample_dropout._plan import CopyPlan, LayerCopies
 from lightning_reg.dropout.multi_sample_dropout.core import dropout_copies, kind_of, mask_shape
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_choice, check_number
