@@ -11,10 +11,10 @@ from lightning_reg.version import __version__ as __version__
 if TYPE_CHECKING:
     from lightning_reg.augmentation.cutmix import CutMix as CutMix
     from lightning_reg.augmentation.cutmix import Mixup as Mixup
-    from lightning_reg.averaging.model_soups import LearnedSoup as LearnedSoup
-    from lightning_reg.averaging.model_soups import SoupAverager as SoupAverager
-    from lightning_reg.averaging.model_soups import SoupResult as SoupResult
-    from lightning_reg.averaging.model_soups import TrainerEvaluation as TrainerEvaluation
+    from lightning_reg.averaging.model_soups.core import LearnedSoup as LearnedSoup
+    from lightning_reg.averaging.model_soups.core import SoupResult as SoupResult
+    from lightning_reg.averaging.model_soups.evaluation import TrainerEvaluation as TrainerEvaluation
+    from lightning_reg.averaging.model_soups.model_soups import SoupAverager as SoupAverager
     from lightning_reg.continual.rehearsal_free_cl import ContinualMetrics as ContinualMetrics
     from lightning_reg.continual.rehearsal_free_cl import FeatureDistillation as FeatureDistillation
     from lightning_reg.continual.rehearsal_free_cl import PredictionDistillation as PredictionDistillation
@@ -46,10 +46,10 @@ __getattr__, __dir__, __all__ = lazy_attributes(
     {
         "CutMix": "lightning_reg.augmentation.cutmix",
         "Mixup": "lightning_reg.augmentation.cutmix",
-        "LearnedSoup": "lightning_reg.averaging.model_soups",
-        "SoupAverager": "lightning_reg.averaging.model_soups",
-        "SoupResult": "lightning_reg.averaging.model_soups",
-        "TrainerEvaluation": "lightning_reg.averaging.model_soups",
+        "LearnedSoup": "lightning_reg.averaging.model_soups.core",
+        "SoupResult": "lightning_reg.averaging.model_soups.core",
+        "TrainerEvaluation": "lightning_reg.averaging.model_soups.evaluation",
+        "SoupAverager": "lightning_reg.averaging.model_soups.model_soups",
         "ContinualMetrics": "lightning_reg.continual.rehearsal_free_cl",
         "FeatureDistillation": "lightning_reg.continual.rehearsal_free_cl",
         "PredictionDistillation": "lightning_reg.continual.rehearsal_free_cl",

@@ -257,7 +257,7 @@ def test_means_are_means_of_what_was_passed(soup, pick):
 def test_accumulated_batches_are_one_step():
     passing, soup = Passing(), SoupAverager(method="swa")
     fit(passing, soup, accumulate_grad_batches=2)
-    assert soup._gathered.taken == 6
+    assert soup._soup.gathered.taken == 6
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
@@ -265,9 +265,9 @@ def test_half_precision_weights_are_averaged_in_float32(precision):
     passing, soup = Passing(), SoupAverager(method="ema", decay=0.99)
     model = User(lr=0.05)
     fit(passing, soup, model=model, precision=precision, validate=False)
-    assert {t.dtype for t in soup._gathered.average().values()} == {torch.float32}
+    assert {t.dtype for t in soup._soup.gathered.average().values()} == {torch.float32}
     expected = ema_by_hand(passing.steps, 0.99)
-    near(soup._gathered.average(), expected, PARAMETERS, rtol=1e-5, atol=1e-6)
+    near(soup._soup.gathered.average(), expected, PARAMETERS, rtol=1e-5, atol=1e-6)
     assert torch.equal(model.first.weight, expected["first.weight"].to(model.first.weight.dtype))
 
 
@@ -396,7 +396,7 @@ def test_greedy_at_snapshots_is_never_below_the_best_and_keeps_one_sum(every):
         assert soup.score <= min(val_loss(w) for w in snapshots) + 1e-6
         assert val_loss(weights_of(model)) == pytest.approx(soup.score, abs=1e-6)
         assert len(soup.trace) == len(snapshots)
-        assert soup._gathered.state().keys() == {"count", "sums", "ingredients"}
+        assert soup._soup.gathered.state().keys() == {"count", "sums", "ingredients"}
         kept = [int(name[-7:]) for name in soup.ingredients]
         near(weights_of(model), mean_of([passing.steps[i - 1] for i in kept]), PARAMETERS)
 
@@ -611,7 +611,7 @@ def test_swapped_checkpoints_hold_what_was_validated_and_resume_from_the_raw_wei
 
     fit(other, again, AtStart(), ckpt=tmp_path / "epoch=1.ckpt")
     near(start[0], passing.steps[7], PARAMETERS)
-    assert other._gathered.taken == 12
+    assert other._soup.gathered.taken == 12
 
 
 def test_files_of_weights_only_are_warned_of(tmp_path):
