@@ -281,6 +281,25 @@ def test_only_what_is_asked_for_is_averaged():
         fit(SoupAverager(method="ema", include=["nothing"]))
 
 
+def test_a_string_is_one_pattern_and_every_pattern_matches_something():
+    passing = Passing()
+    _, model = fit(passing, SoupAverager(method="ema", decay=0.5, include="first.*", exclude="*.bias"))
+    end = passing.steps[-1]
+    near(weights_of(model), end, [k for k in end if k != "first.weight"])
+    assert not torch.equal(model.first.weight, end["first.weight"])
+    for options in ({"include": ["first.*", "fist.*"]}, {"exclude": "fist.*"}):
+        with pytest.raises(
+            MisconfigurationException, match=r"=\['fist.\*'\]\): no parameter .* names: .*'first.weight'"
+        ):
+            fit(SoupAverager(method="ema", **options))
+
+
+def test_lawa_keeps_the_latest_whenever_a_greedy_soup_would_decide():
+    passing = Passing()
+    _, model = fit(passing, SoupAverager(method="lawa", last_k=2, greedy_at="snapshot"), epochs=4)
+    near(weights_of(model), mean_of(passing.epochs[-2:]), PARAMETERS)
+
+
 def test_masks_flags_counters_and_ties_survive_where_lightnings_average_spoils_them():
     passing, soup = Passing(), SoupAverager(method="swa")
     _, model = fit(passing, soup)
@@ -649,6 +668,8 @@ def test_files_are_few_whole_and_gone_at_the_end_and_resume_needs_them(tmp_path)
     assert list((tmp_path / "soups").iterdir()) == []
     with pytest.raises(MisconfigurationException, match=r"are not in .* any more"):
         fit(make(), ckpt=tmp_path / "ck" / "epoch=1.ckpt", epochs=4)
+    with pytest.raises(FileNotFoundError, match=r"are not in .* any more"):
+        load_averaged(tmp_path / "ck" / "epoch=1.ckpt")
     fit(make(keep_files=True), saver, epochs=2)
     (kept,) = (tmp_path / "soups").iterdir()
     assert len(list(kept.iterdir())) == 2

@@ -189,6 +189,15 @@ def test_include_and_exclude():
     assert {key: value.item() for key, value in mean.items()} == {"net.a": 0.5, "net.b": 1.0, "head": 1.0}
 
 
+def test_a_string_is_one_pattern_and_every_pattern_matches_a_key():
+    one, two = {"net.a": torch.ones(1), "head": torch.ones(1)}, {"net.a": torch.zeros(1), "head": torch.zeros(1)}
+    mean = average_state_dicts([one, two], include="net.*")
+    assert {key: value.item() for key, value in mean.items()} == {"net.a": 0.5, "head": 1.0}
+    for argument in ("include", "exclude"):
+        with pytest.raises(ValueError, match=rf"`{argument}` has the pattern 'ned.\*', which matches no key.*'net.a'"):
+            average_state_dicts([one, two], **{argument: ["head", "ned.*"]})
+
+
 @pytest.mark.parametrize(
     ("state_dicts", "options", "sentence"),
     [

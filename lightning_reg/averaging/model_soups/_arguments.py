@@ -30,6 +30,8 @@ class SoupArguments(Protocol):
     half_life_steps: float | None
     warmup_steps: int
     bn_update_batches: int | None
+    include: list[str] | str | None
+    exclude: list[str] | str | None
     keep: Literal["cpu", "disk"]
     swap_for_validation: bool
     load_at_end: bool

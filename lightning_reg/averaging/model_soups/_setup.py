@@ -5,19 +5,21 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_reg.averaging._checkpoint_files import open_checkpoint
 from lightning_reg.averaging.model_soups._arguments import SoupArguments
 from lightning_reg.averaging.model_soups._gathered import Ingredient, Snapshots
+from lightning_reg.averaging.model_soups._live_weights import averaged_tensors
 from lightning_reg.engine.host import lightning as host
-from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.host.names import plain_name
+from lightning_reg.engine.host.errors import MisconfigurationException, check_patterns
+from lightning_reg.engine.host.names import is_selected, plain_name
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-__all__ = ["KeptCheckpoints", "check_setup", "kept_checkpoints", "new_folder"]
+__all__ = ["KeptCheckpoints", "check_setup", "chosen_tensors", "kept_checkpoints", "new_folder"]
 
 
 def check_setup(soup: SoupArguments, trainer: "Trainer") -> None:
@@ -62,6 +64,32 @@ def _check_strategy(soup: SoupArguments, strategy: str) -> None:
                 f"SoupAverager({name}) works on files of whole models; under {strategy} each process has shards only."
                 " Leave that argument out: the shards' average is kept in memory, and checkpoints hold it whole."
             )
+
+
+def chosen_tensors(soup: SoupArguments, module: nn.Module) -> dict[str, Tensor]:
+    """What is averaged.
+
+    Args:
+        soup: Chooses by ``include`` and ``exclude``.
+        module: The user's.
+
+    Returns:
+        Live tensors of the module, by name.
+
+    Raises:
+        MisconfigurationException: If there is none, or a pattern matches nothing.
+
+    """
+    tensors = averaged_tensors(module)
+    chosen = {name: t for name, t in tensors.items() if is_selected(name, soup.include, soup.exclude)}
+    if not chosen:
+        raise MisconfigurationException(
+            f"SoupAverager: there is nothing to average; `include` {soup.include} and `exclude` {soup.exclude}"
+            " leave no floating-point parameter."
+        )
+    for argument, patterns in (("include", soup.include), ("exclude", soup.exclude)):
+        check_patterns(soup, argument, patterns, tensors, "parameter or batch statistic")
+    return chosen
 
 
 def new_folder(trainer: "Trainer", dirpath: str | None) -> Path:

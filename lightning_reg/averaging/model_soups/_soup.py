@@ -46,6 +46,12 @@ class Outcome:
     trace: list[Candidate] = field(default_factory=list)
     before_batch_norm: float | None = None
 
+    def metrics(self) -> dict[str, float]:
+        """What is logged of it."""
+        scores = {"score": self.score, "score_before_batch_norm": self.before_batch_norm}
+        known = {name: score for name, score in scores.items() if score is not None}
+        return {"ingredients": float(self.count), **known}
+
 
 class Soup:
     """Weights that were gathered in a fit, and the average that is made of them.

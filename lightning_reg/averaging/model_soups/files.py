@@ -77,33 +77,30 @@ def make_soup(
         raise ValueError(f"make_soup: `method` must be 'uniform' or 'greedy', got {method!r}.")
     if method == "greedy" and (evaluate is None or weights is not None):
         raise ValueError("make_soup: method='greedy' needs `evaluate`, the held-out score, and takes no `weights`.")
+    rules: dict[str, Any] = {"mode": mode, "strict": strict, "min_delta": min_delta, "max_ingredients": max_ingredients}
     names = unique(str(path) for path in checkpoints)
     files = [open_checkpoint(path, key) for path in checkpoints]
     if check_ancestry and len(files) > 1:
         ancestry(files, None if start is None else open_checkpoint(start, key), names=names)
     scores = [] if evaluate is None else [float(evaluate(aligned([file])[0].load())) for file in files]
     if method == "greedy" and evaluate is not None:
-        result = greedy_soup(
-            files,
-            scores,
-            evaluate,
-            strict=strict,
-            min_delta=min_delta,
-            mode=mode,
-            names=names,
-            max_ingredients=max_ingredients,
-        )
+        result = greedy_soup(files, scores, evaluate, names=names, **rules)
     else:
         with _counted(files, shown=progress) as members:
             mean = average_state_dicts(members, weights, accumulate_dtype, names=names)
         result = SoupResult.of_all(mean, names, scores, None if evaluate is None else float(evaluate(mean)))
-    settle = getattr(evaluate, "settle", None)
-    if settle is not None:  # of a single ingredient too: its score was taken with new statistics
-        result.state_dict = settle(result.state_dict)
-        result.scores_before_batch_norm = list(getattr(evaluate, "scores_before_batch_norm", []))
+    _settle(result, evaluate)
     if out is not None:
         save_soup(out, result, method, files[0].extra)
     return result
+
+
+def _settle(result: SoupResult, evaluate: object) -> None:
+    """Gives a soup the batch statistics that it was scored with; one of a single ingredient too."""
+    settle = getattr(evaluate, "settle", None)
+    if settle is not None:
+        result.state_dict = settle(result.state_dict)
+        result.scores_before_batch_norm = list(getattr(evaluate, "scores_before_batch_norm", []))
 
 
 @contextmanager
@@ -170,6 +167,7 @@ def load_averaged(path: str | Path, name: str | None = None) -> dict[str, Any]:
     Raises:
         ValueError: If the file says nothing of an average, or of several.
         RuntimeError: If there is no average yet.
+        FileNotFoundError: If there is no such file, or a checkpoint's snapshots lie in files that are gone.
 
     """
     file = open_checkpoint(path)

@@ -10,14 +10,13 @@ from lightning_reg.averaging._checkpoint_files import RECORD
 from lightning_reg.averaging._soup_results import Candidate
 from lightning_reg.averaging.model_soups._arguments import check_arguments, describe, new_soup, schedule
 from lightning_reg.averaging.model_soups._gathered import Gathered, Shelf, Snapshots
-from lightning_reg.averaging.model_soups._live_weights import LiveWeights, averaged_tensors, own_parts
-from lightning_reg.averaging.model_soups._setup import check_setup, kept_checkpoints, new_folder
-from lightning_reg.averaging.model_soups._soup import Outcome, average_of_state
+from lightning_reg.averaging.model_soups._live_weights import LiveWeights, own_parts
+from lightning_reg.averaging.model_soups._setup import check_setup, chosen_tensors, kept_checkpoints, new_folder
+from lightning_reg.averaging.model_soups._soup import average_of_state
 from lightning_reg.averaging.model_soups._validation import Validation, agreed_score
 from lightning_reg.averaging.model_soups.files import exchange_in_checkpoint
 from lightning_reg.engine.host import lightning as host
-from lightning_reg.engine.host.errors import MisconfigurationException, check_patterns
-from lightning_reg.engine.host.names import is_selected
+from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.run.phases import Member, phases_of
 from lightning_reg.engine.technique import Technique
 
@@ -185,16 +184,7 @@ class SoupAverager(Technique):
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         if not self._resumed:
             self._begin()
-        tensors = averaged_tensors(pl_module)
-        chosen = {name: t for name, t in tensors.items() if is_selected(name, self.include, self.exclude)}
-        if not chosen:
-            raise MisconfigurationException(
-                f"SoupAverager: there is nothing to average; `include` {self.include} and `exclude` {self.exclude}"
-                " leave no floating-point parameter."
-            )
-        check_patterns(self, "include", self.include, tensors, "parameter or batch statistic")
-        check_patterns(self, "exclude", self.exclude, tensors, "parameter or batch statistic")
-        self._live = LiveWeights(pl_module, chosen)
+        self._live = LiveWeights(pl_module, chosen_tensors(self, pl_module))
         shelf = self._soup.gathered
         if self.keep == "disk" and isinstance(shelf, Shelf) and shelf.folder is None:
             shelf.folder = new_folder(trainer, self.dirpath)
@@ -276,7 +266,9 @@ class SoupAverager(Technique):
             outcome.before_batch_norm, score = validation.settle(average, rescore=self.method != "greedy")
             outcome.score = outcome.score if score is None else score
         self._soup.outcome = outcome
-        self._log(trainer, outcome)
+        metrics = {f"{self.log_key}/{name}": value for name, value in outcome.metrics().items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
         if self.load_at_end:
             self._raw = self._live.on_cpu()
             self._live.overwrite(average)
@@ -293,16 +285,6 @@ class SoupAverager(Technique):
         if isinstance(self._soup.gathered, Shelf):
             trainer.strategy.barrier("the last ingredient is written")
         return self._soup.gathered
-
-    def _log(self, trainer: "Trainer", outcome: Outcome) -> None:
-        values = {
-            "ingredients": float(outcome.count),
-            "score": outcome.score,
-            "score_before_batch_norm": outcome.before_batch_norm,
-        }
-        known = {f"{self.log_key}/{name}": value for name, value in values.items() if value is not None}
-        for logger in trainer.loggers:
-            logger.log_metrics(known, step=trainer.global_step)
 
     @override
     def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
