@@ -101,7 +101,7 @@ def cited(case: Case) -> None:
     assert registry.section(cls, "Differs"), f"{cls.__name__}: the docstring has no section `Differs:` (or `nothing`)"
     _check_arguments(cls.__name__, cls, list(inspect.signature(cls.__init__).parameters)[1:])
     functions = _public_functions(cls)
-    assert functions, f"{cls.__name__}: `__all__` of its file lists no function: where is the core in pure PyTorch?"
+    assert functions, f"{cls.__name__}: `__all__` of its files lists no function: where is the core in pure PyTorch?"
     for function in functions:
         _check_arguments(function.__name__, function, list(inspect.signature(function).parameters))
         returns = inspect.signature(function).return_annotation not in (None, "None")
@@ -110,7 +110,8 @@ def cited(case: Case) -> None:
 
 def _public_functions(cls: type[Any]) -> list[Callable[..., Any]]:
     module = sys.modules[cls.__module__]
-    return [value for name in module.__all__ if inspect.isfunction(value := getattr(module, name))]
+    files = next((unit.modules for unit in registry.units() if module in unit.modules), [module])
+    return [value for file in files for name in file.__all__ if inspect.isfunction(value := getattr(file, name))]
 
 
 def _check_arguments(name: str, owner: Any, arguments: list[str]) -> None:
