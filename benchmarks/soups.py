@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lightning_reg import SoupAverager
-from lightning_reg.averaging._collectors import averaged_tensors
+from lightning_reg.averaging.model_soups._live_weights import LiveWeights, averaged_tensors
 from lightning_reg.functional import average_state_dicts, greedy_soup, reestimate_batchnorm
 
 DECAY = 0.999
@@ -84,7 +84,7 @@ def update_ways(module: Tensors, timm_ema: Path | None) -> dict[str, Callable[[]
         fit_loop=SimpleNamespace(epoch_loop=epoch_loop),
     )
     soup = SoupAverager(method="ema", decay=DECAY)
-    soup._live = averaged_tensors(module)
+    soup._live = LiveWeights(module, averaged_tensors(module))
     theirs = EMAWeightAveraging(decay=DECAY)
     theirs.setup(trainer, module, "fit")
     swa = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(DECAY), use_buffers=False)
@@ -199,7 +199,7 @@ def add_files(
 
 
 def write_models(folder: Path, suffix: str, options: argparse.Namespace) -> list[Path]:
-    from lightning_reg.averaging._checkpoint_files import save_weights
+    from lightning_reg.averaging._written_files import save_weights
 
     paths = []
     for number in range(options.files):

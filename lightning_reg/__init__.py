@@ -11,17 +11,13 @@ from lightning_reg.version import __version__ as __version__
 if TYPE_CHECKING:
     from lightning_reg.augmentation.cutmix.cutmix import CutMix as CutMix
     from lightning_reg.augmentation.cutmix.mixup import Mixup as Mixup
-    from lightning_reg.averaging.model_soups import LearnedSoup as LearnedSoup
-    from lightning_reg.averaging.model_soups import SoupAverager as SoupAverager
-    from lightning_reg.averaging.model_soups import SoupResult as SoupResult
-    from lightning_reg.averaging.model_soups import TrainerEvaluation as TrainerEvaluation
-    from lightning_reg.continual.rehearsal_free_cl.feature_distillation import (
-        FeatureDistillation as FeatureDistillation,
-    )
+    from lightning_reg.averaging.model_soups.core import LearnedSoup as LearnedSoup
+    from lightning_reg.averaging.model_soups.core import SoupResult as SoupResult
+    from lightning_reg.averaging.model_soups.evaluation import TrainerEvaluation as TrainerEvaluation
+    from lightning_reg.averaging.model_soups.model_soups import SoupAverager as SoupAverager
+    from lightning_reg.continual.rehearsal_free_cl.feature_distillation import FeatureDistillation as FeatureDistillation
     from lightning_reg.continual.rehearsal_free_cl.metrics import ContinualMetrics as ContinualMetrics
-    from lightning_reg.continual.rehearsal_free_cl.prediction_distillation import (
-        PredictionDistillation as PredictionDistillation,
-    )
+    from lightning_reg.continual.rehearsal_free_cl.prediction_distillation import PredictionDistillation as PredictionDistillation
     from lightning_reg.continual.weight_anchors.ewc import EWC as EWC
     from lightning_reg.continual.weight_anchors.l2_to_start import L2ToStart as L2ToStart
     from lightning_reg.dropout.multi_sample_dropout.core import MultiSampleDropoutLayer as MultiSampleDropoutLayer
@@ -50,10 +46,10 @@ __getattr__, __dir__, __all__ = lazy_attributes(
     {
         "CutMix": "lightning_reg.augmentation.cutmix.cutmix",
         "Mixup": "lightning_reg.augmentation.cutmix.mixup",
-        "LearnedSoup": "lightning_reg.averaging.model_soups",
-        "SoupAverager": "lightning_reg.averaging.model_soups",
-        "SoupResult": "lightning_reg.averaging.model_soups",
-        "TrainerEvaluation": "lightning_reg.averaging.model_soups",
+        "LearnedSoup": "lightning_reg.averaging.model_soups.core",
+        "SoupResult": "lightning_reg.averaging.model_soups.core",
+        "TrainerEvaluation": "lightning_reg.averaging.model_soups.evaluation",
+        "SoupAverager": "lightning_reg.averaging.model_soups.model_soups",
         "FeatureDistillation": "lightning_reg.continual.rehearsal_free_cl.feature_distillation",
         "ContinualMetrics": "lightning_reg.continual.rehearsal_free_cl.metrics",
         "PredictionDistillation": "lightning_reg.continual.rehearsal_free_cl.prediction_distillation",

@@ -14,17 +14,19 @@ if TYPE_CHECKING:
     from lightning_reg.augmentation.cutmix.core import mixup as mixup
     from lightning_reg.augmentation.cutmix.core import paste_box as paste_box
     from lightning_reg.augmentation.cutmix.core import rand_box as rand_box
-    from lightning_reg.averaging.model_soups import ancestry as ancestry
-    from lightning_reg.averaging.model_soups import average_state_dicts as average_state_dicts
-    from lightning_reg.averaging.model_soups import dare_merge as dare_merge
-    from lightning_reg.averaging.model_soups import ema_decay as ema_decay
-    from lightning_reg.averaging.model_soups import greedy_soup as greedy_soup
-    from lightning_reg.averaging.model_soups import load_averaged as load_averaged
-    from lightning_reg.averaging.model_soups import make_soup as make_soup
-    from lightning_reg.averaging.model_soups import reestimate_batchnorm as reestimate_batchnorm
-    from lightning_reg.averaging.model_soups import slerp_merge as slerp_merge
-    from lightning_reg.averaging.model_soups import ties_merge as ties_merge
-    from lightning_reg.averaging.model_soups import wise_ft as wise_ft
+    from lightning_reg.averaging.model_soups.ancestry import ancestry as ancestry
+    from lightning_reg.averaging.model_soups.core import LearnedSoup as LearnedSoup
+    from lightning_reg.averaging.model_soups.core import SoupResult as SoupResult
+    from lightning_reg.averaging.model_soups.core import average_state_dicts as average_state_dicts
+    from lightning_reg.averaging.model_soups.core import ema_decay as ema_decay
+    from lightning_reg.averaging.model_soups.core import greedy_soup as greedy_soup
+    from lightning_reg.averaging.model_soups.core import reestimate_batchnorm as reestimate_batchnorm
+    from lightning_reg.averaging.model_soups.files import load_averaged as load_averaged
+    from lightning_reg.averaging.model_soups.files import make_soup as make_soup
+    from lightning_reg.averaging.weight_merging.core import dare_merge as dare_merge
+    from lightning_reg.averaging.weight_merging.core import slerp_merge as slerp_merge
+    from lightning_reg.averaging.weight_merging.core import ties_merge as ties_merge
+    from lightning_reg.averaging.weight_merging.core import wise_ft as wise_ft
     from lightning_reg.continual.rehearsal_free_cl.core import bce_distillation_loss as bce_distillation_loss
     from lightning_reg.continual.rehearsal_free_cl.core import feature_distillation_loss as feature_distillation_loss
     from lightning_reg.continual.rehearsal_free_cl.core import forgetting as forgetting
@@ -83,17 +85,19 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "mixup": "lightning_reg.augmentation.cutmix.core",
         "paste_box": "lightning_reg.augmentation.cutmix.core",
         "rand_box": "lightning_reg.augmentation.cutmix.core",
-        "ancestry": "lightning_reg.averaging.model_soups",
-        "average_state_dicts": "lightning_reg.averaging.model_soups",
-        "dare_merge": "lightning_reg.averaging.model_soups",
-        "ema_decay": "lightning_reg.averaging.model_soups",
-        "greedy_soup": "lightning_reg.averaging.model_soups",
-        "load_averaged": "lightning_reg.averaging.model_soups",
-        "make_soup": "lightning_reg.averaging.model_soups",
-        "reestimate_batchnorm": "lightning_reg.averaging.model_soups",
-        "slerp_merge": "lightning_reg.averaging.model_soups",
-        "ties_merge": "lightning_reg.averaging.model_soups",
-        "wise_ft": "lightning_reg.averaging.model_soups",
+        "ancestry": "lightning_reg.averaging.model_soups.ancestry",
+        "LearnedSoup": "lightning_reg.averaging.model_soups.core",
+        "SoupResult": "lightning_reg.averaging.model_soups.core",
+        "average_state_dicts": "lightning_reg.averaging.model_soups.core",
+        "ema_decay": "lightning_reg.averaging.model_soups.core",
+        "greedy_soup": "lightning_reg.averaging.model_soups.core",
+        "reestimate_batchnorm": "lightning_reg.averaging.model_soups.core",
+        "load_averaged": "lightning_reg.averaging.model_soups.files",
+        "make_soup": "lightning_reg.averaging.model_soups.files",
+        "dare_merge": "lightning_reg.averaging.weight_merging.core",
+        "slerp_merge": "lightning_reg.averaging.weight_merging.core",
+        "ties_merge": "lightning_reg.averaging.weight_merging.core",
+        "wise_ft": "lightning_reg.averaging.weight_merging.core",
         "bce_distillation_loss": "lightning_reg.continual.rehearsal_free_cl.core",
         "feature_distillation_loss": "lightning_reg.continual.rehearsal_free_cl.core",
         "forgetting": "lightning_reg.continual.rehearsal_free_cl.core",

@@ -1,8 +1,6 @@
-"""State dicts side by side: their keys made equal, their differences in a table, their weighted mean."""
+"""State dicts side by side: under the same keys, their differences in a table, read a part of a tensor at a time."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
-from functools import reduce
 from typing import Any, TypeAlias
 
 import torch
@@ -10,128 +8,29 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_reg.averaging._checkpoint_files import load_tied
-from lightning_reg.averaging._mean import Part, Workspace, mean_of_parts, part_of
+from lightning_reg.engine.host.names import plain_name
 
 __all__ = [
     "Aligned",
+    "Part",
     "StateDict",
     "StateDictMismatchError",
     "aligned",
-    "average_state_dicts",
-    "combine",
     "is_averaged",
-    "selects",
+    "is_continuous",
     "unique",
 ]
 
 Entry: TypeAlias = Any  # a tensor, or whatever a module's `get_extra_state` gives
 StateDict = Mapping[str, Any]
+# Elements from a start on: in the given buffer, or a view of what lies in memory anyway.
+Part: TypeAlias = Callable[[int, Tensor], Tensor]
 
 _ROWS = 20  # of the table of differences
 
 
 class StateDictMismatchError(ValueError):
     """State dicts do not hold the same tensors; the message is a table of what differs."""
-
-
-def average_state_dicts(
-    state_dicts: Sequence[StateDict],
-    weights: Sequence[float] | None = None,
-    accumulate_dtype: torch.dtype = torch.float64,
-    *,
-    include: Sequence[str] | None = None,
-    exclude: Sequence[str] | None = None,
-    names: Sequence[str] | None = None,
-) -> dict[str, Any]:
-    r"""Weighted mean of state dicts, tensor by tensor.
-
-    .. math:: \theta = \sum_i w_i \theta_i \Big/ \sum_i w_i
-
-    Floating-point and complex tensors are averaged; integers, booleans and entries that are no tensors are those of the
-    first state dict. Tensors that share their memory in every state dict (tied weights) are averaged once and share
-    it in the result. ``_orig_mod.`` and, where the state dicts disagree about it, ``module.`` are taken off the keys.
-
-    Args:
-        state_dicts: At least one, with the same keys and shapes. Any mapping will do: one that reads a file when it is
-            asked keeps one tensor of each in memory.
-        weights: One finite number per state dict with a positive sum, ``None`` for equal ones. They are divided by
-            their sum.
-        accumulate_dtype: Type of the sums, ``torch.float32`` or ``torch.float64``. The mean goes back to the tensor's
-            own type (to the widest, where the state dicts differ).
-        include: Patterns (``"net.*"``) of keys to average; ``None`` for all. Others are the first state dict's.
-        exclude: Patterns of keys to leave as the first state dict has them.
-        names: What to call the state dicts in an error; ``None`` for their positions.
-
-    Returns:
-        A new state dict with the keys of the first, on the CPU or wherever the first one's tensors are.
-
-    Raises:
-        StateDictMismatchError: If keys, shapes or kinds of tensors differ; it is a ``ValueError``.
-        ValueError: If there is nothing to average, or ``weights`` or ``accumulate_dtype`` are not as said.
-
-    Example:
-        >>> one = {"w": torch.tensor([1.0, 2.0]), "n": torch.tensor(3)}
-        >>> two = {"w": torch.zeros(2), "n": torch.tensor(5)}
-        >>> average_state_dicts([one, two])
-        {'w': tensor([0.5000, 1.0000]), 'n': tensor(3)}
-
-    """
-    shares = _shares(len(state_dicts), weights)
-    if accumulate_dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"average_state_dicts: `accumulate_dtype` must be torch.float32 or torch.float64, got {accumulate_dtype!r}."
-        )
-    members = aligned(state_dicts, names)
-    result: dict[str, Any] = {}
-    done: dict[tuple[Any, ...], Tensor] = {}
-    with Workspace() as workspace:
-        for key in members[0]:
-            known = [member.shape_and_dtype(key) for member in members]
-            dtypes = [dtype for _, dtype in filter(None, known)]
-            if not (dtypes and _is_continuous(dtypes[0]) and selects(key, include, exclude)):
-                first = members[0][key]
-                result[key] = first.detach().clone() if isinstance(first, Tensor) else first
-                continue
-            places = tuple(member.place(key) for member in members)
-            if places not in done:
-                out = members[0].empty(key, reduce(torch.promote_types, dtypes))
-                parts = [member.part(key) for member in members]
-                done[places] = mean_of_parts(out, parts, dtypes, shares, accumulate_dtype, workspace)
-            result[key] = done[places]
-    return result
-
-
-def _shares(count: int, weights: Sequence[float] | None) -> list[float]:
-    if count == 0:
-        raise ValueError("average_state_dicts: `state_dicts` must hold at least one state dict, got none.")
-    if weights is None:
-        return [1.0] * count
-    if len(weights) != count:
-        raise ValueError(
-            f"average_state_dicts: `weights` must have one number per state dict ({count}), got {weights}."
-        )
-    total = sum(weights)
-    if not 0 < total < float("inf"):  # NaN is refused too
-        raise ValueError(f"average_state_dicts: `weights` must be finite with a positive sum, got {list(weights)}.")
-    return list(weights)
-
-
-def is_averaged(value: object) -> bool:
-    """Whether a mean of such entries makes sense: integers and booleans are counts, positions and masks."""
-    return isinstance(value, Tensor) and _is_continuous(value.dtype)
-
-
-def _is_continuous(dtype: torch.dtype) -> bool:
-    return dtype.is_floating_point or dtype.is_complex
-
-
-def selects(key: str, include: Sequence[str] | None, exclude: Sequence[str] | None) -> bool:
-    """Whether a key is asked for by ``include`` (all without it) and not taken out by ``exclude``."""
-    wanted = include is None or any(fnmatchcase(key, pattern) for pattern in include)
-    return wanted and not any(fnmatchcase(key, pattern) for pattern in exclude or ())
-
-
-# -- keys -------------------------------------------------------------------------------------------------------------
 
 
 class Aligned(Mapping[str, Any]):
@@ -152,6 +51,10 @@ class Aligned(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self._originals)
 
+    @override
+    def __contains__(self, key: object) -> bool:
+        return key in self._originals  # a mapping's own would read the entry
+
     def load(self) -> dict[str, Any]:
         """All entries; tied tensors are one tensor."""
         return load_tied(self, self.place)
@@ -160,7 +63,8 @@ class Aligned(Mapping[str, Any]):
         """Reads parts of a tensor."""
         read = getattr(self._state_dict, "read", None)
         if read is None:
-            return part_of(self[key])
+            flat = self[key].detach().reshape(-1)  # a view, unless the tensor is not contiguous
+            return lambda start, buffer: flat[start : start + buffer.numel()]
         original = self._originals[key]
         return lambda start, buffer: read(original, start, buffer)
 
@@ -205,7 +109,7 @@ def aligned(state_dicts: Sequence[StateDict], names: Sequence[str] | None = None
         StateDictMismatchError: With a table of what differs.
 
     """
-    keys = [{_without_wrappers(key): key for key in state_dict} for state_dict in state_dicts]
+    keys = [{plain_name(key): key for key in state_dict} for state_dict in state_dicts]
     in_module = [bool(k) and all(key.startswith("module.") for key in k) for k in keys]
     if any(in_module) and not all(in_module):
         keys = [
@@ -224,15 +128,11 @@ def aligned(state_dicts: Sequence[StateDict], names: Sequence[str] | None = None
     return members
 
 
-def _without_wrappers(key: str) -> str:
-    return key.replace("_orig_mod.", "")
-
-
 def _differences(first: Aligned, other: Aligned, label: str) -> list[tuple[str, str, str, str]]:
-    rows = [(key, "present", "missing", label) for key in first if key not in other._originals]
-    rows += [(key, "missing", "present", label) for key in other if key not in first._originals]
+    rows = [(key, "present", "missing", label) for key in first if key not in other]
+    rows += [(key, "missing", "present", label) for key in other if key not in first]
     for key in first:
-        if key in other._originals:
+        if key in other:
             one, two = first.shape_and_dtype(key), other.shape_and_dtype(key)
             if not _alike(one, two):
                 rows.append((key, _words(one), _words(two), label))
@@ -262,20 +162,14 @@ def _table(rows: list[tuple[str, str, str, str]], first: str) -> str:
     )
 
 
-def combine(
-    state_dicts: Sequence[StateDict], names: Sequence[str], mix: Callable[..., Tensor], others: int = 0
-) -> dict[str, Any]:
-    """Applies ``mix`` to the float64 versions of every float tensor; other entries are those of member ``others``."""
-    members = aligned(state_dicts, names)
-    result: dict[str, Any] = {}
-    for key in members[0]:
-        values = [member[key] for member in members]
-        if is_averaged(values[0]):
-            result[key] = mix(*(value.detach().double() for value in values)).to(values[0].dtype)
-        else:
-            chosen = values[others]
-            result[key] = chosen.detach().clone() if isinstance(chosen, Tensor) else chosen
-    return result
+def is_averaged(value: object) -> bool:
+    """Whether a mean of such entries makes sense: integers and booleans are counts, positions and masks."""
+    return isinstance(value, Tensor) and is_continuous(value.dtype)
+
+
+def is_continuous(dtype: torch.dtype) -> bool:
+    """Whether numbers of such a type can be averaged."""
+    return dtype.is_floating_point or dtype.is_complex
 
 
 def unique(names: Iterable[str]) -> list[str]:

@@ -257,7 +257,7 @@ def test_means_are_means_of_what_was_passed(soup, pick):
 def test_accumulated_batches_are_one_step():
     passing, soup = Passing(), SoupAverager(method="swa")
     fit(passing, soup, accumulate_grad_batches=2)
-    assert soup._gathered.taken == 6
+    assert soup._soup.gathered.taken == 6
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
@@ -265,9 +265,9 @@ def test_half_precision_weights_are_averaged_in_float32(precision):
     passing, soup = Passing(), SoupAverager(method="ema", decay=0.99)
     model = User(lr=0.05)
     fit(passing, soup, model=model, precision=precision, validate=False)
-    assert {t.dtype for t in soup._gathered.average().values()} == {torch.float32}
+    assert {t.dtype for t in soup._soup.gathered.average().values()} == {torch.float32}
     expected = ema_by_hand(passing.steps, 0.99)
-    near(soup._gathered.average(), expected, PARAMETERS, rtol=1e-5, atol=1e-6)
+    near(soup._soup.gathered.average(), expected, PARAMETERS, rtol=1e-5, atol=1e-6)
     assert torch.equal(model.first.weight, expected["first.weight"].to(model.first.weight.dtype))
 
 
@@ -279,6 +279,25 @@ def test_only_what_is_asked_for_is_averaged():
     assert not torch.equal(model.first.weight, end["first.weight"])
     with pytest.raises(MisconfigurationException, match="there is nothing to average"):
         fit(SoupAverager(method="ema", include=["nothing"]))
+
+
+def test_a_string_is_one_pattern_and_every_pattern_matches_something():
+    passing = Passing()
+    _, model = fit(passing, SoupAverager(method="ema", decay=0.5, include="first.*", exclude="*.bias"))
+    end = passing.steps[-1]
+    near(weights_of(model), end, [k for k in end if k != "first.weight"])
+    assert not torch.equal(model.first.weight, end["first.weight"])
+    for options in ({"include": ["first.*", "fist.*"]}, {"exclude": "fist.*"}):
+        with pytest.raises(
+            MisconfigurationException, match=r"=\['fist.\*'\]\): no parameter .* names: .*'first.weight'"
+        ):
+            fit(SoupAverager(method="ema", **options))
+
+
+def test_lawa_keeps_the_latest_whenever_a_greedy_soup_would_decide():
+    passing = Passing()
+    _, model = fit(passing, SoupAverager(method="lawa", last_k=2, greedy_at="snapshot"), epochs=4)
+    near(weights_of(model), mean_of(passing.epochs[-2:]), PARAMETERS)
 
 
 def test_masks_flags_counters_and_ties_survive_where_lightnings_average_spoils_them():
@@ -396,7 +415,7 @@ def test_greedy_at_snapshots_is_never_below_the_best_and_keeps_one_sum(every):
         assert soup.score <= min(val_loss(w) for w in snapshots) + 1e-6
         assert val_loss(weights_of(model)) == pytest.approx(soup.score, abs=1e-6)
         assert len(soup.trace) == len(snapshots)
-        assert soup._gathered.state().keys() == {"count", "sums", "ingredients"}
+        assert soup._soup.gathered.state().keys() == {"count", "sums", "ingredients"}
         kept = [int(name[-7:]) for name in soup.ingredients]
         near(weights_of(model), mean_of([passing.steps[i - 1] for i in kept]), PARAMETERS)
 
@@ -611,7 +630,7 @@ def test_swapped_checkpoints_hold_what_was_validated_and_resume_from_the_raw_wei
 
     fit(other, again, AtStart(), ckpt=tmp_path / "epoch=1.ckpt")
     near(start[0], passing.steps[7], PARAMETERS)
-    assert other._gathered.taken == 12
+    assert other._soup.gathered.taken == 12
 
 
 def test_files_of_weights_only_are_warned_of(tmp_path):
@@ -649,6 +668,8 @@ def test_files_are_few_whole_and_gone_at_the_end_and_resume_needs_them(tmp_path)
     assert list((tmp_path / "soups").iterdir()) == []
     with pytest.raises(MisconfigurationException, match=r"are not in .* any more"):
         fit(make(), ckpt=tmp_path / "ck" / "epoch=1.ckpt", epochs=4)
+    with pytest.raises(FileNotFoundError, match=r"are not in .* any more"):
+        load_averaged(tmp_path / "ck" / "epoch=1.ckpt")
     fit(make(keep_files=True), saver, epochs=2)
     (kept,) = (tmp_path / "soups").iterdir()
     assert len(list(kept.iterdir())) == 2

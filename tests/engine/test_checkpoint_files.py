@@ -12,12 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lightning_reg.averaging._checkpoint_files import (
-    UntrustedFileError,
-    open_checkpoint,
-    save_weights,
-    write_atomically,
-)
+from lightning_reg.averaging._checkpoint_files import UntrustedFileError, open_checkpoint
+from lightning_reg.averaging._written_files import save_weights, write_atomically
 
 WEIGHTS = {"a.w": torch.arange(6.0).reshape(2, 3), "n": torch.tensor(3), "flag": torch.tensor([True, False])}
 
@@ -151,7 +147,7 @@ def test_an_exception_while_writing_leaves_the_old_file_and_nothing_else(tmp_pat
 
 WRITER = """
 import sys, torch
-from lightning_reg.averaging._checkpoint_files import save_weights
+from lightning_reg.averaging._written_files import save_weights
 print("ready", flush=True)
 number = 0
 while True:

@@ -72,6 +72,7 @@ __all__ = [
     "metrics_kept",
     "new_scaler",
     "nominal_batch_size",
+    "on_module_device",
     "optimizers_of",
     "prints_summary",
     "rank_zero_warn",
@@ -165,6 +166,11 @@ def nominal_batch_size(trainer: "Trainer") -> int | None:
     loader = trainer.train_dataloader
     size = getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
     return size if isinstance(size, int) else None
+
+
+def on_module_device(module: "LightningModule", batch: Any) -> Any:
+    """A batch on the module's device, through its own hooks for that."""
+    return module._apply_batch_transfer_handler(batch, device=module.device)
 
 
 def data_parallel_group(trainer: "Trainer") -> "ProcessGroup | None":

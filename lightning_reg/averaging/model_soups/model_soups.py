@@ -1,52 +1,31 @@
-"""Model soups: averages of the weights of one run, or of several runs from one start."""
+"""SoupAverager: averages of the weights that one fit passes through."""
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_reg.averaging import _in_fit, _setup
-from lightning_reg.averaging._across_runs import load_averaged, make_soup
-from lightning_reg.averaging._ancestry import ancestry
-from lightning_reg.averaging._batch_norm import reestimate_batchnorm
 from lightning_reg.averaging._checkpoint_files import RECORD
-from lightning_reg.averaging._collectors import Exchange, Ingredient, Shelf, averaged_tensors, ema_decay
-from lightning_reg.averaging._evaluation import TrainerEvaluation
-from lightning_reg.averaging._greedy import Candidate, SoupResult, greedy_soup
-from lightning_reg.averaging._learned import LearnedSoup
-from lightning_reg.averaging._merging import dare_merge, slerp_merge, ties_merge, wise_ft
-from lightning_reg.averaging._shards import Layouts, layouts_of, local_parts, own_parts, whole
-from lightning_reg.averaging._state_dicts import average_state_dicts
+from lightning_reg.averaging._soup_results import Candidate
+from lightning_reg.averaging.model_soups._arguments import check_arguments, describe, new_soup, schedule
+from lightning_reg.averaging.model_soups._gathered import Gathered, Shelf, Snapshots
+from lightning_reg.averaging.model_soups._live_weights import LiveWeights, own_parts
+from lightning_reg.averaging.model_soups._setup import check_setup, chosen_tensors, kept_checkpoints, new_folder
+from lightning_reg.averaging.model_soups._soup import average_of_state
+from lightning_reg.averaging.model_soups._validation import Validation, agreed_score
+from lightning_reg.averaging.model_soups.files import exchange_in_checkpoint
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.run.phases import Member
+from lightning_reg.engine.run.phases import Member, phases_of
 from lightning_reg.engine.technique import Technique
-from lightning_reg.engine.weights.shards import reshard_
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
     from lightning_reg.engine.step import Step
 
-__all__ = [
-    "LearnedSoup",
-    "SoupAverager",
-    "SoupResult",
-    "TrainerEvaluation",
-    "ancestry",
-    "average_state_dicts",
-    "dare_merge",
-    "ema_decay",
-    "greedy_soup",
-    "load_averaged",
-    "make_soup",
-    "reestimate_batchnorm",
-    "slerp_merge",
-    "ties_merge",
-    "wise_ft",
-]
+__all__ = ["SoupAverager"]
 
 
 class SoupAverager(Technique):
@@ -109,7 +88,8 @@ class SoupAverager(Technique):
         warmup_steps: Updates during which ``"ema"`` is at most as slow as the plain mean, at least 0.
         bn_update_batches: Training batches to estimate batch statistics on, at least 0; ``None`` for one epoch. Only
             used if there are batch-norm layers.
-        include: Patterns of parameters to average (``["net.*"]``); ``None`` for all. Others stay as trained.
+        include: Patterns of parameters to average (``["net.*"]``), or one pattern; ``None`` for all. Others stay as
+            trained.
         exclude: Patterns of parameters to leave out.
         keep: Where snapshots are kept.
         dirpath: Where their folder is made, on a disk that all ranks see; ``None`` for the Trainer's
@@ -148,8 +128,8 @@ class SoupAverager(Technique):
         half_life_steps: float | None = None,
         warmup_steps: int = 0,
         bn_update_batches: int | None = None,
-        include: list[str] | None = None,
-        exclude: list[str] | None = None,
+        include: list[str] | str | None = None,
+        exclude: list[str] | str | None = None,
         keep: Literal["cpu", "disk"] = "cpu",
         dirpath: str | None = None,
         keep_files: bool = False,
@@ -166,36 +146,33 @@ class SoupAverager(Technique):
         self.bn_update_batches, self.include, self.exclude = bn_update_batches, include, exclude
         self.keep, self.dirpath, self.keep_files = keep, dirpath, keep_files
         self.swap_for_validation, self.load_at_end = swap_for_validation, load_at_end
-        _setup.check_arguments(self)
-        self._live: dict[str, Tensor] = {}
-        self._tensors: dict[str, Tensor] = {}
-        self._layouts: Layouts = {}
-        self._exchange = Exchange()
+        check_arguments(self)
+        self._live = LiveWeights()
         self._resumed = False
         self._begin()
 
     def _begin(self) -> None:
-        self._every_epochs, self._every_steps = _setup.schedule(self)
-        self._gathered = _setup.new_collector(self)
+        self._every_epochs, self._every_steps = schedule(self)
+        self._soup = new_soup(self)
         self._steps, self._last_step = 0, 0
-        self._validated: tuple[int, float] | None = None
-        self._raw: dict[str, Tensor] = {}
-        self._soup: dict[str, Tensor] = {}
-        self._soup_score: float | None = None
-        self._trace: list[Candidate] = []
-        self._outcome: _in_fit.Outcome | None = None
+        self._raw: dict[str, Tensor] = {}  # what the average in the module stands in for
+        self._average: dict[str, Tensor] = {}  # where the module does not hold it at the end
 
     @override
     def describe(self) -> str:
-        return _setup.describe(self)
+        return describe(self)
 
     @override
     def check(self, trainer: "Trainer", module: "LightningModule") -> None:
-        _setup.check_setup(self, trainer)
+        check_setup(self, trainer)
 
     @override
     def conflict_with(self, other: Member) -> str | None:
-        return _setup.conflict(self, other)
+        if type(other) is type(self) and self.load_at_end and getattr(other, "load_at_end", False):
+            return "each puts its average into the module when the fit ends. Give all but one `load_at_end=False`."
+        if self.swap_for_validation and "edit_weights" in phases_of(other):
+            return "`swap_for_validation` would validate the average without the other's edits. Set it to False."
+        return None
 
     @override
     def is_active(self, step: "Step") -> bool:
@@ -207,27 +184,19 @@ class SoupAverager(Technique):
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         if not self._resumed:
             self._begin()
-        self._tensors = averaged_tensors(pl_module, self.include, self.exclude)
-        self._layouts = layouts_of(self._tensors)
-        self._live = local_parts(self._tensors, self._layouts)
-        if not self._live:
-            raise MisconfigurationException(
-                f"SoupAverager: there is nothing to average; `include` {self.include} and `exclude` {self.exclude}"
-                " leave no floating-point parameter."
-            )
-        if self.keep == "disk" and isinstance(self._gathered, Shelf) and self._gathered.folder is None:
-            self._gathered.folder = _setup.new_folder(self, trainer)
-        self._exchange = Exchange(pl_module if self._layouts else None)
+        self._live = LiveWeights(pl_module, chosen_tensors(self, pl_module))
+        shelf = self._soup.gathered
+        if self.keep == "disk" and isinstance(shelf, Shelf) and shelf.folder is None:
+            shelf.folder = new_folder(trainer, self.dirpath)
 
     @override
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        saved_whole = self._layouts if self._resumed else {}
-        self._gathered.follow(self._live, saved_whole)
+        saved_whole = self._live.layouts if self._resumed else {}
+        self._soup.gathered.follow(self._live.tensors, saved_whole)
         if self._resumed and self._raw:  # the checkpoint's `state_dict` is an average; training goes on without it
-            self._find_shards()
-            _in_fit.copy_into(self._live, own_parts(self._raw, saved_whole))
-            reshard_(pl_module)
-        self._resumed, self._raw, self._soup, self._outcome = False, {}, {}, None
+            self._live.find_shards()
+            self._live.overwrite(own_parts(self._raw, saved_whole))
+        self._resumed, self._raw, self._average, self._soup.outcome = False, {}, {}, None
         self._last_step = trainer.global_step
 
     @override
@@ -241,7 +210,7 @@ class SoupAverager(Technique):
         if self._every_steps and self._steps % self._every_steps == 0 and self._steps > self.start_step:
             self._take(trainer, pl_module)
         if host.is_logging_step(trainer):
-            pl_module.log(f"{self.log_key}/ingredients", float(self._gathered.taken), batch_size=1)
+            pl_module.log(f"{self.log_key}/ingredients", float(self._soup.gathered.taken), batch_size=1)
 
     @override
     def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
@@ -250,86 +219,106 @@ class SoupAverager(Technique):
             self._take(trainer, pl_module)
 
     def _take(self, trainer: "Trainer", module: "LightningModule") -> None:
-        self._find_shards()
+        self._live.find_shards()
         step = trainer.global_step
-        score = self._validated[1] if self._validated is not None and self._validated[0] == step else None
-        ingredient = Ingredient(f"epoch={trainer.current_epoch:03d}-step={step:07d}", step, score)
-        if self.method == "greedy" and self.greedy_at == "snapshot":
-            _in_fit.decide(self, trainer, module, ingredient)
-        else:
-            self._gathered.take(ingredient, self._live, write=trainer.is_global_zero)
+        self._soup.take(
+            f"epoch={trainer.current_epoch:03d}-step={step:07d}",
+            step,
+            self._live.tensors,
+            self._validation(trainer, module).score_of,
+            write=trainer.is_global_zero,
+        )
 
-    def _find_shards(self) -> None:
-        if self._layouts:  # FSDP2 settles in its first forward pass where they lie in memory
-            self._live = local_parts(self._tensors, self._layouts)
+    def _validation(self, trainer: "Trainer", module: "LightningModule") -> Validation:
+        return Validation(trainer, module, self._live, self.monitor, self.bn_update_batches)
 
     @override
     def on_validation_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        if self.swap_for_validation and self._gathered.taken and self._live and not trainer.sanity_checking:
+        gathered = self._soup.gathered
+        if self.swap_for_validation and gathered.taken and self._live.tensors and not trainer.sanity_checking:
             with torch.inference_mode(False):
-                self._exchange.put(self._live, self._gathered.average())
+                self._live.put(gathered.average())
 
     @override
     def on_validation_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        self._exchange.undo()
-        if self.method == "greedy" and self._live and not trainer.sanity_checking:
-            self._validated = trainer.global_step, _in_fit.score_in(self, trainer.callback_metrics, pl_module)
-            for ingredient in self._gathered.ingredients:
-                if ingredient.step == trainer.global_step and ingredient.score is None:
-                    ingredient.score = self._validated[1]
+        self._live.restore()
+        if self.method == "greedy" and self._live.tensors and not trainer.sanity_checking:
+            score = agreed_score(trainer.callback_metrics, self.monitor, pl_module)
+            self._soup.note_validation(trainer.global_step, score)
 
     # -- when it ends -------------------------------------------------------------------------------------------------
 
     @override
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        self._find_shards()
-        self._outcome, average = _in_fit.finish(self, trainer, pl_module)
-        if self._outcome is None:
+        self._live.find_shards()
+        source = self._source(trainer)
+        if not source.taken:
+            host.rank_zero_warn(
+                f"SoupAverager: the fit ended before the first snapshot (start_step={self.start_step},"
+                f" every_n_epochs={self.every_n_epochs}, every_n_steps={self.every_n_steps}): the module keeps its"
+                " weights."
+            )
             return
+        validation = self._validation(trainer, pl_module)
+        outcome, average = self._soup.finish(source, validation.own_score, validation.score_of)
+        average = self._live.alike(average)
+        if outcome.count > 1 and validation.estimates:
+            outcome.before_batch_norm, score = validation.settle(average, rescore=self.method != "greedy")
+            outcome.score = outcome.score if score is None else score
+        self._soup.outcome = outcome
+        metrics = {f"{self.log_key}/{name}": value for name, value in outcome.metrics().items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
         if self.load_at_end:
-            self._raw = {name: value.detach().to("cpu", copy=True) for name, value in self._live.items()}
-            _in_fit.copy_into(self._live, average)
-            reshard_(pl_module)
+            self._raw = self._live.on_cpu()
+            self._live.overwrite(average)
         else:
-            self._soup = {name: value.detach().to("cpu", copy=True) for name, value in average.items()}
-        if isinstance(self._gathered, Shelf) and not self.keep_files:
+            self._average = {name: value.detach().to("cpu", copy=True) for name, value in average.items()}
+        if isinstance(source, Shelf) and not self.keep_files:
             trainer.strategy.barrier("every rank has read the ingredients")
             if trainer.is_global_zero:
-                self._gathered.clean_up()
+                source.clean_up()
+
+    def _source(self, trainer: "Trainer") -> Gathered | Snapshots:
+        if self.from_checkpoints:
+            return kept_checkpoints(trainer, self.monitor, self._live.tensors)
+        if isinstance(self._soup.gathered, Shelf):
+            trainer.strategy.barrier("the last ingredient is written")
+        return self._soup.gathered
 
     @override
     def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
-        self._exchange.undo()
-        self._gathered.let_go()
-        self._live, self._tensors, self._exchange = {}, {}, Exchange()
+        self._let_go()
 
     @override
     def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
-        self._exchange.undo()
-        self._gathered.let_go()
-        self._live, self._tensors, self._exchange = {}, {}, Exchange()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self._live.let_go()
+        self._soup.gathered.let_go()
 
     # -- what came of it ----------------------------------------------------------------------------------------------
 
     @property
     def trace(self) -> list[Candidate]:
         """Decisions of the greedy soup, in order."""
-        return list(self._trace) if self._outcome is None else self._outcome.trace
+        return self._soup.trace
 
     @property
     def ingredients(self) -> list[str]:
         """Names of the snapshots in the average, where it is one of snapshots; greedy: in the order of joining."""
-        return self._gathered.names if self._outcome is None else self._outcome.ingredients
+        return self._soup.ingredients
 
     @property
     def score(self) -> float | None:
         """Validation score of the greedy soup; of another average where :attr:`score_before_batch_norm` is."""
-        return self._soup_score if self._outcome is None else self._outcome.score
+        return self._soup.score
 
     @property
     def score_before_batch_norm(self) -> float | None:
         """The same before the batch statistics were estimated anew; ``None`` without batch norm."""
-        return None if self._outcome is None else self._outcome.before_batch_norm
+        return None if self._soup.outcome is None else self._soup.outcome.before_batch_norm
 
     @property
     def raw_weights(self) -> dict[str, Tensor]:
@@ -346,27 +335,17 @@ class SoupAverager(Technique):
             RuntimeError: If there is none, or the module holds it.
 
         """
-        if self._outcome is not None and self.load_at_end:
+        if self._soup.outcome is not None and self.load_at_end:
             raise RuntimeError("SoupAverager: the module holds the average; `raw_weights` has what it held before.")
-        if self._soup:
-            return {name: value.clone() for name, value in self._soup.items()}
-        return _in_fit.average_of_state(self.state_dict())
+        if self._average:
+            return {name: value.clone() for name, value in self._average.items()}
+        return average_of_state(self.state_dict())
 
     # -- state --------------------------------------------------------------------------------------------------------
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "method": self.method,
-            "steps": self._steps,
-            "validated": self._validated,
-            "gathered": whole(self._gathered.state(), self._layouts),
-            "raw": whole(self._raw, self._layouts),
-            "soup": whole(self._soup, self._layouts),
-            "soup_score": self._soup_score,
-            "trace": [asdict(candidate) for candidate in self._trace],
-            "outcome": None if self._outcome is None else self._outcome.state(),
-        }
+        return self._live.whole({"steps": self._steps, **self._soup.state(), "raw": self._raw, "soup": self._average})
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -376,23 +355,21 @@ class SoupAverager(Technique):
                 f"{state_dict['method']!r}. Go on with that one, or train without `ckpt_path`."
             )
         self._steps, self._resumed = state_dict["steps"], True
-        self._validated = None if state_dict["validated"] is None else tuple(state_dict["validated"])
-        self._gathered.load(state_dict["gathered"])
-        self._raw, self._soup = dict(state_dict["raw"]), dict(state_dict["soup"])
-        self._soup_score = state_dict["soup_score"]
-        self._trace = [Candidate(**candidate) for candidate in state_dict["trace"]]
-        self._outcome = _in_fit.Outcome.of(state_dict["outcome"])
+        self._raw, self._average = dict(state_dict["raw"]), dict(state_dict["soup"])
+        try:
+            self._soup.load(state_dict)
+        except FileNotFoundError as error:
+            raise MisconfigurationException(str(error)) from error
 
     @override
     def on_save_checkpoint(self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]) -> None:
-        swaps = self.swap_for_validation and self._outcome is None and self._gathered.taken > 0
+        swaps = self.swap_for_validation and self._soup.outcome is None and self._soup.gathered.taken > 0
         if swaps:
-            raw = _in_fit.exchange_in_checkpoint(checkpoint, self._gathered.average())
+            raw = exchange_in_checkpoint(checkpoint, self._soup.gathered.average())
             checkpoint["callbacks"][self.state_key]["raw"] = raw
-        record = _in_fit.record(self, averaged=swaps or bool(self._raw))
+        record = self._soup.record(averaged=swaps or bool(self._raw))
         checkpoint.setdefault(RECORD, {})[self.state_key] = record
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        held = {"_live": {}, "_tensors": {}, "_layouts": {}, "_exchange": Exchange()}
-        return super().__getstate__() | held  # the module's tensors are not this callback's
+        return super().__getstate__() | {"_live": LiveWeights()}  # the module's tensors are not this callback's

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_reg.averaging._batch_norm import reestimate_batchnorm, tracking_layers
+from lightning_reg.averaging.model_soups.core import reestimate_batchnorm, tracking_layers
 from lightning_reg.engine.host.generators import isolated_randomness
-from lightning_reg.engine.host.lightning import metrics_kept
+from lightning_reg.engine.host.lightning import metrics_kept, on_module_device
+from lightning_reg.engine.host.names import plain_name
 from lightning_reg.engine.run.passes import replay_step
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class TrainerEvaluation:
             return state_dict
         self.model.load_state_dict(state_dict)
         self._reestimate()
-        estimated = {name.replace("_orig_mod.", ""): value for name, value in self.model.state_dict().items()}
+        estimated = {plain_name(name): value for name, value in self.model.state_dict().items()}
         return {
             key: value.clone() if isinstance(value := estimated.get(key, old), Tensor) and _is_statistic(key) else old
             for key, old in state_dict.items()
@@ -103,8 +104,7 @@ class TrainerEvaluation:
 
         def run(batch: Any) -> None:  # noqa: ANN401 # the user's
             with torch.no_grad():
-                batch = model._apply_batch_transfer_handler(batch, device=model.device)
-                replay_step(self.trainer, model, batch, next(steps))
+                replay_step(self.trainer, model, on_module_device(model, batch), next(steps))
 
         with isolated_randomness(), metrics_kept(model):
             reestimate_batchnorm(model, self.train_batches or (), self.bn_update_batches, run)

@@ -1,32 +1,25 @@
-"""Weighted means of tensors a chunk at a time, so that nothing but the result grows with them."""
+"""Means in little memory: of tensors a chunk at a time, of state dicts from a running sum."""
 
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
-__all__ = ["Part", "Workspace", "in_chunks", "mean_of_parts", "part_of"]
+from lightning_reg.averaging._state_dicts import Aligned, Part, is_averaged
 
-# Elements from a start on: in the given buffer, or a view of what lies in memory anyway.
-Part: TypeAlias = Callable[[int, Tensor], Tensor]
+__all__ = ["RunningSum", "Workspace", "in_chunks", "mean_of_parts"]
 
 _CHUNK = 1 << 17  # elements at a time: for each worker 3 MB
 _SMALL_CHUNK = 1 << 15  # where torch computes: below that it starts no threads of its own inside a worker
 _IN_NUMPY = (torch.float32, torch.float64)
 _MOST_WORKERS = 4  # reading memory is the limit beyond
-
-
-def part_of(tensor: Tensor) -> Part:
-    """Parts of a tensor in memory."""
-    flat = tensor.detach().reshape(-1)  # a view, unless the tensor is not contiguous
-    return lambda start, buffer: flat[start : start + buffer.numel()]
 
 
 class Workspace:
@@ -132,3 +125,54 @@ def _add_in_torch(accumulator: Tensor, scratch: Tensor, part: Tensor, share: flo
         accumulator.add_(scratch, alpha=share)
     elif share != 1:
         accumulator.mul_(share)
+
+
+class RunningSum:
+    """Sum of state dicts in float64, and the mean with one more without adding it.
+
+    Memory: the sum takes two float32 models, each mean that is asked for one.
+    """
+
+    def __init__(self, first: Aligned) -> None:
+        self.count = 1
+        self._sums: dict[str, Any] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._tied: dict[str, str] = {}
+        places: dict[tuple[Any, ...], str] = {}
+        for key, value in first.items():
+            self._sums[key] = value
+            if is_averaged(value):
+                self._dtypes[key] = value.dtype
+                self._sums[key] = value.detach().to(_wide(value), copy=True)
+                one_of_it = places.setdefault(first.place(key), key)
+                if one_of_it != key:
+                    self._tied[key] = one_of_it
+            elif isinstance(value, Tensor):
+                self._sums[key] = value.detach().clone()
+
+    def add(self, member: Aligned) -> None:
+        """Adds a state dict with the same keys."""
+        for key in self._dtypes:
+            self._sums[key].add_(member[key].detach().to(self._sums[key].device))
+        self._tied = {key: other for key, other in self._tied.items() if member.place(key) == member.place(other)}
+        self.count += 1
+
+    def mean(self, member: Aligned | None = None) -> dict[str, Any]:
+        """The mean so far, or with one more, which is not added."""
+        result: dict[str, Any] = {}
+        count = self.count + (member is not None)
+        for key, value in self._sums.items():
+            if key not in self._dtypes:
+                result[key] = value.clone() if isinstance(value, Tensor) else value
+                continue
+            other = self._tied.get(key)
+            if other is not None and (member is None or member.place(key) == member.place(other)):
+                result[key] = result[other]
+                continue
+            total = value if member is None else value + member[key].detach().to(value.device)
+            result[key] = (total / count).to(self._dtypes[key])
+        return result
+
+
+def _wide(value: Tensor) -> torch.dtype:
+    return torch.complex128 if value.is_complex() else torch.float64

@@ -10,6 +10,7 @@ from torch.func import functional_call
 from typing_extensions import override
 
 from lightning_reg.averaging._state_dicts import StateDict, aligned, is_averaged
+from lightning_reg.engine.host.names import plain_name
 
 __all__ = ["LearnedSoup"]
 
@@ -60,7 +61,7 @@ class LearnedSoup(nn.Module):
         members = aligned(state_dicts)
         self._module = [module]  # in a list: its parameters are not this module's
         self._names = [name for name, _ in module.named_parameters()]
-        self._keys = {name: name.replace("_orig_mod.", "") for name in self._names}
+        self._keys = {name: plain_name(name) for name in self._names}
         missing = [key for key in self._keys.values() if key not in members[0]]
         if missing:
             raise ValueError(f"LearnedSoup: the state dicts lack parameters of `module`: {missing[:5]}.")
@@ -157,9 +158,9 @@ class LearnedSoup(nn.Module):
     def _buffers_of_soup(self) -> dict[str, Tensor]:
         # Clones: in train mode batch norm would write into them.
         return {
-            name: self._first[name.replace("_orig_mod.", "")].to(self.raw.device).clone()
+            name: self._first[plain_name(name)].to(self.raw.device).clone()
             for name, _ in self._module[0].named_buffers()
-            if name.replace("_orig_mod.", "") in self._first
+            if plain_name(name) in self._first
         }
 
     def _stacked(self, position: int) -> Tensor:

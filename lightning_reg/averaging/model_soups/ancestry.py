@@ -1,6 +1,7 @@
 """Do the members of a soup come from one start, and point the same way?"""
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -8,11 +9,11 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from lightning_reg.averaging._mean import in_chunks
 from lightning_reg.averaging._state_dicts import Aligned, StateDict, aligned
-from lightning_reg.engine.host.lightning import rank_zero_warn
+from lightning_reg.averaging.model_soups._mean import in_chunks
+from lightning_reg.engine.host.distributed import rank
 
-__all__ = ["Ancestry", "ancestry"]
+__all__ = ["ancestry"]
 
 _CHUNK = 1 << 14  # elements at a time
 _CHUNKS = 4  # of a tensor
@@ -87,12 +88,13 @@ def ancestry(
         for i, j in combinations(range(len(labels)), 2)
         if cosines[i, j] < least
     ]
-    if suspicions and warn:
-        rank_zero_warn(
+    if suspicions and warn and rank() == 0:
+        warnings.warn(
             "These models may not share a basin, and then their average is nonsense: "
             + "; ".join(suspicions[:3])
             + ("; and more" if len(suspicions) > 3 else "")
-            + ". Let the held-out score decide (greedy)."
+            + ". Let the held-out score decide (greedy).",
+            stacklevel=2,
         )
     return Ancestry(distances, cosines, start is not None, suspicions)
 

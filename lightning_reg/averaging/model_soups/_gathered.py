@@ -1,28 +1,21 @@
-"""Weights gathered while training runs: running means, and snapshots on the CPU or on disk."""
+"""Weights gathered while training runs: running averages, and snapshots in host memory or on disk."""
 
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
-from lightning_reg.averaging._batch_norm import tracking_layers
-from lightning_reg.averaging._checkpoint_files import open_checkpoint, save_weights
-from lightning_reg.averaging._shards import Layouts, own_parts
-from lightning_reg.averaging._state_dicts import average_state_dicts, is_averaged, selects
-from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.weights.shards import reshard_
+from lightning_reg.averaging._checkpoint_files import open_checkpoint
+from lightning_reg.averaging._written_files import save_weights
+from lightning_reg.averaging.model_soups._live_weights import Layouts, Weights, own_parts
+from lightning_reg.averaging.model_soups.core import average_state_dicts, ema_decay
 
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule
-
-__all__ = ["Exchange", "Ingredient", "MovingAverage", "RunningMean", "Shelf", "averaged_tensors", "ema_decay"]
-
-Weights = Mapping[str, Tensor]
+__all__ = ["Gathered", "Ingredient", "MovingAverage", "RunningMean", "Shelf", "Snapshots"]
 
 
 @dataclass
@@ -39,54 +32,6 @@ class Ingredient:
     name: str
     step: int
     score: float | None = None
-
-
-def averaged_tensors(
-    module: nn.Module, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None
-) -> dict[str, Tensor]:
-    """What is averaged: floating-point parameters, and the running statistics of batch norm.
-
-    Other buffers are masks, counters, memories of samples: they stay the module's own. Tied parameters count once.
-
-    Args:
-        module: The user's.
-        include: Patterns of names; ``None`` for all.
-        exclude: Patterns of names.
-
-    Returns:
-        The live tensors by name, without ``_orig_mod.``.
-
-    """
-    names: dict[Tensor, str] = {p: name.replace("_orig_mod.", "") for name, p in module.named_parameters()}
-    names |= {b: name.replace("_orig_mod.", "") for name, b in module.named_buffers()}
-    statistics = [b for layer in tracking_layers(module) for b in (layer.running_mean, layer.running_var)]
-    candidates = [*module.parameters(), *(b for b in statistics if b is not None)]
-    return {
-        names[tensor]: tensor
-        for tensor in candidates
-        if is_averaged(tensor) and selects(names[tensor], include, exclude)
-    }
-
-
-def ema_decay(updates: int, decay: float, warmup_steps: int) -> float:
-    r"""Decay of an exponential moving average before its next update.
-
-    .. math:: d_n = \min(d, n / (n + 1)) \text{ for } n < N, \text{ else } d
-
-    So the average starts as the plain mean of what came so far, and knows nothing of the initial weights.
-
-    Args:
-        updates: Updates n made so far; the average of none is the first weights.
-        decay: d, in [0, 1).
-        warmup_steps: N.
-
-    Returns:
-        The decay.
-
-    """
-    if updates == 0:
-        return 0.0
-    return min(decay, updates / (updates + 1)) if updates < warmup_steps else decay
 
 
 class _Fused:
@@ -239,19 +184,10 @@ def _lists(known: _Lists | None, own: Weights, weights: Weights) -> _Lists:
     return _Lists(weights, list(own.values()), theirs, widen)
 
 
-class Shelf(Sequence[dict[str, Tensor]]):
-    """Snapshots, in the order of :attr:`ingredients`, in host memory or as safetensors files in a folder.
+class Snapshots(Sequence[dict[str, Tensor]]):
+    """Snapshots one by one, in the order of their names in :attr:`ingredients`."""
 
-    Args:
-        folder: Where the files go, ``None`` to keep the snapshots in memory.
-        last_k: How many of the latest to keep; ``None`` for all.
-
-    """
-
-    def __init__(self, folder: Path | None, last_k: int | None) -> None:
-        self.folder, self.last_k = folder, last_k
-        self.ingredients: list[Ingredient] = []
-        self._kept: list[dict[str, Tensor]] = []
+    ingredients: list[Ingredient]
 
     @property
     def taken(self) -> int:
@@ -266,6 +202,25 @@ class Shelf(Sequence[dict[str, Tensor]]):
     @override
     def __len__(self) -> int:
         return len(self.ingredients)
+
+    def average(self) -> dict[str, Tensor]:
+        """The mean of all."""
+        return average_state_dicts(list(self))  # each is asked for once: that may read a file
+
+
+class Shelf(Snapshots):
+    """Snapshots, in the order of :attr:`ingredients`, in host memory or as safetensors files in a folder.
+
+    Args:
+        folder: Where the files go, ``None`` to keep the snapshots in memory.
+        last_k: How many of the latest to keep; ``None`` for all.
+
+    """
+
+    def __init__(self, folder: Path | None, last_k: int | None) -> None:
+        self.folder, self.last_k = folder, last_k
+        self.ingredients: list[Ingredient] = []
+        self._kept: list[dict[str, Tensor]] = []
 
     @override
     def __getitem__(self, position: Any) -> Any:
@@ -287,10 +242,6 @@ class Shelf(Sequence[dict[str, Tensor]]):
                 self._kept.pop(0)
             elif write:
                 self._path(dropped).unlink(missing_ok=True)
-
-    def average(self) -> dict[str, Tensor]:
-        """The mean of all."""
-        return average_state_dicts(list(self))
 
     def follow(self, live: Weights, layouts: Layouts) -> None:
         """Snapshots stay where they are, of whole tensors this process's shards."""
@@ -316,7 +267,7 @@ class Shelf(Sequence[dict[str, Tensor]]):
         """Takes over a state.
 
         Raises:
-            MisconfigurationException: If files are missing.
+            FileNotFoundError: If files are missing.
 
         """
         self.folder = None if state["folder"] is None else Path(state["folder"])
@@ -324,7 +275,7 @@ class Shelf(Sequence[dict[str, Tensor]]):
         self._kept = [dict(weights) for weights in state["weights"]]
         missing = [] if self.folder is None else [i.name for i in self.ingredients if not self._path(i).is_file()]
         if missing:
-            raise MisconfigurationException(
+            raise FileNotFoundError(
                 f"SoupAverager: the checkpoint's ingredients {missing} are not in {self.folder} any more. A fit"
                 " removes them when it ends, and those beyond `last_k` before. `keep_files=True` leaves them;"
                 ' `keep="cpu"` has them in the checkpoints.'
@@ -334,45 +285,4 @@ class Shelf(Sequence[dict[str, Tensor]]):
         return (self.folder or Path()) / f"{ingredient.name}.safetensors"
 
 
-class Exchange:
-    """Other values in the tensors of a module for a time, by pointers: nothing is copied.
-
-    Args:
-        module: Where parameters are split over processes: their module. FSDP2 knows its shards by their memory, so
-            the values are copied into it and back.
-
-    """
-
-    def __init__(self, module: "LightningModule | None" = None) -> None:
-        self._module = module
-        self._own: list[tuple[Tensor, Tensor]] = []
-
-    @property
-    def is_in(self) -> bool:
-        """Whether other values are in."""
-        return bool(self._own)
-
-    @torch.no_grad()
-    def put(self, live: Weights, values: Weights) -> None:
-        """Puts ``values`` in, of which only those of another type or device are copied."""
-        if self._module is not None:
-            self._own = [(tensor, tensor.clone()) for tensor in live.values()]
-            for name, tensor in live.items():
-                tensor.copy_(values[name])
-            reshard_(self._module)
-            return
-        for name, tensor in live.items():
-            self._own.append((tensor, tensor.data))
-            tensor.data = values[name].to(tensor)
-
-    @torch.no_grad()
-    def undo(self) -> None:
-        """Puts the module's own values back, unless they are in."""
-        for tensor, own in self._own:
-            if self._module is not None:
-                tensor.copy_(own)
-            else:
-                tensor.data = own
-        if self._own and self._module is not None:
-            reshard_(self._module)
-        self._own = []
+Gathered = MovingAverage | RunningMean | Shelf

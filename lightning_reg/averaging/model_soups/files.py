@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,16 +10,15 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_reg.averaging._ancestry import ancestry
-from lightning_reg.averaging._checkpoint_files import RECORD, CheckpointFile, open_checkpoint, save_weights
-from lightning_reg.averaging._greedy import Candidate, SoupResult, greedy_soup
-from lightning_reg.averaging._in_fit import average_of_state, exchange_in_checkpoint
-from lightning_reg.averaging._state_dicts import aligned, average_state_dicts, unique
+from lightning_reg.averaging._checkpoint_files import RECORD, CheckpointFile, open_checkpoint
+from lightning_reg.averaging._soup_results import SoupResult, save_soup
+from lightning_reg.averaging._state_dicts import aligned, unique
+from lightning_reg.averaging.model_soups._soup import average_of_state
+from lightning_reg.averaging.model_soups.ancestry import ancestry
+from lightning_reg.averaging.model_soups.core import average_state_dicts, greedy_soup
+from lightning_reg.engine.host.names import plain_name
 
-__all__ = ["load_averaged", "make_soup", "save_soup"]
-
-# Entries of a Lightning checkpoint that `load_from_checkpoint` needs to build the module.
-_CARRIED = ("pytorch-lightning_version", "epoch", "global_step", "hyper_parameters", "hparams_name", "hparams_type")
+__all__ = ["load_averaged", "make_soup"]
 
 
 def make_soup(
@@ -79,57 +77,30 @@ def make_soup(
         raise ValueError(f"make_soup: `method` must be 'uniform' or 'greedy', got {method!r}.")
     if method == "greedy" and (evaluate is None or weights is not None):
         raise ValueError("make_soup: method='greedy' needs `evaluate`, the held-out score, and takes no `weights`.")
+    rules: dict[str, Any] = {"mode": mode, "strict": strict, "min_delta": min_delta, "max_ingredients": max_ingredients}
     names = unique(str(path) for path in checkpoints)
     files = [open_checkpoint(path, key) for path in checkpoints]
     if check_ancestry and len(files) > 1:
         ancestry(files, None if start is None else open_checkpoint(start, key), names=names)
     scores = [] if evaluate is None else [float(evaluate(aligned([file])[0].load())) for file in files]
     if method == "greedy" and evaluate is not None:
-        result = greedy_soup(
-            files,
-            scores,
-            evaluate,
-            strict=strict,
-            min_delta=min_delta,
-            mode=mode,
-            names=names,
-            max_ingredients=max_ingredients,
-        )
+        result = greedy_soup(files, scores, evaluate, names=names, **rules)
     else:
         with _counted(files, shown=progress) as members:
             mean = average_state_dicts(members, weights, accumulate_dtype, names=names)
-        own: list[float | None] = [*scores] or [None] * len(names)
-        trace = [Candidate(name, score, None, True) for name, score in zip(names, own, strict=True)]
-        result = SoupResult(mean, names, trace, None if evaluate is None else float(evaluate(mean)))
-    settle = getattr(evaluate, "settle", None)
-    if settle is not None:  # of a single ingredient too: its score was taken with new statistics
-        result.state_dict = settle(result.state_dict)
-        result.scores_before_batch_norm = list(getattr(evaluate, "scores_before_batch_norm", []))
+        result = SoupResult.of_all(mean, names, scores, None if evaluate is None else float(evaluate(mean)))
+    _settle(result, evaluate)
     if out is not None:
         save_soup(out, result, method, files[0].extra)
     return result
 
 
-def save_soup(path: str | Path, result: SoupResult, method: str, extra: Mapping[str, Any]) -> None:
-    """Writes a soup, atomically, with a record of what it is.
-
-    Args:
-        path: ``.safetensors``, or a file in the form of a Lightning checkpoint.
-        result: The soup.
-        method: How it was made.
-        extra: Entries of an ingredient, of which those go along that ``load_from_checkpoint`` needs.
-
-    """
-    record = {
-        "holds": f"{method} soup of {len(result.ingredients)} checkpoints",
-        "averaged": True,
-        "method": method,
-        "ingredients": [str(name) for name in result.ingredients],
-        "score": result.score,
-        "trace": [asdict(candidate) for candidate in result.trace],
-    }
-    carried = {name: extra[name] for name in _CARRIED if name in extra}
-    save_weights(path, result.state_dict, {"make_soup": record}, carried)
+def _settle(result: SoupResult, evaluate: object) -> None:
+    """Gives a soup the batch statistics that it was scored with; one of a single ingredient too."""
+    settle = getattr(evaluate, "settle", None)
+    if settle is not None:
+        result.state_dict = settle(result.state_dict)
+        result.scores_before_batch_norm = list(getattr(evaluate, "scores_before_batch_norm", []))
 
 
 @contextmanager
@@ -196,6 +167,7 @@ def load_averaged(path: str | Path, name: str | None = None) -> dict[str, Any]:
     Raises:
         ValueError: If the file says nothing of an average, or of several.
         RuntimeError: If there is no average yet.
+        FileNotFoundError: If there is no such file, or a checkpoint's snapshots lie in files that are gone.
 
     """
     file = open_checkpoint(path)
@@ -221,3 +193,24 @@ def load_averaged(path: str | Path, name: str | None = None) -> dict[str, Any]:
         else:
             result[key] = value
     return result
+
+
+def exchange_in_checkpoint(checkpoint: dict[str, Any], average: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Puts the average into a checkpoint's ``state_dict`` and returns what was there."""
+    weights = dict(checkpoint["state_dict"])
+    keys = {plain_name(key): key for key in weights}
+    tied: dict[tuple[Any, ...], list[str]] = {}
+    for key, value in weights.items():
+        if isinstance(value, Tensor):
+            tied.setdefault(_place(value, key), []).append(key)
+    raw = {}
+    for name, value in average.items():
+        old = raw[name] = weights[keys[name]]
+        new = value.to(old)
+        weights.update(dict.fromkeys(tied[_place(old, keys[name])], new))
+    checkpoint["state_dict"] = weights
+    return raw
+
+
+def _place(value: Tensor, key: str) -> tuple[Any, ...]:
+    return (value.data_ptr(), tuple(value.shape), value.stride()) if value.numel() else (key,)

@@ -1,0 +1,181 @@
+"""``lightning-reg soup``: what all of its methods share, each method being added by its own unit."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lightning_reg.averaging._checkpoint_files import CheckpointFile, UntrustedFileError, open_checkpoint
+from lightning_reg.averaging._soup_results import SoupResult, save_soup
+from lightning_reg.averaging._state_dicts import aligned
+
+__all__ = ["Commands", "Evaluate", "add_methods", "function_at", "mix_files"]
+
+Commands = Any  # argparse names the type of its subparsers with a leading underscore
+Evaluate = Callable[[dict[str, Any]], float]
+
+
+def add_methods(
+    commands: Commands,
+    methods: Mapping[str, str],
+    make: Callable[[argparse.Namespace, Evaluate | None], SoupResult],
+) -> dict[str, argparse.ArgumentParser]:
+    """Adds methods to ``soup``, and ``soup`` to the command line if it is not there yet.
+
+    Args:
+        commands: Subparsers of ``lightning-reg``.
+        methods: One line about each method.
+        make: Makes and writes a soup by the options, of which ``method`` is one.
+
+    Returns:
+        The methods' parsers, for arguments of their own.
+
+    """
+    soup: Any = commands.choices.get("soup")
+    if soup is None:
+        soup = commands.add_parser("soup", help="average or mix checkpoints of several runs from one start")
+        soup.methods = soup.add_subparsers(dest="method", required=True)
+    parsers = {name: soup.methods.add_parser(name, help=text, description=text) for name, text in methods.items()}
+    for parser in parsers.values():
+        _add_common(parser)
+        parser.set_defaults(run=_run, make=make, parser=parser)
+    return parsers
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoints", type=Path, nargs="+", metavar="CKPT")
+    parser.add_argument("--out", type=Path, required=True, help=".safetensors, or .ckpt in Lightning's form")
+    parser.add_argument("--force", action="store_true", help="replace the file --out if it exists")
+    parser.add_argument("--key", help="entry with the weights, in files that hold several things")
+    parser.add_argument("--evaluate", help="module:function from a state dict to its held-out score")
+    parser.add_argument(
+        "--config", type=Path, help="LightningCLI config (class_path of model and data) whose validation scores"
+    )
+    parser.add_argument("--monitor", help="metric that the validation of --config logs")
+    parser.add_argument("--mode", choices=("max", "min"), default="max")
+
+
+def _run(options: argparse.Namespace) -> None:
+    parser: argparse.ArgumentParser = options.parser
+    try:
+        if options.out.exists() and not options.force:
+            raise ValueError(f"{options.out} exists; give --force to replace it.")
+        result: SoupResult = options.make(options, _evaluation(options))
+    except (ValueError, OSError, UntrustedFileError) as error:
+        parser.error(str(error))
+    Console().print(_table(options.method, result))
+    Console().print(f"[bold]{escape(str(options.out))}[/]: {options.method} soup of {len(result.ingredients)}")
+
+
+def mix_files(
+    options: argparse.Namespace, evaluate: Evaluate | None, mix: Callable[[Sequence[CheckpointFile]], dict[str, Any]]
+) -> SoupResult:
+    """Mixes all of the files and writes the result, with the scores of the files and of the mix.
+
+    Args:
+        options: Of the command.
+        evaluate: Scores a state dict; ``None`` for no scores.
+        mix: From the files to a state dict.
+
+    Returns:
+        The mix.
+
+    """
+    files = [open_checkpoint(path, options.key) for path in options.checkpoints]
+    scores = [] if evaluate is None else [float(evaluate(aligned([file])[0].load())) for file in files]
+    mixed = mix(files)
+    names = [str(path) for path in options.checkpoints]
+    result = SoupResult.of_all(mixed, names, scores, None if evaluate is None else float(evaluate(mixed)))
+    save_soup(options.out, result, options.method, files[0].extra)
+    return result
+
+
+def _evaluation(options: argparse.Namespace) -> Evaluate | None:
+    if options.evaluate is not None and options.config is not None:
+        raise ValueError("--evaluate and --config exclude each other.")
+    if options.evaluate is not None:
+        return function_at(options.evaluate)
+    if options.config is None:
+        return None
+    if options.monitor is None:
+        raise ValueError("--config needs --monitor, the metric that its validation logs.")
+    return _from_config(options.config, options.monitor)
+
+
+def function_at(place: str) -> Callable[..., Any]:
+    """Finds a function, from the working directory as well.
+
+    Args:
+        place: Where it is, as ``module:function``.
+
+    Returns:
+        The function.
+
+    Raises:
+        ValueError: If there is none.
+
+    """
+    module, _, name = place.partition(":")
+    if not name:
+        raise ValueError(f"{place!r} must be written module:function.")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"there is no {place}: {error}") from error
+    finally:
+        sys.path.pop(0)
+    return found
+
+
+def _from_config(path: Path, monitor: str) -> Evaluate:
+    from lightning.pytorch import LightningDataModule, LightningModule
+    from lightning.pytorch.cli import LightningCLI  # only with the extra `cli`
+
+    from lightning_reg import TrainerEvaluation  # by its public name: what units share knows none of them
+
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        cli = LightningCLI(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            run=False,
+            save_config_callback=None,
+            args=["--config", str(path)],
+        )
+    finally:
+        sys.path.pop(0)
+    cli.datamodule.prepare_data()
+    cli.datamodule.setup("fit")
+    batches = cli.datamodule.train_dataloader()
+    evaluation: Evaluate = TrainerEvaluation(
+        cli.trainer, cli.model, monitor, datamodule=cli.datamodule, train_batches=batches
+    )
+    return evaluation
+
+
+def _table(method: str, result: SoupResult) -> Table:
+    table = Table(
+        "checkpoint", "own score", "score of the soup with it", "", title=f"{method} soup", title_justify="left"
+    )
+    for candidate in result.trace:
+        verdict = "[green]in[/]" if candidate.accepted else "[red]out[/]"
+        table.add_row(escape(candidate.name), _number(candidate.own_score), _number(candidate.score), verdict)
+    if result.score is not None:
+        table.add_section()
+        table.add_row("soup", _number(result.score), "", "")
+    for before in result.scores_before_batch_norm[-1:]:
+        table.add_row("the last evaluated, before batch statistics were estimated anew", _number(before), "", "")
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.6g}"

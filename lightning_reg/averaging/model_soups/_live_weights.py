@@ -1,0 +1,150 @@
+"""The tensors of a module that are averaged, split over processes or not, and other values in their place."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_reg.averaging._state_dicts import is_averaged
+from lightning_reg.averaging.model_soups.core import tracking_layers
+from lightning_reg.engine.host.names import plain_name
+from lightning_reg.engine.weights.shards import Layout, layout_of, local, own_rows, reshard_, whole_like
+
+__all__ = ["Layouts", "LiveWeights", "Weights", "averaged_tensors", "own_parts"]
+
+Weights = Mapping[str, Tensor]
+Layouts = Mapping[str, Layout]  # of the tensors that are split over processes
+
+
+def averaged_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """What can be averaged: floating-point parameters, and the running statistics of batch norm.
+
+    Other buffers are masks, counters, memories of samples: they stay the module's own. Tied parameters count once.
+
+    Args:
+        module: The user's.
+
+    Returns:
+        The live tensors by name, without ``_orig_mod.``.
+
+    """
+    names: dict[Tensor, str] = {p: plain_name(name) for name, p in module.named_parameters()}
+    names |= {b: plain_name(name) for name, b in module.named_buffers()}
+    statistics = [b for layer in tracking_layers(module) for b in (layer.running_mean, layer.running_var)]
+    candidates = [*module.parameters(), *(b for b in statistics if b is not None)]
+    return {names[tensor]: tensor for tensor in candidates if is_averaged(tensor)}
+
+
+class LiveWeights:
+    """Tensors of a module; of those that are split over processes, this process's shards.
+
+    Other values are put into tensors by pointers: nothing is copied. FSDP2 knows its shards by their memory, so there
+    the values are copied into it and back.
+
+    Args:
+        module: The user's; ``None`` for no tensors.
+        tensors: Those of its tensors that are averaged, by name.
+
+    """
+
+    def __init__(self, module: nn.Module | None = None, tensors: Weights | None = None) -> None:
+        self._given = dict(tensors or {})
+        self.layouts: Layouts = {n: layout for n, t in self._given.items() if (layout := layout_of(t)) is not None}
+        self._split_module = module if self.layouts else None
+        self._own: list[tuple[Tensor, Tensor]] = []
+        self.tensors: dict[str, Tensor] = {}
+        self._take_local_parts()
+
+    def _take_local_parts(self) -> None:
+        self.tensors = {name: local(t) if name in self.layouts else t for name, t in self._given.items()}
+
+    def find_shards(self) -> None:
+        """Looks anew where shards lie: FSDP2 settles in its first forward pass where they lie in memory."""
+        if self.layouts:
+            self._take_local_parts()
+
+    def let_go(self) -> None:
+        """Puts the module's own values back and holds on to nothing of it but how its tensors were laid out."""
+        self.restore()
+        self._given, self.tensors, self._split_module = {}, {}, None
+
+    @contextmanager
+    def exchanged(self, values: Weights) -> Iterator[None]:
+        """Other values in the tensors for a time."""
+        self.put(values)
+        try:
+            yield
+        finally:
+            self.restore()
+
+    @torch.no_grad()
+    def put(self, values: Weights) -> None:
+        """Puts ``values`` in until :meth:`restore`; only those of another type or device are copied."""
+        if self._split_module is not None:
+            self._own = [(tensor, tensor.clone()) for tensor in self.tensors.values()]
+            self.overwrite(values)
+            return
+        for name, tensor in self.tensors.items():
+            self._own.append((tensor, tensor.data))
+            tensor.data = values[name].to(tensor)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Puts the module's own values back, unless they are in."""
+        for tensor, own in self._own:
+            if self._split_module is not None:
+                tensor.copy_(own)
+            else:
+                tensor.data = own
+        if self._own and self._split_module is not None:
+            reshard_(self._split_module)
+        self._own = []
+
+    @torch.no_grad()
+    def overwrite(self, values: Weights) -> None:
+        """Copies values into the tensors for good."""
+        for name, tensor in self.tensors.items():
+            tensor.copy_(values[name])
+        if self._split_module is not None:
+            reshard_(self._split_module)
+
+    def on_cpu(self) -> dict[str, Tensor]:
+        """A copy of the present values in host memory."""
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.tensors.items()}
+
+    def alike(self, values: Weights) -> dict[str, Tensor]:
+        """A copy of values in the tensors' types, on their devices."""
+        return {name: values[name].to(tensor, copy=True) for name, tensor in self.tensors.items()}
+
+    def whole(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The same state with whole tensors, on the CPU, in place of shards; all processes must take part.
+
+        Args:
+            state: Shards under the tensors' names, in it or in mappings and lists of mappings in it.
+
+        Returns:
+            A new state, or the given one where nothing is split.
+
+        """
+        return _whole(state, self.layouts) if self.layouts else state
+
+
+def _whole(state: dict[str, Any], layouts: Layouts) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for name, value in state.items():
+        if name in layouts and isinstance(value, Tensor):
+            result[name] = whole_like(value.to(layouts[name].device_mesh.device_type), layouts[name]).cpu()
+        elif isinstance(value, dict):
+            result[name] = _whole(value, layouts)
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            result[name] = [_whole(each, layouts) for each in value]
+        else:
+            result[name] = value
+    return result
+
+
+def own_parts(values: Weights, layouts: Layouts) -> dict[str, Tensor]:
+    """This process's shards of whole tensors; others as they are."""
+    return {name: own_rows(v, layouts[name]).clone() if name in layouts else v for name, v in values.items()}

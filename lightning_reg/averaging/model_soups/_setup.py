@@ -1,0 +1,151 @@
+"""The fit around SoupAverager: setups that are refused, a folder for files, the checkpoints that are kept."""
+
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_reg.averaging._checkpoint_files import open_checkpoint
+from lightning_reg.averaging.model_soups._arguments import SoupArguments
+from lightning_reg.averaging.model_soups._gathered import Ingredient, Snapshots
+from lightning_reg.averaging.model_soups._live_weights import averaged_tensors
+from lightning_reg.engine.host import lightning as host
+from lightning_reg.engine.host.errors import MisconfigurationException, check_patterns
+from lightning_reg.engine.host.names import is_selected, plain_name
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+__all__ = ["KeptCheckpoints", "check_setup", "chosen_tensors", "kept_checkpoints", "new_folder"]
+
+
+def check_setup(soup: SoupArguments, trainer: "Trainer") -> None:
+    """Refuses setups in which the average would be wrong or never made."""
+    _check_strategy(soup, type(trainer.strategy).__name__)
+    if soup.method == "greedy" and not trainer.enable_validation:
+        raise MisconfigurationException(
+            f"SoupAverager(method='greedy') decides by the validation metric {soup.monitor!r}, but this fit has no"
+            " validation. Give `fit` validation data and the module a `validation_step` that logs it, or take"
+            " method='uniform' or 'lawa'."
+        )
+    savers = [callback for callback in host.callbacks(trainer) if hasattr(callback, "best_k_models")]
+    if soup.from_checkpoints and not savers:
+        raise MisconfigurationException(
+            "SoupAverager(from_checkpoints=True) takes the checkpoints that ModelCheckpoint keeps, but there is none"
+            " among the callbacks. Add `ModelCheckpoint(monitor=..., save_top_k=5)`."
+        )
+    if any(getattr(saver, "save_weights_only", False) for saver in savers):
+        host.rank_zero_warn(
+            "SoupAverager: Lightning calls no callback for files of ModelCheckpoint(save_weights_only=True), so those"
+            " written while training runs hold the raw weights, without the average and without a word about it. The"
+            " average is in the module when the fit ends: `trainer.save_checkpoint(path, weights_only=True)`."
+        )
+
+
+def _check_strategy(soup: SoupArguments, strategy: str) -> None:
+    if strategy.startswith(("FSDP", "DeepSpeed", "XLAFSDP")):
+        raise MisconfigurationException(
+            f"SoupAverager: {strategy} splits parameters into pieces that are no tensors of their own."
+            " Use DDP or ModelParallelStrategy (`fully_shard`), or average consolidated checkpoints afterwards:"
+            " `lightning-reg soup uniform A.ckpt B.ckpt --out soup.ckpt`."
+        )
+    if not strategy.startswith("ModelParallel"):
+        return
+    for name, is_set in (
+        ('keep="disk"', soup.keep == "disk"),
+        ("from_checkpoints=True", soup.from_checkpoints),
+        ("swap_for_validation=True", soup.swap_for_validation),
+    ):
+        if is_set:
+            raise MisconfigurationException(
+                f"SoupAverager({name}) works on files of whole models; under {strategy} each process has shards only."
+                " Leave that argument out: the shards' average is kept in memory, and checkpoints hold it whole."
+            )
+
+
+def chosen_tensors(soup: SoupArguments, module: nn.Module) -> dict[str, Tensor]:
+    """What is averaged.
+
+    Args:
+        soup: Chooses by ``include`` and ``exclude``.
+        module: The user's.
+
+    Returns:
+        Live tensors of the module, by name.
+
+    Raises:
+        MisconfigurationException: If there is none, or a pattern matches nothing.
+
+    """
+    tensors = averaged_tensors(module)
+    chosen = {name: t for name, t in tensors.items() if is_selected(name, soup.include, soup.exclude)}
+    if not chosen:
+        raise MisconfigurationException(
+            f"SoupAverager: there is nothing to average; `include` {soup.include} and `exclude` {soup.exclude}"
+            " leave no floating-point parameter."
+        )
+    for argument, patterns in (("include", soup.include), ("exclude", soup.exclude)):
+        check_patterns(soup, argument, patterns, tensors, "parameter or batch statistic")
+    return chosen
+
+
+def new_folder(trainer: "Trainer", dirpath: str | None) -> Path:
+    """A new folder, the same on all ranks, in a given one or in the Trainer's."""
+    root = Path(dirpath or trainer.default_root_dir)
+    name = ""
+    if trainer.is_global_zero:
+        root.mkdir(parents=True, exist_ok=True)
+        name = tempfile.mkdtemp(prefix="soup-", dir=root)
+    return Path(trainer.strategy.broadcast(name))
+
+
+def kept_checkpoints(trainer: "Trainer", monitor: str, names: Iterable[str]) -> "KeptCheckpoints":
+    """The checkpoints that ModelCheckpoint keeps.
+
+    Args:
+        trainer: The Trainer.
+        monitor: Scores of savers with this metric count.
+        names: The averaged tensors.
+
+    Returns:
+        They, by file name.
+
+    """
+    trainer.strategy.barrier("the last checkpoint is written")
+    scores: dict[str, float | None] = {}
+    for saver in host.callbacks(trainer):
+        same = getattr(saver, "monitor", None) == monitor
+        for path, value in getattr(saver, "best_k_models", {}).items():
+            scores[str(path)] = float(value) if same else None
+    return KeptCheckpoints(scores, names)
+
+
+class KeptCheckpoints(Snapshots):
+    """The averaged tensors of checkpoints, by file name.
+
+    Args:
+        scores: Of each file, by its path; ``None`` if it is not known.
+        names: The averaged tensors.
+
+    """
+
+    def __init__(self, scores: Mapping[str, float | None], names: Iterable[str]) -> None:
+        self._names = list(names)
+        self._paths = sorted(scores, key=lambda path: Path(path).name)
+        self.ingredients = [Ingredient(Path(path).name, 0, scores[path]) for path in self._paths]
+
+    @override
+    def __getitem__(self, position: Any) -> Any:
+        if isinstance(position, slice):
+            return [self[i] for i in range(*position.indices(len(self)))]
+        file = open_checkpoint(self._paths[position])
+        keys = {plain_name(key): key for key in file}
+        missing = [name for name in self._names if name not in keys]
+        if missing:
+            raise MisconfigurationException(
+                f"SoupAverager: the checkpoint {self._paths[position]} lacks {missing[:5]}, so it cannot be averaged."
+            )
+        return {name: file[keys[name]] for name in self._names}

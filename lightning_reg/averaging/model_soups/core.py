@@ -1,0 +1,324 @@
+"""Averages of weights: the weighted mean, the greedy soup, the moving average's decay, batch statistics anew."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import reduce
+from itertools import islice
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_reg.averaging._soup_results import Candidate, SoupResult
+from lightning_reg.averaging._state_dicts import StateDict, aligned, is_continuous
+from lightning_reg.averaging.model_soups._learned_soup import LearnedSoup
+from lightning_reg.averaging.model_soups._mean import RunningSum, Workspace, mean_of_parts
+from lightning_reg.engine.host.distributed import all_reduce_mean
+from lightning_reg.engine.host.modules import BatchNorm
+from lightning_reg.engine.host.names import Patterns, is_selected, near_names, unmatched
+
+__all__ = [
+    "LearnedSoup",
+    "SoupResult",
+    "average_state_dicts",
+    "ema_decay",
+    "greedy_soup",
+    "reestimate_batchnorm",
+]
+
+
+def average_state_dicts(
+    state_dicts: Sequence[StateDict],
+    weights: Sequence[float] | None = None,
+    accumulate_dtype: torch.dtype = torch.float64,
+    *,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    names: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    r"""Weighted mean of state dicts, tensor by tensor.
+
+    .. math:: \theta = \sum_i w_i \theta_i \Big/ \sum_i w_i
+
+    Floating-point and complex tensors are averaged; integers, booleans and entries that are no tensors are those of the
+    first state dict. Tensors that share their memory in every state dict (tied weights) are averaged once and share
+    it in the result. ``_orig_mod.`` and, where the state dicts disagree about it, ``module.`` are taken off the keys.
+
+    Args:
+        state_dicts: At least one, with the same keys and shapes. Any mapping will do: one that reads a file when it is
+            asked keeps one tensor of each in memory.
+        weights: One finite number per state dict with a positive sum, ``None`` for equal ones. They are divided by
+            their sum.
+        accumulate_dtype: Type of the sums, ``torch.float32`` or ``torch.float64``. The mean goes back to the tensor's
+            own type (to the widest, where the state dicts differ).
+        include: Patterns of keys to average (``"net.*"``), or one pattern; ``None`` for all. Others are the first state
+            dict's.
+        exclude: Patterns of keys to leave as the first state dict has them.
+        names: What to call the state dicts in an error; ``None`` for their positions.
+
+    Returns:
+        A new state dict with the keys of the first, on the CPU or wherever the first one's tensors are.
+
+    Raises:
+        StateDictMismatchError: If keys, shapes or kinds of tensors differ; it is a ``ValueError``.
+        ValueError: If there is nothing to average, ``weights`` or ``accumulate_dtype`` are not as said, or a pattern
+            matches no key.
+
+    Example:
+        >>> one = {"w": torch.tensor([1.0, 2.0]), "n": torch.tensor(3)}
+        >>> two = {"w": torch.zeros(2), "n": torch.tensor(5)}
+        >>> average_state_dicts([one, two])
+        {'w': tensor([0.5000, 1.0000]), 'n': tensor(3)}
+
+    """
+    shares = _shares(len(state_dicts), weights)
+    if accumulate_dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"average_state_dicts: `accumulate_dtype` must be torch.float32 or torch.float64, got {accumulate_dtype!r}."
+        )
+    members = aligned(state_dicts, names)
+    _check_patterns("include", include, members[0])
+    _check_patterns("exclude", exclude, members[0])
+    result: dict[str, Any] = {}
+    done: dict[tuple[Any, ...], Tensor] = {}
+    with Workspace() as workspace:
+        for key in members[0]:
+            known = [member.shape_and_dtype(key) for member in members]
+            dtypes = [dtype for _, dtype in filter(None, known)]
+            if not (dtypes and is_continuous(dtypes[0]) and is_selected(key, include, exclude)):
+                first = members[0][key]
+                result[key] = first.detach().clone() if isinstance(first, Tensor) else first
+                continue
+            places = tuple(member.place(key) for member in members)
+            if places not in done:
+                out = members[0].empty(key, reduce(torch.promote_types, dtypes))
+                parts = [member.part(key) for member in members]
+                done[places] = mean_of_parts(out, parts, dtypes, shares, accumulate_dtype, workspace)
+            result[key] = done[places]
+    return result
+
+
+def _shares(count: int, weights: Sequence[float] | None) -> list[float]:
+    if count == 0:
+        raise ValueError("average_state_dicts: `state_dicts` must hold at least one state dict, got none.")
+    if weights is None:
+        return [1.0] * count
+    if len(weights) != count:
+        raise ValueError(
+            f"average_state_dicts: `weights` must have one number per state dict ({count}), got {weights}."
+        )
+    total = sum(weights)
+    if not 0 < total < float("inf"):  # NaN is refused too
+        raise ValueError(f"average_state_dicts: `weights` must be finite with a positive sum, got {list(weights)}.")
+    return list(weights)
+
+
+def _check_patterns(argument: str, patterns: Patterns, keys: Iterable[str]) -> None:
+    for pattern in unmatched(patterns, keys):
+        raise ValueError(
+            f"average_state_dicts: `{argument}` has the pattern {pattern!r}, which matches no key. Near keys:"
+            f" {near_names(pattern, keys)}."
+        )
+
+
+def greedy_soup(
+    state_dicts: Sequence[StateDict],
+    scores: Sequence[float],
+    evaluate: Callable[[dict[str, Any]], float],
+    *,
+    strict: bool = True,
+    min_delta: float = 0.0,
+    mode: Literal["max", "min"] = "max",
+    names: Sequence[str] | None = None,
+    max_ingredients: int | None = None,
+) -> SoupResult:
+    r"""Adds models in the order of their held-out score and keeps each one that improves the average (recipe 1).
+
+    The soup of n ingredients is :math:`\frac1n \sum \theta_i`, from a running sum in float64 that is divided once. It
+    never scores below the best model, because it starts as that one. Of equal scores the smaller name comes first
+    (the earlier position, without names).
+
+    Args:
+        state_dicts: The models, with the same keys and shapes. Each is read once more than it is ranked, so a sequence
+            that loads from files will do.
+        scores: Held-out score of each model.
+        evaluate: Held-out score of a state dict; called once per candidate, ``len(state_dicts) - 1`` times at most.
+            It must not keep the state dict, which is used again.
+        strict: Whether a candidate must beat the best score (``>``, the authors' code) or may equal it (``>=``, the
+            paper's text).
+        min_delta: By how much it must beat it, at least 0.
+        mode: Whether larger (``"max"``) or smaller scores are better.
+        names: Distinct names of the models, for ``ingredients`` and ``trace``; ``None`` for positions.
+        max_ingredients: Largest number of ingredients, at least 1; ``None`` for no limit.
+
+    Returns:
+        The soup; its ``state_dict`` shares no memory with the models.
+
+    Raises:
+        ValueError: If an argument is not as said, a score is NaN, or the state dicts differ.
+
+    Example:
+        >>> models = [{"w": torch.tensor([w])} for w in (0.0, 1.0, 5.0)]
+        >>> distance = lambda state: -abs(float(state["w"]) - 0.4)
+        >>> soup = greedy_soup(models, [distance(m) for m in models], distance)
+        >>> soup.ingredients, soup.state_dict
+        ([0, 1], {'w': tensor([0.5000])})
+
+    """
+    _check(state_dicts, scores, names, min_delta, max_ingredients)
+    labels: list[Any] = list(range(len(scores))) if names is None else list(names)
+    order = ranking(scores, labels, mode)
+    first = order[0]
+    members = aligned([state_dicts[first]], None)
+    soup = RunningSum(members[0])
+    best = scores[first]
+    result = SoupResult({}, [labels[first]], [Candidate(str(labels[first]), best, best, True)], best)
+    for position in order[1:]:
+        if max_ingredients is not None and soup.count >= max_ingredients:
+            result.trace.append(Candidate(str(labels[position]), scores[position], None, False))
+            continue
+        member = aligned([state_dicts[first], state_dicts[position]], [str(labels[first]), str(labels[position])])[1]
+        score = float(evaluate(soup.mean(member)))
+        accepted = accepts(score, best, strict=strict, min_delta=min_delta, mode=mode)
+        result.trace.append(Candidate(str(labels[position]), scores[position], score, accepted))
+        if accepted:
+            soup.add(member)
+            best = score
+            result.ingredients.append(labels[position])
+    result.state_dict, result.score = soup.mean(), best
+    return result
+
+
+def ranking(scores: Sequence[float], names: Sequence[Any], mode: str) -> list[int]:
+    """Positions by score, best first, then by name."""
+    sign = -1.0 if mode == "max" else 1.0
+    return sorted(range(len(scores)), key=lambda i: (sign * scores[i], names[i]))
+
+
+def accepts(score: float, best: float, *, strict: bool, min_delta: float, mode: str) -> bool:
+    """Whether a candidate's score is good enough; NaN never is."""
+    gain = score - best if mode == "max" else best - score
+    if score == best:  # infinities
+        gain = 0.0
+    return gain > min_delta if strict else gain >= min_delta
+
+
+def _check(
+    state_dicts: Sequence[StateDict],
+    scores: Sequence[float],
+    names: Sequence[str] | None,
+    min_delta: float,
+    max_ingredients: int | None,
+) -> None:
+    count = len(state_dicts)
+    if count == 0:
+        raise ValueError("greedy_soup: `state_dicts` must hold at least one state dict, got none.")
+    if len(scores) != count:
+        raise ValueError(f"greedy_soup: `scores` must be {count} numbers, one per state dict, got {len(scores)}.")
+    if any(math.isnan(score) for score in scores):
+        raise ValueError(f"greedy_soup: `scores` must be numbers, got {list(scores)}.")
+    if names is not None and (len(names) != count or len(set(names)) != count):
+        raise ValueError(f"greedy_soup: `names` must be {count} distinct names, got {list(names)}.")
+    if not min_delta >= 0:
+        raise ValueError(f"greedy_soup: `min_delta` must be at least 0, got {min_delta!r}.")
+    if max_ingredients is not None and max_ingredients < 1:
+        raise ValueError(f"greedy_soup: `max_ingredients` must be at least 1, got {max_ingredients!r}.")
+
+
+def ema_decay(updates: int, decay: float, warmup_steps: int) -> float:
+    r"""Decay of an exponential moving average before its next update.
+
+    .. math:: d_n = \min(d, n / (n + 1)) \text{ for } n < N, \text{ else } d
+
+    So the average starts as the plain mean of what came so far, and knows nothing of the initial weights.
+
+    Args:
+        updates: Updates n made so far; the average of none is the first weights.
+        decay: d, in [0, 1).
+        warmup_steps: N.
+
+    Returns:
+        The decay.
+
+    """
+    if updates == 0:
+        return 0.0
+    return min(decay, updates / (updates + 1)) if updates < warmup_steps else decay
+
+
+@torch.no_grad()
+def reestimate_batchnorm(
+    model: nn.Module,
+    loader: Iterable[Any],
+    n: int | None = None,
+    forward: Callable[[Any], Any] | None = None,
+) -> int:
+    r"""Sets the running statistics of batch-norm layers to their cumulative average over batches, in place.
+
+    .. math:: \mu = \frac1n \sum_{b=1}^n \mu_b, \qquad \sigma^2 = \frac1n \sum_{b=1}^n \sigma_b^2
+
+    The model runs in train mode without gradient; modes, momenta and everything else are put back, after an exception
+    as well. Under a process group each rank uses its own batches, and the means over the ranks are kept.
+
+    Args:
+        model: Changed in place.
+        loader: Training batches.
+        n: Number of batches; ``None`` for all.
+        forward: Runs the model on one batch; ``None`` for ``model(batch)``, or ``model(batch[0])`` if the batch is a
+            tuple or list.
+
+    Returns:
+        Number of batches used; 0 without a layer that tracks statistics (then nothing is read).
+
+    Raises:
+        ValueError: If ``n`` is below 1, or the loader is empty.
+
+    Example:
+        >>> model = nn.BatchNorm1d(1)
+        >>> reestimate_batchnorm(model, [torch.tensor([[1.0], [3.0]]), torch.tensor([[5.0], [7.0]])])
+        2
+        >>> model.running_mean, model.running_var
+        (tensor([4.]), tensor([2.]))
+
+    """
+    if n is not None and n < 1:
+        raise ValueError(f"reestimate_batchnorm: `n` must be at least 1, got {n!r}.")
+    layers = tracking_layers(model)
+    if not layers:
+        return 0
+    run = forward or (lambda batch: model(batch[0] if isinstance(batch, tuple | list) else batch))
+    count = 0
+    with _cumulative(model, layers):
+        for batch in islice(loader, n):
+            run(batch)
+            count += 1
+    if count == 0:
+        raise ValueError("reestimate_batchnorm: `loader` gave no batch, so the statistics are reset and nothing else.")
+    for layer in layers:
+        for name in ("running_mean", "running_var"):
+            statistic = getattr(layer, name)
+            statistic.copy_(all_reduce_mean(statistic))
+    return count
+
+
+def tracking_layers(model: nn.Module) -> list[BatchNorm]:
+    """Batch-norm layers with running statistics."""
+    return [m for m in model.modules() if isinstance(m, BatchNorm) and m.running_mean is not None]
+
+
+@contextmanager
+def _cumulative(model: nn.Module, layers: Sequence[BatchNorm]) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    momenta = [layer.momentum for layer in layers]
+    model.train()
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # the cumulative average
+    try:
+        yield
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+        for module, training in modes.items():
+            module.training = training

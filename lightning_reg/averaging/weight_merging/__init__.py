@@ -1,0 +1,1 @@
+"""Weight merging: mixes of few models, by interpolation and by sums of task vectors."""
