@@ -15,9 +15,13 @@ if TYPE_CHECKING:
     from lightning_reg.averaging.model_soups.core import SoupResult as SoupResult
     from lightning_reg.averaging.model_soups.evaluation import TrainerEvaluation as TrainerEvaluation
     from lightning_reg.averaging.model_soups.model_soups import SoupAverager as SoupAverager
-    from lightning_reg.continual.rehearsal_free_cl.feature_distillation import FeatureDistillation as FeatureDistillation
+    from lightning_reg.continual.rehearsal_free_cl.feature_distillation import (
+        FeatureDistillation as FeatureDistillation,
+    )
     from lightning_reg.continual.rehearsal_free_cl.metrics import ContinualMetrics as ContinualMetrics
-    from lightning_reg.continual.rehearsal_free_cl.prediction_distillation import PredictionDistillation as PredictionDistillation
+    from lightning_reg.continual.rehearsal_free_cl.prediction_distillation import (
+        PredictionDistillation as PredictionDistillation,
+    )
     from lightning_reg.continual.weight_anchors.ewc import EWC as EWC
     from lightning_reg.continual.weight_anchors.l2_to_start import L2ToStart as L2ToStart
     from lightning_reg.dropout.multi_sample_dropout.core import MultiSampleDropoutLayer as MultiSampleDropoutLayer

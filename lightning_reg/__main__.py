@@ -75,7 +75,7 @@ def _functional() -> str:
 
 def _module(docstring: str, names: list[tuple[str, str]], first: Sequence[str] = ()) -> str:
     names = sorted(names)
-    imports = "\n".join(f"    from {home} import {name} as {name}" for home, name in names)
+    imports = "\n".join(_import(home, name) for home, name in names)
     homes = "\n".join(f'    "{name}": "{home}",' for home, name in names)
     own = "".join(f"{line}\n" for line in ["from lightning_reg._lazy import lazy_attributes", *first])
     return (
@@ -85,6 +85,11 @@ def _module(docstring: str, names: list[tuple[str, str]], first: Sequence[str] =
         + "".join(f"    {line}\n" for line in homes.splitlines())
         + "    },\n)\n"
     )
+
+
+def _import(home: str, name: str) -> str:
+    line = f"    from {home} import {name} as {name}"
+    return line if len(line) <= 120 else f"    from {home} import (\n        {name} as {name},\n    )"  # as ruff does
 
 
 def _table() -> Table:

@@ -22,6 +22,13 @@ def name_of(path):
 MODULES = {name_of(path): path for path in SOURCES}
 
 
+def unit_of(module):
+    """Purpose and unit of a technique's file, ``None`` for others; what two units share is a unit of its own here."""
+    parts = module.split(".")
+    is_purpose = len(parts) > 2 and (ROOT / "lightning_reg" / parts[1]).is_dir() and parts[1] != "engine"
+    return (parts[1], parts[2]) if is_purpose else None
+
+
 @cache
 def tree_of(path):
     return ast.parse(path.read_text())
