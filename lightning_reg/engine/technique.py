@@ -104,7 +104,8 @@ class Technique(Member, host.Callback):
     @override
     def __getstate__(self) -> dict[str, Any]:
         # Lightning puts bound methods of the module on callbacks: a copy would carry the module and its Trainer.
-        return {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
+        # Hooks that idle while it fits are no news.
+        return {name: value for name, value in self.__dict__.items() if name not in _OF_A_FIT}
 
     # -- identity -----------------------------------------------------------------------------------------------------
 
@@ -187,4 +188,5 @@ class WeightMapTechnique(ThroughMap, Technique):
     """A technique that trains weights through a map."""
 
 
+_OF_A_FIT = ("log", "log_dict", *host.STEP_HOOKS)
 _BASES = BatchTechnique, LossTechnique, LayerTechnique, WeightTechnique, PenaltyTechnique, WeightMapTechnique

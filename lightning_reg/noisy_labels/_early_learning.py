@@ -1,5 +1,6 @@
 """The formulas that the early-learning techniques share."""
 
+import torch
 from torch import Tensor
 
 __all__ = ["agreement_with", "clamped_probabilities", "contradicted", "elr_targets", "log_disagreement"]
@@ -33,7 +34,7 @@ def elr_targets(targets_rows: Tensor, probabilities: Tensor, beta: float) -> Ten
 
     """
     p = probabilities.detach()
-    return beta * targets_rows + (1.0 - beta) * (p / p.sum(1, keepdim=True))
+    return torch.lerp(p / p.sum(1, keepdim=True), targets_rows, beta)
 
 
 def contradicted(targets: Tensor, labels: Tensor) -> Tensor:

@@ -43,6 +43,9 @@ def check_arguments(
         raise ValueError(f"{name}: `num_samples` must be given with `index_key`, got None.")
 
 
+_BATCHES_AT_ONCE = 64
+
+
 class TargetTable:
     """Targets and given labels of all training samples, the same on all ranks.
 
@@ -73,11 +76,13 @@ class TargetTable:
         self.targets: SampleMemory | None = None
         self.labels: SampleMemory | None = None
         self._exchange = RowExchange()
+        self._unwritten: list[tuple[Tensor, Tensor]] = []
 
     def clear(self) -> None:
         """Forgets everything."""
         self.targets = self.labels = None
         self._exchange = RowExchange()
+        self._unwritten = []
 
     def update(
         self, samples: "Samples", probabilities: Tensor, labels: Tensor, beta: float, mass: Tensor | None = None
@@ -98,14 +103,16 @@ class TargetTable:
         indices = samples.indices
         if mass is not None:  # ignored samples have no label to be wrong
             indices = torch.where(mass > 0, indices, -1)
-        targets, given = self._memories(samples, probabilities.shape[1])
+        targets, _ = self._memories(samples, probabilities.shape[1])
         self.receive()
         places = targets.places(indices)
         rows = elr_targets(targets.read(indices, places), probabilities, beta)
         if not samples.distinct:
             rows = rows[last_occurrences(indices)]
         targets.write(indices, rows, places=places, distinct=True)
-        given.write(indices, labels[:, None], places=places, distinct=samples.distinct)
+        self._unwritten.append((places, labels))  # nobody reads them while it trains: written many batches at once
+        if len(self._unwritten) == _BATCHES_AT_ONCE:
+            self._write_labels()
         self._send(indices, rows, labels, samples.capacity)
         return rows
 
@@ -140,6 +147,7 @@ class TargetTable:
 
         """
         self.receive()
+        self._write_labels()
         if self.targets is None or self.labels is None:
             raise RuntimeError(f"{self._owner}: there are no targets yet; fit first, or load a checkpoint.")
         targets = self.targets.all()
@@ -150,6 +158,7 @@ class TargetTable:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values; empty before the first step."""
         self.receive()
+        self._write_labels()
         if self.targets is None or self.labels is None:
             return {}
         return {
@@ -165,6 +174,12 @@ class TargetTable:
             targets, labels = self._new(state["num_samples"], state["num_classes"])
             targets.load_state_dict(state["targets"])
             labels.load_state_dict(state["labels"])
+
+    def _write_labels(self) -> None:
+        if self._unwritten and self.labels is not None:
+            places, labels = (torch.cat(column) for column in zip(*self._unwritten, strict=True))
+            self.labels.write(places, labels[:, None], places=places)
+            self._unwritten = []
 
     def _send(self, indices: Tensor, rows: Tensor, labels: Tensor, capacity: int | None) -> None:
         if self._gather and world_size() > 1:

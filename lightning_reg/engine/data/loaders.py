@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 __all__ = ["TrainLoaders", "find_source"]
 
 
+_SEVERAL = (Mapping, list, tuple)
+
+
 class TrainLoaders:
     """Follows the training loaders while techniques need indices from them.
 
@@ -75,7 +78,7 @@ class TrainLoaders:
     @property
     def several(self) -> bool:
         """Whether the batch is put together from several training loaders."""
-        return isinstance(self._trainer.train_dataloader, Mapping | list | tuple)
+        return isinstance(self._trainer.train_dataloader, _SEVERAL)
 
     def advance(self) -> Mapping[str, tuple[IndexSource, BatchIndices | None]]:
         """Indices of the present batch, for each followed loader."""

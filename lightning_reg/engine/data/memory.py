@@ -148,7 +148,7 @@ class SampleMemory:
 
     def places(self, indices: Tensor) -> Tensor:
         """Where the rows of the samples lie; the same in every memory that is kept in the same place."""
-        return (indices.cpu() if self.on_cpu else indices).clamp(min=-1) + 1
+        return ((indices.cpu() if self.on_cpu else indices) + 1).clamp_(min=0)
 
     def _follow(self, device: torch.device) -> None:
         if self._values.device != device:

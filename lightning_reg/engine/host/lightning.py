@@ -52,7 +52,9 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 __all__ = [
+    "STEP_HOOKS",
     "Callback",
+    "IdleHooks",
     "MisconfigurationException",
     "Replacement",
     "adds_epoch_for_statistics",
@@ -107,6 +109,42 @@ class Replacement:
             self._owner.__dict__.pop(self._name, None)
         else:
             setattr(self._owner, self._name, self._before)
+
+
+# What Lightning calls on every callback in every step, by way of its profiler.
+STEP_HOOKS = (
+    "on_train_batch_start",
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_train_batch_end",
+)
+
+
+class IdleHooks:
+    """Hooks of the step that callbacks do not override are not even called, until :meth:`undo`.
+
+    Args:
+        callbacks: The callbacks; Lightning calls the hooks that are callable.
+
+    """
+
+    def __init__(self, callbacks: "Sequence[Callback]") -> None:
+        self._idle = [
+            (callback, hook)
+            for callback in callbacks
+            for hook in STEP_HOOKS
+            if getattr(callback, hook, None) is not None and getattr(type(callback), hook) is getattr(Callback, hook)
+        ]
+        for callback, hook in self._idle:
+            setattr(callback, hook, None)
+
+    def undo(self) -> None:
+        """Puts the hooks back; may be called twice."""
+        for callback, hook in self._idle:
+            vars(callback).pop(hook, None)
+        self._idle = []
 
 
 def is_logging_step(trainer: "Trainer") -> bool:

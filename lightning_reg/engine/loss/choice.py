@@ -74,9 +74,10 @@ class Selection(Generic[Chooser]):
                 none or several.
 
         """
-        calls = "".join(f"\n  loss={position}: {description}" for position, description in enumerate(self.seen))
         for technique, taken in self._taken.items():
-            name = type(technique).__name__
+            if taken == 1 and len(self.seen) == 1:
+                continue
+            name, calls = type(technique).__name__, self._calls()
             if technique is self.mixer and technique.loss is None and self.recognized == len(self.seen):
                 continue
             if technique.loss is None and len(self.seen) > 1:
@@ -90,6 +91,9 @@ class Selection(Generic[Chooser]):
                     f"{name}(loss={technique.loss!r}) matches {taken} of the {len(self.seen)} loss calls in this"
                     f" step; it must match one.{calls}"
                 )
+
+    def _calls(self) -> str:
+        return "".join(f"\n  loss={position}: {description}" for position, description in enumerate(self.seen))
 
     def too_late(self, late: Owner, before: Owner) -> MisconfigurationException:
         """The error for ``loss="last"`` where others have worked with the targets that it changes."""

@@ -70,6 +70,7 @@ class _Gate:
     """Stands in for the override check of ``torch.nn.functional`` while it is entered, on the entering thread only."""
 
     def __init__(self) -> None:
+        self._handler: Handler = _nobody
         self._open = False
         self.asked = False
 
@@ -101,6 +102,7 @@ class _Gate:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._put(self._had, self._handled)
+        self._handler = _nobody  # what a handler holds, a step with its graph, goes with the step
 
     @staticmethod
     def _put(*functions: Callable[..., Any]) -> None:
@@ -108,9 +110,17 @@ class _Gate:
             setattr(F, name, function)
 
 
+def _nobody(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return function(*args, **kwargs)
+
+
 def _all_plain(args: tuple[Any, ...]) -> bool:
     # Fake and functional tensors are torch.compile's: the compiler, not the user, is calling.
-    return all(type(a) in (Tensor, nn.Parameter) or not isinstance(a, Tensor) for a in args)
+    for arg in args:  # not a generator: it is asked by every function of torch
+        kind = type(arg)
+        if kind is not Tensor and kind is not nn.Parameter and isinstance(arg, Tensor):
+            return False
+    return True
 
 
 class Interception:

@@ -46,6 +46,7 @@ class Engine:
         self._begin_step, self._around = overriding(self.parts, "begin_step"), overriding(self.parts, "around")
         self._around_optimizer = overriding(self.parts, "around_optimizer")
         self._before_closure = overriding(self.parts[::-1], "before_closure")
+        self._idle = host.IdleHooks(())
         self._replaced = {"training_step": host.Replacement(trainer.strategy, "training_step", self.training_step)}
 
     @classmethod
@@ -59,6 +60,9 @@ class Engine:
         last = LastHooks(engine)
         after = [last] if last.have_something_to_do else []
         host.set_callbacks(trainer, [FirstHooks(engine), *host.callbacks(trainer), *after])
+        engine._idle = host.IdleHooks(
+            [callback for callback in host.callbacks(trainer) if isinstance(callback, Member)]
+        )
         engine._loaders.attach()
 
     def detach(self) -> None:
@@ -66,6 +70,7 @@ class Engine:
         for part in reversed(self.parts):
             part.close()
         self._loaders.detach()
+        self._idle.undo()
         for replacement in self._replaced.values():
             replacement.undo()
         kept = [

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from typing_extensions import override
 
-from lightning_reg.engine.host.lightning import Callback
+from lightning_reg.engine.host.lightning import STEP_HOOKS, Callback
 from lightning_reg.engine.run.part import overriding
 
 if TYPE_CHECKING:
@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from lightning_reg.engine.run.part import Part
 
 __all__ = ["FirstHooks", "LastHooks"]
-
-_NEVER = ("on_train_batch_start", "on_before_backward", "on_after_backward", "on_before_zero_grad")
 
 
 class HasParts(Protocol):
@@ -46,7 +44,8 @@ class FirstHooks(Callback):
         self._before_optimizer = overriding(engine.parts[::-1], "before_optimizer")
         self._rest = overriding(engine.parts[::-1], "rest")
         # Lightning calls the hooks that are callable; nothing to do is not even a call.
-        idle = [*_NEVER, *([] if self._rest else ["on_train_batch_end"])]
+        idle = [hook for hook in STEP_HOOKS if hook not in vars(type(self))]
+        idle += [] if self._rest else ["on_train_batch_end"]
         for hook in [*idle, *([] if self._before_optimizer else ["on_before_optimizer_step"])]:
             setattr(self, hook, None)
 

@@ -1,6 +1,6 @@
 """The loss of one step, from the call that the user's code makes to the value that it gets."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -32,6 +32,7 @@ class Sightings:
 
     Args:
         interception: Sees the loss functions.
+        acting: The techniques that take part in each phase on the loss.
         by_mixin: Whether the module hands its losses over.
         any_call: Whether a call was ever seen.
         said_none: Whether it was said that a step went without.
@@ -39,6 +40,7 @@ class Sightings:
     """
 
     interception: Interception
+    acting: "Mapping[str, Sequence[OnLoss]]"
     by_mixin: bool
     any_call: bool = False
     said_none: bool = False
@@ -140,20 +142,19 @@ class LossPath:
 
     def _work(self, call: LossCall, techniques: list[Member], before: _Worked | None = None) -> _Worked:
         call.check_views()
-        step, acting = call.step, taking_part(techniques, OnLoss)
-        # Not changed by a mixer: what it gives is the base.
-        given = call.plain if step.is_logging and acting else None
-        for _, target in _answers(acting, "change_targets", call):
-            call = call.with_target(target)
-        for technique in acting:
-            call = _with_losses(call, technique)
+        step, acting = call.step, self._sightings.acting
         weights, terms = (None, []) if before is None else (before.weights, [*before.terms])
-        for _, own in _answers(acting, "sample_weights", call):
-            weights = call.combined(weights, own)
-        for technique, term in _answers(acting, "loss_term", call):
-            terms.append(term)
-            if step.is_logging:
-                step.log(technique, "term", term.mean())
+        # Not changed by a mixer: what it gives is the base.
+        given = call.plain if step.is_logging and taking_part(techniques, OnLoss) else None
+        call = _changed(call, techniques, acting)
+        for technique in acting["sample_weights"]:
+            if technique in techniques and (own := _ask(technique, technique.sample_weights, call)) is not None:
+                weights = call.combined(weights, own)
+        for technique in acting["loss_term"]:
+            if technique in techniques and (term := _ask(technique, technique.loss_term, call)) is not None:
+                terms.append(term)
+                if step.is_logging:
+                    step.log(technique, "term", term.mean())
         value = call.value(weights, terms)
         if given is not None:
             step.scalars["reg/loss/base"] = given.detach().mean()
@@ -207,10 +208,20 @@ class LossPath:
         step.output = with_loss(step.output, swapped(total, worked.value, new, worked.call))
 
 
+def _changed(call: LossCall, techniques: list[Member], acting: "Mapping[str, Sequence[OnLoss]]") -> LossCall:
+    """The call with other targets, then with other losses."""
+    for technique in acting["change_targets"]:
+        if technique in techniques and (target := _ask(technique, technique.change_targets, call)) is not None:
+            call = call.with_target(target)
+    for technique in acting["change_losses"]:
+        if technique in techniques:
+            call = _with_losses(call, technique)
+    return call
+
+
 def _with_losses(call: LossCall, technique: OnLoss) -> LossCall:
-    if "change_losses" not in phases_of(technique):
-        return call
-    of_copies = [losses for copy in call.copies() for _, losses in _answers([technique], "change_losses", copy)]
+    asked = [_ask(technique, technique.change_losses, copy) for copy in call.copies()]
+    of_copies = [losses for losses in asked if losses is not None]
     if not of_copies:
         return call
     losses = of_copies[0] if len(of_copies) == 1 else torch.stack(of_copies).mean(0)
@@ -224,18 +235,15 @@ def _with_losses(call: LossCall, technique: OnLoss) -> LossCall:
     return changed
 
 
-def _answers(techniques: Sequence[OnLoss], phase: str, call: LossCall) -> Iterator[tuple[OnLoss, Tensor]]:
-    for technique in techniques:
-        if phase not in phases_of(technique):
-            continue
-        read = call if technique.takes_mixed or call.step.mixing is None else call.read_by(technique)
-        try:
-            answer = getattr(technique, phase)(read)
-        except MisconfigurationException as error:
-            _name(technique, error)
-            raise
-        if answer is not None:
-            yield technique, answer
+def _ask(technique: OnLoss, phase: Callable[[LossCall], Tensor | None], call: LossCall) -> Tensor | None:
+    """What a technique answers; errors name it."""
+    if call.step.mixing is not None and not technique.takes_mixed:
+        call = call.read_by(technique)
+    try:
+        return phase(call)
+    except MisconfigurationException as error:
+        _name(technique, error)
+        raise
 
 
 def _name(technique: Member, error: MisconfigurationException) -> None:

@@ -392,7 +392,8 @@ class LossPart(Part):
         self._techniques = techniques
         self._on_loss = frozenset(t for t in techniques if LOSS_PHASES.intersection(phases_of(t)))
         interception = Interception(compiled=host.is_compiled(module))
-        self._sightings = Sightings(interception, by_mixin=isinstance(module, LossMixin))
+        acting = {phase: taking_part(techniques, OnLoss, phase) for phase in LOSS_PHASES}
+        self._sightings = Sightings(interception, acting, by_mixin=isinstance(module, LossMixin))
 
     @override
     def around(self, step: "Step") -> AbstractContextManager[Any]:
