@@ -100,20 +100,20 @@ class TargetTable:
             The new targets of the batch, ``(B, C)`` float32, constant.
 
         """
-        indices = samples.indices
-        if mass is not None:  # ignored samples have no label to be wrong
-            indices = torch.where(mass > 0, indices, -1)
         targets, _ = self._memories(samples, probabilities.shape[1])
         self.receive()
-        places = targets.places(indices)
+        indices = samples.indices
+        kept = None if mass is None else mass > 0  # ignored samples have no label to be wrong
+        places = targets.places(indices, kept)
         rows = elr_targets(targets.read(indices, places), probabilities, beta)
         if not samples.distinct:
-            rows = rows[last_occurrences(indices)]
+            rows = rows[last_occurrences(places)]
         targets.write(indices, rows, places=places, distinct=True)
         self._unwritten.append((places, labels))  # nobody reads them while it trains: written many batches at once
         if len(self._unwritten) == _BATCHES_AT_ONCE:
             self._write_labels()
-        self._send(indices, rows, labels, samples.capacity)
+        if world_size() > 1:
+            self._send(indices if kept is None else torch.where(kept, indices, -1), rows, labels, samples.capacity)
         return rows
 
     def read(self, samples: "Samples", num_classes: int) -> Tensor:
@@ -121,7 +121,8 @@ class TargetTable:
         targets, _ = self._memories(samples, num_classes)
         self.receive()
         rows = targets.read(samples.indices)
-        self._send(torch.full_like(samples.indices, -1), rows, samples.indices, samples.capacity)
+        if world_size() > 1:
+            self._send(torch.full_like(samples.indices, -1), rows, samples.indices, samples.capacity)
         return rows
 
     def receive(self) -> None:
@@ -182,7 +183,7 @@ class TargetTable:
             self._unwritten = []
 
     def _send(self, indices: Tensor, rows: Tensor, labels: Tensor, capacity: int | None) -> None:
-        if self._gather and world_size() > 1:
+        if self._gather:
             self._exchange.start(indices, rows, labels[:, None].int(), capacity=capacity)
 
     def _memories(self, samples: "Samples", num_classes: int) -> tuple[SampleMemory, SampleMemory]:

@@ -37,7 +37,7 @@ def test_a_choice_takes_its_call(loss, taken):
     trimmer = Trimmer(loss=loss)
     selection, takers = run([trimmer])
     assert takers == [[trimmer] * t for t in taken]
-    assert selection.last() == [trimmer] * (loss == "last")
+    assert selection.late == [trimmer] * (loss == "last")
     selection.check()
 
 

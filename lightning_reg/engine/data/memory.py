@@ -146,9 +146,19 @@ class SampleMemory:
         if self._columns is not None:
             self._columns[1:].copy_(state["columns"])
 
-    def places(self, indices: Tensor) -> Tensor:
-        """Where the rows of the samples lie; the same in every memory that is kept in the same place."""
-        return ((indices.cpu() if self.on_cpu else indices) + 1).clamp_(min=0)
+    def places(self, indices: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Where the rows of the samples lie; the same in every memory that is kept in the same place.
+
+        Args:
+            indices: ``(B,)`` int64.
+            kept: bool ``(B,)``, which rows shall be kept; ``None`` for those with an index of at least 0.
+
+        Returns:
+            Positions ``(B,)``; 0 for rows that nobody shall keep.
+
+        """
+        places = (indices + 1).clamp_(min=0) if kept is None else torch.where(kept, indices + 1, 0)
+        return places.cpu() if self.on_cpu else places
 
     def _follow(self, device: torch.device) -> None:
         if self._values.device != device:

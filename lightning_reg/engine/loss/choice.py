@@ -29,6 +29,9 @@ class Selection(Generic[Chooser]):
         seen: Descriptions of the calls, in order.
         recognized: How many of them certainly compare with labels of the mixed batch, or certainly do not.
 
+    Attributes:
+        late: Techniques that work on the last call.
+
     """
 
     techniques: Sequence[Chooser]
@@ -38,10 +41,12 @@ class Selection(Generic[Chooser]):
 
     def __post_init__(self) -> None:
         self._taken = dict.fromkeys(self.techniques, 0)
+        self.late = [t for t in self.techniques if t.loss == "last"]
+        self._by_place = any(isinstance(t.loss, str) and t.loss != "last" for t in self.techniques)
 
     def needs_site(self) -> bool:
         """Whether the place of the call in the code matters: to choose, or because a second call needs explaining."""
-        return bool(self.seen) or any(isinstance(t.loss, str) and t.loss != "last" for t in self.techniques)
+        return bool(self.seen) or self._by_place
 
     def take(self, function: str, site: str, description: str) -> list[Chooser]:
         """Notes a call and says who works on it now; ``loss="last"`` is left for the end of the step.
@@ -61,10 +66,6 @@ class Selection(Generic[Chooser]):
         for technique in takers:
             self._taken[technique] += 1
         return takers
-
-    def last(self) -> list[Chooser]:
-        """Techniques that work on the last call."""
-        return [t for t in self.techniques if t.loss == "last"]
 
     def check(self) -> None:
         """Raises unless every technique has had just one call.

@@ -33,8 +33,8 @@ __all__ = ["Interception", "call_site"]
 
 Handler = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
-_LOSS_CODES = frozenset(function.__code__ for function in LOSS_FUNCTIONS)
-_ASKED_BY_TORCH = ("has_torch_function_variadic", "handle_torch_function")
+_LOSS_CODES = frozenset(id(function.__code__) for function in LOSS_FUNCTIONS)  # the code itself is costly to hash
+functional: Any = F  # torch does not declare what its functions ask
 _OUTSIDE = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.dirname(__file__)) + os.sep)
 
 
@@ -75,7 +75,7 @@ class _Gate:
         self.asked = False
 
     def _has_torch_function(self, *args: Any) -> bool:
-        if sys._getframe(1).f_code in _LOSS_CODES and threading.get_ident() == self._thread and _all_plain(args):
+        if id(sys._getframe(1).f_code) in _LOSS_CODES and threading.get_ident() == self._thread and _all_plain(args):
             self.asked = True
             if self._open:
                 return True
@@ -97,7 +97,7 @@ class _Gate:
 
     def __enter__(self) -> None:
         self._thread = threading.get_ident()
-        self._had, self._handled = (getattr(F, name) for name in _ASKED_BY_TORCH)
+        self._had, self._handled = functional.has_torch_function_variadic, functional.handle_torch_function
         self._put(self._has_torch_function, self._handle)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -105,9 +105,8 @@ class _Gate:
         self._handler = _nobody  # what a handler holds, a step with its graph, goes with the step
 
     @staticmethod
-    def _put(*functions: Callable[..., Any]) -> None:
-        for name, function in zip(_ASKED_BY_TORCH, functions, strict=True):
-            setattr(F, name, function)
+    def _put(*functions: Any) -> None:
+        functional.has_torch_function_variadic, functional.handle_torch_function = functions
 
 
 def _nobody(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -356,7 +356,7 @@ class Peer:
         return per_sample_loss.mean()
 
     def _note(self, call: LossCall) -> None:
-        if self._selection.take(call.name, call.site, str(call)) or self._selection.last():
+        if self._selection.take(call.name, call.site, str(call)) or self._selection.late:
             self._taken = call
 
     def _chosen(self) -> LossCall | None:

@@ -1,7 +1,7 @@
 """The engine: stands around ``Strategy.training_step`` and lets its parts act on one batch after the other."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -105,9 +105,7 @@ class Engine:
         if not step.active:
             return original(*args, **kwargs)
         step.network = lambda batch: original(batch, *args[1:], **kwargs)
-        with ExitStack() as around:
-            for enter in self._around:
-                around.enter_context(enter(step))
+        with self._around[0](step) if len(self._around) == 1 else _entered(self._around, step):
             step.output = step.network(step.given_batch)
         if step.scalars:
             report.log_scalars(self.module, step.scalars, sum(step.batch_sizes))
@@ -133,9 +131,7 @@ class Engine:
 
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
         """What the Trainer calls in place of ``Strategy.optimizer_step``."""
-        with ExitStack() as around:
-            for enter in self._around_optimizer:
-                around.enter_context(enter(optimizer))
+        with _entered(self._around_optimizer, optimizer):
             evaluate = partial(self._evaluate, closure)
             return self._replaced["optimizer_step"].original(optimizer, evaluate, *args, **kwargs)
 
@@ -171,6 +167,14 @@ class Engine:
     def reordered(self, technique: "Owner") -> Reordered:
         """The training loader in another order, chosen by the technique's seed, for a network of its own."""
         return Reordered(self._loaders.the_only_one(technique), technique)
+
+
+@contextmanager
+def _entered(contexts: Sequence[Callable[[Any], AbstractContextManager[Any]]], of: Any) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context(of))
+        yield
 
 
 def attached_engine(trainer: "Trainer") -> Engine:

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.loss.call import LossCall, loss_call
+from lightning_reg.engine.loss.call import LossCall
 from lightning_reg.engine.loss.call_by_hand import call_by_hand
 from lightning_reg.engine.loss.call_mixed import mixed_call
 from lightning_reg.engine.loss.choice import Selection
 from lightning_reg.engine.loss.elements import bind, has_gradient
+from lightning_reg.engine.loss.evaluation import FunctionEvaluation
 from lightning_reg.engine.loss.result import loss_of, swapped, with_loss
 from lightning_reg.engine.loss.watch import Interception, call_site
 from lightning_reg.engine.run.phases import Member, OnLoss, phases_of, taking_part
@@ -34,6 +35,7 @@ class Sightings:
         interception: Sees the loss functions.
         acting: The techniques that take part in each phase on the loss.
         by_mixin: Whether the module hands its losses over.
+        changes_calls: Whether a technique takes part that changes targets or losses.
         any_call: Whether a call was ever seen.
         said_none: Whether it was said that a step went without.
 
@@ -42,9 +44,13 @@ class Sightings:
     interception: Interception
     acting: "Mapping[str, Sequence[OnLoss]]"
     by_mixin: bool
+    changes_calls: bool = field(init=False)
     any_call: bool = False
     said_none: bool = False
     paths: "list[LossPath]" = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.changes_calls = bool(self.acting["change_targets"] or self.acting["change_losses"])
 
 
 class _Worked(NamedTuple):
@@ -102,7 +108,8 @@ class LossPath:
         counts = torch.is_grad_enabled() and has_gradient(arguments)
         if not counts and not step.call_changes:  # a teacher, a metric, a loss that is only logged
             return function(*args, **kwargs)
-        seen = call = loss_call(function, arguments, step, self._site() if counts else "")
+        evaluation = FunctionEvaluation(function, arguments)
+        seen = call = LossCall(evaluation, step, self._site() if counts else "", evaluation.target)
         for change in step.call_changes:
             call = change(call)
         if counts:
@@ -120,19 +127,20 @@ class LossPath:
         return call_site() if not self._sightings.any_call or self._selection.needs_site() else ""
 
     def _take(self, call: LossCall) -> Tensor:
-        takers = self._selection.take(call.name, call.site, str(call) if call.site else call.name)
-        if call.step.views is not None:
-            call = call.narrowed(call.step.views)
-        call = self._mixed(call, takers)
+        selection, step, name = self._selection, self._step, call.name
+        takers = selection.take(name, call.site, str(call) if call.site else name)
+        if step.views is not None:
+            call = call.narrowed(step.views)
+        if step.mixing is not None:
+            call = self._mixed(call, takers)
         worked = self._work(call, takers) if takers else _Worked(call, call.given_value(call.plain), takers)
-        if self._selection.last():
+        if selection.late:
             self._last = worked
         return worked.value
 
     def _mixed(self, call: LossCall, takers: list[Member]) -> LossCall:
         """The call as it follows the mixing of the batch."""
-        step = call.step
-        mixing = step.mixing
+        step, mixing = call.step, call.step.mixing
         if mixing is None or step.mixer is None or call.is_mixed:
             return call
         concerned = mixing.concerns(call.given_target, step.batch, step.given_batch)
@@ -141,12 +149,14 @@ class LossPath:
         return mixed_call(call, mixing, certain=not taken) if concerned or taken else call
 
     def _work(self, call: LossCall, techniques: list[Member], before: _Worked | None = None) -> _Worked:
-        call.check_views()
-        step, acting = call.step, self._sightings.acting
+        step, acting = self._step, self._sightings.acting
+        if step.views is not None:
+            call.check_views()
         weights, terms = (None, []) if before is None else (before.weights, [*before.terms])
         # Not changed by a mixer: what it gives is the base.
         given = call.plain if step.is_logging and taking_part(techniques, OnLoss) else None
-        call = _changed(call, techniques, acting)
+        if self._sightings.changes_calls:
+            call = _changed(call, techniques, acting)
         for technique in acting["sample_weights"]:
             if technique in techniques and (own := _ask(technique, technique.sample_weights, call)) is not None:
                 weights = call.combined(weights, own)
@@ -159,7 +169,8 @@ class LossPath:
         if given is not None:
             step.scalars["reg/loss/base"] = given.detach().mean()
             step.scalars["reg/loss/total"] = value.detach().mean()
-        return _Worked(call, call.given_value(value), techniques, weights, tuple(terms))
+        given_value = value if call.views is None else call.given_value(value)
+        return _Worked(call, given_value, techniques, weights, tuple(terms))
 
     # -- the end of the step ------------------------------------------------------------------------------------------
 
@@ -170,7 +181,8 @@ class LossPath:
         if selection.seen:
             sightings.any_call = True
             selection.check()
-            self._settle_last()
+            if selection.late:
+                self._settle_last()
         elif step.made_loss and self._is_needed:
             self._miss()
 
@@ -194,8 +206,8 @@ class LossPath:
     def _settle_last(self) -> None:
         """Lets the techniques that work on the last call do so, now that it is known."""
         step, selection, worked = self._step, self._selection, self._last
-        late, total = selection.last(), loss_of(step.output)
-        if not late or worked is None or total is None:
+        late, total = selection.late, loss_of(step.output)
+        if worked is None or total is None:
             return
         mixer = selection.mixer
         if worked.call.is_mixed:  # its labels were recognized, so the mixer has had its way already
