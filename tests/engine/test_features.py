@@ -106,6 +106,11 @@ def test_layers_behind_torch_compile_have_no_other_names():
     assert list(named_layers(compiled())) == ["0", "0.0", "0.1", "1"]
 
 
+def test_layers_of_a_module_that_is_compiled_as_a_whole_have_their_own_names():
+    whole = torch.compile(nn.Sequential(nn.Identity(), nn.Sequential(nn.ReLU())), backend="eager")
+    assert list(named_layers(whole)) == ["0", "1", "1.0"]
+
+
 # Dynamo hides this warning in a way that "error" prevents.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.parametrize("name", ["0", "0.1"])

@@ -7,14 +7,15 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_reg.engine.host.errors import refuse_layer
+from lightning_reg.engine.host.names import plain_name
 
 __all__ = ["FeatureTap", "LayerHook", "find_layer", "named_layers"]
 
 
 def named_layers(module: nn.Module) -> dict[str, nn.Module]:
     """Layers by the names the user knows: without the ``_orig_mod.`` that ``torch.compile`` puts in between."""
-    layers = ((f"{name}.".replace("._orig_mod.", ".")[:-1], layer) for name, layer in module.named_modules())
-    return {name: layer for name, layer in layers if name and name != "_orig_mod"}
+    layers = ((plain_name(f"{name}.")[:-1], layer) for name, layer in module.named_modules())
+    return {name: layer for name, layer in layers if name}
 
 
 def find_layer(layers: Mapping[str, nn.Module], name: str, owner: str = "") -> nn.Module:

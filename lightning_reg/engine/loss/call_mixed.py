@@ -23,7 +23,7 @@ from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.loss.call import LossCall
 from lightning_reg.engine.loss.call_by_hand import HandedOver
 from lightning_reg.engine.loss.elements import Decomposition
-from lightning_reg.engine.loss.evaluation import Evaluation
+from lightning_reg.engine.loss.evaluation import Derived, Evaluation
 
 if TYPE_CHECKING:
     from lightning_reg.engine.data.views import Views
@@ -48,16 +48,16 @@ def mixed_call(call: LossCall, mixing: Mixing, *, certain: bool = True) -> LossC
         MisconfigurationException: If the losses are computed already, or the target may be made of anything.
 
     """
-    name = type(mixing.by).__name__
+    name, advice = type(mixing.by).__name__, f", or {mixing.advice}" if mixing.advice else ""
     if isinstance(call.evaluation, HandedOver):
         raise MisconfigurationException(
-            f"{name}: the samples of the batch are mixed, but `reduce_loss` gets losses that are"
-            " already computed, for targets that are not. Let the technique mix the targets in the batch as well."
+            f"{name}: the samples of the batch are mixed, but `reduce_loss` gets losses that are already computed, for"
+            f" targets that are not. Compute the loss with a function of torch.nn.functional and leave LossMixin out"
+            f"{advice}."
         )
     target = call.given_target
     unsaid = not certain and mixing.by.loss is None
     if unsaid and target is not None and target.is_floating_point():
-        advice = f", or {mixing.advice}" if mixing.advice else ""
         raise MisconfigurationException(
             f"{name}: the samples of the batch are mixed, but whether the target of {call} follows is not certain: it"
             " is no entry of the batch, so it may be made of the labels or of the mixed inputs (a teacher's output, an"
@@ -67,64 +67,35 @@ def mixed_call(call: LossCall, mixing: Mixing, *, certain: bool = True) -> LossC
     return replace(call, evaluation=Mixed(call.evaluation, mixing, call.given_target, call.site), is_mixed=True)
 
 
-class Mixed(Evaluation):
+class Mixed(Derived):
     """A loss for mixed samples.
 
     Args:
-        own: The loss for the samples' own targets.
+        base: The loss for the samples' own targets.
         mixing: How the samples were mixed.
         given_target: The target as the user gave it, whose order other targets have.
         site: Where the user's code called it, as ``file.py:line``, or "".
 
     """
 
-    def __init__(self, own: Evaluation, mixing: Mixing, given_target: Tensor | None, site: str = "") -> None:
-        self.own, self.function, self.arguments = own, own.function, own.arguments
+    def __init__(self, base: Evaluation, mixing: Mixing, given_target: Tensor | None, site: str = "") -> None:
+        super().__init__(base)
         self._mixing, self._given_target, self._site = mixing, given_target, site
-
-    @property
-    @override
-    def input(self) -> Tensor:
-        return self.own.input
-
-    @property
-    @override
-    def target(self) -> Tensor | None:
-        return self.own.target
-
-    @property
-    @override
-    def reduction(self) -> str:
-        return self.own.reduction
-
-    @property
-    @override
-    def rows(self) -> int:
-        return self.own.rows
-
-    @property
-    @override
-    def has_maps(self) -> bool:
-        return self.own.has_maps
 
     @cached_property
     def other(self) -> Evaluation:
         """The loss for their partners' targets."""
-        return self.own.with_target(self._partners(), self)
+        return self.base.with_target(self._partners(), self)
 
     @cached_property
     @override
     def mass(self) -> Tensor | None:
-        own, other = self.own.mass, self.other.mass
+        own, other = self.base.mass, self.other.mass
         return None if own is None or other is None else self._between(own, other)
 
     @override
-    def logits(self, batch_size: int, call: object) -> Tensor:
-        return self.own.logits(batch_size, call)
-
-    @override
     def with_target(self, target: Tensor, call: object) -> "Mixed":
-        return Mixed(self.own.with_target(target, call), self._mixing, self._given_target, self._site)
+        return Mixed(self.base.with_target(target, call), self._mixing, self._given_target, self._site)
 
     @override
     def narrowed(self, views: "Views") -> Evaluation | None:
@@ -132,11 +103,11 @@ class Mixed(Evaluation):
 
     @override
     def copies(self) -> "Sequence[Mixed]":
-        return [Mixed(own, self._mixing, self._given_target, self._site) for own in self.own.copies()]
+        return [Mixed(own, self._mixing, self._given_target, self._site) for own in self.base.copies()]
 
     @override
     def _take_apart(self) -> Decomposition:
-        own, other = self.own.decomposition, self.other.decomposition
+        own, other = self.base.decomposition, self.other.decomposition
         elements = self._between(own.elements, other.elements)
         if own.reduction == "none":
             return Decomposition(elements, elements, "none")
@@ -151,7 +122,7 @@ class Mixed(Evaluation):
     def _compute(self) -> Tensor:
         if isinstance(self._mixing.weights, Tensor):
             return self.decomposition.plain
-        return self._between(self.own.plain, self.other.plain)
+        return self._between(self.base.plain, self.other.plain)
 
     def _between(self, own: Tensor, other: Tensor) -> Tensor:
         lam = self._mixing.weights
@@ -160,7 +131,7 @@ class Mixed(Evaluation):
         return lam * own + (1.0 - lam) * other
 
     def _partners(self) -> Tensor:
-        target, mixing = self.own.target, self._mixing
+        target, mixing = self.base.target, self._mixing
         samples, name = len(mixing.permutation), type(mixing.by).__name__
         if target is None or self.function is F.ctc_loss:
             raise MisconfigurationException(
@@ -186,7 +157,3 @@ class Mixed(Evaluation):
     def _is_flattened(self, rows: int) -> bool:
         given, samples = self._given_target, len(self._mixing.permutation)  # another target has the order of the given
         return given is not None and given.shape[:1] == (rows,) and lies_by_sample(given, self._mixing.part, samples)
-
-    @override
-    def __str__(self) -> str:
-        return str(self.own)

@@ -19,7 +19,7 @@ from lightning_reg.engine.loss import elements
 if TYPE_CHECKING:
     from lightning_reg.engine.data.views import Views
 
-__all__ = ["Evaluation", "FunctionEvaluation", "WithLosses"]
+__all__ = ["Derived", "Evaluation", "FunctionEvaluation", "WithLosses"]
 
 
 class Evaluation(ABC):
@@ -247,7 +247,82 @@ class FunctionEvaluation(Evaluation):
         return f"F.{self._function.__name__}({shapes}, reduction={self.reduction!r})"
 
 
-class WithLosses(Evaluation):
+class Derived(Evaluation):
+    """An evaluation that is made from another one, and is like it but for what a subclass says.
+
+    Args:
+        base: The other one.
+
+    """
+
+    def __init__(self, base: Evaluation) -> None:
+        self.base, self.function, self.arguments = base, base.function, base.arguments
+
+    @property
+    @override
+    def input(self) -> Tensor:
+        return self.base.input
+
+    @property
+    @override
+    def output(self) -> Tensor | None:
+        return self.base.output
+
+    @property
+    @override
+    def target(self) -> Tensor | None:
+        return self.base.target
+
+    @property
+    @override
+    def reduction(self) -> str:
+        return self.base.reduction
+
+    @property
+    @override
+    def rows(self) -> int:
+        return self.base.rows
+
+    @property
+    @override
+    def has_maps(self) -> bool:
+        return self.base.has_maps
+
+    @property
+    @override
+    def mass(self) -> Tensor | None:
+        return self.base.mass
+
+    @override
+    def logits(self, batch_size: int, call: object) -> Tensor:
+        return self.base.logits(batch_size, call)
+
+    @override
+    def with_target(self, target: Tensor, call: object) -> Evaluation:
+        return self.base.with_target(target, call)
+
+    @override
+    def narrowed(self, views: "Views") -> Evaluation | None:
+        return self.base.narrowed(views)
+
+    @override
+    def copies(self) -> Sequence[Evaluation]:
+        return self.base.copies()
+
+    @override
+    def _take_apart(self) -> elements.Decomposition:
+        return self.base.decomposition
+
+    @override
+    def _compute(self) -> Tensor:
+        return self.base.plain
+
+    @override
+    def __str__(self) -> str:
+        return str(self.base)
+
+
+class WithLosses(Derived):
     """Other losses of the samples in place of an evaluation's own; they are reduced as these are.
 
     Args:
@@ -257,7 +332,7 @@ class WithLosses(Evaluation):
     """
 
     def __init__(self, base: Evaluation, per_sample: Tensor) -> None:
-        self._base, self.function, self.arguments = base, base.function, base.arguments
+        super().__init__(base)
         mass, reduction = base.mass, base.reduction
         values = per_sample if mass is None else per_sample * mass
         plain = values
@@ -266,66 +341,3 @@ class WithLosses(Evaluation):
             if reduction != "sum":
                 plain = plain / (len(values) if mass is None else mass.sum())
         self._decomposition = elements.Decomposition(values, plain, "mean" if "mean" in reduction else reduction)
-
-    @property
-    @override
-    def input(self) -> Tensor:
-        return self._base.input
-
-    @property
-    @override
-    def output(self) -> Tensor | None:
-        return self._base.output
-
-    @property
-    @override
-    def target(self) -> Tensor | None:
-        return self._base.target
-
-    @property
-    @override
-    def reduction(self) -> str:
-        return self._base.reduction
-
-    @property
-    @override
-    def rows(self) -> int:
-        return self._base.rows
-
-    @property
-    @override
-    def has_maps(self) -> bool:
-        return self._base.has_maps
-
-    @property
-    @override
-    def mass(self) -> Tensor | None:
-        return self._base.mass
-
-    @override
-    def logits(self, batch_size: int, call: object) -> Tensor:
-        return self._base.logits(batch_size, call)
-
-    @override
-    def with_target(self, target: Tensor, call: object) -> Evaluation:
-        return self._base.with_target(target, call)
-
-    @override
-    def narrowed(self, views: "Views") -> Evaluation | None:
-        return self._base.narrowed(views)
-
-    @override
-    def copies(self) -> Sequence[Evaluation]:
-        return self._base.copies()
-
-    @override
-    def _take_apart(self) -> elements.Decomposition:
-        raise NotImplementedError  # it is taken apart from the beginning
-
-    @override
-    def _compute(self) -> Tensor:
-        raise NotImplementedError  # as above
-
-    @override
-    def __str__(self) -> str:
-        return str(self._base)
