@@ -41,8 +41,13 @@ class Selection(Generic[Chooser]):
 
     def __post_init__(self) -> None:
         self._taken = dict.fromkeys(self.techniques, 0)
-        self.late = [t for t in self.techniques if t.loss == "last"]
-        self._by_place = any(isinstance(t.loss, str) and t.loss != "last" for t in self.techniques)
+        self.late: list[Chooser] = []
+        self._by_place = False
+        for technique in self.techniques:
+            if technique.loss == "last":
+                self.late.append(technique)
+            else:
+                self._by_place |= isinstance(technique.loss, str)
 
     def needs_site(self) -> bool:
         """Whether the place of the call in the code matters: to choose, or because a second call needs explaining."""

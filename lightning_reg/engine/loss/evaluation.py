@@ -148,23 +148,15 @@ class FunctionEvaluation(Evaluation):
         function: The function.
         arguments: Its arguments by name.
 
+    Attributes:
+        first: The first of them: logits, log-probabilities or predictions.
+
     """
 
     def __init__(self, function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
-        self.function, self.arguments = function, arguments
+        self.function, self._function, self.arguments = function, function, arguments
+        self.first: Tensor = arguments[elements.first_name(function)]
         self.target_name = elements.target_name(function)
-
-    @property
-    def first(self) -> Tensor:
-        """The first argument of the function."""
-        value: Tensor = self.arguments[elements.first_name(self._function)]
-        return value
-
-    @property
-    def _function(self) -> Callable[..., Any]:
-        if self.function is None:
-            raise TypeError("A loss that is no function has no arguments.")
-        return self.function
 
     @property
     @override
