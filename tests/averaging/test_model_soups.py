@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_reg import SoupAverager
+from lightning_reg.averaging.model_soups._validation import agreed_score
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.functional import ema_decay, load_averaged
 from tests.conformance.by_hand import Hand
@@ -699,6 +700,15 @@ def on_two_ranks(greedy_at):
         warnings.filterwarnings("ignore", ".*does not have many workers")
         _, model = fit(soup, model=Shifted(0.5), epochs=4, devices=2, strategy="ddp", num_sanity_val_steps=0)
     return weights_of(model), soup.ingredients, [(c.name, c.own_score, c.score, c.accepted) for c in soup.trace]
+
+
+def scores_on_two_ranks():
+    score = 3.0 if torch.distributed.get_rank() else 1.0
+    return agreed_score({"val_loss": torch.tensor(score)}, "val_loss", User())
+
+
+def test_a_score_that_differs_on_the_ranks_is_their_mean(two_processes):
+    assert two_processes.run(scores_on_two_ranks) == [2.0, 2.0]
 
 
 @pytest.mark.parametrize("greedy_at", ["end", "snapshot"])

@@ -161,6 +161,16 @@ def test_lengths_that_cannot_be_right_are_said():
     with pytest.warns(UserWarning, match="max_steps=8, which counts the steps of all 2 optimizers"):
         fit(Two(), ste(harden_at_end=False), max_epochs=-1, max_steps=8)
     fit(Two(), ste())
+    # A recipe with phases: 2 dense steps of 4 are 2 batches, and not one with two optimizers.
+    phased = NMSparsity(1, 4, recipe="ste", layers=["net.2"], dense_steps=2, finetune_steps=0, harden_at_end=False)
+    seen = []
+
+    class Counts(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append((phased.state_dict()["steps"], phased.state_dict()["factor"]))
+
+    fit(Two(), [phased, Counts()])
+    assert seen == [(1, 1.0), (2, 1.0), (3, 0.0), (4, 0.0)]
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["average first", "sparsity first"])

@@ -1,0 +1,128 @@
+"""The documented defaults of all public cores: one table, so that none changes unnoticed.
+
+Functions and classes stand by their names.
+"""
+
+import inspect
+
+import pytest
+import torch  # in the table
+
+from lightning_reg import functional
+
+DEFAULTS = {
+    "Compander": {"fn": "arctan", "learn": False},
+    "LearnedSoup": {"per": "tensor"},
+    "MultiSampleDropoutLayer": {"p": 0.5, "num_samples": 8},
+    "ancestry": {"start": None, "names": None, "max_distance": 0.5, "min_cosine": 0.5, "warn": True},
+    "apply_strategy": {"delta": 1.0},
+    "average_state_dicts": {
+        "weights": None,
+        "accumulate_dtype": torch.float64,
+        "include": None,
+        "exclude": None,
+        "names": None,
+    },
+    "bce_distillation_loss": {"num_seen": None, "reduction": "mean"},
+    "best_channel_permutation": {"n": 2, "m": 4, "passes": 10},
+    "check_nm": {"dim": "in"},
+    "compand": {"fn": "arctan"},
+    "compand_gradients": {"fn": "arctan"},
+    "conr_loss": {
+        "temperature": 0.07,
+        "eta": 0.01,
+        "weights": None,
+        "compat": False,
+        "push": "exponential",
+        "distance": "label_distance",
+        "group": None,
+        "capacity": None,
+    },
+    "cutmix": {"lam": None, "alpha": 1.0, "generator": None, "per_sample": False, "correct_lam": True},
+    "dare_merge": {
+        "density": 0.5,
+        "weights": None,
+        "lam": 1.0,
+        "rescale": "density",
+        "elect_signs": False,
+        "normalize": False,
+        "generator": None,
+        "masks": None,
+    },
+    "dropout_copies": {"layer": "Dropout", "copied": False},
+    "elr_loss": {"clamp": 0.0001},
+    "elr_plus_loss": {"clamp": 0.0001, "ramp": 1.0},
+    "elr_regularizer": {"clamp": 0.0001, "reduction": "mean"},
+    "elr_update_targets": {"clamp": 0.0001},
+    "expand": {"fn": "arctan"},
+    "feature_distillation_loss": {"reduction": "mean"},
+    "fisher_diagonal": {"per_sample": True, "group": None},
+    "fisher_losses": {"which": "argmax", "generator": None},
+    "greedy_soup": {"strict": True, "min_delta": 0.0, "mode": "max", "names": None, "max_ingredients": None},
+    "inverse_density_weights": {"mode": "sqrt_inverse", "lds_sigma": None},
+    "label_distance": {"kind": "l1"},
+    "load_averaged": {"name": None},
+    "make_soup": {
+        "method": "uniform",
+        "evaluate": None,
+        "out": None,
+        "start": None,
+        "key": None,
+        "weights": None,
+        "mode": "max",
+        "strict": True,
+        "min_delta": 0.0,
+        "max_ingredients": None,
+        "accumulate_dtype": torch.float64,
+        "check_ancestry": True,
+        "progress": False,
+    },
+    "mix_targets": {"num_classes": None},
+    "mixup": {"lam": None, "alpha": 1.0, "generator": None},
+    "multi_sample_dropout": {"generator": None},
+    "multi_sample_loss": {"generator": None},
+    "nm_mask": {"dim": "in"},
+    "normalize_losses": {"delta": 1.0, "eps": 1e-06, "counted": None, "group": None},
+    "pair_masks": {"distance": "label_distance"},
+    "pattern_at": {"k": 16},
+    "quadratic_penalty": {"weights": None},
+    "rand_box": {"generator": None},
+    "reestimate_batchnorm": {"n": None, "forward": None},
+    "reweight": {
+        "strategy": "linupper",
+        "r": 0.4,
+        "delta": 1.0,
+        "eps": 1e-06,
+        "max_weight": None,
+        "counted": None,
+        "group": None,
+    },
+    "semi_structured_refusal": {"backend": "cusparselt"},
+    "sequence_losses": {"ignore_index": -100, "shift": True},
+    "slerp_merge": {"threshold": 0.9995},
+    "softmax_distillation_loss": {"temperature": 2.0, "reduction": "mean"},
+    "sparsify_weight": {"factor": 0.0, "lambda_w": 0.0},
+    "ties_merge": {"density": 0.2, "weights": None, "lam": 1.0, "normalize": True},
+    "to_semi_structured": {"dtype": "bfloat16", "backend": "cusparselt", "rows": 4096, "only_faster": True},
+    "weight_stats": {"near_zero": 0.01},
+    "weighted_loss": {"counts": None, "world_size": 1},
+    "wise_ft": {"extrapolate": False},
+}
+
+
+def defaults_of(name):
+    parameters = inspect.signature(getattr(functional, name)).parameters.values()
+    return {p.name: getattr(p.default, "__name__", p.default) for p in parameters if p.default is not p.empty}
+
+
+# What is no number and no word: lists that every instance gets anew.
+CONTAINERS = ("SoupResult",)
+
+
+@pytest.mark.parametrize("name", [name for name in functional.__all__ if name not in CONTAINERS])
+def test_the_defaults_of_a_core_are_those_of_the_table(name):
+    assert defaults_of(name) == DEFAULTS.get(name, {})
+
+
+def test_the_table_names_what_there_is():
+    assert set(DEFAULTS) <= set(functional.__all__)
