@@ -109,7 +109,8 @@ class TargetTable:
         if not samples.distinct:
             rows = rows[last_occurrences(places)]
         targets.write(indices, rows, places=places, distinct=True)
-        self._unwritten.append((places, labels))  # nobody reads them while it trains: written many batches at once
+        # Nobody reads them while it trains: they are written many batches at once.
+        self._unwritten.append((places, labels.to(torch.int32, copy=True)))
         if len(self._unwritten) == _BATCHES_AT_ONCE:
             self._write_labels()
         if world_size() > 1:

@@ -169,7 +169,7 @@ def test_lengths_that_cannot_be_right_are_said():
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             seen.append((phased.state_dict()["steps"], phased.state_dict()["factor"]))
 
-    fit(Two(), [phased, Counts()])
+    fit(Two(), phased, Counts(), max_epochs=1)
     assert seen == [(1, 1.0), (2, 1.0), (3, 0.0), (4, 0.0)]
 
 

@@ -1,6 +1,5 @@
 """Private names of torch's modules: own tensors, hooks, what ``torch.compile`` puts around a network."""
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,9 +10,9 @@ __all__ = [
     "BatchNorm",
     "Dropout",
     "forget_compiled_call",
-    "hooks_of",
     "is_compiled",
     "own_buffers",
+    "own_hooks",
     "own_parameters",
     "reset_of",
     "reshards",
@@ -31,11 +30,9 @@ def own_buffers(layer: nn.Module) -> dict[str, Tensor | None]:
     return layer._buffers
 
 
-def hooks_of(module: nn.Module) -> Iterator[dict[int, Any]]:
-    """The dictionaries with the hooks of all layers, before and after their forward pass."""
-    for layer in module.modules():
-        yield layer._forward_hooks
-        yield layer._forward_pre_hooks
+def own_hooks(layer: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
+    """The layer's own hooks after and before its forward pass; the very dictionaries."""
+    return layer._forward_hooks, layer._forward_pre_hooks
 
 
 def uncompiled(layer: nn.Module) -> nn.Module | None:

@@ -19,7 +19,7 @@ from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.autograd import version_of
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.generators import isolated_randomness
-from lightning_reg.engine.host.modules import forget_compiled_call, hooks_of, own_buffers, uncompiled
+from lightning_reg.engine.host.modules import forget_compiled_call, own_buffers, own_hooks, uncompiled
 from lightning_reg.engine.host.names import plain_name
 from lightning_reg.engine.layers.named import FeatureTap, LayerHook
 from lightning_reg.engine.loss.call import LossCall, loss_call
@@ -70,7 +70,9 @@ def copy_of(module: "LightningModule") -> "LightningModule":
     """
     with host.without_compiled_steps(module):
         _check_functions(module)
-    memo: dict[int, Any] = {id(hook): hook for hooks in hooks_of(module) for hook in hooks.values()}
+    memo: dict[int, Any] = {
+        id(hook): hook for layer in module.modules() for hooks in own_hooks(layer) for hook in hooks.values()
+    }
     memo = {key: hook for key, hook in memo.items() if isinstance(hook, LayerHook)}
     # Such as `self.last_logits`: torch refuses to copy a tensor with a history.
     kept = (leaf for layer in module.modules() for leaf in tree_leaves(vars(layer)) if isinstance(leaf, Tensor))
@@ -89,7 +91,7 @@ def copy_of(module: "LightningModule") -> "LightningModule":
         ) from error
     for layer in twin.modules():
         forget_compiled_call(layer)
-    for hooks in hooks_of(twin):
+    for hooks in (hooks for layer in twin.modules() for hooks in own_hooks(layer)):
         for key in [key for key, hook in hooks.items() if isinstance(hook, LayerHook)]:
             del hooks[key]
     return twin
@@ -99,7 +101,7 @@ def _check_functions(module: nn.Module) -> None:
     """Refuses hooks and replaced methods that hold a layer; copies share plain functions, so they would use it too."""
     names = {id(layer): f"the layer {name!r}" if name else "the module" for name, layer in module.named_modules()}
     for layer in module.modules():
-        functions = [hook for hooks in hooks_of(layer) for hook in hooks.values()]
+        functions = [hook for hooks in own_hooks(layer) for hook in hooks.values()]
         # A metric wraps its methods in functions that hold it, and wraps them anew when it is copied; what is compiled
         # is left out of copies.
         if not isinstance(layer, Metric) and uncompiled(layer) is None:
