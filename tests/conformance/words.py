@@ -6,6 +6,9 @@ import re
 import sys
 import typing
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any, Literal
 
 from rich.console import Console
@@ -110,8 +113,14 @@ def cited(case: Case) -> None:
 
 def _public_functions(cls: type[Any]) -> list[Callable[..., Any]]:
     module = sys.modules[cls.__module__]
-    files = next((unit.modules for unit in registry.units() if module in unit.modules), [module])
+    files = next((unit.modules for unit in registry.units() if module in unit.modules), None) or _files_of(module)
     return [value for file in files for name in file.__all__ if inspect.isfunction(value := getattr(file, name))]
+
+
+def _files_of(module: ModuleType) -> list[ModuleType]:
+    """A file that is in no purpose folder, as the tutorial's is not, and the core beside it."""
+    core = f"{module.__package__}.core"
+    return [module] if find_spec(core) is None else [import_module(core), module]
 
 
 def _check_arguments(name: str, owner: Any, arguments: list[str]) -> None:

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
 from tests.toys import QUIET, Classifier, fit
-from tests.tutorial.label_smoothing import LabelSmoothing, label_smoothing_term
+from tests.tutorial.label_smoothing.core import label_smoothing_term
+from tests.tutorial.label_smoothing.label_smoothing import LabelSmoothing
 
 pytestmark = QUIET
 

@@ -9,32 +9,12 @@ from typing_extensions import override
 from lightning_reg.engine.host.arguments import check_number
 from lightning_reg.engine.run.phases import Member
 from lightning_reg.engine.technique import LossTechnique
+from tests.tutorial.label_smoothing.core import label_smoothing_term
 
 if TYPE_CHECKING:
     from lightning_reg.engine.loss.call import LossCall
 
-__all__ = ["LabelSmoothing", "label_smoothing_term"]
-
-
-def label_smoothing_term(logits: Tensor, labels: Tensor) -> Tensor:
-    r"""What the cross-entropy gains per unit of smoothing.
-
-    .. math:: \frac1C \sum_c -\log p_c + \log p_y
-
-    Args:
-        logits: ``(B, C)``.
-        labels: ``(B,)`` class indices.
-
-    Returns:
-        ``(B,)``, float32.
-
-    Example:
-        >>> label_smoothing_term(torch.zeros(1, 4), torch.tensor([2]))
-        tensor([0.])
-
-    """
-    log_p = logits.float().log_softmax(1)
-    return log_p.gather(1, labels[:, None])[:, 0] - log_p.mean(1)
+__all__ = ["LabelSmoothing"]
 
 
 class LabelSmoothing(LossTechnique):

@@ -1,0 +1,1 @@
+"""Label smoothing: a share of the target goes to all classes."""
