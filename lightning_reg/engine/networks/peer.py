@@ -266,8 +266,8 @@ class Peer:
         """Runs its ``training_step`` on the step's batch.
 
         Nobody notices: random states are put back (so it draws what the user's module draws, if it is asked in
-        :meth:`Technique.observe_batch`), nothing is logged, its buffers and metrics stay what they were. No activation
-        is kept. A copy's own lists, if ``training_step`` appends to any, grow.
+        :meth:`BatchTechnique.observe_batch`), nothing is logged, its buffers and metrics stay what they were. No
+        activation is kept. A copy's own lists, if ``training_step`` appends to any, grow.
 
         Args:
             step: The step, with its final batch.
