@@ -36,6 +36,9 @@ __all__ = [
     "WeightTechnique",
 ]
 
+# What a technique may override only with the class that declares it.
+_DECLARED_BY = {name: role for role in {*PHASES.values()} - {Member} for name in vars(role) if name[0] != "_"}
+
 
 class Technique(Member, host.Callback):
     """A training technique, attached to a Trainer as a callback.
@@ -96,10 +99,10 @@ class Technique(Member, host.Callback):
         super().__init_subclass__(**kwargs)
         if "setup" in cls.__dict__:
             raise TypeError(f"{cls.__name__} must not override `setup`; use `on_fit_start` or `check`.")
-        for phase, role in PHASES.items():
-            if phase in cls.__dict__ and not issubclass(cls, role):
+        for name, role in _DECLARED_BY.items():
+            if name in cls.__dict__ and not issubclass(cls, role):
                 base = next(b for b in _BASES if issubclass(b, role))
-                raise TypeError(f"{cls.__name__} overrides `{phase}`, a phase of {base.__name__}: inherit from that.")
+                raise TypeError(f"{cls.__name__} overrides `{name}` of {base.__name__}: inherit from that.")
 
     @override
     def __getstate__(self) -> dict[str, Any]:

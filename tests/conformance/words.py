@@ -50,11 +50,6 @@ def _check_line(technique: Any) -> None:
     assert line in table, f"the table swallows a part of {line!r} (square brackets are markup: escape them)"
 
 
-def _required(cls: type[Any]) -> list[str]:
-    parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
-    return [parameter.name for parameter in parameters if parameter.default is parameter.empty]
-
-
 def _wrong_kinds(cls: type[Any]) -> list[tuple[dict[str, Any], str]]:
     """A value of the wrong kind for every argument that takes numbers or one of several words."""
     try:

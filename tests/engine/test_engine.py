@@ -137,6 +137,15 @@ def test_phases_are_read_off_the_overridden_methods():
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "base"),
+    [("loss_term", "LossTechnique"), ("feature_layers", "LossTechnique"), ("pull_back", "WeightMapTechnique")],
+)
+def test_a_phase_without_its_base_class_is_refused(name, base):
+    with pytest.raises(TypeError, match=f"Half overrides `{name}` of {base}: inherit from that"):
+        type("Half", (Technique,), {name: lambda self, *args: None})
+
+
 def names(kinds):
     return "+".join(kind.__name__ for kind in kinds)
 

@@ -10,7 +10,7 @@ from typing_extensions import override
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.names import as_patterns
-from lightning_reg.engine.run import passes as extra_passes
+from lightning_reg.engine.run import passes
 from lightning_reg.engine.technique import WeightTechnique
 from lightning_reg.engine.weights.swap import named_weights
 from lightning_reg.sparsity.nm_sparsity._layers import Choice, Weight, check_apart, check_groups, weights_table
@@ -295,7 +295,7 @@ class NMSparsity(WeightTechnique):
     def on_validation_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         if self.validate_hard_mask and self._network.sparse and host.validates_in_fit(trainer):
             with self._network.hardened(pl_module):
-                metrics = extra_passes.validation_metrics(trainer)
+                metrics = passes.validation_metrics(trainer)
             host.log_beside(trainer, {f"{self.log_key}/hard/{name}": value for name, value in metrics.items()})
 
     @override
