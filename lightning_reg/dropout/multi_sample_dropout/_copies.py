@@ -6,6 +6,7 @@ Copies lie one after the other: row ``j * B + b`` is copy j of row b. What runs 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +23,7 @@ from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.errors import MisconfigurationException, refuse_layer
 from lightning_reg.engine.host.names import plain_name
 from lightning_reg.engine.layers.named import LayerHook, named_layers
-from lightning_reg.engine.loss.call import LossCall, call_of
+from lightning_reg.engine.loss.call import LossCall
 from lightning_reg.engine.loss.elements import has_gradient
 from lightning_reg.engine.loss.result import loss_of, with_loss
 from lightning_reg.engine.run.part import Part
@@ -252,7 +253,7 @@ class Copies(Part):
             return call
         if call.step.is_logging and torch.is_grad_enabled() and has_gradient(call.arguments):
             call.step.log(self.owner, "spread", evaluation.spread())
-        return call_of(evaluation, call.step, call.site)
+        return replace(call, evaluation=evaluation, given_target=evaluation.target)
 
     # -- what is refused ----------------------------------------------------------------------------------------------
 

@@ -131,6 +131,10 @@ class Mixed(Evaluation):
         return None  # a batch with views is not mixed
 
     @override
+    def lies_by_sample(self, size: int) -> bool:
+        return self.own.lies_by_sample(size)
+
+    @override
     def copies(self) -> "Sequence[Mixed]":
         return [Mixed(own, self._mixing, self._given_target, self._site) for own in self.own.copies()]
 
