@@ -276,10 +276,12 @@ class Copies(Part):
         if made_loss and self.plan.way == "rows" and self._made_now and not self._rows.are_used:
             raise MisconfigurationException(
                 f"{self.name}: the step made a loss, but no loss function of torch got the output of the layers after"
-                f" {self.plan.layer!r} as it is or as a view. If layers of yours come behind the module around it, name"
-                f' the last one, `{self.name}(head="...")`; if `training_step` works on the output first (log_softmax,'
-                f' a cast), pass `{self.name}(outputs="all")` and get all {self.plan.number} * B rows; if the loss is'
-                f' written by hand or compares samples, pass `{self.name}(mode="replay", backbone="...")`.'
+                f" {self.plan.layer!r} as it is or as a view, so it has one mask. If layers of yours come behind the"
+                f' module around it, name the last one before the loss, `{self.name}(head="...")`; if `training_step`'
+                f' works on the output first (log_softmax, a cast), pass `{self.name}(outputs="all")` and get all'
+                f" {self.plan.number} * B rows; if the loss is written by hand or compares samples, or if the output is"
+                f' added to tensors of B rows (a residual connection), pass `{self.name}(mode="replay",'
+                ' backbone="...")`, or name a dropout layer that nothing but layers follows.'
             )
 
     def _refuse_uncalled(self) -> None:
