@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lightning_reg.engine.data.batches import samples_of
+from lightning_reg.engine.data.batches import samples_of, tensors_of
 from lightning_reg.engine.data.indices import IndexSource, entry_of_batch
 from lightning_reg.engine.data.loaders import find_source
 from lightning_reg.engine.host import lightning as host
@@ -149,6 +149,18 @@ class Step:
         drawn = [indices for _, indices in self._followed.values() if indices is not None]
         size = len(drawn[0].list) if drawn else _agreed_size(self.batch)
         return () if size is None else (size,)
+
+    @property
+    def has_samples_second(self) -> bool:
+        """Whether all tensors of the batch seem to come with time first; ``False`` if its indices say its size.
+
+        To be asked in the first step, whose batch is full: it is the loader's batch size that is found in second place.
+        """
+        capacity, size = self.capacity, self.batch_sizes[0]
+        drawn = any(indices is not None for _, indices in self._followed.values())
+        if drawn or capacity is None or size == capacity:
+            return False
+        return all(one.shape[:2] == (size, capacity) for one in tensors_of(self.batch) if one.shape[:1] == (size,))
 
     @property
     def given_batch(self) -> Any:

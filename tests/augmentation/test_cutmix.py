@@ -613,12 +613,15 @@ def test_signals_are_cut_too():
 @pytest.mark.parametrize(
     ("technique", "line"),
     [
-        (CutMix(), "alpha=1, prob=0.5, one draw per batch; labels follow"),
+        (CutMix(), "alpha=1, prob=0.5, one draw per batch; labels follow, maps by the box"),
         (
             Mixup(0.2, per_sample=True, form="soft", start_epoch=2, stop_epoch=9),
             "alpha=0.2, prob=1, one draw per sample; labels in the batch; epochs 2 to 9",
         ),
-        (CutMix(start_epoch=1, form="pair"), "alpha=1, prob=0.5, one draw per batch; labels in the loss; epochs 1 on"),
+        (
+            CutMix(start_epoch=1, form="pair"),
+            "alpha=1, prob=0.5, one draw per batch; labels in the loss, maps by the box; epochs 1 on",
+        ),
         (CutMix(prob=0.0), "prob=0: inactive"),
     ],
 )

@@ -110,7 +110,8 @@ def test_weights_and_terms_of_samples_on_copies(reduction, options):
 def test_flattened_tokens_stay_with_their_sequence():
     scores, labels = normal(COPIES * 2 * 3, 4), torch.tensor([0, 1, -100, 3, 2, 1])  # 2 sequences of 3 tokens
     arguments = {"input": scores[:6], "target": labels}
-    call = call_of(OnCopies(F.cross_entropy, arguments, {"input": scores}, COPIES), Step(2))
+    step = Step(2, batch=[labels.view(2, 3)])
+    call = call_of(OnCopies(F.cross_entropy, arguments, {"input": scores}, COPIES), step)
     assert (call.batch_size, call.kind) == (2, "sequence")
     elements = torch.stack([F.cross_entropy(s, labels, reduction="none") for s in scores.split(6)]).mean(0)
     assert call.losses.tolist() == pytest.approx([elements[:3].sum().item() / 2, elements[3:].mean().item()], rel=1e-5)

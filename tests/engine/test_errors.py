@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from lightning_reg.engine.host.arguments import check_choice, check_number
@@ -19,6 +20,10 @@ class TailTrimmer:
         (-1e9, {}),
         (0.5, {"low": 0, "high": 1, "low_open": True, "high_open": True}),
         (3, {"low": 1, "integer": True}),
+        (np.float32(3), {"low": 1}),
+        (np.float64(0.5), {"high": 1}),
+        (np.int64(3), {"low": 1, "integer": True}),
+        (np.uint8(3), {"low": 1}),
     ],
 )
 def test_numbers_that_pass(value, limits):
@@ -38,6 +43,9 @@ def test_numbers_that_pass(value, limits):
         ("0.5", {"low": 0, "high": 1}, "a number in [0, 1], got '0.5'."),
         (None, {"low": 0, "high": 1}, "a number in [0, 1], got None."),
         (True, {"low": 0, "high": 1}, "a number in [0, 1], got True."),
+        (np.bool_(True), {"low": 0, "high": 1}, f"a number in [0, 1], got {np.bool_(True)!r}."),
+        (np.float32("nan"), {"low": 0, "high": 1}, f"a number in [0, 1], got {np.float32('nan')!r}."),
+        (np.float32(2), {"low": 1, "integer": True}, f"a whole number in [1, inf), got {np.float32(2)!r}."),
         (2.0, {"low": 1, "integer": True}, "a whole number in [1, inf), got 2.0."),
         (0, {"low": 1, "high": 9, "integer": True}, "a whole number in [1, 9], got 0."),
         (False, {"low": 0, "integer": True}, "a whole number in [0, inf), got False."),

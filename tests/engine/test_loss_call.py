@@ -21,8 +21,9 @@ REDUCTIONS = ("mean", "sum", "none")
 class Step:
     """What a loss call asks of its step."""
 
-    def __init__(self, batch_size: int | None = None, indices: tuple[int, ...] = ()) -> None:
+    def __init__(self, batch_size: int | None = None, indices: tuple[int, ...] = (), batch: object = ()) -> None:
         self.batch_sizes = () if batch_size is None else (batch_size,)
+        self.batch = batch
         self.indices = torch.tensor(indices)
 
     def samples(self, technique: object, device: torch.device, given: Tensor | None = None) -> Samples:
@@ -91,12 +92,19 @@ PRESENT = {function.__name__: function for function in LOSS_FUNCTIONS}  # older 
 WEIGHTS = torch.tensor([0.5, 2.0, 0.0, 1.5])
 
 
+def unflattened(rows: Tensor, batch_size: int | None) -> list[Tensor]:
+    """A batch of which the rows are the entry, flattened sample after sample."""
+    fits = batch_size and rows.dim() and len(rows) % batch_size == 0
+    return [rows.view(batch_size, -1, *rows.shape[1:])] if fits else []
+
+
 def call_of(name: str, *args: Tensor, batch_size: int | None = None, indices=(), site: str = "", **options) -> LossCall:
     """The call with a first argument that wants a gradient."""
     first, *others = args or CALLS[name]
     values = (first.clone().requires_grad_(), *others)
     arguments = dict(zip(LOSS_FUNCTIONS[PRESENT[name]], values, strict=False)) | options
-    return loss_call(PRESENT[name], arguments, Step(batch_size, indices), site)
+    batch = unflattened(others[0], batch_size)
+    return loss_call(PRESENT[name], arguments, Step(batch_size, indices, batch), site)
 
 
 def gradient(value: Tensor, call: LossCall) -> Tensor:

@@ -91,9 +91,9 @@ def pair_of(name, weights, *args, batch_size=None, **options):
     target = next(key for key in ("target", "targets") if key in names)
     batch = len(PERMUTATION)
     partners = arguments[target].reshape(batch, -1)[PERMUTATION].reshape(arguments[target].shape)
-    step = Step(batch_size)
-    call = loss_call(PRESENT[name], arguments, step)
     entry = arguments[target] if arguments[target]._base is None else arguments[target]._base
+    step = Step(batch_size, batch=[entry])
+    call = loss_call(PRESENT[name], arguments, step)
     mixed = mixed_call(call, mixing(weights, part=[entry]))
     return mixed, call, loss_call(PRESENT[name], {**arguments, target: partners}, step)
 

@@ -104,6 +104,7 @@ def owners_of_private_names():
         torch.compile(nn.Linear(1, 1)),
         torch.zeros(1),
         rows.view(6).grad_fn,
+        rows[:, 1:].grad_fn,
         torch.amp.GradScaler("cpu"),
         torch.optim.SGD([rows], fused=True),
         ModelParallelStrategy(),

@@ -1,7 +1,8 @@
 """What CutMix and mixup share: when a batch is mixed, and how its labels follow."""
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +21,26 @@ if TYPE_CHECKING:
 
     from lightning_reg.engine.step import Step
 
-__all__ = ["Form", "Mixer"]
+__all__ = ["Form", "Mix", "Mixer"]
 
 Form = Literal["auto", "pair", "soft"]
+
+
+class Mix(NamedTuple):
+    """Mixed inputs and how they were made.
+
+    Attributes:
+        inputs: The mixed inputs.
+        permutation: Partner of each sample, ``(B,)``.
+        lam: Share of the sample itself: a number, or one for each sample ``(B,)``.
+        replaced: Gives the positions that are the partner's, see :class:`Mixing`; ``None`` if samples are blended.
+
+    """
+
+    inputs: Tensor
+    permutation: Tensor
+    lam: float | Tensor
+    replaced: Callable[[], Tensor] | None = None
 
 
 class Mixer(BatchTechnique, ABC):
@@ -57,8 +75,13 @@ class Mixer(BatchTechnique, ABC):
         self.start_epoch, self.stop_epoch = start_epoch, stop_epoch
 
     @abstractmethod
-    def _mix(self, inputs: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, float | Tensor]:
-        """Mixed inputs, partners and shares."""
+    def _mix(self, inputs: Tensor, generator: torch.Generator) -> Mix:
+        """The inputs mixed in pairs."""
+
+    @property
+    def _maps(self) -> str:
+        """What becomes of targets per pixel, if they follow in another way than labels."""
+        return ""
 
     @abstractmethod
     def _problem_with(self, inputs: Tensor) -> str:
@@ -72,7 +95,7 @@ class Mixer(BatchTechnique, ABC):
         where = {"auto": "labels follow", "pair": "labels in the loss", "soft": "labels in the batch"}[self.form]
         last = "" if self.stop_epoch is None else f" to {self.stop_epoch}"
         epochs = f"; epochs {self.start_epoch}{last or ' on'}" if self.start_epoch or last else ""
-        return f"alpha={self.alpha:g}, prob={self.prob:g}, one draw per {each}; {where}{epochs}"
+        return f"alpha={self.alpha:g}, prob={self.prob:g}, one draw per {each}; {where}{self._maps}{epochs}"
 
     @property
     @override
@@ -116,19 +139,19 @@ class Mixer(BatchTechnique, ABC):
                 f"{type(self).__name__}: the batch's inputs (input_key={key!r}) cannot be mixed: {problem}, found"
                 f" {shape}. Name another entry with `input_key`."
             )
-        mixed, permutation, lam = self._mix(inputs, generator)
+        mixed, permutation, lam, replaced = self._mix(inputs, generator)
         if not isinstance(lam, Tensor) and lam == 1.0:  # an empty box: the batch stays the very one it was
             return batch, lam
         part = find_entry(batch, key.partition(".")[0], "input_key") if step.several else batch
         soft = self.form == "soft" or (self.form == "auto" and isinstance(step.module, LossMixin))
-        if soft:
-            batch = self._with_soft_targets(batch, key, permutation, lam)
         advice = f'have them mixed in the batch, `{type(self).__name__}(form="soft")`'
-        step.mixing = Mixing(self, permutation, lam, mixed, part, in_targets=soft, advice=advice)
+        step.mixing = Mixing(self, permutation, lam, mixed, part, soft, advice, replaced)
+        if soft:
+            batch = self._with_soft_targets(batch, key, step.mixing)
         return replace_entry(batch, key, mixed), lam
 
-    def _with_soft_targets(self, batch: object, input_key: str, permutation: Tensor, lam: float | Tensor) -> object:
-        name, key = type(self).__name__, self.target_key
+    def _with_soft_targets(self, batch: object, input_key: str, mixing: Mixing) -> object:
+        name, permutation, key = type(self).__name__, mixing.permutation, self.target_key
         if key is None:
             within, _, last = input_key.rpartition(".")
             if last != "0":
@@ -142,9 +165,15 @@ class Mixer(BatchTechnique, ABC):
             raise MisconfigurationException(
                 f"{name}: target_key={key!r} must name a tensor with a row for each of the {len(permutation)} samples."
             )
+        pasted = mixing.pasted(targets, f"target_key={key!r}")
+        if pasted is not None:
+            return replace_entry(batch, key, pasted)
+        targets = targets.float() if targets.dtype == torch.bool else targets
         if not targets.is_floating_point() and (targets.dim() != 1 or self.num_classes is None):
             raise MisconfigurationException(
                 f"{name}: the targets in the batch are {targets.dtype} {tuple(targets.shape)}; to mix them there they"
-                f" must be floating point, or class indices (B,) with `{name}(num_classes=...)`."
+                f" must be floating point, or class indices (B,) with `{name}(num_classes=...)`. Of several labels let"
+                " the data set return `y.float()`, or have the loss mixed by its name, as in"
+                f' `{name}(form="pair", loss="binary_cross_entropy_with_logits")`.'
             )
-        return replace_entry(batch, key, mix_targets(targets, permutation, lam, self.num_classes))
+        return replace_entry(batch, key, mix_targets(targets, permutation, mixing.weights, self.num_classes))

@@ -1,14 +1,26 @@
 """The formulas of CutMix and mixup, for any training loop."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_reg.engine.data.blend import draw_lam, draw_permutation, mix_targets, mixup
 
-__all__ = ["cutmix", "cutmix_loss", "mix_targets", "mixup", "paste_box", "rand_box"]
+__all__ = [
+    "Cut",
+    "box_masks",
+    "cutmix",
+    "cutmix_loss",
+    "draw_cut",
+    "mix_targets",
+    "mixup",
+    "paste_box",
+    "paste_boxes",
+    "rand_box",
+]
 
 Box = tuple[int, int, int, int]
 
@@ -50,6 +62,51 @@ def cutmix(
         (torch.Size([8, 3, 32, 32]), True)
 
     """
+    cut = draw_cut(x, lam, alpha, generator, per_sample=per_sample, correct_lam=correct_lam)
+    return paste_boxes(x, cut.permutation, cut.boxes), cut.permutation, cut.lam
+
+
+class Cut(NamedTuple):
+    """What is cut out of which image.
+
+    Attributes:
+        permutation: Partner of each sample, ``(B,)``.
+        boxes: One for the batch, or one for each sample.
+        lam: Shares for the labels: a number, or float32 ``(B,)``.
+
+    """
+
+    permutation: Tensor
+    boxes: list[Box]
+    lam: float | Tensor
+
+
+def draw_cut(
+    x: Tensor,
+    lam: float | None = None,
+    alpha: float = 1.0,
+    generator: torch.Generator | None = None,
+    *,
+    per_sample: bool = False,
+    correct_lam: bool = True,
+) -> Cut:
+    """The draws of :func:`cutmix`.
+
+    Args:
+        x: As there.
+        lam: As there.
+        alpha: As there.
+        generator: As there.
+        per_sample: As there.
+        correct_lam: As there.
+
+    Returns:
+        Partners, boxes and shares.
+
+    Raises:
+        ValueError: If ``x`` has neither 3 nor 4 dimensions.
+
+    """
     if x.dim() not in (3, 4):
         raise ValueError(f"cutmix needs inputs of shape (B, C, H, W) or (B, C, L), got {tuple(x.shape)}.")
     height, width = x.shape[2:] if x.dim() == 4 else (1, x.shape[2])
@@ -58,12 +115,11 @@ def cutmix(
     if not per_sample:
         kept = float(drawn)
         box = rand_box(height, width, kept, generator)
-        return paste_box(x, permutation, box), permutation, _share(box, height, width) if correct_lam else kept
+        return Cut(permutation, [box], _share(box, height, width) if correct_lam else kept)
     shares = drawn.tolist() if isinstance(drawn, Tensor) else [drawn] * len(x)
     boxes = [rand_box(height, width, share, generator) for share in shares]
     corrected = [_share(box, height, width) for box in boxes] if correct_lam else shares
-    mixed = torch.where(_masks(boxes, x), x[permutation], x)
-    return mixed, permutation, torch.tensor(corrected).to(x.device, non_blocking=True)
+    return Cut(permutation, boxes, torch.tensor(corrected).to(x.device, non_blocking=True))
 
 
 def _share(box: Box, height: int, width: int) -> float:
@@ -71,16 +127,42 @@ def _share(box: Box, height: int, width: int) -> float:
     return 1.0 - (y2 - y1) * (x2 - x1) / (height * width)
 
 
-def _masks(boxes: list[Box], x: Tensor) -> Tensor:
-    """Which pixels lie in the box of their sample: bool ``(B, 1, H, W)`` or ``(B, 1, L)``."""
+def box_masks(boxes: Sequence[Box], x: Tensor) -> Tensor:
+    """Which pixels lie in the box of their sample.
+
+    Args:
+        boxes: Boxes ``(y1, y2, x1, x2)``, ends excluded: one for the batch, or one for each sample.
+        x: Inputs ``(B, C, H, W)`` or ``(B, C, L)``.
+
+    Returns:
+        bool ``(B, H, W)`` or ``(B, L)``; of one box ``(1, H, W)`` or ``(1, L)``.
+
+    """
     ends = torch.tensor(boxes).to(x.device, non_blocking=True)
-    y1, y2, x1, x2 = ends.reshape(-1, 4, *[1] * (x.dim() - 1)).unbind(1)
+    y1, y2, x1, x2 = ends.reshape(-1, 4, *[1] * (x.dim() - 2)).unbind(1)
     column = torch.arange(x.shape[-1], device=x.device)
     inside = (x1 <= column) & (column < x2)
     if x.dim() == 4:
         row = torch.arange(x.shape[-2], device=x.device)[:, None]
         inside = inside & (y1 <= row) & (row < y2)
     return inside
+
+
+def paste_boxes(x: Tensor, permutation: Tensor, boxes: Sequence[Box]) -> Tensor:
+    """A copy of a batch in which every sample has a box of its partner.
+
+    Args:
+        x: Inputs ``(B, C, H, W)`` or ``(B, C, L)``, any type; not changed.
+        permutation: Partner of each sample, ``(B,)``.
+        boxes: One for the batch, or one for each sample.
+
+    Returns:
+        As ``x``, memory format included.
+
+    """
+    if len(boxes) == 1:
+        return paste_box(x, permutation, boxes[0])
+    return torch.where(box_masks(boxes, x).unsqueeze(1), x[permutation], x)
 
 
 def rand_box(height: int, width: int, lam: float, generator: torch.Generator | None = None) -> Box:

@@ -1,11 +1,13 @@
 """CutMix: images with a rectangle of another one."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_reg.augmentation.cutmix._mixer import Form, Mixer
-from lightning_reg.augmentation.cutmix.core import cutmix
+from lightning_reg.augmentation.cutmix._mixer import Form, Mix, Mixer
+from lightning_reg.augmentation.cutmix.core import box_masks, draw_cut, paste_boxes
 
 __all__ = ["CutMix"]
 
@@ -22,8 +24,12 @@ class CutMix(Mixer):
     What the module's own code sees: mixed images and, in the form "pair", the labels ``y`` as they were. Metrics of the
     training step are therefore those of mixed images against one of their two labels, and low: watch the validation's,
     and do not stop early on the training loss, which is the mixed one. Factors that your code puts on losses by
-    ``reduction="none"`` (a weight of the class, a focal factor) see the sample's own label. Targets per pixel are
-    weighted by area as a label is; where they should follow the box, paste it into them yourself.
+    ``reduction="none"`` (a weight of the class, a focal factor) see the sample's own label.
+
+    Targets per pixel, those with the height and width of the images, ``(B, H, W)`` or ``(B, ..., H, W)`` (signals: with
+    their length; flattened sample after sample as well), are no labels of the image: they get the partner's values in
+    the box, an ``ignore_index`` among them like any other label, and their loss is your own with those. Of several
+    losses or targets each follows in its own way, maps by the box, labels by area. Maps of another size are refused.
 
     Use it for images (or spectrograms, signals) where a network trains long enough to overfit. Leave it on short
     schedules, and where the label is not proportional to area (counting, small objects, text).
@@ -102,6 +108,13 @@ class CutMix(Mixer):
     def _problem_with(self, inputs: Tensor) -> str:
         return "" if inputs.dim() in (3, 4) else "images (B, C, H, W) or signals (B, C, L) are needed"
 
+    @property
     @override
-    def _mix(self, inputs: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, float | Tensor]:
-        return cutmix(inputs, None, self.alpha, generator, per_sample=self.per_sample, correct_lam=self.correct_lam)
+    def _maps(self) -> str:
+        return ", maps by the box"
+
+    @override
+    def _mix(self, inputs: Tensor, generator: torch.Generator) -> Mix:
+        cut = draw_cut(inputs, None, self.alpha, generator, per_sample=self.per_sample, correct_lam=self.correct_lam)
+        mixed = paste_boxes(inputs, cut.permutation, cut.boxes)
+        return Mix(mixed, cut.permutation, cut.lam, partial(box_masks, cut.boxes, inputs))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_reg.augmentation.cutmix._mixer import Form, Mixer
+from lightning_reg.augmentation.cutmix._mixer import Form, Mix, Mixer
 from lightning_reg.augmentation.cutmix.core import mixup
 from lightning_reg.engine.data.blend import draw_lam
 
@@ -80,6 +80,6 @@ class Mixup(Mixer):
         return "" if inputs.is_floating_point() else "floating-point inputs are needed"
 
     @override
-    def _mix(self, inputs: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, float | Tensor]:
+    def _mix(self, inputs: Tensor, generator: torch.Generator) -> Mix:
         lam = draw_lam(self.alpha, generator, len(inputs) if self.per_sample else None)
-        return mixup(inputs, lam, generator=generator)
+        return Mix(*mixup(inputs, lam, generator=generator))

@@ -6,6 +6,7 @@ Copies lie one after the other: row ``j * B + b`` is copy j of row b. What runs 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +23,7 @@ from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.errors import MisconfigurationException, refuse_layer
 from lightning_reg.engine.host.names import plain_name
 from lightning_reg.engine.layers.named import LayerHook, named_layers
-from lightning_reg.engine.loss.call import LossCall, call_of
+from lightning_reg.engine.loss.call import LossCall
 from lightning_reg.engine.loss.elements import has_gradient
 from lightning_reg.engine.loss.result import loss_of, with_loss
 from lightning_reg.engine.run.part import Part
@@ -252,7 +253,7 @@ class Copies(Part):
             return call
         if call.step.is_logging and torch.is_grad_enabled() and has_gradient(call.arguments):
             call.step.log(self.owner, "spread", evaluation.spread())
-        return call_of(evaluation, call.step, call.site)
+        return replace(call, evaluation=evaluation, given_target=evaluation.target)
 
     # -- what is refused ----------------------------------------------------------------------------------------------
 
@@ -275,10 +276,12 @@ class Copies(Part):
         if made_loss and self.plan.way == "rows" and self._made_now and not self._rows.are_used:
             raise MisconfigurationException(
                 f"{self.name}: the step made a loss, but no loss function of torch got the output of the layers after"
-                f" {self.plan.layer!r} as it is or as a view. If layers of yours come behind the module around it, name"
-                f' the last one, `{self.name}(head="...")`; if `training_step` works on the output first (log_softmax,'
-                f' a cast), pass `{self.name}(outputs="all")` and get all {self.plan.number} * B rows; if the loss is'
-                f' written by hand or compares samples, pass `{self.name}(mode="replay", backbone="...")`.'
+                f" {self.plan.layer!r} as it is or as a view, so it has one mask. If layers of yours come behind the"
+                f' module around it, name the last one before the loss, `{self.name}(head="...")`; if `training_step`'
+                f' works on the output first (log_softmax, a cast), pass `{self.name}(outputs="all")` and get all'
+                f" {self.plan.number} * B rows; if the loss is written by hand or compares samples, or if the output is"
+                f' added to tensors of B rows (a residual connection), pass `{self.name}(mode="replay",'
+                ' backbone="...")`, or name a dropout layer that nothing but layers follows.'
             )
 
     def _refuse_uncalled(self) -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_reg.engine.host.autograd import lies_by_row
 from lightning_reg.engine.loss import elements
 from lightning_reg.engine.loss.evaluation import Evaluation, FunctionEvaluation
 
@@ -43,6 +44,10 @@ class OnCopies(FunctionEvaluation):
     @property
     def _first_rows(self) -> Tensor:
         return self._all_rows[elements.first_name(self._function)]
+
+    @override
+    def lies_by_sample(self, size: int) -> bool:
+        return lies_by_row(self._first_rows, self._copies_number * size)
 
     @override
     def with_target(self, target: Tensor, call: object) -> "OnCopies":

@@ -67,9 +67,7 @@ class CopiedRows:
             return False
         if value.shape[0] == 0 or value.shape[0] % (self._plan.number * self._count):
             return False
-        if self._made.grad_fn is None or not value.requires_grad:  # a frozen backbone: the graph begins behind it
-            return True
-        return descends(value, self._made.grad_fn)
+        return not value.requires_grad or self._comes_from_copies(value)
 
     def hand_out(self, value: Any, place: tuple[str, int, int]) -> Any:
         """What the user's code gets of a value: the rows of the first copy, if it holds all of them."""
@@ -94,9 +92,12 @@ class CopiedRows:
         made = self._made
         if made is None or self._count is None or not value.requires_grad:
             return False
-        if made.grad_fn is None:  # a frozen backbone: the graph begins behind it
-            return value.shape[0] % (self._plan.number * self._count) == 0
-        return descends(value, made.grad_fn)
+        handed = [first.grad_fn for first, _, _ in self._handed]  # what comes from these alone is one copy
+        if made.grad_fn is not None:
+            return descends(value, made.grad_fn, but_through=handed)
+        # A frozen backbone: the graph begins behind it.
+        fits = value.shape[0] % (self._plan.number * self._count) == 0
+        return fits and not any(descends(value, node) for node in handed)
 
     def _all_rows(self, value: Any) -> Tensor | None:
         """All copies of what the user's code got of the first, or of a view of that."""

@@ -11,7 +11,16 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_reg.engine.host.errors import MisconfigurationException
 
-__all__ = ["join_batches", "lies_by_sample", "place_of", "samples_of", "tensors_of", "with_attributes"]
+__all__ = [
+    "join_batches",
+    "lies_across",
+    "lies_by_sample",
+    "place_of",
+    "repeats_by_sample",
+    "samples_of",
+    "tensors_of",
+    "with_attributes",
+]
 
 
 class _Ways(NamedTuple):
@@ -90,6 +99,64 @@ def lies_by_sample(rows: Tensor, batch: Any, size: int) -> bool:
         == (place_of(rows), rows.storage_offset(), rows.numel(), rows.dtype)
         for entry in tensors_of(batch)
     )
+
+
+def lies_across(rows: Tensor, batch: Any, size: int) -> bool:
+    """Whether rows are certainly not samples, though there are as many: an entry of the batch with time first.
+
+    Args:
+        rows: ``(size, ...)``.
+        batch: The batch.
+        size: Its number of samples.
+
+    Returns:
+        Whether they are a transposed view of an entry.
+
+    """
+    if rows.shape[:2] != (size, size):
+        return False
+    return any(
+        entry.shape[:2] == (size, size)
+        and (place_of(entry), entry.storage_offset()) == (place_of(rows), rows.storage_offset())
+        and rows.stride()[:2] == entry.stride()[1::-1] != entry.stride()[:2]
+        for entry in tensors_of(batch)
+    )
+
+
+def repeats_by_sample(rows: Tensor, batch: Any, size: int, ignored: int | None = None) -> bool:
+    """Whether rows have the values of an entry of the batch, sample after sample; reads them from the device.
+
+    Args:
+        rows: ``(size * T, ...)``.
+        batch: The batch.
+        size: Its number of samples.
+        ignored: A value that may stand for any other.
+
+    Returns:
+        Whether they are those of an entry ``(size, T, ...)``, or of one that was shifted by one place in time, and
+        would not be as well if they lay with time first.
+
+    """
+    length = len(rows) // size
+    by_sample = rows.reshape(size, length, *rows.shape[1:])
+    by_time = rows.reshape(length, size, *rows.shape[1:]).transpose(0, 1)
+    entries = [e for e in tensors_of(batch) if e.shape[:1] == (size,) and e.shape[2:] == rows.shape[1:]]
+    entries = [entry.to(rows.device) for entry in entries if entry.dim() == rows.dim() + 1]
+
+    def are_those_of(one: Tensor, entry: Tensor) -> bool:
+        return any(_equal(one, entry[:, shift:], ignored) for shift in (0, 1))
+
+    return any(are_those_of(by_sample, e) for e in entries) and not any(are_those_of(by_time, e) for e in entries)
+
+
+def _equal(one: Tensor, other: Tensor, ignored: int | None) -> bool:
+    """Whether two have the same values in time; the last place may be filled up."""
+    length = min(one.shape[1], other.shape[1])
+    if not length or one.shape[1] - length > 1:
+        return False
+    one, other = one[:, :length], other[:, :length]
+    same = one == other
+    return bool((same if ignored is None else same | (one == ignored)).all())
 
 
 def with_attributes(owner: Any, values: dict[str, Any]) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from lightning_reg.engine.data.batches import join_batches, lies_by_sample
-from lightning_reg.engine.host.autograd import is_view_of_rows
+from lightning_reg.engine.host.autograd import lies_by_row
 
 if TYPE_CHECKING:
     from lightning_reg.engine.host.owner import Owner
@@ -69,7 +69,7 @@ class Views:
             return None
         samples, target = self.count * self._size, arguments.get("target")
         flat = isinstance(target, Tensor) and len(target) == len(given) and lies_by_sample(target, self.batch, samples)
-        if len(given) != samples and not flat and not is_view_of_rows(given, samples):
+        if len(given) != samples and not flat and not lies_by_row(given, samples):
             return None
         narrowed = dict(arguments)
         for name in _PER_ROW:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 __all__ = ["check_choice", "check_number"]
 
@@ -17,7 +18,7 @@ def check_number(
     high_open: bool = False,
     integer: bool = False,
 ) -> None:
-    """Raises ``ValueError`` unless ``value`` is a finite number in the interval.
+    """Raises ``ValueError`` unless ``value`` is a finite number in the interval, of Python or of numpy.
 
     Args:
         owner: The object whose argument it is; its class is named in the message.
@@ -33,7 +34,7 @@ def check_number(
         ValueError: If ``value`` is no number, not finite, or outside the interval.
 
     """
-    kinds = int if integer else (int, float)
+    kinds: tuple[type, ...] = (Integral,) if integer else (Real,)
     fine = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
     fine = fine and (value > low if low_open else value >= low) and (value < high if high_open else value <= high)
     if not fine:

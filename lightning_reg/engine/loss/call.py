@@ -1,7 +1,7 @@
 """The loss call: what the user's ``training_step`` hands to its loss function, and what the techniques make of it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.loss.evaluation import Evaluation, FunctionEvaluation, WithLosses
+from lightning_reg.engine.loss.row_order import RowOrder
 
 if TYPE_CHECKING:
     from lightning_reg.engine.data.views import Views
@@ -42,6 +43,7 @@ class LossCall:
         given_indices: Dataset indices of the samples, if the user's code gave them.
         reader: A technique at work that must not read targets where samples were mixed.
         is_mixed: Whether it follows the mixing of the batch.
+        order: What is known of the order of the rows of calls at this place.
 
     """
 
@@ -54,6 +56,7 @@ class LossCall:
     given_indices: Tensor | None = None
     reader: "Owner | None" = None
     is_mixed: bool = False
+    order: RowOrder = field(default_factory=RowOrder)
 
     @property
     def function(self) -> Callable[..., Any] | None:
@@ -168,9 +171,26 @@ class LossCall:
         """Number of samples B.
 
         Raises:
-            MisconfigurationException: If the call's rows are no multiple of a batch size: no value per sample exists.
+            MisconfigurationException: If the call's rows are no multiple of a batch size, or it is not certain that
+                they lie sample after sample: no value per sample is known.
 
         """
+        size, sizes = self._size, self.step.batch_sizes
+        if self.function is None or not sizes or self.views is not None:  # with views it was certain before
+            return size
+        problem = self.order.problem(self.evaluation, self.given_target, self.step, size)
+        if problem:
+            raise MisconfigurationException(
+                f"{self} has {self.evaluation.rows} rows for a batch of {' and '.join(map(str, sizes))} samples,"
+                f" {problem}: there is no loss per sample. Keep the samples as first dimension, as in logits (B, V, T)"
+                " with targets (B, T), choose another call with `loss=...`, or write the loss with"
+                " `LossMixin.reduce_loss`."
+            )
+        return size
+
+    @cached_property
+    def _size(self) -> int:
+        """Number of samples, if the rows lie sample after sample."""
         rows, sizes = self.evaluation.rows, self.step.batch_sizes
         if self.function is None or not sizes or rows in sizes:
             return rows
@@ -261,7 +281,7 @@ class LossCall:
             MisconfigurationException: If the call is no such classification.
 
         """
-        return self.evaluation.logits(self.batch_size, self)
+        return self.evaluation.logits(self._size, self)
 
     @property
     def labels(self) -> Tensor:
@@ -339,7 +359,7 @@ class LossCall:
             return weighted.to(plain.dtype)
         value, unweighted = weighted.sum(), elements.detach().sum()
         if reduction == "mean":
-            mass = elements.numel() if self.sample_mass is None else self.sample_mass.sum()
+            mass = elements.numel() if self.mass is None else self.mass.sum()
             value, unweighted = value / mass, unweighted / mass
         # torch's fused mean and a mean of elements are one rounding apart. The difference (without gradient) is carried
         # over, so that weights of 1 give the user's value exactly; there is none between infinities.
@@ -350,15 +370,17 @@ class LossCall:
         per_sample = term.dim() > 0
         if per_sample and term.shape != (self.batch_size,):
             raise ValueError(f"A term must have shape () or ({self.batch_size},), got {tuple(term.shape)}.")
-        mass, reduction = self.sample_mass, self.reduction
+        reduction = self.reduction
         if reduction in ("mean", "batchmean"):
             if not per_sample:
                 return term
+            mass = self.sample_mass
             return term.mean() if mass is None else torch.dot(term, mass.to(term.dtype)) / mass.sum()
         elements = self.decomposition.elements
         if reduction == "none":
             each = self._per_element(term, elements) if per_sample else term
             return each if self.mass is None else each * self.mass.to(elements.dtype).reshape(elements.shape)
+        mass = self.sample_mass if per_sample else self.mass
         if mass is None:
             return term.sum() * (elements.numel() // self.batch_size) if per_sample else term * elements.numel()
         return (term * mass).sum() if per_sample else term * mass.sum()

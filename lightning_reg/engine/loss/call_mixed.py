@@ -64,7 +64,31 @@ def mixed_call(call: LossCall, mixing: Mixing, *, certain: bool = True) -> LossC
             f' autoencoder\'s target). If it is made of the labels, say so, `{name}(loss="{call.name}")`{advice}; if'
             f" another loss has the labels, choose that one with `loss=...`; if none has, leave {name} out."
         )
-    return replace(call, evaluation=Mixed(call.evaluation, mixing, call.given_target, call.site), is_mixed=True)
+    pasted = _pasted(call, mixing)
+    if pasted is None:
+        return replace(call, evaluation=Mixed(call.evaluation, mixing, call.given_target, call.site), is_mixed=True)
+    return replace(call, evaluation=call.evaluation.with_target(pasted, call), is_mixed=True)
+
+
+def _pasted(call: LossCall, mixing: Mixing) -> Tensor | None:
+    """The target of a call with its parts where the inputs have them; ``None`` if it has none."""
+    target = call.evaluation.target
+    if target is None or not target.dim() or call.function is F.ctc_loss:  # of which each label may stand anywhere
+        return None
+    by_sample = len(target) == len(mixing.permutation)
+    if not (call.evaluation.has_maps if by_sample else _is_flattened(call.evaluation, call.given_target, mixing)):
+        return None
+    return mixing.pasted(target, f"the target of {call}")
+
+
+def _is_flattened(evaluation: Evaluation, given: Tensor | None, mixing: Mixing) -> bool:
+    """Whether the target has several rows for each sample, one sample after the other."""
+    target, samples = evaluation.target, len(mixing.permutation)
+    if target is None or given is None or given.shape[:1] != target.shape[:1]:  # another target has the given's order
+        return False
+    if len(given) % samples:
+        return False
+    return lies_by_sample(given, mixing.part, samples) or evaluation.lies_by_sample(samples)
 
 
 class Mixed(Derived):
@@ -139,7 +163,7 @@ class Mixed(Derived):
                 " that could be mixed as well. Choose another call with `loss=...`."
             )
         rows = target.shape[0] if target.dim() else 1
-        if rows != samples and not self._is_flattened(rows):
+        if rows != samples and not _is_flattened(self.base, self._given_target, mixing):
             raise MisconfigurationException(
                 f"{name}: the batch has {samples} mixed samples, but the target of {self._called()} has {rows} rows,"
                 " and is no entry of the batch flattened sample after sample: whose target each row is cannot be known."
@@ -153,7 +177,3 @@ class Mixed(Derived):
 
     def _called(self) -> str:
         return f"{self} at {self._site}" if self._site else str(self)
-
-    def _is_flattened(self, rows: int) -> bool:
-        given, samples = self._given_target, len(self._mixing.permutation)  # another target has the order of the given
-        return given is not None and given.shape[:1] == (rows,) and lies_by_sample(given, self._mixing.part, samples)

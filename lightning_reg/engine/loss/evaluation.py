@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_reg.engine.host.autograd import lies_by_row
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.loss import elements
 
@@ -121,6 +122,18 @@ class Evaluation(ABC):
             MisconfigurationException: If the loss has no target.
 
         """
+
+    def lies_by_sample(self, size: int) -> bool:
+        """Whether the graph says that the rows lie sample after sample, several for each.
+
+        Args:
+            size: Number of samples.
+
+        Returns:
+            ``False`` also where it does not say.
+
+        """
+        return lies_by_row(self.input, size)
 
     @abstractmethod
     def narrowed(self, views: "Views") -> "Evaluation | None":
@@ -296,6 +309,10 @@ class Derived(Evaluation):
     @override
     def narrowed(self, views: "Views") -> Evaluation | None:
         return self.base.narrowed(views)
+
+    @override
+    def lies_by_sample(self, size: int) -> bool:
+        return self.base.lies_by_sample(size)
 
     @override
     def copies(self) -> Sequence[Evaluation]:

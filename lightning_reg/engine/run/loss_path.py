@@ -1,5 +1,6 @@
 """The loss of one step, from the call that the user's code makes to the value that it gets."""
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from lightning_reg.engine.loss.choice import Selection
 from lightning_reg.engine.loss.elements import bind, has_gradient
 from lightning_reg.engine.loss.evaluation import FunctionEvaluation
 from lightning_reg.engine.loss.result import loss_of, swapped, with_loss
+from lightning_reg.engine.loss.row_order import RowOrder
 from lightning_reg.engine.loss.watch import Interception, call_site
 from lightning_reg.engine.run.phases import Member, OnLoss, phases_of, taking_part
 
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
     from lightning_reg.engine.step import Step
 
 __all__ = ["LossPath", "Sightings"]
+
+
+def _order_at_first() -> RowOrder:
+    return RowOrder(looks_at_batch=True)
 
 
 @dataclass
@@ -38,6 +44,7 @@ class Sightings:
         changes_calls: Whether a technique takes part that changes targets or losses.
         any_call: Whether a call was ever seen.
         said_none: Whether it was said that a step went without.
+        orders: What is known of the order of each call's rows, by the call's place among those of a step.
 
     """
 
@@ -48,6 +55,7 @@ class Sightings:
     any_call: bool = False
     said_none: bool = False
     paths: "list[LossPath]" = field(default_factory=list)
+    orders: "defaultdict[int, RowOrder]" = field(default_factory=lambda: defaultdict(_order_at_first))
 
     def __post_init__(self) -> None:
         self.changes_calls = bool(self.acting["change_targets"] or self.acting["change_losses"])
@@ -109,7 +117,8 @@ class LossPath:
         if not counts and not step.call_changes:  # a teacher, a metric, a loss that is only logged
             return function(*args, **kwargs)
         evaluation = FunctionEvaluation(function, arguments)
-        seen = call = LossCall(evaluation, step, self._site() if counts else "", evaluation.target)
+        order, site = self._sightings.orders[len(self._selection.seen)], self._site() if counts else ""
+        seen = call = LossCall(evaluation, step, site, evaluation.target, order=order)
         for change in step.call_changes:
             call = change(call)
         if counts:
