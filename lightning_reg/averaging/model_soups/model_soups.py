@@ -12,7 +12,7 @@ from lightning_reg.averaging.model_soups._arguments import check_arguments, desc
 from lightning_reg.averaging.model_soups._gathered import Gathered, Shelf, Snapshots
 from lightning_reg.averaging.model_soups._live_weights import LiveWeights, own_parts
 from lightning_reg.averaging.model_soups._setup import check_setup, chosen_tensors, kept_checkpoints, new_folder
-from lightning_reg.averaging.model_soups._soup import Outcome, average_of_state
+from lightning_reg.averaging.model_soups._soup import average_of_state
 from lightning_reg.averaging.model_soups._validation import Validation, agreed_score
 from lightning_reg.averaging.model_soups.files import exchange_in_checkpoint
 from lightning_reg.engine.host import lightning as host
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from lightning_reg.engine.step import Step
 
 __all__ = ["SoupAverager"]
+
+_NO_NUMBER = "no snapshot has a score that is a number"
 
 
 class SoupAverager(Technique):
@@ -43,8 +45,10 @@ class SoupAverager(Technique):
     from a checkpoint goes on with the raw weights. Another fit without a checkpoint begins anew, from the weights that
     the module holds.
 
-    Averaged are floating-point parameters and the statistics of batch norm; other buffers stay the module's own.
-    Optimizer states are not averaged: training on from a soup needs a new optimizer.
+    Weights that are not finite are left out and counted (``not_finite`` in the log), and a snapshot whose score is NaN
+    ranks last and is never taken, with a warning. Averaged are floating-point parameters and the statistics of batch
+    norm; other buffers stay the module's own. Optimizer states are not averaged: training on from a soup needs a new
+    optimizer.
 
     Source:
         Wortsman et al., "Model soups", ICML 2022, arXiv 2203.05482, recipe 1 (greedy); Kaddour, "Stop wasting my
@@ -275,29 +279,31 @@ class SoupAverager(Technique):
         self._live.find_shards()
         source = self._source(trainer)
         self._soup.gathered.left_out.say()
-        if not source.taken:
+        if source.taken:
+            self._finish(trainer, source, self._validation(trainer, pl_module))
+        elif not self._soup.trace:
             kind = "finite snapshot" if self._soup.gathered.left_out.read() else "snapshot"
-            self._keep_weights(
+            self._say_it_keeps(
                 f"the fit ended before the first {kind} (start_step={self.start_step},"
                 f" every_n_epochs={self.every_n_epochs}, every_n_steps={self.every_n_steps})"
             )
-            return
-        validation = self._validation(trainer, pl_module)
-        outcome, average = self._soup.finish(source, validation.own_score, validation.score_of)
-        if average:
-            self._settle(trainer, validation, outcome, self._live.alike(average))
         else:
-            self._keep_weights("no snapshot has a score that is a number")
+            self._say_it_keeps(_NO_NUMBER)
         if isinstance(source, Shelf):
             trainer.strategy.barrier("every rank has read the ingredients")
             if trainer.is_global_zero:
                 source.clean_up()
 
     @staticmethod
-    def _keep_weights(why: str) -> None:
+    def _say_it_keeps(why: str) -> None:
         host.rank_zero_warn(f"SoupAverager: {why}: the module keeps its weights.")
 
-    def _settle(self, trainer: "Trainer", validation: Validation, outcome: Outcome, average: dict[str, Tensor]) -> None:
+    def _finish(self, trainer: "Trainer", source: Gathered | Snapshots, validation: Validation) -> None:
+        outcome, average = self._soup.finish(source, validation.own_score, validation.score_of)
+        if not average:
+            self._say_it_keeps(_NO_NUMBER)
+            return
+        average = self._live.alike(average)
         if outcome.count > 1 and validation.estimates:
             outcome.before_batch_norm, score = validation.settle(average, rescore=self.method != "greedy")
             outcome.score = outcome.score if score is None else score
