@@ -3,7 +3,14 @@
 import torch
 from torch import Tensor
 
-__all__ = ["agreement_with", "clamped_probabilities", "contradicted", "elr_targets", "log_disagreement"]
+__all__ = [
+    "agreement_with",
+    "clamped_probabilities",
+    "contradicted",
+    "elr_targets",
+    "finite_targets",
+    "log_disagreement",
+]
 
 
 def log_disagreement(probabilities: Tensor, targets_rows: Tensor) -> Tensor:
@@ -37,6 +44,23 @@ def elr_targets(targets_rows: Tensor, probabilities: Tensor, beta: float) -> Ten
     return torch.lerp(p / p.sum(1, keepdim=True), targets_rows, beta)
 
 
+def finite_targets(targets_rows: Tensor, probabilities: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """As :func:`elr_targets`, but that rows which would not be finite stay as they are.
+
+    Args:
+        targets_rows: Targets of the batch before the step, ``(B, C)`` float32, finite.
+        probabilities: ``(B, C)``.
+        beta: Momentum, in [0, 1).
+
+    Returns:
+        The new targets ``(B, C)``, and which predictions were finite, bool ``(B,)``.
+
+    """
+    rows = elr_targets(targets_rows, probabilities, beta)
+    finite = rows.sum(1).isfinite()
+    return torch.where(finite[:, None], rows, targets_rows), finite
+
+
 def contradicted(targets: Tensor, labels: Tensor) -> Tensor:
     """Which labels their targets contradict: bool ``(N,)``; a sample never seen is not suspected."""
     return (targets.sum(1) > 0) & (labels >= 0) & (targets.argmax(1) != labels)
@@ -45,5 +69,6 @@ def contradicted(targets: Tensor, labels: Tensor) -> Tensor:
 def agreement_with(rows: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """To log of the targets of a batch: ``agreement``, their mean share of the given label, and ``suspects``."""
     known = labels.clamp(0, rows.shape[1] - 1)
-    on_label = rows.gather(1, known[:, None])[:, 0] / rows.sum(1)
+    # A row of zeros is of a sample that was never predicted in finite numbers.
+    on_label = rows.gather(1, known[:, None])[:, 0] / rows.sum(1).clamp(min=torch.finfo(rows.dtype).tiny)
     return {"agreement": on_label.mean(), "suspects": (rows.argmax(1) != labels).float().mean()}

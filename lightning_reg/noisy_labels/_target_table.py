@@ -9,7 +9,8 @@ from lightning_reg.engine.data.memory import SampleMemory, last_occurrences
 from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.distributed import RowExchange, world_size
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.noisy_labels._early_learning import contradicted, elr_targets
+from lightning_reg.engine.host.left_out import LeftOut
+from lightning_reg.noisy_labels._early_learning import contradicted, finite_targets
 from lightning_reg.noisy_labels.label_errors import LabelErrors
 
 if TYPE_CHECKING:
@@ -49,6 +50,9 @@ _BATCHES_AT_ONCE = 64
 class TargetTable:
     """Targets and given labels of all training samples, the same on all ranks.
 
+    Attributes:
+        left_out: How many predictions were not finite and taught nothing.
+
     Args:
         owner: Name of the technique, for errors.
         num_samples: Number of training samples; ``None`` for the length of the training dataset.
@@ -75,12 +79,14 @@ class TargetTable:
         self._dtype, self._on_cpu, self._top_k, self._gather = dtype, on_cpu, top_k, gather
         self.targets: SampleMemory | None = None
         self.labels: SampleMemory | None = None
+        self.left_out = LeftOut(owner, "rows of predictions")
         self._exchange = RowExchange()
         self._unwritten: list[tuple[Tensor, Tensor]] = []
 
     def clear(self) -> None:
         """Forgets everything."""
         self.targets = self.labels = None
+        self.left_out.restore(0)
         self._exchange = RowExchange()
         self._unwritten = []
 
@@ -97,7 +103,8 @@ class TargetTable:
             mass: Mass of each sample ``(B,)``; one of mass 0 is ignored and leaves its row as it is.
 
         Returns:
-            The new targets of the batch, ``(B, C)`` float32, constant.
+            The new targets of the batch, ``(B, C)`` float32, constant. A prediction that is not finite moves nothing,
+            and is counted.
 
         """
         targets, _ = self._memories(samples, probabilities.shape[1])
@@ -105,16 +112,19 @@ class TargetTable:
         indices = samples.indices
         kept = None if mass is None else mass > 0  # ignored samples have no label to be wrong
         places = targets.places(indices, kept)
-        rows = elr_targets(targets.read(indices, places), probabilities, beta)
+        rows, finite = finite_targets(targets.read(indices, places), probabilities, beta)
         if not samples.distinct:
-            rows = rows[last_occurrences(places)]
+            rows = rows[last_occurrences(places, finite.to(places.device))]
+        spoiled = ~finite if kept is None else kept & ~finite
+        self.left_out.add(spoiled.sum())
         targets.write(indices, rows, places=places, distinct=True)
         # Nobody reads them while it trains: they are written many batches at once.
         self._unwritten.append((places, labels.to(torch.int32, copy=True)))
         if len(self._unwritten) == _BATCHES_AT_ONCE:
             self._write_labels()
         if world_size() > 1:
-            self._send(indices if kept is None else torch.where(kept, indices, -1), rows, labels, samples.capacity)
+            sent = torch.where(finite if kept is None else finite & kept, indices, -1)
+            self._send(sent, rows, labels, samples.capacity)
         return rows
 
     def read(self, samples: "Samples", num_classes: int) -> Tensor:
@@ -166,6 +176,7 @@ class TargetTable:
         return {
             "num_samples": self.targets.num_samples,
             "num_classes": self.targets.width,
+            "left_out": self.left_out.read(),
             "targets": self.targets.state_dict(),
             "labels": self.labels.state_dict(),
         }
@@ -174,6 +185,7 @@ class TargetTable:
         """Takes over what :meth:`state_dict` gave."""
         if state:
             targets, labels = self._new(state["num_samples"], state["num_classes"])
+            self.left_out.restore(state["left_out"])
             targets.load_state_dict(state["targets"])
             labels.load_state_dict(state["labels"])
 

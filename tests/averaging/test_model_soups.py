@@ -43,6 +43,7 @@ CASE = Case(
     variants=[
         partial(SoupAverager, method="greedy", monitor="val_loss", mode="min"),
         partial(SoupAverager, method="greedy", monitor="val_loss", mode="min", greedy_at="snapshot", every_n_steps=3),
+        partial(SoupAverager, method="greedy", monitor="val_loss", mode="min", greedy_at="snapshot"),
         partial(SoupAverager, method="uniform", every_n_steps=2, load_at_end=False),
         partial(SoupAverager, method="lawa", last_k=2, every_n_steps=3, include=["net.*"], exclude=["*.bias"]),
         partial(SoupAverager, method="ema", half_life_steps=5.0, warmup_steps=4, swap_for_validation=True),
@@ -664,7 +665,8 @@ def test_files_are_few_whole_and_gone_at_the_end_and_resume_needs_them(tmp_path)
 
     passing, saver = Passing(), ModelCheckpoint(tmp_path / "ck", "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     _, model = fit(passing, make(), Look(), saver, epochs=4)
-    assert [len(names) for names in counts] == [2, 3, 3, 3]  # the folder itself is one
+    # The folder itself is one; beyond the last two snapshots those stay that the last two checkpoints name.
+    assert [len(names) for names in counts] == [2, 3, 4, 5]
     near(weights_of(model), mean_of(passing.epochs[-2:]), PARAMETERS)
     assert list((tmp_path / "soups").iterdir()) == []
     with pytest.raises(MisconfigurationException, match=r"are not in .* any more"):

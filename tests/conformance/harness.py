@@ -153,6 +153,8 @@ class _Watch(Checkpoint):  # Lightning calls checkpoint callbacks last
         self.weights.append(weights_of(pl_module))
         if self.folder is not None and len(self.random) == self.mid_epoch:
             trainer.save_checkpoint(self.folder / "mid_epoch.ckpt")
+        if self.folder is not None and trainer.current_epoch == 0 and trainer.is_last_batch:
+            trainer.save_checkpoint(self.folder / "last_batch.ckpt")
 
     @override
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:

@@ -47,7 +47,7 @@ def neutral_is_nothing(case: Case) -> None:
 
 
 def resume_is_exact(case: Case) -> None:
-    """A run resumed from an epoch's end or from its middle goes on as if it had never stopped, to the last bit."""
+    """A run resumed from an epoch's end, its last batch or its middle goes on as if never stopped, to the last bit."""
     for make in (case.make, *case.variants):
         with tempfile.TemporaryDirectory() as name:
             _check_resume(case, make, Path(name))
@@ -56,7 +56,7 @@ def resume_is_exact(case: Case) -> None:
 def _check_resume(case: Case, make: Callable[..., Any], folder: Path) -> None:
     options = {"max_epochs": 3, "mid_epoch": BATCHES + 3}
     whole = fit([make()], case.problem, folder=folder, **options)
-    for stop in ("epoch_end", "mid_epoch"):
+    for stop in ("epoch_end", "last_batch", "mid_epoch"):
         checkpoint = folder / f"{stop}.ckpt"
         _load(checkpoint)
         (folder / stop).mkdir()

@@ -33,6 +33,7 @@ class SoupArguments(Protocol):
     include: list[str] | str | None
     exclude: list[str] | str | None
     keep: Literal["cpu", "disk"]
+    keep_files: bool
     swap_for_validation: bool
     load_at_end: bool
 
@@ -122,7 +123,8 @@ def _new_collector(soup: SoupArguments) -> Gathered:
         return RunningMean(on_cpu=False, with_names=False)
     if soup.method == "uniform" or (soup.method == "greedy" and soup.greedy_at == "snapshot"):
         return RunningMean(on_cpu=True, with_names=True)
-    return Shelf(None, soup.last_k or (_LAWA_K if soup.method == "lawa" else None))
+    last_k = soup.last_k or (_LAWA_K if soup.method == "lawa" else None)
+    return Shelf(None, last_k, keep_files=soup.keep_files)
 
 
 def describe(soup: SoupArguments) -> str:

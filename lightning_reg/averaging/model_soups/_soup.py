@@ -8,9 +8,16 @@ from typing import Any
 from torch import Tensor
 
 from lightning_reg.averaging._soup_results import Candidate
-from lightning_reg.averaging.model_soups._gathered import Gathered, Ingredient, RunningMean, Shelf, Snapshots
+from lightning_reg.averaging.model_soups._gathered import (
+    Gathered,
+    Ingredient,
+    RunningMean,
+    Shelf,
+    Snapshots,
+    are_finite,
+)
 from lightning_reg.averaging.model_soups._live_weights import Weights
-from lightning_reg.averaging.model_soups.core import accepts, greedy_soup
+from lightning_reg.averaging.model_soups.core import accepts, greedy_soup_of_numbers, warn_of_no_numbers
 
 __all__ = ["GreedyRules", "Outcome", "Soup", "average_of_state"]
 
@@ -72,6 +79,7 @@ class Soup:
         self._score: float | None = None
         self._trace: list[Candidate] = []
         self._validated: tuple[int, float] | None = None
+        self._said_no_number = False
 
     # -- while training runs ------------------------------------------------------------------------------------------
 
@@ -83,7 +91,7 @@ class Soup:
                 ingredient.score = score
 
     def take(self, name: str, step: int, weights: Weights, score_of: ScoreOf, *, write: bool) -> None:
-        """Takes the present weights in, or lets a greedy soup decide at once whether it does.
+        """Takes the present weights in, or lets a greedy soup decide at once; leaves out those that are not finite.
 
         Args:
             name: What to call them.
@@ -93,6 +101,9 @@ class Soup:
             write: Whether this process writes the files, if there are any.
 
         """
+        if self.gathered.on_host and not are_finite(weights):
+            self.gathered.left_out.add(1)
+            return
         score = self._validated[1] if self._validated is not None and self._validated[0] == step else None
         ingredient = Ingredient(name, step, score)
         if self.method == "greedy" and isinstance(self.gathered, RunningMean):
@@ -112,10 +123,14 @@ class Soup:
             and accepts(joined, best, strict=rules.strict, min_delta=rules.min_delta, mode=rules.mode)
         )
         bar = joined if joins else best
-        better_alone = bar is None or accepts(own, bar, strict=True, min_delta=0.0, mode=rules.mode)
+        is_number = not math.isnan(own)
+        better_alone = is_number and (bar is None or accepts(own, bar, strict=True, min_delta=0.0, mode=rules.mode))
+        if not is_number and not self._said_no_number:
+            warn_of_no_numbers("SoupAverager", [ingredient.name])
+            self._said_no_number = True
         self._trace.append(Candidate(ingredient.name, own, joined, joins or better_alone))
         if better_alone:
-            self.gathered = mean = RunningMean(on_cpu=True, with_names=True)
+            self.gathered = mean = RunningMean(on_cpu=True, with_names=True, left_out=mean.left_out)
         if joins or better_alone:
             mean.take(ingredient, weights)
             self._score = own if better_alone else joined
@@ -125,7 +140,7 @@ class Soup:
     def finish(
         self, source: Gathered | Snapshots, own_score: Callable[[Weights], float], score_of: ScoreOf
     ) -> tuple[Outcome, dict[str, Tensor]]:
-        """The average of what was gathered.
+        """The average of what was gathered; of nothing if no snapshot of a greedy soup has a number for a score.
 
         Args:
             source: Where the weights are: what was gathered here, or other snapshots.
@@ -146,13 +161,9 @@ class Soup:
         for position, ingredient in enumerate(snapshots.ingredients):
             if ingredient.score is None:
                 ingredient.score = own_score(snapshots[position])
-        soup = greedy_soup(
-            snapshots,
-            [math.nan if i.score is None else i.score for i in snapshots.ingredients],
-            score_of,
-            names=snapshots.names,
-            **vars(self.rules),
-        )
+        scores = [math.nan if i.score is None else i.score for i in snapshots.ingredients]
+        rules = vars(self.rules)
+        soup = greedy_soup_of_numbers("SoupAverager", snapshots, scores, score_of, names=snapshots.names, **rules)
         return Outcome(list(soup.ingredients), len(soup.ingredients), soup.score, soup.trace), soup.state_dict
 
     # -- what came of it ----------------------------------------------------------------------------------------------
@@ -203,6 +214,7 @@ class Soup:
             "method": self.method,
             "validated": self._validated,
             "gathered": self.gathered.state(),
+            "left_out": self.gathered.left_out.read(),
             "soup_score": self._score,
             "trace": [asdict(candidate) for candidate in self._trace],
             "outcome": None if self.outcome is None else asdict(self.outcome),
@@ -215,7 +227,7 @@ class Soup:
             FileNotFoundError: If files of snapshots are missing.
 
         """
-        self.gathered.load(state["gathered"])
+        self.gathered.load(state["gathered"], state["left_out"])
         self._validated = None if state["validated"] is None else (state["validated"][0], state["validated"][1])
         self._score, outcome = state["soup_score"], state["outcome"]
         self._trace = _candidates(state["trace"])

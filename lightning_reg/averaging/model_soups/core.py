@@ -1,6 +1,7 @@
 """Averages of weights: the weighted mean, the greedy soup, the moving average's decay, batch statistics anew."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
@@ -9,12 +10,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_reg.averaging._soup_results import Candidate, SoupResult
 from lightning_reg.averaging._state_dicts import StateDict, aligned, is_continuous
 from lightning_reg.averaging.model_soups._learned_soup import LearnedSoup
 from lightning_reg.averaging.model_soups._mean import RunningSum, Workspace, mean_of_parts
-from lightning_reg.engine.host.distributed import all_reduce_mean
+from lightning_reg.engine.host.distributed import all_reduce_mean, rank
 from lightning_reg.engine.host.modules import BatchNorm
 from lightning_reg.engine.host.names import Patterns, is_selected, near_names, unmatched
 
@@ -188,6 +190,77 @@ def greedy_soup(
             result.ingredients.append(labels[position])
     result.state_dict, result.score = soup.mean(), best
     return result
+
+
+def greedy_soup_of_numbers(
+    owner: str,
+    state_dicts: Sequence[StateDict],
+    scores: Sequence[float],
+    evaluate: Callable[[dict[str, Any]], float],
+    *,
+    names: Sequence[str],
+    mode: Literal["max", "min"] = "max",
+    strict: bool = True,
+    min_delta: float = 0.0,
+    max_ingredients: int | None = None,
+) -> SoupResult:
+    """As :func:`greedy_soup`, where a model with a score of NaN ranks last and is not taken, with a warning.
+
+    Args:
+        owner: Who asks, for the warning.
+        state_dicts: The models.
+        scores: Score of each.
+        evaluate: Score of a state dict.
+        names: Distinct names of the models.
+        mode: As there, like those that follow.
+        strict: See there.
+        min_delta: See there.
+        max_ingredients: See there.
+
+    Returns:
+        The soup; without ingredients and weights if no score is a number.
+
+    """
+    positions = [position for position, score in enumerate(scores) if not math.isnan(score)]
+    without = [name for name, score in zip(names, scores, strict=True) if math.isnan(score)]
+    if without:
+        warn_of_no_numbers(owner, without)
+    result = SoupResult({}, [])
+    if positions:
+        result = greedy_soup(
+            _Chosen(state_dicts, positions),
+            [scores[i] for i in positions],
+            evaluate,
+            strict=strict,
+            min_delta=min_delta,
+            mode=mode,
+            names=[names[i] for i in positions],
+            max_ingredients=max_ingredients,
+        )
+    result.trace += [Candidate(name, math.nan, None, False) for name in without]
+    return result
+
+
+def warn_of_no_numbers(owner: str, names: Sequence[str]) -> None:
+    """Says whose score is NaN; on the first rank."""
+    if rank() == 0:
+        listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        warnings.warn(f"{owner}: the score of {listed} is NaN, which ranks last and is never taken.", stacklevel=3)
+
+
+class _Chosen(Sequence[StateDict]):
+    """Some of several state dicts, each read when it is asked for."""
+
+    def __init__(self, state_dicts: Sequence[StateDict], positions: Sequence[int]) -> None:
+        self._state_dicts, self._positions = state_dicts, positions
+
+    @override
+    def __getitem__(self, position: Any) -> Any:
+        return self._state_dicts[self._positions[position]]
+
+    @override
+    def __len__(self) -> int:
+        return len(self._positions)
 
 
 def ranking(scores: Sequence[float], names: Sequence[Any], mode: str) -> list[int]:

@@ -15,7 +15,7 @@ from lightning_reg.averaging._soup_results import SoupResult, save_soup
 from lightning_reg.averaging._state_dicts import aligned, unique
 from lightning_reg.averaging.model_soups._soup import average_of_state
 from lightning_reg.averaging.model_soups.ancestry import ancestry
-from lightning_reg.averaging.model_soups.core import average_state_dicts, greedy_soup
+from lightning_reg.averaging.model_soups.core import average_state_dicts, greedy_soup_of_numbers
 from lightning_reg.engine.host.names import plain_name
 
 __all__ = ["load_averaged", "make_soup"]
@@ -84,7 +84,9 @@ def make_soup(
         ancestry(files, None if start is None else open_checkpoint(start, key), names=names)
     scores = [] if evaluate is None else [float(evaluate(aligned([file])[0].load())) for file in files]
     if method == "greedy" and evaluate is not None:
-        result = greedy_soup(files, scores, evaluate, names=names, **rules)
+        result = greedy_soup_of_numbers("make_soup", files, scores, evaluate, names=names, **rules)
+        if not result.ingredients:
+            raise ValueError("make_soup: no file has a score that is a number, so none can be chosen.")
     else:
         with _counted(files, shown=progress) as members:
             mean = average_state_dicts(members, weights, accumulate_dtype, names=names)

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SoupAverager"]
 
+_NO_NUMBER = "no snapshot has a score that is a number"
+
 
 class SoupAverager(Technique):
     r"""Averages of the weights that one fit passes through: greedy soup, uniform soup, LAWA, EMA, SWA.
@@ -43,8 +45,10 @@ class SoupAverager(Technique):
     from a checkpoint goes on with the raw weights. Another fit without a checkpoint begins anew, from the weights that
     the module holds.
 
-    Averaged are floating-point parameters and the statistics of batch norm; other buffers stay the module's own.
-    Optimizer states are not averaged: training on from a soup needs a new optimizer.
+    Weights that are not finite are left out and counted (``not_finite`` in the log), and a snapshot whose score is NaN
+    ranks last and is never taken, with a warning. Averaged are floating-point parameters and the statistics of batch
+    norm; other buffers stay the module's own. Optimizer states are not averaged: training on from a soup needs a new
+    optimizer.
 
     Source:
         Wortsman et al., "Model soups", ICML 2022, arXiv 2203.05482, recipe 1 (greedy); Kaddour, "Stop wasting my
@@ -94,7 +98,8 @@ class SoupAverager(Technique):
         keep: Where snapshots are kept.
         dirpath: Where their folder is made, on a disk that all ranks see; ``None`` for the Trainer's
             ``default_root_dir``.
-        keep_files: Whether the files stay when the fit ends.
+        keep_files: Whether all files stay, those beyond ``last_k`` and when the fit ends. Without it, of those beyond
+            ``last_k`` only the ones stay that the last two checkpoints name.
         swap_for_validation: Whether validation sees the average once there is one (not for ``"greedy"``). Checkpoints
             then hold the average as ``state_dict`` and the raw weights in the callback's state.
         load_at_end: Whether the module holds the average when the fit ends; else :meth:`averaged_weights` has it.
@@ -154,7 +159,8 @@ class SoupAverager(Technique):
     def _begin(self) -> None:
         self._every_epochs, self._every_steps = schedule(self)
         self._soup = new_soup(self)
-        self._steps, self._last_step = 0, 0
+        self._steps, self._last_step, self._epochs = 0, 0, 0
+        self._has_missed_end = False
         self._raw: dict[str, Tensor] = {}  # what the average in the module stands in for
         self._average: dict[str, Tensor] = {}  # where the module does not hold it at the end
 
@@ -176,6 +182,8 @@ class SoupAverager(Technique):
 
     @override
     def is_active(self, step: "Step") -> bool:
+        if self._has_missed_end:
+            self._make_up_for_end(step.trainer, step.module)
         return False  # nothing happens within a step
 
     # -- while training runs ------------------------------------------------------------------------------------------
@@ -196,6 +204,9 @@ class SoupAverager(Technique):
         if self._resumed and self._raw:  # the checkpoint's `state_dict` is an average; training goes on without it
             self._live.find_shards()
             self._live.overwrite(own_parts(self._raw, saved_whole))
+        # Lightning does not end an epoch again whose checkpoint was written after its last batch.
+        self._has_missed_end = self._resumed and trainer.current_epoch > self._epochs
+        self._epochs = self._epochs if self._resumed else trainer.current_epoch
         self._resumed, self._raw, self._average, self._soup.outcome = False, {}, {}, None
         self._last_step = trainer.global_step
 
@@ -208,21 +219,34 @@ class SoupAverager(Technique):
         self._last_step = trainer.global_step
         self._steps += 1
         if self._every_steps and self._steps % self._every_steps == 0 and self._steps > self.start_step:
-            self._take(trainer, pl_module)
+            self._take(trainer, pl_module, trainer.current_epoch)
         if host.is_logging_step(trainer):
-            pl_module.log(f"{self.log_key}/ingredients", float(self._soup.gathered.taken), batch_size=1)
+            values = self._soup.gathered.counts(pl_module.device)
+            pl_module.log_dict({f"{self.log_key}/{name}": value for name, value in values.items()}, batch_size=1)
 
     @override
     def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        due = self._every_epochs is not None and (trainer.current_epoch + 1) % self._every_epochs == 0
-        if due and self._steps > self.start_step:
-            self._take(trainer, pl_module)
+        self._end_epoch(trainer, pl_module, trainer.current_epoch)
 
-    def _take(self, trainer: "Trainer", module: "LightningModule") -> None:
+    def _end_epoch(self, trainer: "Trainer", module: "LightningModule", epoch: int) -> None:
+        if epoch < self._epochs:
+            return  # resumed under `max_steps`, Lightning ends an epoch twice
+        self._epochs = epoch + 1
+        due = self._every_epochs is not None and self._epochs % self._every_epochs == 0
+        if due and self._steps > self.start_step:
+            self._take(trainer, module, epoch)
+        self._soup.gathered.left_out.say()
+
+    def _make_up_for_end(self, trainer: "Trainer", module: "LightningModule") -> None:
+        # Not in `on_train_start`: other callbacks may put other weights into the module there.
+        self._has_missed_end = False
+        self._end_epoch(trainer, module, trainer.current_epoch - 1)
+
+    def _take(self, trainer: "Trainer", module: "LightningModule", epoch: int) -> None:
         self._live.find_shards()
         step = trainer.global_step
         self._soup.take(
-            f"epoch={trainer.current_epoch:03d}-step={step:07d}",
+            f"epoch={epoch:03d}-step={step:07d}",
             step,
             self._live.tensors,
             self._validation(trainer, module).score_of,
@@ -250,17 +274,35 @@ class SoupAverager(Technique):
 
     @override
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        if self._has_missed_end:  # resumed after the last batch of all
+            self._make_up_for_end(trainer, pl_module)
         self._live.find_shards()
         source = self._source(trainer)
-        if not source.taken:
-            host.rank_zero_warn(
-                f"SoupAverager: the fit ended before the first snapshot (start_step={self.start_step},"
-                f" every_n_epochs={self.every_n_epochs}, every_n_steps={self.every_n_steps}): the module keeps its"
-                " weights."
+        self._soup.gathered.left_out.say()
+        if source.taken:
+            self._finish(trainer, source, self._validation(trainer, pl_module))
+        elif not self._soup.trace:
+            kind = "finite snapshot" if self._soup.gathered.left_out.read() else "snapshot"
+            self._say_it_keeps(
+                f"the fit ended before the first {kind} (start_step={self.start_step},"
+                f" every_n_epochs={self.every_n_epochs}, every_n_steps={self.every_n_steps})"
             )
-            return
-        validation = self._validation(trainer, pl_module)
+        else:
+            self._say_it_keeps(_NO_NUMBER)
+        if isinstance(source, Shelf):
+            trainer.strategy.barrier("every rank has read the ingredients")
+            if trainer.is_global_zero:
+                source.clean_up()
+
+    @staticmethod
+    def _say_it_keeps(why: str) -> None:
+        host.rank_zero_warn(f"SoupAverager: {why}: the module keeps its weights.")
+
+    def _finish(self, trainer: "Trainer", source: Gathered | Snapshots, validation: Validation) -> None:
         outcome, average = self._soup.finish(source, validation.own_score, validation.score_of)
+        if not average:
+            self._say_it_keeps(_NO_NUMBER)
+            return
         average = self._live.alike(average)
         if outcome.count > 1 and validation.estimates:
             outcome.before_batch_norm, score = validation.settle(average, rescore=self.method != "greedy")
@@ -274,10 +316,6 @@ class SoupAverager(Technique):
             self._live.overwrite(average)
         else:
             self._average = {name: value.detach().to("cpu", copy=True) for name, value in average.items()}
-        if isinstance(source, Shelf) and not self.keep_files:
-            trainer.strategy.barrier("every rank has read the ingredients")
-            if trainer.is_global_zero:
-                source.clean_up()
 
     def _source(self, trainer: "Trainer") -> Gathered | Snapshots:
         if self.from_checkpoints:
@@ -345,7 +383,8 @@ class SoupAverager(Technique):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return self._live.whole({"steps": self._steps, **self._soup.state(), "raw": self._raw, "soup": self._average})
+        places = {"steps": self._steps, "epochs": self._epochs}
+        return self._live.whole({**places, **self._soup.state(), "raw": self._raw, "soup": self._average})
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -354,7 +393,7 @@ class SoupAverager(Technique):
                 f"SoupAverager(method={self.method!r}): the checkpoint holds the state of method="
                 f"{state_dict['method']!r}. Go on with that one, or train without `ckpt_path`."
             )
-        self._steps, self._resumed = state_dict["steps"], True
+        self._steps, self._epochs, self._resumed = state_dict["steps"], state_dict["epochs"], True
         self._raw, self._average = dict(state_dict["raw"]), dict(state_dict["soup"])
         try:
             self._soup.load(state_dict)
@@ -363,6 +402,8 @@ class SoupAverager(Technique):
 
     @override
     def on_save_checkpoint(self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]) -> None:
+        if isinstance(self._soup.gathered, Shelf):
+            self._soup.gathered.note_checkpoint(write=trainer.is_global_zero)
         swaps = self.swap_for_validation and self._soup.outcome is None and self._soup.gathered.taken > 0
         if swaps:
             raw = exchange_in_checkpoint(checkpoint, self._soup.gathered.average())

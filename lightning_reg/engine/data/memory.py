@@ -10,14 +10,15 @@ __all__ = ["MemoryDtype", "SampleMemory", "last_occurrences"]
 MemoryDtype = Literal["float32", "float16", "bfloat16", "int32", "int64"]
 
 
-def last_occurrences(indices: Tensor) -> Tensor:
+def last_occurrences(indices: Tensor, preferred: Tensor | None = None) -> Tensor:
     """For each position, the last position that holds the same index.
 
     Indexed assignment keeps one of several rows for the same sample, which one is undefined on a GPU. Writing
     ``rows[last_occurrences(indices)]`` lets the last one win everywhere, without a host sync.
 
     Args:
-        indices: ``(B,)`` int64.
+        indices: ``(B,)`` int64, at least 0.
+        preferred: bool ``(B,)``: the last of these counts, where an index has one; ``None`` for all.
 
     Returns:
         Positions ``(B,)`` int64.
@@ -27,8 +28,9 @@ def last_occurrences(indices: Tensor) -> Tensor:
         tensor([2, 1, 2, 3])
 
     """
-    ordered, order = torch.sort(indices, stable=True)
-    return order[torch.searchsorted(ordered, indices, right=True) - 1]
+    keys = indices if preferred is None else 2 * indices + preferred
+    ordered, order = torch.sort(keys, stable=True)
+    return order[torch.searchsorted(ordered, keys if preferred is None else 2 * indices + 1, right=True) - 1]
 
 
 class SampleMemory:

@@ -381,6 +381,7 @@ def rerun_validation(trainer: "Trainer", kept: "Sequence[Callback]") -> dict[str
         "batch_progress": copy.deepcopy(loop.batch_progress),
         "_seen_batches_per_dataloader": copy.copy(loop._seen_batches_per_dataloader),
         "_module_mode": loop._module_mode,
+        **{name: getattr(loop, name) for name in ("_restarting", "_restart_stage") if hasattr(loop, name)},
     }
     with ExitStack() as undo:
         undo.enter_context(isolated_randomness())
@@ -392,6 +393,7 @@ def rerun_validation(trainer: "Trainer", kept: "Sequence[Callback]") -> dict[str
             undo.callback(setattr, loop, name, value)
         set_callbacks(trainer, list(kept))
         loop._module_mode = type(loop._module_mode)()
+        loop._restarting = False  # one that goes on from a checkpoint would begin in the midst of the data
         trainer.validating = True
         trainer._logger_connector.reset_results()  # metric objects of a validation that is about to end
         loop.run()

@@ -28,6 +28,7 @@ from lightning_reg.engine.loss.choice import Selection
 from lightning_reg.engine.loss.elements import bind
 from lightning_reg.engine.loss.mixin import LossMixin
 from lightning_reg.engine.loss.watch import Interception, call_site
+from lightning_reg.engine.weights.finite import all_finite, chosen_if
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -194,8 +195,8 @@ def is_grown(now: Tensor, before: Tensor) -> bool:
 
 
 @torch.no_grad()
-def update_average_(average: Sequence[Tensor], params: Sequence[Tensor], decay: float) -> None:
-    r"""One step of a moving average of parameters, in place.
+def update_average_(average: Sequence[Tensor], params: Sequence[Tensor], decay: float) -> Tensor:
+    r"""One step of a moving average of parameters, in place; values that are not all finite leave it as it is.
 
     .. math:: \bar\theta \leftarrow d\,\bar\theta + (1 - d)\,\theta
 
@@ -204,8 +205,13 @@ def update_average_(average: Sequence[Tensor], params: Sequence[Tensor], decay: 
         params: The present values, in the same order.
         decay: d, in [0, 1].
 
+    Returns:
+        Whether the present values are finite, a boolean scalar.
+
     """
-    torch._foreach_lerp_(list(average), list(params), 1.0 - decay)
+    finite = all_finite(params)
+    torch._foreach_lerp_(list(average), chosen_if(finite, params, average), 1.0 - decay)
+    return finite
 
 
 # -- what a copy makes of a batch -------------------------------------------------------------------------------------
@@ -258,9 +264,9 @@ class Peer:
         self._taken: LossCall | None = None
         self._keep: Callable[[dict[str, Any]], dict[str, Any]] = _detached
 
-    def update_average_(self, decay: float) -> None:
+    def update_average_(self, decay: float) -> Tensor:
         """Moves its parameters to those of the module it was copied from: :func:`update_average_`."""
-        update_average_(*self._pairs, decay)
+        return update_average_(*self._pairs, decay)
 
     def see(self, step: "Step", technique: "Owner | None" = None, *, gradient: bool = False) -> Sight:
         """Runs its ``training_step`` on the step's batch.

@@ -6,7 +6,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_reg.engine.data.memory import last_occurrences
-from lightning_reg.noisy_labels._early_learning import clamped_probabilities, elr_targets, log_disagreement
+from lightning_reg.noisy_labels._early_learning import (
+    clamped_probabilities,
+    elr_targets,
+    finite_targets,
+    log_disagreement,
+)
 
 __all__ = ["elr_loss", "elr_regularizer", "elr_targets", "elr_update_targets"]
 
@@ -77,7 +82,7 @@ def elr_update_targets(targets: Tensor, index: Tensor, logits: Tensor, beta: flo
     Args:
         targets: All targets, ``(N, C)``, initially 0. The rows in ``index`` are changed, the others are not.
         index: Sample index of each row of the batch, ``(B,)`` int64. Of several rows for one sample the last counts.
-        logits: Logits of the batch, ``(B, C)``; no gradient flows into them.
+        logits: Logits of the batch, ``(B, C)``; no gradient flows into them. A row that is not finite moves nothing.
         beta: Momentum, in [0, 1).
         clamp: Floor of the probabilities, in (0, 0.5).
 
@@ -91,7 +96,7 @@ def elr_update_targets(targets: Tensor, index: Tensor, logits: Tensor, beta: flo
         tensor([[0.1500, 0.1500]])
 
     """
-    rows = elr_targets(targets[index].float(), clamped_probabilities(logits, clamp), beta)
-    rows = rows[last_occurrences(index)]
+    rows, finite = finite_targets(targets[index].float(), clamped_probabilities(logits, clamp), beta)
+    rows = rows[last_occurrences(index, finite)]
     targets.index_copy_(0, index, rows.to(targets.dtype))
     return rows

@@ -48,7 +48,8 @@ class ELRCallback(LossTechnique):
     Differs:
         A class index that is ignored (``ignore_index``) takes no part. With class weights the term is weighted as the
         sample's loss is. Where another technique has mixed the batch, the term uses the targets mixed alike, as ELR+
-        does; the targets are learned from the other batches only. Otherwise nothing.
+        does; the targets are learned from the other batches only. Predictions that are not finite leave the targets as
+        they are, and are counted (``not_finite`` in the log). Otherwise nothing.
 
     Memory: N x C float32 (CIFAR-10 1.8 MB, ImageNet 5.1 GB) and N int32. Under DDP each step sends ``batch * (C + 3)``
     32-bit words to the other ranks and waits for none of them until the next step; afterwards all ranks hold the same
@@ -155,9 +156,14 @@ class ELRCallback(LossTechnique):
         if call.step.is_logging:
             for name, value in agreement_with(rows, labels).items():
                 call.step.log(self, name, value)
+            call.step.log(self, "not_finite", self._table.left_out.scalar(rows.device))
         if call.step.epoch < self.warmup_epochs:
             return None
         return self.lam * log_disagreement(probabilities, rows if mixing is None else mixing.rows(rows))
+
+    @override
+    def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        self._table.left_out.say()
 
     def suspected_label_errors(self, labels: Tensor | None = None) -> Tensor:
         """Which training samples have a label that their target contradicts: ``argmax(t) != y``.

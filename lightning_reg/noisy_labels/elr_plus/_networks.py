@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
+from lightning_reg.engine.host.left_out import LeftOut
 from lightning_reg.engine.layers.named import find_layer, named_layers
 from lightning_reg.engine.networks.ensemble import JointForward, MeanOfTwo
 from lightning_reg.engine.networks.peer import Peer, copy_of, load_weights_, weights_of
@@ -60,6 +61,7 @@ class Networks:
         self._averages: list[Peer] = []
         self._second: TrainedPeer | None = None
         self._joint: JointForward | None = None
+        self.left_out = LeftOut("ELRPlusCallback", "updates of a teacher by weights that")
 
     @property
     def are_started(self) -> bool:
@@ -75,6 +77,7 @@ class Networks:
         """Forgets everything: a new training begins."""
         self.stop()
         self._kept, self._steps = {}, 0
+        self.left_out.restore(0)
 
     def start(self, owner: "Technique", trainer: "Trainer", module: "LightningModule") -> None:
         """Makes the networks for a fit, and puts in what was kept."""
@@ -130,7 +133,7 @@ class Networks:
     @torch.no_grad()
     def _update_average(self, number: int, steps: int) -> None:
         average = self._averages[number]
-        average.update_average_(elr_plus_decay(steps, self._decay, self._rampup_steps))
+        self.left_out.add(~average.update_average_(elr_plus_decay(steps, self._decay, self._rampup_steps)))
         if not self._in_train_mode:  # running statistics count: those of the network
             for own, live in zip(average.module.buffers(), self._live[number].buffers(), strict=True):
                 own.copy_(live)
@@ -165,7 +168,7 @@ class Networks:
     def state_dict(self) -> dict[str, Any]:
         """Tensors on the CPU and plain values; empty before the first fit."""
         networks = self._state()
-        return {"steps": self._steps, **networks} if networks else {}
+        return {"steps": self._steps, "left_out": self.left_out.read(), **networks} if networks else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Keeps what :meth:`state_dict` gave for the next :meth:`start`.
@@ -178,7 +181,8 @@ class Networks:
         if found != count:
             raise ValueError(f"The checkpoint has the state of {found} networks, this run has networks={count}.")
         self._steps = state["steps"]
-        self._kept = {name: value for name, value in state.items() if name != "steps"}
+        self.left_out.restore(state["left_out"])
+        self._kept = {name: value for name, value in state.items() if name not in ("steps", "left_out")}
 
     @override
     def __getstate__(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing_extensions import override
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.host.left_out import LeftOut
 from lightning_reg.engine.networks.trained import PeerInit, check_trainable
 from lightning_reg.engine.run.engine import attached_engine
 from lightning_reg.engine.run.phases import Member, phases_of
@@ -61,11 +62,12 @@ class ELRPlusCallback(BatchTechnique, LossTechnique):
         which made the published numbers.
 
     Differs:
-        The averages start as copies of their networks, not at an independent random initialization (nor at 0, as in
-        the paper's algorithm 2); with the ramp their first decay is 0.0067, so nothing is left of either after a few
-        steps. Batch-norm statistics of a teacher, which its train mode does not use, stay as they are. Label refinement
-        is an option and does not follow from the number of classes; with it an ignored sample counts as one of loss 0.
-        Under DDP each rank mixes its own batch with a lambda of its own.
+        The averages start as copies of their networks, not at an independent random initialization (nor at 0, as in the
+        paper's algorithm 2); with the ramp their first decay is 0.0067, so nothing is left of either after a few steps.
+        Predictions of a teacher and weights that are not finite leave targets and averages as they are, and are counted
+        (``not_finite`` in the log). Batch-norm statistics of a teacher, which its train mode does not use, stay as they
+        are. Label refinement is an option and does not follow from the number of classes; with it an ignored sample
+        counts as one of loss 0. Under DDP each rank mixes its own batch with a lambda of its own.
 
     Memory: three more copies of the parameters (network 2 and two averages), one more of gradients and optimizer state,
     two tables of N x C float32. Time: two training passes and two forward passes of a teacher for each batch. The
@@ -276,6 +278,8 @@ class ELRPlusCallback(BatchTechnique, LossTechnique):
     @override
     def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:  # if it was cut short
         self._networks.catch_up(attached_engine(trainer), host.batches_of_epoch(trainer))
+        for left_out in self._left_out():
+            left_out.say()
 
     @override
     def on_validation_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
@@ -373,8 +377,13 @@ class ELRPlusCallback(BatchTechnique, LossTechnique):
     def _log(self, call: "LossCall") -> None:
         for name, value in agreement_with(call.step.notes[self].targets, call.labels).items():
             call.step.log(self, name, value)
+        left_out = [one.scalar(call.input.device) for one in self._left_out()]
+        call.step.log(self, "not_finite", torch.stack(left_out).sum())
         if (second_loss := self._networks.second_loss) is not None:
             call.step.log(self, "second_loss", second_loss)
+
+    def _left_out(self) -> list[LeftOut]:
+        return [*(table.left_out for table in self._tables), self._networks.left_out]
 
     def _all(self, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         tables = [table.all(labels) for table in self._tables]
