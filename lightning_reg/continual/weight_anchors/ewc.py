@@ -51,7 +51,8 @@ class EWC(TaskTechnique, PenaltyTechnique):
 
     Differs:
         F is the mean of the samples' squared gradients, as in the formula; the code that the paper builds on squares
-        the gradient of a batch's mean (``per_sample=False``).
+        the gradient of a batch's mean (``per_sample=False``). Samples (batches then) whose gradients are not finite are
+        left out of the mean, with a warning.
 
     Memory: the tied parameters twice more for each task (``memory="online"``: twice in all); in the Fisher pass one
     copy of the module and the gradients of a few samples. Time: the Fisher pass takes as long as about four epochs.
@@ -191,17 +192,29 @@ class EWC(TaskTechnique, PenaltyTechnique):
         generator: torch.Generator | None = None
         for part in (part for step in steps for part in self._parts(step)):
             call = peer.see(part, self, gradient=True).call
-            if call is not None:
-                generator = generator or self.generator(part, call.input.device)
-                kept = None if call.sample_mass is None else call.sample_mass > 0
-                labels = call.labels if kept is None else call.labels.where(kept, 0)  # what is ignored may be no class
-                losses = fisher_losses(self._logits(call), labels, self.labels, generator)
-                yield losses if kept is None else losses[kept]
+            if call is None:
+                continue
+            generator = generator or self.generator(part, call.input.device)
+            losses = self._losses_of(call, generator)
+            if not self.per_sample or losses.isfinite().all():
+                yield losses
+                continue
+            # In the gradients of a batch a sample that is not finite spoils those of the others.
+            for single in part.parts(1):
+                call = peer.see(single, self, gradient=True).call
+                if call is not None:
+                    yield self._losses_of(call, generator)
         if generator is None and world_size() == 1:
             raise MisconfigurationException(
                 "EWC: the training data gives no batch with a loss when the fit has ended. Let it start anew with each"
                 " `iter` of the DataLoader."
             )
+
+    def _losses_of(self, call: "LossCall", generator: torch.Generator) -> Tensor:
+        kept = None if call.sample_mass is None else call.sample_mass > 0
+        labels = call.labels if kept is None else call.labels.where(kept, 0)  # what is ignored may be no class
+        losses = fisher_losses(self._logits(call), labels, self.labels, generator)
+        return losses if kept is None else losses[kept]
 
     def _parts(self, step: "Step") -> "Iterator[Step]":
         # The gradients of B samples out of one pass cost B passes: a few samples at a time.
