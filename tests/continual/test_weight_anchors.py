@@ -11,11 +11,12 @@ from lightning.pytorch.callbacks import BaseFinetuning
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_reg import EWC, L2ToStart
+from lightning_reg import EWC, L2ToStart, PredictionDistillation
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.functional import fisher_diagonal, fisher_losses, quadratic_penalty
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
+from tests.conformance.harness import difference
 from tests.toys import (
     BATCH,
     CLASSES,
@@ -347,6 +348,26 @@ def test_fisher_leaves_out_gradients_that_are_not_finite():
         pytest.raises(ValueError, match="with a finite gradient, got 1 without one"),
     ):
         fisher_diagonal([w], [x[1:2] @ w])
+
+
+DISTILLATION = partial(PredictionDistillation, new_classes=[3, 0])
+
+
+@pytest.mark.parametrize("where", ["net.3.bias", "norm.running_var"])
+@pytest.mark.parametrize("make", [EWC, partial(L2ToStart, anchor="end_of_task"), DISTILLATION])
+def test_a_task_that_ends_with_what_is_not_finite_leaves_what_was_kept(make, where):
+    class Spoil(Callback):
+        def on_train_end(self, trainer, pl_module):
+            dict([*pl_module.named_parameters(), *pl_module.named_buffers()])[where].data[0] = math.nan
+
+    technique, module = make(), Classifier()
+    module.norm = nn.BatchNorm1d(2)
+    learn(module, 0, technique)
+    before = copy.deepcopy(technique.state_dict())
+    with pytest.warns(UserWarning, match=rf"the fit ended with '{where}' not finite. Nothing is kept of its task"):
+        learn(module, 1, technique, Spoil())
+    assert technique.tasks == 1
+    assert not difference(technique.state_dict(), before)
 
 
 class Thing:

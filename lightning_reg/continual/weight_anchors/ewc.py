@@ -13,7 +13,7 @@ from lightning_reg.continual._tasks import TaskTechnique
 from lightning_reg.continual.weight_anchors._ties import Slot, Ties, add_earlier_, weights_to_tie
 from lightning_reg.continual.weight_anchors.core import fisher_diagonal, fisher_losses
 from lightning_reg.engine.host import lightning as host
-from lightning_reg.engine.host.arguments import check_choice, check_number
+from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
 from lightning_reg.engine.host.distributed import world_size
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.networks.peer import Peer, check_runs_on_copy
@@ -100,6 +100,7 @@ class EWC(TaskTechnique, PenaltyTechnique):
         check_number(self, "weight", weight, low=0)
         if fisher_batches is not None:
             check_number(self, "fisher_batches", fisher_batches, low=1, integer=True)
+        check_bool(self, "per_sample", per_sample)
         check_choice(self, "labels", labels, ("argmax", "sample", "true"))
         check_choice(self, "memory", memory, ("separate", "online"))
         self.weight, self.params, self.exclude = weight, params, exclude
