@@ -269,8 +269,8 @@ def open_checkpoint(path: str | Path, key: str | None = None) -> CheckpointFile:
 
     Args:
         path: The file.
-        key: Entry that holds the weights, if the file is a mapping of several things; ``None`` for ``"state_dict"``
-            if there is one, else the file itself.
+        key: Entry that holds the weights, if the file is a mapping of several things, with dots where it is an entry
+            of an entry (``"state.model"``); ``None`` for ``"state_dict"`` if there is one, else the file itself.
 
     Returns:
         The weights, not read yet.
@@ -278,7 +278,7 @@ def open_checkpoint(path: str | Path, key: str | None = None) -> CheckpointFile:
     Raises:
         FileNotFoundError: If there is no such file.
         UntrustedFileError: If it holds more than tensors and plain values.
-        ValueError: If it holds no weights.
+        ValueError: If it holds no weights, or ``key`` has to say which.
 
     """
     path = Path(path)
@@ -295,13 +295,37 @@ def open_checkpoint(path: str | Path, key: str | None = None) -> CheckpointFile:
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: holds a {type(content).__name__}, no mapping from names to tensors.")
     inner = key or ("state_dict" if isinstance(content.get("state_dict"), Mapping) else None)
-    if inner is not None and not isinstance(content.get(inner), Mapping):
+    weights = content if inner is None else _entry(content, inner)
+    if not isinstance(weights, Mapping):
         raise ValueError(f"{path}: has no weights under {inner!r}; it has {sorted(map(str, content))[:10]}.")
-    weights = content if inner is None else content[inner]
+    nested = {} if key else {name: at for name, value in weights.items() if (at := _tensors_inside(name, value))}
+    if nested:
+        raise ValueError(
+            f"{path}: holds tensors in entries of entries, {', '.join(map(repr, nested.values()))}, so it is not said"
+            f" which are the weights. Write `key={next(iter(nested.values()))!r}` (`--key`)."
+        )
     if not any(isinstance(value, Tensor) for value in weights.values()):
         raise ValueError(f"{path}: holds no tensor on its first level; it has {sorted(map(str, content))[:10]}.")
     extra = {} if inner is None else {name: value for name, value in content.items() if name != inner}
     return _TorchFile(path, weights, extra, pieces)
+
+
+def _entry(content: Mapping[str, Any], key: str) -> Any:  # noqa: ANN401 # of a file, whatever that is
+    """The entry of that name, or of an entry if the name has dots; ``None`` without one."""
+    if key in content:
+        return content[key]
+    first, _, rest = key.partition(".")
+    inner = content.get(first)
+    return _entry(inner, rest) if rest and isinstance(inner, Mapping) else None
+
+
+def _tensors_inside(name: object, value: object) -> str:
+    """Name of the first mapping in an entry, or that entry itself, which has tensors; "" if there is none."""
+    if not isinstance(value, Mapping) or str(name).endswith("_extra_state"):  # a module's own, of `get_extra_state`
+        return ""
+    if any(isinstance(item, Tensor) for item in value.values()):
+        return str(name)
+    return next((f"{name}.{at}" for key, item in value.items() if (at := _tensors_inside(key, item))), "")
 
 
 def _settled(path: Path, read: Callable[[Path], _T]) -> _T:

@@ -1,6 +1,8 @@
 """State dicts side by side: under the same keys, their differences in a table, read a part of a tensor at a time."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import reduce
 from typing import Any, TypeAlias
 
 import torch
@@ -15,10 +17,13 @@ __all__ = [
     "Part",
     "StateDict",
     "StateDictMismatchError",
+    "accumulated",
     "aligned",
     "is_averaged",
     "is_continuous",
+    "plain_keys",
     "unique",
+    "widest",
 ]
 
 Entry: TypeAlias = Any  # a tensor, or whatever a module's `get_extra_state` gives
@@ -107,9 +112,11 @@ def aligned(state_dicts: Sequence[StateDict], names: Sequence[str] | None = None
 
     Raises:
         StateDictMismatchError: With a table of what differs.
+        ValueError: If entries differ that are codes of packed weights or masks of pruned ones, or keys are ambiguous.
 
     """
-    keys = [{plain_name(key): key for key in state_dict} for state_dict in state_dicts]
+    labels = list(names) if names is not None else [f"state dict {i}" for i in range(len(state_dicts))]
+    keys = [plain_keys(state_dict, label) for state_dict, label in zip(state_dicts, labels, strict=True)]
     in_module = [bool(k) and all(key.startswith("module.") for key in k) for k in keys]
     if any(in_module) and not all(in_module):
         keys = [
@@ -117,7 +124,6 @@ def aligned(state_dicts: Sequence[StateDict], names: Sequence[str] | None = None
             for k, wrapped in zip(keys, in_module, strict=True)
         ]
     members = [Aligned(state_dict, k) for state_dict, k in zip(state_dicts, keys, strict=True)]
-    labels = list(names) if names is not None else [f"state dict {i}" for i in range(len(members))]
     rows = [
         row
         for member, label in zip(members[1:], labels[1:], strict=True)
@@ -125,7 +131,74 @@ def aligned(state_dicts: Sequence[StateDict], names: Sequence[str] | None = None
     ]
     if rows:
         raise StateDictMismatchError(_table(rows, labels[0]))
+    for key in members[0]:
+        _refuse_codes(key, members, labels)
     return members
+
+
+def plain_keys(keys: Iterable[str], label: str) -> dict[str, str]:
+    """Keys by the names the user knows, without the ``_orig_mod.`` of ``torch.compile``.
+
+    Args:
+        keys: Of a state dict.
+        label: What to call it in an error.
+
+    Returns:
+        Plain name to key.
+
+    Raises:
+        ValueError: If two keys have one plain name.
+
+    """
+    result: dict[str, str] = {}
+    for key in keys:
+        other = result.setdefault(plain_name(key), key)
+        if other != key:
+            raise ValueError(
+                f"{label} has both {other!r} and {key!r}, which are one name with and without torch.compile's"
+                " `_orig_mod.`. Save the one or the other."
+            )
+    return result
+
+
+# Numbers of these types are codes, not magnitudes; counters and positions are int64, flags bool.
+_CODES = (torch.int8, torch.uint8, torch.int16, torch.int32)
+_SCALES = (".scale", "_scale", "_scale_inv")
+
+
+def _refuse_codes(key: str, members: Sequence[Aligned], labels: Sequence[str]) -> None:
+    """Refuses entries that differ and have no mean: averaging what stands beside them would change what they mean."""
+    known = [member.shape_and_dtype(key) for member in members]
+    what = _without_mean(key, members[0], [dtype for _, dtype in filter(None, known)])
+    if len(members) == 1 or not what or known[0] is None or math.prod(known[0][0]) <= 1:
+        return
+    first = members[0][key]
+    for member, label in zip(members[1:], labels[1:], strict=True):
+        if not torch.equal(first, member[key].to(first.dtype)):
+            raise ValueError(f"{key!r}, {_words(known[0])}, differs between {labels[0]} and {label}: {what}")
+
+
+def _without_mean(key: str, member: Aligned, dtypes: Sequence[torch.dtype]) -> str:
+    """Why an entry has no mean, as a sentence, and what to do; "" if it has one."""
+    owner = key.rpartition(".")[0]
+    if any(dtype in _CODES for dtype in dtypes):
+        return "such numbers are the codes of a quantised or packed weight. Dequantise it before you save it."
+    if any(dtype.itemsize == 1 and dtype.is_floating_point for dtype in dtypes):
+        beside = [f"{name}{scale}" for name in (key, f"{owner}.weight", owner) for scale in _SCALES]
+        if any(name in member for name in beside):
+            return "it has a scale beside it, and is no weight without it. Multiply the two before you save them."
+    if key.endswith("_mask") and f"{key.removesuffix('_mask')}_orig" in member:
+        return "it is the mask of a pruned weight. Call `torch.nn.utils.prune.remove` before you save the weights."
+    return ""
+
+
+def widest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    """The type that holds numbers of all types; torch promotes no two types of which one has 8 bits."""
+    narrow = {dtype for dtype in dtypes if dtype.itemsize == 1}
+    wide = [dtype for dtype in dtypes if dtype not in narrow]
+    if not wide:
+        return dtypes[0] if len(narrow) == 1 else torch.float32
+    return reduce(torch.promote_types, wide)
 
 
 def _differences(first: Aligned, other: Aligned, label: str) -> list[tuple[str, str, str, str]]:
@@ -165,6 +238,11 @@ def _table(rows: list[tuple[str, str, str, str]], first: str) -> str:
 def is_averaged(value: object) -> bool:
     """Whether a mean of such entries makes sense: integers and booleans are counts, positions and masks."""
     return isinstance(value, Tensor) and is_continuous(value.dtype)
+
+
+def accumulated(value: Tensor) -> Tensor:
+    """A tensor in the type that sums are made in: float64, or complex128 where it is complex."""
+    return value.detach().to(torch.complex128 if value.is_complex() else torch.float64)
 
 
 def is_continuous(dtype: torch.dtype) -> bool:

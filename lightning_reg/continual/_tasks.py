@@ -4,9 +4,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_reg.engine.host import lightning as host
+from lightning_reg.engine.host.modules import BatchNorm
+from lightning_reg.engine.host.names import plain_name
 from lightning_reg.engine.technique import Technique
+from lightning_reg.engine.weights.finite import all_finite
 from lightning_reg.engine.weights.strategies import check_whole
 
 if TYPE_CHECKING:
@@ -56,7 +61,8 @@ class Tasks:
 class TaskTechnique(Technique, ABC):
     """A technique that carries something from one task to the next; the user keeps the object between the fits.
 
-    A task is a fit that came to its end: not one that an exception or Ctrl-C ended, and no ``fast_dev_run``. What is
+    A task is a fit that came to its end: not one that an exception or Ctrl-C ended, no ``fast_dev_run``, and not one
+    that ended with weights or statistics of batch norm that are not finite, which would spoil every later task. What is
     kept is taken in ``on_fit_end``, when averages and masks are in the module for good. A fit that is resumed from a
     checkpoint written while it ran goes on with the same task, and ends it even if no step was left.
 
@@ -121,7 +127,14 @@ class TaskTechnique(Technique, ABC):
     def on_fit_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         in_task = self._tasks.begun or (self._tasks.resumed and not self.is_neutral)
         if in_task and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by Lightning's debugging setup
-            self._tasks.end(self.keep(trainer, pl_module))
+            spoiled = _not_finite(pl_module)
+            if spoiled is None:
+                self._tasks.end(self.keep(trainer, pl_module))
+            else:
+                host.rank_zero_warn(
+                    f"{type(self).__name__}: the fit ended with {spoiled!r} not finite. Nothing is kept of its task,"
+                    " and what was kept before stays."
+                )
         self._leave()
 
     @override
@@ -140,3 +153,13 @@ class TaskTechnique(Technique, ABC):
     def _leave(self) -> None:
         self._tasks.leave()
         self.forget()
+
+
+def _not_finite(module: nn.Module) -> str | None:
+    """Name of a weight or a statistic of batch norm that is not finite; ``None`` if all are."""
+    named: dict[str, Tensor] = {n: p for n, p in module.named_parameters() if p.is_floating_point() or p.is_complex()}
+    statistics = {id(b) for layer in module.modules() if isinstance(layer, BatchNorm) for b in layer.buffers()}
+    named |= {name: b for name, b in module.named_buffers() if id(b) in statistics and b.is_floating_point()}
+    if all_finite(list(named.values())):
+        return None
+    return next((plain_name(name) for name, value in named.items() if not value.isfinite().all()), None)

@@ -33,7 +33,8 @@ def check_arguments(
     """Refuses values of the arguments of the term and of the table outside their ranges, by ``ValueError``."""
     check_number(owner, "lam", lam, low=0)
     check_number(owner, "beta", beta, low=0, high=1, high_open=True)
-    check_number(owner, "clamp", clamp, low=0, high=0.5, low_open=True, high_open=True)
+    # Below, 1 - <t, p> is lost to rounding in float32, and its logarithm is infinite.
+    check_number(owner, "clamp", clamp, low=1e-6, high=0.5, high_open=True)
     for argument, value in (("num_samples", num_samples), ("num_classes", num_classes)):
         if value is not None:
             check_number(owner, argument, value, low=1, integer=True)

@@ -66,6 +66,8 @@ CASE = Case(
         ({"method": "uniform", "decay": 0.9}, "decay"),
         ({"method": "ema", "decay": 0.9, "half_life_steps": 3.0}, "half_life_steps"),
         ({"method": "ema", "half_life_steps": 0.0}, "half_life_steps"),
+        ({"method": "ema", "half_life_steps": 1e9}, "half_life_steps"),
+        ({"method": "ema", "decay": 0.99999999}, "decay"),
         ({"method": "greedy", "half_life_steps": 1.0}, "half_life_steps"),
         ({"method": "ema", "warmup_steps": -1}, "warmup_steps"),
         ({"method": "swa", "warmup_steps": 1}, "warmup_steps"),

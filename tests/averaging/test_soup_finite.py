@@ -298,3 +298,14 @@ def test_a_file_with_nan_for_a_score_is_not_taken(tmp_path):
         warnings.simplefilter("ignore")
         with pytest.raises(ValueError, match="no file has a score that is a number"):
             make_soup(paths, "greedy", lambda state: NAN, check_ancestry=False)
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_record_that_counts_nothing_is_no_average(tmp_path):
+    state = {"method": "uniform", "soup": {}, "gathered": {"count": 0, "sums": {"w": torch.ones(2)}, "ingredients": []}}
+    content = {"state_dict": {"w": torch.ones(2)}, "callbacks": {"SoupAverager": state}}
+    torch.save({**content, "lightning_reg": {"SoupAverager": {"averaged": False}}}, tmp_path / "x.ckpt")
+    with pytest.raises(RuntimeError, match="there is no average yet"):
+        load_averaged(tmp_path / "x.ckpt")

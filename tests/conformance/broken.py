@@ -273,6 +273,12 @@ class TakesAnything(Sound):
         self.bins = bins
 
 
+class TakesTextForTruth(Sound):
+    def __init__(self, strength: float = 0.3, squared: bool = False, name: str | None = None) -> None:
+        super().__init__(strength, name=name)
+        self.squared = bool(squared)
+
+
 # -- 10 own_randomness ------------------------------------------------------------------------------------------------
 
 
@@ -403,6 +409,7 @@ _BROKEN = {
         SaysNothing: "is an empty line",
         SaysTooMuch: "has several lines",
         TakesAnything: r"TakesAnything\(bins=nan\) is not refused",
+        TakesTextForTruth: r"TakesTextForTruth\(squared=.False.\) is not refused",
     },
     "own_randomness": {
         DrawsGlobally: "the global random state of torch",

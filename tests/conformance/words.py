@@ -51,7 +51,7 @@ def _check_line(technique: Any) -> None:
 
 
 def _wrong_kinds(cls: type[Any]) -> list[tuple[dict[str, Any], str]]:
-    """A value of the wrong kind for every argument that takes numbers or one of several words."""
+    """A value of the wrong kind for every argument that takes numbers, a truth value or one of several words."""
     try:
         hints = typing.get_type_hints(cls.__init__)
     except NameError as error:
@@ -63,7 +63,9 @@ def _wrong_kinds(cls: type[Any]) -> list[tuple[dict[str, Any], str]]:
         kinds = typing.get_args(hint) or (hint,)
         if typing.get_origin(hint) is Literal:
             wrong.append(({name: "no such choice"}, name))
-        elif bool not in kinds and (int in kinds or float in kinds):
+        elif bool in kinds:
+            wrong += [({name: value}, name) for value in ("False", "", 0)]
+        elif int in kinds or float in kinds:
             values = [float("nan")] if str in kinds else [float("nan"), "a word"]
             wrong += [({name: value}, name) for value in values]
     return wrong

@@ -1,6 +1,7 @@
 """Weights tied to their start, or to the task before by their Fisher information."""
 
 import copy
+import math
 from functools import partial
 
 import pytest
@@ -10,11 +11,12 @@ from lightning.pytorch.callbacks import BaseFinetuning
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_reg import EWC, L2ToStart
+from lightning_reg import EWC, L2ToStart, PredictionDistillation
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.functional import fisher_diagonal, fisher_losses, quadratic_penalty
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
+from tests.conformance.harness import difference
 from tests.toys import (
     BATCH,
     CLASSES,
@@ -236,6 +238,23 @@ def test_decoupled_pulls_before_the_step():
     assert same_weights(ours, hand, atol=1e-6)  # float32, 6 steps
 
 
+def test_a_decoupled_pull_ends_at_the_anchor_and_says_so():
+    ours, hand = Classifier(), Classifier()
+    with pytest.warns(
+        UserWarning, match=r"at the learning rate 0.5 .* 2.5 times the way.* below 1 / learning rate"
+    ) as w:
+        learn(ours, 0, L2ToStart(5.0, mode="decoupled"))
+    assert sum("times the way" in str(warning.message) for warning in w) == 1
+    start = values(hand)
+    for _ in range(2):
+        for x, y in DataLoader(task(0), BATCH):
+            gradients = torch.autograd.grad(F.cross_entropy(hand(x), y), list(hand.parameters()))
+            with torch.no_grad():
+                for (n, p), g in zip(hand.named_parameters(), gradients, strict=True):
+                    p.copy_(start[n] - 0.5 * g)
+    assert same_weights(ours, hand, atol=1e-6)  # float32, 6 steps
+
+
 def fisher_by_hand(module, number, names):
     """In float64, from batches of one, at the label that is most probable."""
     net = copy.deepcopy(module).double()
@@ -283,6 +302,72 @@ def test_fisher_of_some_batches_only():
     expected = fisher_diagonal(list(net.parameters()), [fisher_losses(z, None)])
     for one, two in zip(kept.values(), expected, strict=True):
         torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("labels", ["argmax", "sample", "true"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_fisher_without_the_sample_that_is_not_finite(labels, value):
+    def step(module, batch):
+        x, y = batch
+        good = x.isfinite().all(1) if module.training else torch.ones(len(x), dtype=torch.bool)  # EWC sees them all
+        return F.cross_entropy(module(x[good]), y[good])
+
+    x, y = task(0).tensors
+    x = x.clone()
+    x[5, 2] = value
+    ewc, module = EWC(labels=labels), Classifier(step=step)
+    with pytest.warns(UserWarning, match=f"the gradients of 1 of {len(x)} samples were not finite"):
+        fit(module, ewc, loader=DataLoader(TensorDataset(x, y), BATCH))
+    net, rows = copy.deepcopy(module).double(), [i for i in range(len(x)) if i != 5]
+    kept = ewc.state_dict()["slots"][0]["weights"]
+    assert all(fisher.isfinite().all() for fisher in kept.values())
+    if labels == "sample":
+        return
+    fisher = {n: torch.zeros_like(p) for n, p in net.named_parameters()}
+    for i in rows:
+        z = net(x[i : i + 1].double())
+        F.cross_entropy(z, z.argmax(1) if labels == "argmax" else y[i : i + 1]).backward()
+        for n, p in net.named_parameters():
+            fisher[n] += p.grad**2 / len(rows)
+        net.zero_grad()
+    for n, one in kept.items():
+        torch.testing.assert_close(one, fisher[n].float(), rtol=1e-4, atol=1e-7)  # float32
+
+
+def test_fisher_leaves_out_gradients_that_are_not_finite():
+    w = torch.tensor([1.0, 2.0], requires_grad=True)
+    x = torch.tensor([[1.0, 2.0], [math.nan, 0.0], [3.0, 0.0], [1e30, 0.0]])
+    with pytest.warns(UserWarning, match="the gradients of 2 of 4 samples were not finite"):
+        (fisher,) = fisher_diagonal([w], [x[:1] @ w, x[1:2] @ w, x[2:3] @ w, x[3:] @ w])
+    assert fisher.tolist() == [5.0, 2.0]
+    with pytest.warns(UserWarning, match="the gradients of 1 of 2 batches were not finite"):
+        (fisher,) = fisher_diagonal([w], [x[:1] @ w, x[1:3] @ w], per_sample=False)
+    assert fisher.tolist() == [1.0, 4.0]
+    with (
+        pytest.warns(UserWarning, match="not finite"),
+        pytest.raises(ValueError, match="with a finite gradient, got 1 without one"),
+    ):
+        fisher_diagonal([w], [x[1:2] @ w])
+
+
+DISTILLATION = partial(PredictionDistillation, new_classes=[3, 0])
+
+
+@pytest.mark.parametrize("where", ["net.3.bias", "norm.running_var"])
+@pytest.mark.parametrize("make", [EWC, partial(L2ToStart, anchor="end_of_task"), DISTILLATION])
+def test_a_task_that_ends_with_what_is_not_finite_leaves_what_was_kept(make, where):
+    class Spoil(Callback):
+        def on_train_end(self, trainer, pl_module):
+            dict([*pl_module.named_parameters(), *pl_module.named_buffers()])[where].data[0] = math.nan
+
+    technique, module = make(), Classifier()
+    module.norm = nn.BatchNorm1d(2)
+    learn(module, 0, technique)
+    before = copy.deepcopy(technique.state_dict())
+    with pytest.warns(UserWarning, match=rf"the fit ended with '{where}' not finite. Nothing is kept of its task"):
+        learn(module, 1, technique, Spoil())
+    assert technique.tasks == 1
+    assert not difference(technique.state_dict(), before)
 
 
 class Thing:

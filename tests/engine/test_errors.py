@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from lightning_reg.engine.host.arguments import check_choice, check_number
+from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
 
 
 class TailTrimmer:
@@ -24,6 +24,12 @@ class TailTrimmer:
         (np.float64(0.5), {"high": 1}),
         (np.int64(3), {"low": 1, "integer": True}),
         (np.uint8(3), {"low": 1}),
+        (2**200, {"low": 1, "integer": True}),
+        (8e37, {}),
+        (1e-37, {"low": 0, "low_open": True}),
+        (1e-300, {"low": 0}),
+        (0.7, {"low": 0.7}),
+        (0.99999994, {"high": 1, "high_open": True}),
     ],
 )
 def test_numbers_that_pass(value, limits):
@@ -46,6 +52,15 @@ def test_numbers_that_pass(value, limits):
         (np.bool_(True), {"low": 0, "high": 1}, f"a number in [0, 1], got {np.bool_(True)!r}."),
         (np.float32("nan"), {"low": 0, "high": 1}, f"a number in [0, 1], got {np.float32('nan')!r}."),
         (np.float32(2), {"low": 1, "integer": True}, f"a whole number in [1, inf), got {np.float32(2)!r}."),
+        (1e308, {"low": 0}, "a number in [0, inf), got 1e+308, which counts as inf in float32."),
+        (-9e37, {}, "a number in (-inf, inf), got -9e+37, which counts as -inf in float32."),
+        (1e-300, {"low": 0, "low_open": True}, "a number in (0, inf), got 1e-300, which counts as 0 in float32."),
+        (1e-39, {"low": 0, "low_open": True}, "a number in (0, inf), got 1e-39, which counts as 0 in float32."),
+        (
+            0.99999999,
+            {"high": 1, "high_open": True},
+            "a number in (-inf, 1), got 0.99999999, which counts as 1 in float32.",
+        ),
         (2.0, {"low": 1, "integer": True}, "a whole number in [1, inf), got 2.0."),
         (0, {"low": 1, "high": 9, "integer": True}, "a whole number in [1, 9], got 0."),
         (False, {"low": 0, "integer": True}, "a whole number in [0, inf), got False."),
@@ -60,6 +75,18 @@ def test_numbers_that_are_refused(value, limits, rest):
     with pytest.raises(ValueError, match="fraction") as raised:
         check_number(TailTrimmer(), "fraction", value, **limits)
     assert str(raised.value) == f"TailTrimmer: `fraction` must be {rest}"
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_truth_values_that_pass(value):
+    check_bool(TailTrimmer(), "learn", value)
+
+
+@pytest.mark.parametrize("value", ["False", "true", "", 0, 1, None])
+def test_what_is_no_truth_value_is_refused(value):
+    with pytest.raises(ValueError, match="learn") as raised:
+        check_bool(TailTrimmer(), "learn", value)
+    assert str(raised.value) == f"TailTrimmer: `learn` must be True or False, got {value!r}."
 
 
 def test_a_choice_that_passes():

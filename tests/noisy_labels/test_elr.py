@@ -55,6 +55,7 @@ CASE = Case(
         ({"beta": 1.0}, "beta"),
         ({"clamp": 0.0}, "clamp"),
         ({"clamp": 0.5}, "clamp"),
+        ({"clamp": 1e-7}, "clamp"),
         ({"warmup_epochs": -1}, "warmup_epochs"),
         ({"warmup_epochs": 0.5}, "warmup_epochs"),
         ({"num_samples": 0}, "num_samples"),

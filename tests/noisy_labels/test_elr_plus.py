@@ -100,6 +100,7 @@ CASE = Case(
         ({"beta": 1.0}, "beta"),
         ({"clamp": 0.0}, "clamp"),
         ({"clamp": 0.5}, "clamp"),
+        ({"clamp": 1e-7}, "clamp"),
         ({"mixup_alpha": -1.0}, "mixup_alpha"),
         ({"decay": -0.1}, "decay"),
         ({"decay": 1.0}, "decay"),

@@ -11,7 +11,7 @@ from typing_extensions import override
 from lightning_reg.engine.data.blend import mix_targets
 from lightning_reg.engine.data.entries import contents, find_entry, input_key_of, replace_entry
 from lightning_reg.engine.data.mixing import Mixing
-from lightning_reg.engine.host.arguments import check_choice, check_number
+from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.loss.mixin import LossMixin
 from lightning_reg.engine.technique import BatchTechnique
@@ -64,6 +64,7 @@ class Mixer(BatchTechnique, ABC):
         super().__init__(loss=loss, name=name, seed=seed)
         check_number(self, "alpha", alpha, low=0, low_open=True)
         check_number(self, "prob", prob, low=0, high=1)
+        check_bool(self, "per_sample", per_sample)
         check_choice(self, "form", form, ("auto", "pair", "soft"))
         if num_classes is not None:
             check_number(self, "num_classes", num_classes, low=1, integer=True)

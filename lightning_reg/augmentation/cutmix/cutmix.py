@@ -8,6 +8,7 @@ from typing_extensions import override
 
 from lightning_reg.augmentation.cutmix._mixer import Form, Mix, Mixer
 from lightning_reg.augmentation.cutmix.core import box_masks, draw_cut, paste_boxes
+from lightning_reg.engine.host.arguments import check_bool
 
 __all__ = ["CutMix"]
 
@@ -102,6 +103,7 @@ class CutMix(Mixer):
         super().__init__(
             alpha, prob, per_sample, input_key, target_key, form, num_classes, start_epoch, stop_epoch, loss, name, seed
         )
+        check_bool(self, "correct_lam", correct_lam)
         self.correct_lam = correct_lam
 
     @override

@@ -4,7 +4,7 @@ from typing import Literal, Protocol
 
 from lightning_reg.averaging.model_soups._gathered import Gathered, MovingAverage, RunningMean, Shelf
 from lightning_reg.averaging.model_soups._soup import GreedyRules, Soup
-from lightning_reg.engine.host.arguments import check_choice, check_number
+from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
 
 __all__ = ["SoupArguments", "check_arguments", "describe", "new_soup", "schedule"]
 
@@ -44,6 +44,8 @@ def check_arguments(soup: SoupArguments) -> None:
     check_choice(soup, "mode", soup.mode, ("max", "min"))
     check_choice(soup, "greedy_at", soup.greedy_at, ("end", "snapshot"))
     check_choice(soup, "keep", soup.keep, ("cpu", "disk"))
+    for flag in ("from_checkpoints", "strict", "keep_files", "swap_for_validation", "load_at_end"):
+        check_bool(soup, flag, getattr(soup, flag))
     check_number(soup, "min_delta", soup.min_delta, low=0)
     for name, low in (("start_step", 0), ("warmup_steps", 0)):
         check_number(soup, name, getattr(soup, name), low=low, integer=True)
@@ -55,7 +57,8 @@ def check_arguments(soup: SoupArguments) -> None:
     if soup.decay is not None:
         check_number(soup, "decay", soup.decay, low=0, high=1, high_open=True)
     if soup.half_life_steps is not None:
-        check_number(soup, "half_life_steps", soup.half_life_steps, low=0, low_open=True)
+        # Above, the share of an update is below float32's resolution, and the average stays as it began.
+        check_number(soup, "half_life_steps", soup.half_life_steps, low=0, high=1e7, low_open=True)
     for fault, sentence in _contradictions(soup):
         if fault:
             raise ValueError(f"SoupAverager: {sentence}")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from typing_extensions import override
 
-from lightning_reg.averaging._state_dicts import StateDict, aligned, is_averaged
+from lightning_reg.averaging._state_dicts import StateDict, accumulated, aligned, is_averaged
 from lightning_reg.engine.host.names import plain_name
 
 __all__ = ["LearnedSoup"]
@@ -39,7 +39,7 @@ class LearnedSoup(nn.Module):
         per: ``"tensor"`` for a mix per parameter tensor, ``"model"`` for one mix.
 
     Raises:
-        ValueError: If ``per`` is something else, a parameter is missing, or the state dicts differ.
+        ValueError: If ``per`` is something else, a parameter is missing or not finite, or the state dicts differ.
 
     Example:
         >>> module = nn.Linear(2, 2, bias=False)
@@ -67,11 +67,18 @@ class LearnedSoup(nn.Module):
             raise ValueError(f"LearnedSoup: the state dicts lack parameters of `module`: {missing[:5]}.")
         self._first = {key: value for key, value in members[0].items() if key not in self._keys.values()}
         for position, name in enumerate(self._names):
-            stacked = torch.stack([member[self._keys[name]].detach() for member in members])
+            values = [member[self._keys[name]].detach() for member in members]
+            bad = [position for position, value in enumerate(values) if not value.isfinite().all()]
+            if bad:
+                raise ValueError(
+                    f"LearnedSoup: {name!r} is not finite in state dict {bad[0]}, and a mix with it has no loss to"
+                    " learn from. Leave that one out."
+                )
+            stacked = torch.stack(values)
             self.register_buffer(f"stacked_{position}", stacked, persistent=False)
         for key, value in self._first.items():
             if is_averaged(value):
-                self._first[key] = torch.stack([m[key].detach().double() for m in members]).mean(0).to(value.dtype)
+                self._first[key] = torch.stack([accumulated(m[key]) for m in members]).mean(0).to(value.dtype)
         rows = len(self._names) if per == "tensor" else 1
         self.raw = nn.Parameter(torch.ones(rows, len(state_dicts)))
         self.beta = nn.Parameter(torch.ones(()))
@@ -140,7 +147,8 @@ class LearnedSoup(nn.Module):
             if key in by_key:
                 stacked = self._stacked(by_key[key])
                 row = weights[by_key[key] if self.per == "tensor" else 0]
-                result[key] = torch.tensordot(row, stacked.double(), 1).to(stacked.dtype)
+                wide = accumulated(stacked)
+                result[key] = torch.tensordot(row.to(wide.dtype), wide, 1).to(stacked.dtype)
             else:
                 value = self._first[key]
                 result[key] = value.clone() if isinstance(value, Tensor) else value

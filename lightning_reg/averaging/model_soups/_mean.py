@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lightning_reg.averaging._state_dicts import Aligned, Part, is_averaged
+from lightning_reg.averaging._state_dicts import Aligned, Part, accumulated, is_averaged
 
 __all__ = ["RunningSum", "Workspace", "in_chunks", "mean_of_parts"]
 
@@ -64,7 +64,7 @@ def mean_of_parts(
     shares: Sequence[float],
     accumulate_dtype: torch.dtype,
     workspace: Workspace,
-) -> Tensor:
+) -> bool:
     r"""Writes :math:`\sum_i w_i x_i / \sum_i w_i` into a tensor.
 
     Args:
@@ -76,7 +76,7 @@ def mean_of_parts(
         workspace: Threads, used if ``out`` is on the CPU, and memory.
 
     Returns:
-        ``out``.
+        Whether all of it is finite for sure.
 
     """
     members = [member for member in zip(parts, dtypes, shares, strict=True) if member[2] != 0]
@@ -84,6 +84,7 @@ def mean_of_parts(
     wide = torch.promote_types(accumulate_dtype, torch.complex64) if out.is_complex() else accumulate_dtype
     in_numpy = out.device.type == "cpu" and all(dtype in _IN_NUMPY for dtype in (out.dtype, *dtypes))
     result, accumulate = out.view(-1), _add_in_numpy if in_numpy else _add_in_torch
+    sums: list[Tensor] = []
 
     def chunk(place: tuple[int, int]) -> None:
         start, count = place
@@ -93,6 +94,7 @@ def mean_of_parts(
             accumulate(accumulator, scratch, part(start, bytes_of_part), share, position == 0)
         if total != 1:
             accumulator.div_(total)
+        sums.append(accumulator.sum())  # finite only if all are
         result[start : start + count].copy_(accumulator)
 
     on_cpu = result.device.type == "cpu"
@@ -102,7 +104,7 @@ def mean_of_parts(
     else:
         for place in chunks:
             chunk(place)
-    return out
+    return not sums or bool(torch.stack(sums).isfinite().all())
 
 
 def _add_in_numpy(accumulator: Tensor, scratch: Tensor, part: Tensor, share: float, first: bool) -> None:
@@ -143,7 +145,7 @@ class RunningSum:
             self._sums[key] = value
             if is_averaged(value):
                 self._dtypes[key] = value.dtype
-                self._sums[key] = value.detach().to(_wide(value), copy=True)
+                self._sums[key] = accumulated(value).clone() if value.dtype.itemsize >= 8 else accumulated(value)
                 one_of_it = places.setdefault(first.place(key), key)
                 if one_of_it != key:
                     self._tied[key] = one_of_it
@@ -153,7 +155,7 @@ class RunningSum:
     def add(self, member: Aligned) -> None:
         """Adds a state dict with the same keys."""
         for key in self._dtypes:
-            self._sums[key].add_(member[key].detach().to(self._sums[key].device))
+            self._sums[key].add_(member[key].detach().to(self._sums[key]))
         self._tied = {key: other for key, other in self._tied.items() if member.place(key) == member.place(other)}
         self.count += 1
 
@@ -169,10 +171,6 @@ class RunningSum:
             if other is not None and (member is None or member.place(key) == member.place(other)):
                 result[key] = result[other]
                 continue
-            total = value if member is None else value + member[key].detach().to(value.device)
+            total = value if member is None else value + member[key].detach().to(value)
             result[key] = (total / count).to(self._dtypes[key])
         return result
-
-
-def _wide(value: Tensor) -> torch.dtype:
-    return torch.complex128 if value.is_complex() else torch.float64

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_reg.averaging._checkpoint_files import open_checkpoint
+from lightning_reg.averaging._state_dicts import plain_keys
 from lightning_reg.averaging.model_soups._arguments import SoupArguments
 from lightning_reg.averaging.model_soups._gathered import Ingredient, Snapshots
 from lightning_reg.averaging.model_soups._live_weights import averaged_tensors
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.errors import MisconfigurationException, check_patterns
-from lightning_reg.engine.host.names import is_selected, plain_name
+from lightning_reg.engine.host.names import is_selected
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -142,7 +143,7 @@ class KeptCheckpoints(Snapshots):
         if isinstance(position, slice):
             return [self[i] for i in range(*position.indices(len(self)))]
         file = open_checkpoint(self._paths[position])
-        keys = {plain_name(key): key for key in file}
+        keys = plain_keys(file, str(self._paths[position]))
         missing = [name for name in self._names if name not in keys]
         if missing:
             raise MisconfigurationException(

@@ -258,7 +258,7 @@ def average_of_state(state: Mapping[str, Any]) -> dict[str, Tensor]:
         )
     if gathered.get("average"):
         return {name: value.clone() for name, value in gathered["average"].items()}
-    if gathered.get("sums"):
+    if gathered.get("sums") and gathered["count"]:
         return {name: value / gathered["count"] for name, value in gathered["sums"].items()}
     if gathered.get("ingredients"):
         shelf = Shelf(None, None)

@@ -4,7 +4,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import reduce
 from itertools import islice
 from typing import Any, Literal
 
@@ -12,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_reg.averaging._not_finite import spoilers, warn_of_spoiled
 from lightning_reg.averaging._soup_results import Candidate, SoupResult
-from lightning_reg.averaging._state_dicts import StateDict, aligned, is_continuous
+from lightning_reg.averaging._state_dicts import StateDict, aligned, is_averaged, is_continuous, widest
 from lightning_reg.averaging.model_soups._learned_soup import LearnedSoup
 from lightning_reg.averaging.model_soups._mean import RunningSum, Workspace, mean_of_parts
 from lightning_reg.engine.host.distributed import all_reduce_mean, rank
@@ -84,6 +84,8 @@ def average_state_dicts(
     _check_patterns("exclude", exclude, members[0])
     result: dict[str, Any] = {}
     done: dict[tuple[Any, ...], Tensor] = {}
+    suspicious: list[str] = []
+    labels = list(names) if names is not None else [f"state dict {i}" for i in range(len(members))]
     with Workspace() as workspace:
         for key in members[0]:
             known = [member.shape_and_dtype(key) for member in members]
@@ -94,11 +96,22 @@ def average_state_dicts(
                 continue
             places = tuple(member.place(key) for member in members)
             if places not in done:
-                out = members[0].empty(key, reduce(torch.promote_types, dtypes))
+                done[places] = members[0].empty(key, widest(dtypes))
                 parts = [member.part(key) for member in members]
-                done[places] = mean_of_parts(out, parts, dtypes, shares, accumulate_dtype, workspace)
+                if not mean_of_parts(done[places], parts, dtypes, shares, accumulate_dtype, workspace):
+                    suspicious.append(key)
             result[key] = done[places]
+    used = [(member, label) for member, label, share in zip(members, labels, shares, strict=True) if share != 0]
+    _warn_of_spoiled("average_state_dicts", result, suspicious, used)
     return result
+
+
+def _warn_of_spoiled(
+    owner: str, mixed: StateDict, keys: Iterable[str], members: Sequence[tuple[StateDict, str]]
+) -> None:
+    names = [label for _, label in members]
+    found = {key: spoilers(mixed[key], [member[key].detach() for member, _ in members], names) for key in keys}
+    warn_of_spoiled(owner, {key: by for key, by in found.items() if by})
 
 
 def _shares(count: int, weights: Sequence[float] | None) -> list[float]:
@@ -189,6 +202,13 @@ def greedy_soup(
             best = score
             result.ingredients.append(labels[position])
     result.state_dict, result.score = soup.mean(), best
+    suspicious = [k for k, value in result.state_dict.items() if is_averaged(value) and not value.isfinite().all()]
+    if suspicious:
+        inside = [labels.index(label) for label in result.ingredients]
+        parts = aligned([state_dicts[position] for position in inside])
+        _warn_of_spoiled(
+            "greedy_soup", result.state_dict, suspicious, list(zip(parts, map(str, result.ingredients), strict=True))
+        )
     return result
 
 

@@ -12,11 +12,10 @@ from typing_extensions import override
 
 from lightning_reg.averaging._checkpoint_files import RECORD, CheckpointFile, open_checkpoint
 from lightning_reg.averaging._soup_results import SoupResult, save_soup
-from lightning_reg.averaging._state_dicts import aligned, unique
+from lightning_reg.averaging._state_dicts import aligned, plain_keys, unique
 from lightning_reg.averaging.model_soups._soup import average_of_state
 from lightning_reg.averaging.model_soups.ancestry import ancestry
 from lightning_reg.averaging.model_soups.core import average_state_dicts, greedy_soup_of_numbers
-from lightning_reg.engine.host.names import plain_name
 
 __all__ = ["load_averaged", "make_soup"]
 
@@ -200,7 +199,7 @@ def load_averaged(path: str | Path, name: str | None = None) -> dict[str, Any]:
 def exchange_in_checkpoint(checkpoint: dict[str, Any], average: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Puts the average into a checkpoint's ``state_dict`` and returns what was there."""
     weights = dict(checkpoint["state_dict"])
-    keys = {plain_name(key): key for key in weights}
+    keys = plain_keys(weights, "the checkpoint")
     tied: dict[tuple[Any, ...], list[str]] = {}
     for key, value in weights.items():
         if isinstance(value, Tensor):

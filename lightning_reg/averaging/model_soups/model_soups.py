@@ -88,7 +88,7 @@ class SoupAverager(Technique):
         greedy_at: ``"end"`` ranks all snapshots when the fit ends. ``"snapshot"`` decides at once: a snapshot joins,
             replaces the soup, or is dropped, whichever scores best. It keeps one sum instead of all snapshots.
         decay: d of ``"ema"``, in [0, 1); ``None`` for 0.999, or for what ``half_life_steps`` says.
-        half_life_steps: Updates after which a weight counts half in ``"ema"``, above 0, in place of ``decay``.
+        half_life_steps: Updates after which a weight counts half in ``"ema"``, in (0, 1e7], in place of ``decay``.
         warmup_steps: Updates during which ``"ema"`` is at most as slow as the plain mean, at least 0.
         bn_update_batches: Training batches to estimate batch statistics on, at least 0; ``None`` for one epoch. Only
             used if there are batch-norm layers.

@@ -7,7 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_reg.averaging._state_dicts import StateDict, aligned, is_averaged
+from lightning_reg.averaging._not_finite import spoilers, warn_of_spoiled
+from lightning_reg.averaging._state_dicts import StateDict, accumulated, aligned, is_averaged
 
 __all__ = ["dare_merge", "slerp_merge", "ties_merge", "wise_ft"]
 
@@ -45,12 +46,12 @@ def ties_merge(
         ValueError: If an argument is outside its range, or the state dicts differ.
 
     """
-    shares = _task_weights("ties_merge", state_dicts, density, weights)
+    shares = _task_weights("ties_merge", state_dicts, density, weights, lam)
 
     def merge(key: str, vectors: list[Tensor]) -> Tensor:
         return _elect([_trim(v, density) for v in vectors], shares, normalize=normalize)
 
-    return _add_task_vectors(base, state_dicts, merge, lam)
+    return _add_task_vectors("ties_merge", base, state_dicts, merge, lam)
 
 
 def _trim(vector: Tensor, density: float) -> Tensor:
@@ -62,6 +63,9 @@ def _trim(vector: Tensor, density: float) -> Tensor:
 
 
 def _elect(vectors: list[Tensor], shares: list[float], *, normalize: bool) -> Tensor:
+    if vectors[0].is_complex():  # real and imaginary parts have signs of their own
+        parts = [torch.view_as_real(vector) for vector in vectors]
+        return torch.view_as_complex(_elect(parts, shares, normalize=normalize))
     stacked = torch.stack(vectors)
     weights = stacked.new_tensor(shares).view(-1, *[1] * vectors[0].dim())
     weighted = weights * stacked
@@ -113,7 +117,9 @@ def dare_merge(
         ValueError: If an argument is outside its range, or the state dicts differ.
 
     """
-    shares = _task_weights("dare_merge", state_dicts, density, weights, low_open=True)
+    shares = _task_weights("dare_merge", state_dicts, density, weights, lam, low_open=True)
+    if normalize and not elect_signs and sum(shares) == 0:
+        raise ValueError(f"dare_merge: `weights` must not sum to 0 with normalize=True, got {shares}.")
     if rescale not in ("density", "norm"):
         raise ValueError(f"dare_merge: `rescale` must be 'density' or 'norm', got {rescale!r}.")
     drawn = generator or torch.Generator().manual_seed(0)
@@ -131,7 +137,7 @@ def dare_merge(
         total = torch.stack([share * vector for share, vector in zip(shares, kept, strict=True)]).sum(0)
         return total / sum(shares) if normalize else total
 
-    return _add_task_vectors(base, state_dicts, merge, lam)
+    return _add_task_vectors("dare_merge", base, state_dicts, merge, lam)
 
 
 def _rescaled(whole: Tensor, kept: Tensor, density: float, rescale: str) -> Tensor:
@@ -146,6 +152,7 @@ def _task_weights(
     state_dicts: Sequence[StateDict],
     density: float,
     weights: Sequence[float] | None,
+    lam: float,
     *,
     low_open: bool = False,
 ) -> list[float]:
@@ -153,6 +160,8 @@ def _task_weights(
         raise ValueError(f"{owner}: `state_dicts` must hold at least one state dict, got none.")
     if not 0 <= density <= 1 or (low_open and density == 0):
         raise ValueError(f"{owner}: `density` must be in {'(' if low_open else '['}0, 1], got {density!r}.")
+    if not math.isfinite(lam):
+        raise ValueError(f"{owner}: `lam` must be a finite number, got {lam!r}.")
     shares = [1.0] * len(state_dicts) if weights is None else list(weights)
     if len(shares) != len(state_dicts) or not all(math.isfinite(share) for share in shares):
         raise ValueError(f"{owner}: `weights` must be {len(state_dicts)} finite numbers, got {shares}.")
@@ -160,14 +169,18 @@ def _task_weights(
 
 
 def _add_task_vectors(
-    base: StateDict, state_dicts: Sequence[StateDict], merge: Callable[[str, list[Tensor]], Tensor], lam: float
+    owner: str,
+    base: StateDict,
+    state_dicts: Sequence[StateDict],
+    merge: Callable[[str, list[Tensor]], Tensor],
+    lam: float,
 ) -> dict[str, Any]:
     names = ["base", *(f"state dict {i}" for i in range(len(state_dicts)))]
 
     def mix(key: str, start: Tensor, *ends: Tensor) -> Tensor:
         return start + lam * merge(key, [end - start for end in ends])
 
-    return _combine([base, *state_dicts], names, mix)
+    return _combine(owner, [base, *state_dicts], names, mix)
 
 
 def slerp_merge(start: StateDict, end: StateDict, t: float, *, threshold: float = 0.9995) -> dict[str, Any]:
@@ -205,13 +218,14 @@ def slerp_merge(start: StateDict, end: StateDict, t: float, *, threshold: float 
         if t in (0, 1):
             return two if t else one
         norms = float(one.norm() * two.norm())
-        cosine = float((one * two).sum()) / norms if norms > 0 else 1.0
+        # Of complex tensors the real part: that of the angle between them as vectors of real numbers.
+        cosine = float((one.conj() * two).sum().real) / norms if norms > 0 else 1.0
         if abs(cosine) > threshold:
             return (1 - t) * one + t * two
         angle = math.acos(cosine)
         return (math.sin((1 - t) * angle) * one + math.sin(t * angle) * two) / math.sin(angle)
 
-    return _combine([start, end], ["start", "end"], mix, like=int(t >= 0.5))
+    return _combine("slerp_merge", [start, end], ["start", "end"], mix, like=int(t >= 0.5))
 
 
 def wise_ft(zeroshot: StateDict, finetuned: StateDict, alpha: float, *, extrapolate: bool = False) -> dict[str, Any]:
@@ -244,20 +258,29 @@ def wise_ft(zeroshot: StateDict, finetuned: StateDict, alpha: float, *, extrapol
             return end if alpha else start
         return (1 - alpha) * start + alpha * end
 
-    return _combine([zeroshot, finetuned], ["zeroshot", "finetuned"], mix, like=int(alpha >= 0.5))
+    return _combine("wise_ft", [zeroshot, finetuned], ["zeroshot", "finetuned"], mix, like=int(alpha >= 0.5))
 
 
 def _combine(
-    state_dicts: Sequence[StateDict], names: Sequence[str], mix: Callable[..., Tensor], like: int = 0
+    owner: str, state_dicts: Sequence[StateDict], names: Sequence[str], mix: Callable[..., Tensor], like: int = 0
 ) -> dict[str, Any]:
-    """Applies ``mix(key, *values)`` to every float tensor in float64; other entries are those of member ``like``."""
+    """Applies ``mix(key, *values)`` to float and complex tensors in double precision; others are member ``like``'s."""
     members = aligned(state_dicts, names)
     result: dict[str, Any] = {}
+    done: dict[tuple[Any, ...], Tensor] = {}
+    spoiled: dict[str, list[str]] = {}
     for key in members[0]:
         values = [member[key] for member in members]
         if is_averaged(values[0]):
-            result[key] = mix(key, *(value.detach().double() for value in values)).to(values[0].dtype)
+            places = tuple(member.place(key) for member in members)
+            if places not in done:
+                wide = [accumulated(value) for value in values]
+                done[places] = mix(key, *wide).to(values[0].dtype)
+                if by := spoilers(done[places], wide, names):
+                    spoiled[key] = by
+            result[key] = done[places]
         else:
             chosen = values[like]
             result[key] = chosen.detach().clone() if isinstance(chosen, Tensor) else chosen
+    warn_of_spoiled(owner, spoiled)
     return result

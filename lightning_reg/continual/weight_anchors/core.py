@@ -1,5 +1,7 @@
 """Weights tied to anchors: the penalty, and how much each weight matters."""
 
+import math
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
 from lightning_reg.engine.host.distributed import all_reduce_sum
+from lightning_reg.engine.weights.finite import all_finite
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -122,7 +125,10 @@ def fisher_losses(
     if which == "argmax":
         labels = scores.argmax(1)
     elif which == "sample":
-        labels = torch.multinomial(scores.detach().softmax(1), 1, generator=generator)[:, 0]
+        shares = scores.detach().softmax(1)
+        # A row that is not finite has no class to draw; its loss is not finite whichever is drawn.
+        shares = torch.where(shares.isfinite().all(1, keepdim=True), shares, 1.0)
+        labels = torch.multinomial(shares, 1, generator=generator)[:, 0]
     return F.cross_entropy(scores, labels, reduction="none")  # type: ignore[arg-type]  # checked above
 
 
@@ -136,6 +142,9 @@ def fisher_diagonal(
 
     .. math:: F_j = \frac1N \sum_i \Bigl(\frac{\partial \ell_i}{\partial \theta_j}\Bigr)^2
 
+    Samples with a gradient that is not finite are left out of the mean, with a warning. In a batch they may spoil the
+    gradients of the others, which are left out too then: give suspicious samples alone.
+
     Args:
         params: Parameters.
         batches: Losses of one batch after the other, ``(B,)`` each, with gradient (:func:`fisher_losses`), of a network
@@ -148,7 +157,7 @@ def fisher_diagonal(
         For each parameter a tensor of its shape, in float32 at least.
 
     Raises:
-        ValueError: If there is no sample.
+        ValueError: If there is no sample with a finite gradient.
 
     Example:
         >>> w, x = torch.zeros(2, requires_grad=True), torch.tensor([[1.0, 2.0], [3.0, 0.0]])
@@ -157,30 +166,50 @@ def fisher_diagonal(
 
     """
     sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in params]
-    count = 0
+    offered = counted = 0
     for losses in batches:
         if per_sample:
-            _add_squares_(sums, losses, params)
-            count += len(losses)
+            counted += _add_squares_(sums, losses, params)
+            offered += len(losses)
         elif len(losses):
-            _add_square_(sums, torch.autograd.grad(losses.mean(), params, allow_unused=True), len(losses))
-            count += 1
-    total = torch.tensor(float(count), device=sums[0].device)
+            gradients = torch.autograd.grad(losses.mean(), params, allow_unused=True)
+            counted += _add_square_(sums, gradients, len(losses))
+            offered += 1
+    if counted < offered:
+        what = "samples" if per_sample else "batches"
+        text = f"fisher_diagonal: the gradients of {offered - counted} of {offered} {what} were not finite: left out."
+        warnings.warn(text, stacklevel=2)
+    total = torch.tensor(float(counted), device=sums[0].device)
     if group is not None:
         sums, total = [all_reduce_sum(s, group) for s in sums], all_reduce_sum(total, group)
     if not total:
-        raise ValueError("fisher_diagonal: `batches` must hold a sample, got none.")
+        raise ValueError(
+            "fisher_diagonal: `batches` must hold a sample with a finite gradient, got"
+            f" {'none.' if not offered else f'{offered} without one.'}"
+        )
     return [s / total for s in sums]
 
 
-def _add_squares_(sums: Sequence[Tensor], losses: Tensor, params: Sequence[Tensor]) -> None:
+def _add_squares_(sums: Sequence[Tensor], losses: Tensor, params: Sequence[Tensor]) -> int:
+    """Adds the squares of finite gradients, and returns of how many samples they were."""
     at_once = max(1, _NUMBERS_AT_ONCE // sum(p.numel() for p in params))
     rows = torch.eye(len(losses), dtype=losses.dtype, device=losses.device)
+    count = 0
     for start in range(0, len(losses), at_once):
-        gradients = _gradients_of_rows(losses, params, rows[start : start + at_once])
-        for total, gradient in zip(sums, gradients, strict=True):
-            if gradient is not None:
-                total.add_(gradient.to(total.dtype).square().sum(0))
+        now = rows[start : start + at_once]
+        found = [
+            (total, gradient.to(total.dtype))
+            for total, gradient in zip(sums, _gradients_of_rows(losses, params, now), strict=True)
+            if gradient is not None
+        ]
+        finite = torch.ones(len(now), dtype=torch.bool, device=losses.device)
+        for _, gradient in found:
+            largest = math.sqrt(torch.finfo(gradient.dtype).max)  # whose square is finite still
+            finite &= (gradient.abs() <= largest).flatten(1).all(1) if gradient.dim() > 1 else gradient.abs() <= largest
+        for total, gradient in found:
+            total.add_(gradient[finite].square().sum(0))
+        count += int(finite.sum())
+    return count
 
 
 def _gradients_of_rows(losses: Tensor, params: Sequence[Tensor], rows: Tensor) -> list[Tensor | None]:
@@ -194,7 +223,11 @@ def _gradients_of_rows(losses: Tensor, params: Sequence[Tensor], rows: Tensor) -
     return [None if column[0] is None else torch.stack(column) for column in zip(*each, strict=True)]
 
 
-def _add_square_(sums: Sequence[Tensor], gradients: Sequence[Tensor | None], factor: float) -> None:
+def _add_square_(sums: Sequence[Tensor], gradients: Sequence[Tensor | None], factor: float) -> int:
+    """Adds the squares of a batch's gradients if they are finite, and returns 1 then, else 0."""
     found = [(s, g.to(s.dtype)) for s, g in zip(sums, gradients, strict=True) if g is not None]
+    if not all_finite([g for _, g in found]):
+        return 0
     if found:
         torch._foreach_addcmul_([s for s, _ in found], [g for _, g in found], [g for _, g in found], value=factor)
+    return 1

@@ -13,7 +13,7 @@ from lightning_reg.continual._tasks import TaskTechnique
 from lightning_reg.continual.weight_anchors._ties import Slot, Ties, add_earlier_, weights_to_tie
 from lightning_reg.continual.weight_anchors.core import fisher_diagonal, fisher_losses
 from lightning_reg.engine.host import lightning as host
-from lightning_reg.engine.host.arguments import check_choice, check_number
+from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
 from lightning_reg.engine.host.distributed import world_size
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.networks.peer import Peer, check_runs_on_copy
@@ -51,7 +51,8 @@ class EWC(TaskTechnique, PenaltyTechnique):
 
     Differs:
         F is the mean of the samples' squared gradients, as in the formula; the code that the paper builds on squares
-        the gradient of a batch's mean (``per_sample=False``).
+        the gradient of a batch's mean (``per_sample=False``). Samples (batches then) whose gradients are not finite are
+        left out of the mean, with a warning.
 
     Memory: the tied parameters twice more for each task (``memory="online"``: twice in all); in the Fisher pass one
     copy of the module and the gradients of a few samples. Time: the Fisher pass takes as long as about four epochs.
@@ -99,6 +100,7 @@ class EWC(TaskTechnique, PenaltyTechnique):
         check_number(self, "weight", weight, low=0)
         if fisher_batches is not None:
             check_number(self, "fisher_batches", fisher_batches, low=1, integer=True)
+        check_bool(self, "per_sample", per_sample)
         check_choice(self, "labels", labels, ("argmax", "sample", "true"))
         check_choice(self, "memory", memory, ("separate", "online"))
         self.weight, self.params, self.exclude = weight, params, exclude
@@ -191,17 +193,29 @@ class EWC(TaskTechnique, PenaltyTechnique):
         generator: torch.Generator | None = None
         for part in (part for step in steps for part in self._parts(step)):
             call = peer.see(part, self, gradient=True).call
-            if call is not None:
-                generator = generator or self.generator(part, call.input.device)
-                kept = None if call.sample_mass is None else call.sample_mass > 0
-                labels = call.labels if kept is None else call.labels.where(kept, 0)  # what is ignored may be no class
-                losses = fisher_losses(self._logits(call), labels, self.labels, generator)
-                yield losses if kept is None else losses[kept]
+            if call is None:
+                continue
+            generator = generator or self.generator(part, call.input.device)
+            losses = self._losses_of(call, generator)
+            if not self.per_sample or losses.isfinite().all():
+                yield losses
+                continue
+            # In the gradients of a batch a sample that is not finite spoils those of the others.
+            for single in part.parts(1):
+                call = peer.see(single, self, gradient=True).call
+                if call is not None:
+                    yield self._losses_of(call, generator)
         if generator is None and world_size() == 1:
             raise MisconfigurationException(
                 "EWC: the training data gives no batch with a loss when the fit has ended. Let it start anew with each"
                 " `iter` of the DataLoader."
             )
+
+    def _losses_of(self, call: "LossCall", generator: torch.Generator) -> Tensor:
+        kept = None if call.sample_mass is None else call.sample_mass > 0
+        labels = call.labels if kept is None else call.labels.where(kept, 0)  # what is ignored may be no class
+        losses = fisher_losses(self._logits(call), labels, self.labels, generator)
+        return losses if kept is None else losses[kept]
 
     def _parts(self, step: "Step") -> "Iterator[Step]":
         # The gradients of B samples out of one pass cost B passes: a few samples at a time.

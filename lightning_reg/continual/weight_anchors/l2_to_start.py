@@ -8,6 +8,7 @@ from typing_extensions import override
 
 from lightning_reg.continual._tasks import TaskTechnique
 from lightning_reg.continual.weight_anchors._ties import Ties, weights_to_tie
+from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.technique import PenaltyTechnique
@@ -50,7 +51,8 @@ class L2ToStart(TaskTechnique, PenaltyTechnique):
         anchor: ``"start_of_fit"`` (paper), or ``"end_of_task"``: to the weights when the task before ended, whatever
             was done to the module since, and in the first task to nothing.
         mode: ``"gradient"`` adds :math:`2 \lambda (\theta - \theta^*)` to the gradient (paper); ``"decoupled"`` moves
-            weights by :math:`\eta \lambda (\theta^* - \theta)` before each step, with the learning rate :math:`\eta`.
+            weights by :math:`\eta \lambda (\theta^* - \theta)` before each step, with the learning rate :math:`\eta`;
+            where that would be beyond the anchor (:math:`\eta \lambda > 1`) to the anchor, with a warning.
         name: Tells several instances in one Trainer apart.
 
     Raises:
@@ -79,6 +81,7 @@ class L2ToStart(TaskTechnique, PenaltyTechnique):
         self.weight, self.params, self.exclude = weight, params, exclude
         self.anchor, self.mode = anchor, mode
         self._ties = Ties()
+        self._has_said = False
 
     @property
     @override
@@ -132,7 +135,20 @@ class L2ToStart(TaskTechnique, PenaltyTechnique):
     ) -> None:
         if self.mode == "decoupled":
             for group in optimizer.param_groups:
-                self._ties.pull_(group["params"], float(group["lr"]) * self.weight)
+                rate = float(group["lr"])
+                share = rate * self.weight
+                if share > 1:
+                    self._say_it_overshoots(rate, share)
+                self._ties.pull_(group["params"], min(share, 1.0))
+
+    def _say_it_overshoots(self, rate: float, share: float) -> None:
+        if not self._has_said:
+            self._has_said = True
+            host.rank_zero_warn(
+                f"L2ToStart(weight={self.weight:g}, mode='decoupled'): at the learning rate {rate:g} each step would"
+                f" pull weights {share:g} times the way to their anchors, so they are put on them. Write a `weight`"
+                " below 1 / learning rate."
+            )
 
     @override
     def keep(self, trainer: "Trainer", module: "LightningModule") -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """Checks of arguments, in one voice: class, argument, range, value."""
 
+import ctypes
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 
-__all__ = ["check_choice", "check_number"]
+__all__ = ["check_bool", "check_choice", "check_number"]
 
 
 def check_number(
@@ -18,7 +19,7 @@ def check_number(
     high_open: bool = False,
     integer: bool = False,
 ) -> None:
-    """Raises ``ValueError`` unless ``value`` is a finite number in the interval, of Python or of numpy.
+    """Raises ``ValueError`` unless ``value``, of Python or numpy, is finite and in the interval, for float32 as well.
 
     Args:
         owner: The object whose argument it is; its class is named in the message.
@@ -31,17 +32,46 @@ def check_number(
         integer: Whether only whole numbers are taken.
 
     Raises:
-        ValueError: If ``value`` is no number, not finite, or outside the interval.
+        ValueError: If ``value`` is no number, not finite, or outside the interval; or if float32, which it meets in
+            formulas, holds it as infinite or as an end that is refused.
 
     """
     kinds: tuple[type, ...] = (Integral,) if integer else (Real,)
     fine = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
     fine = fine and (value > low if low_open else value >= low) and (value < high if high_open else value <= high)
-    if not fine:
+    narrow = _in_float32(value) if fine and not integer else value
+    holds = fine and math.isfinite(narrow) and not (low_open and narrow == low) and not (high_open and narrow == high)
+    if not holds:
         left, right = low_open or low == -math.inf, high_open or high == math.inf
         interval = f"{'(' if left else '['}{low}, {high}{')' if right else ']'}"
         kind = "a whole number" if integer else "a number"
-        raise ValueError(f"{type(owner).__name__}: `{name}` must be {kind} in {interval}, got {value!r}.")
+        what = f", which counts as {narrow:g} in float32" if fine else ""
+        raise ValueError(f"{type(owner).__name__}: `{name}` must be {kind} in {interval}, got {value!r}{what}.")
+
+
+_LARGE = 2.0**126  # numbers up to here and their inverses, and twice of both, are finite in float32
+
+
+def _in_float32(value: float) -> float:
+    if abs(value) > _LARGE:
+        return math.copysign(math.inf, value)
+    return 0.0 if abs(value) < 1 / _LARGE else ctypes.c_float(value).value
+
+
+def check_bool(owner: object, name: str, value: object) -> None:
+    """Raises ``ValueError`` unless ``value`` is ``True`` or ``False``: the text "False" would count as true.
+
+    Args:
+        owner: The object whose argument it is; its class is named in the message.
+        name: Name of the argument.
+        value: What the user gave.
+
+    Raises:
+        ValueError: If ``value`` is something else.
+
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{type(owner).__name__}: `{name}` must be True or False, got {value!r}.")
 
 
 def check_choice(owner: object, name: str, value: object, choices: Sequence[object]) -> None:

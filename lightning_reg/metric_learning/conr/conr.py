@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from lightning_reg.engine.data.entries import find_entry, replace_entry
 from lightning_reg.engine.host import lightning as host
-from lightning_reg.engine.host.arguments import check_choice, check_number
+from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.generators import own_randomness
 from lightning_reg.engine.host.user_functions import user_function
@@ -146,6 +146,8 @@ class ConR(BatchTechnique, LossTechnique):
         check_number(self, "temperature", temperature, low=0, low_open=True)
         check_number(self, "eta", eta, low=0)
         check_number(self, "warmup_steps", warmup_steps, low=0, integer=True)
+        check_bool(self, "compat", compat)
+        check_bool(self, "gather", gather)
         check_choice(self, "views", views, tuple(_VIEWS))
         check_choice(self, "push", push, ("exponential", "linear"))
         if "." not in distance:

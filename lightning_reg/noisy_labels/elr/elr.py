@@ -61,7 +61,7 @@ class ELRCallback(LossTechnique):
             WebVision), 1 (CIFAR-10, asymmetric), 7 (CIFAR-100). Tune first. Neutral: 0.
         beta: Momentum of the targets, in [0, 1). Paper: 0.7 (CIFAR-10 symmetric, Clothing1M, WebVision), 0.9
             (CIFAR-10 asymmetric, CIFAR-100).
-        clamp: Floor c of the probabilities, in (0, 0.5). Authors' code: 1e-4.
+        clamp: Floor c of the probabilities, in [1e-6, 0.5). Authors' code: 1e-4.
         warmup_epochs: Epochs in which the targets are gathered but the loss is left alone. Paper: 0.
         num_samples: Number of training samples N; ``None`` for the length of the training dataset. Needed with
             ``index_key``.

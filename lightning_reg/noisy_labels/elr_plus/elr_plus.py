@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_reg.engine.host import lightning as host
-from lightning_reg.engine.host.arguments import check_choice, check_number
+from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.left_out import LeftOut
 from lightning_reg.engine.networks.trained import PeerInit, check_trainable
@@ -77,7 +77,7 @@ class ELRPlusCallback(BatchTechnique, LossTechnique):
         lam: Weight of the regularizer (lambda), at least 0. Paper: 3 (CIFAR-10, symmetric noise; Clothing1M,
             WebVision), 1 (CIFAR-10, asymmetric), 7 (CIFAR-100). Neutral: 0, together with ``mixup_alpha=0``.
         beta: Momentum of the targets, in [0, 1). Paper: 0.7, 0.9 (CIFAR-10 asymmetric, CIFAR-100).
-        clamp: Floor of the probabilities, in (0, 0.5). Authors' code: 1e-4.
+        clamp: Floor of the probabilities, in [1e-6, 0.5). Authors' code: 1e-4.
         lam_rampup_steps: Optimizer steps over which ``lam`` grows to its value, at least 0. Authors' code: 0, 40000
             (CIFAR-100, ``coef_step``).
         mixup_alpha: Parameter a of the Beta distribution that lambda is drawn from, at least 0; 0 leaves images as they
@@ -157,6 +157,8 @@ class ELRPlusCallback(BatchTechnique, LossTechnique):
         check_number(self, "decay", decay, low=0, high=1, high_open=True)
         for argument, value in (("lam_rampup_steps", lam_rampup_steps), ("decay_rampup_steps", decay_rampup_steps)):
             check_number(self, argument, value, low=0, integer=True)
+        check_bool(self, "refine", refine)
+        check_bool(self, "averaging", averaging)
         check_choice(self, "networks", networks, (1, 2))
         check_choice(self, "teacher", teacher, ("train", "eval"))
         check_choice(self, "peer_init", peer_init, ("reset", "copy"))

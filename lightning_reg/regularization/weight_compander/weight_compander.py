@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_reg.engine.host import lightning as host
-from lightning_reg.engine.host.arguments import check_choice, check_number
+from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.technique import WeightMapTechnique
 from lightning_reg.engine.weights.maps import Latents
@@ -115,6 +115,8 @@ class WeightCompander(WeightMapTechnique):
             if value is not None:
                 check_number(self, argument, value, low=0, low_open=True)
         check_number(self, "shape_lr_factor", shape_lr_factor, low=0)
+        check_bool(self, "learn", learn)
+        check_bool(self, "preserve_init", preserve_init)
         self.layers, self.fn, self.a, self.b, self.learn = layers, fn, a, b, learn
         self.shape_lr_factor, self.preserve_init, self.exclude = shape_lr_factor, preserve_init, exclude
         self.latents = Latents(lr_factor=shape_lr_factor)

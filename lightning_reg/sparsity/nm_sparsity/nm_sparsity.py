@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_reg.engine.host import lightning as host
-from lightning_reg.engine.host.arguments import check_choice, check_number
+from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
 from lightning_reg.engine.host.names import as_patterns
 from lightning_reg.engine.run import passes
 from lightning_reg.engine.technique import WeightTechnique
@@ -169,6 +169,8 @@ class NMSparsity(WeightTechnique):
         if self.beta is not None:
             check_number(self, "beta", self.beta, low=0, low_open=True)
         check_number(self, "lambda_w", self.lambda_w, low=0)
+        for argument in ("permute", "harden_at_end", "validate_hard_mask"):
+            check_bool(self, argument, getattr(self, argument))
         check_number(self, "refresh_every", self.refresh_every, low=1, integer=True)
         shares = {"dense_fraction": self.dense_fraction, "finetune_fraction": self.finetune_fraction}
         check_phases(self, shares, {"dense_steps": self.dense_steps, "finetune_steps": self.finetune_steps})
