@@ -205,6 +205,16 @@ class LossCall:
         return fitting[0]
 
     @property
+    def rows_per_sample(self) -> int:
+        """Rows for each sample, in whatever order they lie.
+
+        Raises:
+            MisconfigurationException: If the call's rows are no multiple of a batch size.
+
+        """
+        return self.evaluation.rows // max(self._size, 1)
+
+    @property
     def kind(self) -> SampleKind:
         """What one sample is, see the class."""
         if self.evaluation.rows != self.batch_size:
