@@ -833,3 +833,19 @@ def test_the_example_runs_in_a_short_mode(tmp_path, capsys, monkeypatch):
     assert all(1 <= size <= 4 for size in linupper["effective"])
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert "Effective samples of 4" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:LossReweighting. nothing is reweighted:UserWarning")  # the run has one step
+def test_rows_that_are_no_sequences_are_told_in_the_first_step_of_the_warm_up():
+    def time_first(logits, labels):
+        return F.cross_entropy(logits.transpose(0, 1).flatten(0, 1), labels.t().flatten())
+
+    with pytest.raises(MisconfigurationException, match=r"LossReweighting: .*lie sample after sample is not certain"):
+        one_step(Tagger(time_first), LossReweighting(warmup_steps=3))
+    by_token = LossReweighting(warmup_steps=0, level="token")
+    check(time_first, by_token, lambda z, y: token_weighted(z.flatten(0, 1), y.flatten()))
+
+
+def token_weighted(logits, labels):
+    each = F.cross_entropy(logits, labels, reduction="none")
+    return sum(w * one for w, one in zip(by_hand(each.tolist()), each, strict=True))

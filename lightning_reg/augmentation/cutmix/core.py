@@ -9,18 +9,7 @@ from torch import Tensor
 
 from lightning_reg.engine.data.blend import draw_lam, draw_permutation, mix_targets, mixup
 
-__all__ = [
-    "Cut",
-    "box_masks",
-    "cutmix",
-    "cutmix_loss",
-    "draw_cut",
-    "mix_targets",
-    "mixup",
-    "paste_box",
-    "paste_boxes",
-    "rand_box",
-]
+__all__ = ["cutmix", "cutmix_loss", "mix_targets", "mixup", "paste_box", "rand_box"]
 
 Box = tuple[int, int, int, int]
 

@@ -29,9 +29,10 @@ class LossCall:
     r"""One call of a loss function, seen while the user's ``training_step`` runs; a value that never changes.
 
     A *sample* is what the data loader counts: a row; a sequence, when a flattened ``(B * T, ...)`` call is folded back
-    by the batch size; or a map, when a sample has several elements of its own (pixels, ``(B, V, T)`` tokens, outputs).
-    Its loss is :math:`L_i = \sum_{e \in i} \ell_e / n_i` with mass :math:`n_i = \sum_{e \in i} m_e`, so that the
-    user's mean is :math:`\sum_i n_i L_i / \sum_i n_i`. Ignored elements have mass 0.
+    by the batch size, its rows lying certainly sample after sample; or a map, when a sample has several elements of
+    its own (pixels, ``(B, V, T)`` tokens, outputs). Its loss is :math:`L_i = \sum_{e \in i} \ell_e / n_i` with mass
+    :math:`n_i = \sum_{e \in i} m_e`, so that the user's mean is
+    :math:`\sum_i n_i L_i / \sum_i n_i`. Ignored elements have mass 0.
 
     Args:
         evaluation: What it computes.
@@ -202,6 +203,16 @@ class LossCall:
                 " sample. Choose another call with `loss=...`, or write the loss with `LossMixin.reduce_loss`."
             )
         return fitting[0]
+
+    @property
+    def rows_per_sample(self) -> int:
+        """Rows for each sample, in whatever order they lie.
+
+        Raises:
+            MisconfigurationException: If the call's rows are no multiple of a batch size.
+
+        """
+        return self.evaluation.rows // max(self._size, 1)
 
     @property
     def kind(self) -> SampleKind:

@@ -42,7 +42,7 @@ def mixed_call(call: LossCall, mixing: Mixing, *, certain: bool = True) -> LossC
 
     Returns:
         A call whose elements, masses and sample losses are those of the mixed loss; ``target`` and ``labels`` are those
-        of the samples themselves.
+        of the samples themselves, and of maps with parts of the partner's the pasted ones.
 
     Raises:
         MisconfigurationException: If the losses are computed already, or the target may be made of anything.

@@ -218,7 +218,7 @@ class ConR(BatchTechnique, LossTechnique):
             targets = targets.repeat(views, 1)
             weights = None if weights is None else weights.repeat(views)
         group = host.data_parallel_group(call.step.trainer) if self.gather else None
-        capacity = None if call.step.capacity is None else call.step.capacity * (len(targets) // call.batch_size)
+        capacity = None if call.step.capacity is None else call.step.capacity * call.rows_per_sample * views
         rows = conr_rows(
             features, targets, predictions, self.window, self.temperature, self.eta, weights, self.compat, self.push,
             self._distance(call.step), group, capacity,

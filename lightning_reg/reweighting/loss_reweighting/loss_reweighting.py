@@ -37,11 +37,12 @@ class LossReweighting(LossTechnique):
     gradient. ``"linupper"`` gives little weight to samples that are learned already and bounds that of very hard ones.
 
     A sample is what the loader counts: a row, a sequence of a flattened ``(B * T, V)`` or a ``(B, V, T)`` call, a map
-    of pixels. Its loss is the mean over its elements; ignored ones do not count, and a sample that has no others gets
-    weight 0 and does not disturb the range. The global batch is that of all data-parallel ranks, which may hold
-    different numbers of samples; every rank must make a loss in every step. With ``accumulate_grad_batches`` each
-    micro-batch is weighted on its own, as in the authors' code. Other terms of the loss, validation and test are left
-    alone. With ``reduction="none"`` a mask that your code applies afterwards is not seen: use ``ignore_index``.
+    of pixels; rows that may lie otherwise (of views or loaders joined, time first) are refused. Its loss is the mean
+    over its elements; ignored ones do not count, and a sample that has no others gets weight 0 and does not disturb
+    the range. The global batch is that of all data-parallel ranks, which may hold different numbers of samples;
+    every rank must make a loss in every step. With ``accumulate_grad_batches`` each micro-batch is weighted on its
+    own, as in the authors' code. Other terms of the loss, validation and test are left alone. With
+    ``reduction="none"`` a mask that your code applies afterwards is not seen: use ``ignore_index``.
 
     Use it when heterogeneous, redundant data are seen about once and labels are right, with a global batch of a few
     dozen samples at least. Leave it when labels are noisy (a wrong label has a high loss and gets full weight), when
@@ -165,7 +166,11 @@ class LossReweighting(LossTechnique):
 
     @override
     def is_active(self, step: "Step") -> bool:
-        return self.strategy != "uniform" and (self.warmup == "high_r" or step.global_step >= self.warmup_steps)
+        # In the first step too, so that a loss without samples is told then and not when the warm-up ends.
+        return self.strategy != "uniform" and (not self._attached or not self._is_plain(step))
+
+    def _is_plain(self, step: "Step") -> bool:
+        return self.warmup == "plain" and step.global_step < self.warmup_steps
 
     @override
     def sample_weights(self, call: "LossCall") -> Tensor | None:
@@ -179,6 +184,8 @@ class LossReweighting(LossTechnique):
                 ' Raise the batch size, or weight tokens with `level="token"`.'
             )
         self._attached = True
+        if self._is_plain(call.step):
+            return None
         step = call.step.global_step - self.warmup_steps
         r = scheduled_temperature(step, self.r, self.r_start, self.schedule_steps, self.schedule)
         counted = None if mass is None else mass > 0
