@@ -28,7 +28,7 @@ from lightning_reg.engine.loss.evaluation import Evaluation
 if TYPE_CHECKING:
     from lightning_reg.engine.data.views import Views
 
-__all__ = ["Mixed", "mixed_call"]
+__all__ = ["Mixed", "check_mixed", "mixed_call"]
 
 
 def mixed_call(call: LossCall, mixing: Mixing, *, certain: bool = True) -> LossCall:
@@ -65,6 +65,13 @@ def mixed_call(call: LossCall, mixing: Mixing, *, certain: bool = True) -> LossC
             f" another loss has the labels, choose that one with `loss=...`; if none has, leave {name} out."
         )
     return replace(call, evaluation=Mixed(call.evaluation, mixing, call.given_target, call.site), is_mixed=True)
+
+
+def check_mixed(call: LossCall, mixing: Mixing, *, certain: bool) -> None:
+    """Refuses a loss call that could not follow the mixing of the batch, as :func:`mixed_call` and its value would."""
+    evaluation = mixed_call(call, mixing, certain=certain).evaluation
+    if isinstance(evaluation, Mixed):
+        evaluation.other  # noqa: B018 # refuses targets without a row per sample
 
 
 class Mixed(Evaluation):

@@ -41,7 +41,9 @@ class LossReweighting(LossTechnique):
     weight 0 and does not disturb the range. The global batch is that of all data-parallel ranks, which may hold
     different numbers of samples; every rank must make a loss in every step. With ``accumulate_grad_batches`` each
     micro-batch is weighted on its own, as in the authors' code. Other terms of the loss, validation and test are left
-    alone. With ``reduction="none"`` a mask that your code applies afterwards is not seen: use ``ignore_index``.
+    alone. With ``reduction="none"`` your code must count all losses alike, as a mean or a sum does: a mask or weights
+    belong into the function (``ignore_index``, ``weight``), and a loss that your code changes further (focal loss) is
+    handed over by ``LossMixin``. Anything else is refused; under manual optimization it is not seen.
 
     Use it when heterogeneous, redundant data are seen about once and labels are right, with a global batch of a few
     dozen samples at least. Leave it when labels are noisy (a wrong label has a high loss and gets full weight), when
@@ -166,6 +168,10 @@ class LossReweighting(LossTechnique):
     @override
     def is_active(self, step: "Step") -> bool:
         return self.strategy != "uniform" and (self.warmup == "high_r" or step.global_step >= self.warmup_steps)
+
+    @override
+    def waits(self, step: "Step") -> bool:
+        return self.strategy != "uniform" and step.global_step < self.warmup_steps
 
     @override
     def sample_weights(self, call: "LossCall") -> Tensor | None:
