@@ -45,7 +45,7 @@ def bends(slope: Tensor, part: Tensor) -> bool:
     if not slope.requires_grad:
         return False
     # One direction of many, and none of those in which a softmax stays as it is.
-    direction = torch.arange(1, slope.numel() + 1, device=slope.device, dtype=slope.dtype).sqrt().reshape(slope.shape)
+    direction = torch.linspace(1, 2, slope.numel(), device=slope.device, dtype=slope.dtype).reshape(slope.shape)
     try:
         second: Any = torch.autograd.grad(slope, part, direction, retain_graph=True, allow_unused=True)[0]
     except RuntimeError:  # torch.compile differentiates once

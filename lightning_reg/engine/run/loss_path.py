@@ -39,7 +39,7 @@ class Sightings:
         by_mixin: Whether the module hands its losses over.
         changes_calls: Whether a technique takes part that changes targets or losses.
         any_call: Whether a call was ever seen.
-        is_first: Whether the first step that makes a loss with a call is still to come, or at work.
+        is_first: Whether the first step that makes a loss is still to come, or at work.
         said_none: Whether it was said that a step went without.
 
     """
@@ -219,9 +219,9 @@ class LossPath:
             total = loss_of(step.output)
             if total is not None and not self._by_hand:
                 self._settle(total)
-            sightings.is_first &= not step.made_loss
         elif step.made_loss and self._is_needed:
             self._miss()
+        sightings.is_first &= not step.made_loss
 
     def _miss(self) -> None:
         """A loss was made, and no call was seen."""
