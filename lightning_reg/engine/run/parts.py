@@ -31,7 +31,7 @@ from lightning_reg.engine.run.phases import (
     phases_of,
     taking_part,
 )
-from lightning_reg.engine.run.rehearsal import Rehearsal
+from lightning_reg.engine.run.rehearsal import rehearsals
 from lightning_reg.engine.weights.maps import WeightMaps, check_mappable
 from lightning_reg.engine.weights.penalties import add_penalties_
 from lightning_reg.engine.weights.strategies import check_editable, check_split
@@ -40,7 +40,6 @@ from lightning_reg.engine.weights.swap import Surgery, named_weights
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-    from lightning_reg.engine.data.mixing import Mixing
     from lightning_reg.engine.step import Step
 
 __all__ = ["LossPart", "make_parts"]
@@ -401,23 +400,12 @@ class LossPart(Part):
     def around(self, step: "Step") -> AbstractContextManager[Any]:
         mixer = step.mixer
         on_loss = [t for t in self._techniques if t in step.active and (t in self._on_loss or t is mixer)]
-        return LossPath(step, on_loss, self._sightings, self._rehearsals(step))
+        rehearsed = rehearsals(step, self._techniques, self._on_loss) if self._sightings.is_first else ()
+        return LossPath(step, on_loss, self._sightings, rehearsed)
 
     def has_to_rehearse(self, step: "Step") -> bool:
         """Whether the step is a fit's first, and is to tell what is wrong for techniques that are not active yet."""
         return self._sightings.is_first and any(technique.waits(step) for technique in self._techniques)
-
-    def _rehearsals(self, step: "Step") -> Sequence[Rehearsal]:
-        if not self._sightings.is_first:
-            return ()
-        mixed_by = None if step.mixing is None else step.mixing.by
-        idle = [t for t in self._techniques if t is not mixed_by and (t in step.active or t.waits(step))]
-        mixings = {t: t.rehearse(step) for t in taking_part(idle, OnBatch, "transform_batch")}
-        followed: dict[Member, Mixing] = {
-            t: mixing for t, mixing in mixings.items() if mixing is not None and not mixing.in_targets
-        }
-        waiting = [t for t in idle if t in followed or (t in self._on_loss and t not in step.active)]
-        return [Rehearsal(technique, step, followed.get(technique)) for technique in waiting]
 
     def reduce_loss(
         self, per_sample: Tensor, logits: Tensor | None, targets: Tensor | None, indices: Tensor | None
