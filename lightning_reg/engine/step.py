@@ -65,7 +65,8 @@ class Step:
         notes: What techniques keep for the later phases of this step, by technique.
         active: The techniques that take part in it.
         network: Runs the user's ``training_step`` on a batch.
-        call_changes: What parts make of each loss call, with gradient or without, before techniques work on it.
+        call_changes: What parts make of each loss call, with gradient or without, before techniques work on it; by the
+            technique whose part it is.
         feature_view: What is kept of the output of an observed layer.
         output: What ``training_step`` has returned.
         made_loss: Whether it made a loss, as far as that is known when it has returned.
@@ -92,7 +93,7 @@ class Step:
         self.scalars: dict[str, Tensor] = {}
         self.active: Sequence[Owner] = ()
         self.network: Callable[[Any], Any] = _no_network
-        self.call_changes: list[Callable[[Any], Any]] = []
+        self.call_changes: dict[Owner, Callable[[Any], Any]] = {}
         self.feature_view: Callable[[Any], Any] | None = None
         self.output: Any = None
         self.made_loss = False

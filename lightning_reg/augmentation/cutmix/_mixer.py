@@ -119,6 +119,16 @@ class Mixer(BatchTechnique, ABC):
         return self.prob > 0 and step.epoch >= self.start_epoch and not stopped
 
     @override
+    def waits(self, step: "Step") -> bool:
+        return self.prob > 0 and step.epoch < self.start_epoch
+
+    @override
+    def rehearse(self, step: "Step") -> Mixing:
+        key, inputs = self._find_inputs(step.batch, step)
+        mix = self._mix(inputs, torch.Generator())
+        return self._followed(step.batch, step, key, mix._replace(inputs=inputs))[1]
+
+    @override
     def transform_batch(self, batch: Any, step: "Step") -> Any:
         if step.mixing is not None:  # a batch is mixed once
             return batch
@@ -131,6 +141,14 @@ class Mixer(BatchTechnique, ABC):
         return batch
 
     def _mixed(self, batch: object, step: "Step", generator: torch.Generator) -> tuple[object, float | Tensor]:
+        key, inputs = self._find_inputs(batch, step)
+        mix = self._mix(inputs, generator)
+        if not isinstance(mix.lam, Tensor) and mix.lam == 1.0:  # an empty box: the batch stays the very one it was
+            return batch, mix.lam
+        batch, step.mixing = self._followed(batch, step, key, mix)
+        return replace_entry(batch, key, mix.inputs), mix.lam
+
+    def _find_inputs(self, batch: object, step: "Step") -> tuple[str, Tensor]:
         key = input_key_of(batch, self, several=step.several) if self.input_key is None else self.input_key
         inputs = find_entry(batch, key, f"{type(self).__name__}: input_key")
         problem = self._problem_with(inputs) if isinstance(inputs, Tensor) else "it is no tensor"
@@ -140,16 +158,15 @@ class Mixer(BatchTechnique, ABC):
                 f"{type(self).__name__}: the batch's inputs (input_key={key!r}) cannot be mixed: {problem}, found"
                 f" {shape}. Name another entry with `input_key`."
             )
-        mixed, permutation, lam, replaced = self._mix(inputs, generator)
-        if not isinstance(lam, Tensor) and lam == 1.0:  # an empty box: the batch stays the very one it was
-            return batch, lam
+        return key, inputs
+
+    def _followed(self, batch: object, step: "Step", key: str, mix: Mix) -> tuple[object, Mixing]:
+        """The batch with targets that follow the mixed inputs, or as it is if the loss is to follow."""
         part = find_entry(batch, key.partition(".")[0], "input_key") if step.several else batch
         soft = self.form == "soft" or (self.form == "auto" and isinstance(step.module, LossMixin))
         advice = f'have them mixed in the batch, `{type(self).__name__}(form="soft")`'
-        step.mixing = Mixing(self, permutation, lam, mixed, part, soft, advice, replaced)
-        if soft:
-            batch = self._with_soft_targets(batch, key, step.mixing)
-        return replace_entry(batch, key, mixed), lam
+        mixing = Mixing(self, mix.permutation, mix.lam, mix.inputs, part, soft, advice, mix.replaced)
+        return self._with_soft_targets(batch, key, mixing) if soft else batch, mixing
 
     def _with_soft_targets(self, batch: object, input_key: str, mixing: Mixing) -> object:
         name, permutation, key = type(self).__name__, mixing.permutation, self.target_key

@@ -25,7 +25,8 @@ class CutMix(Mixer):
     What the module's own code sees: mixed images and, in the form "pair", the labels ``y`` as they were. Metrics of the
     training step are therefore those of mixed images against one of their two labels, and low: watch the validation's,
     and do not stop early on the training loss, which is the mixed one. Factors that your code puts on losses by
-    ``reduction="none"`` (a weight of the class, a focal factor) see the sample's own label.
+    ``reduction="none"`` (a weight of the class) see the sample's own label; a loss that is not linear in them (focal
+    loss) is refused: hand it over by ``LossMixin``, and the labels are mixed in the batch.
 
     Targets per pixel, those with the height and width of the images, ``(B, H, W)`` or ``(B, ..., H, W)`` (signals: with
     their length; flattened sample after sample as well), are no labels of the image: they get the partner's values in

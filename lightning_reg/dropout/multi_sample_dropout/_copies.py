@@ -124,7 +124,7 @@ class Copies(Part):
         once = step.network
         step.feature_view = self._first
         if self.plan.way == "rows":
-            step.call_changes.append(self._on_copies)
+            step.call_changes[self.owner] = self._on_copies
             step.network = lambda batch: self._pass(once, batch, 0)
         else:
             step.network = lambda batch: self._replay(once, batch, step)

@@ -4,9 +4,80 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
-__all__ = ["descends", "lies_by_row", "version_of"]
+__all__ = ["bends", "derivative", "descends", "is_fixed", "lies_by_row", "version_of"]
+
+
+def derivative(total: Tensor, part: Tensor) -> Tensor | None:
+    """The derivative of a scalar by a tensor that it was made of; no gradient of a parameter changes.
+
+    Args:
+        total: The scalar.
+        part: The tensor.
+
+    Returns:
+        In the shape of ``part``, with a graph of its own where it is not constant; ``None`` if the scalar does not
+        depend on it.
+
+    """
+    if total is part:
+        return torch.ones_like(part)
+    if not total.requires_grad or not part.requires_grad:
+        return None
+    # Typed in torch as tensors alone.
+    outputs: Any = _before_reducer(total)
+    return torch.autograd.grad(outputs, part, create_graph=True, retain_graph=True, allow_unused=True)[0]
+
+
+def bends(slope: Tensor, part: Tensor) -> bool:
+    """Whether a derivative changes with what it was taken by, so that the total is not linear in that.
+
+    Args:
+        slope: What :func:`derivative` gave.
+        part: What it was taken by.
+
+    Returns:
+        ``False`` as well where it cannot be known, in a compiled function. A host sync, unless the derivative is
+        constant.
+
+    """
+    if not slope.requires_grad:
+        return False
+    # One direction of many, and none of those in which a softmax stays as it is.
+    direction = torch.linspace(1, 2, slope.numel(), device=slope.device, dtype=slope.dtype).reshape(slope.shape)
+    try:
+        second: Any = torch.autograd.grad(slope, part, direction, retain_graph=True, allow_unused=True)[0]
+    except RuntimeError:  # torch.compile differentiates once
+        return False
+    return second is not None and bool(second.any())
+
+
+def is_fixed(slope: Tensor) -> bool:
+    """Whether a derivative is made of constants alone, of nothing that is trained."""
+    stack: list[Any] = [slope.grad_fn]
+    seen: set[Any] = set()
+    while stack:
+        current = stack.pop()
+        if current is None or current in seen:
+            continue
+        if current.name().endswith("AccumulateGrad"):
+            return False
+        seen.add(current)
+        stack.extend(following for following, _ in current.next_functions)
+    return True
+
+
+def _before_reducer(total: Tensor) -> Tensor | GradientEdge:
+    # DDP counts a first pass through what it wraps a step's output in as the backward pass, and with `static_graph` the
+    # ranks' gradients would no longer be averaged. torch takes the place before it from 2.5 on.
+    node = total.grad_fn
+    if node is None or not node.name().startswith("_DDPSink") or torch.__version__ < "2.5":
+        return total
+    before, number = node.next_functions[total.output_nr]
+    return total if before is None else GradientEdge(before, number)
 
 
 def descends(value: Tensor, node: Any, but_through: Sequence[Any] = ()) -> bool:

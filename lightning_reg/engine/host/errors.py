@@ -6,7 +6,13 @@ from typing import NoReturn
 from lightning_reg.engine.host.lightning import MisconfigurationException
 from lightning_reg.engine.host.names import Patterns, near_names, unmatched
 
-__all__ = ["MisconfigurationException", "check_patterns", "refuse_layer", "refuse_parameter"]
+__all__ = ["MisconfigurationException", "check_patterns", "in_the_name_of", "refuse_layer", "refuse_parameter"]
+
+
+def in_the_name_of(owner: object, error: MisconfigurationException) -> MisconfigurationException:
+    """The error as one of whoever met it: with the name of its class, unless it has that already."""
+    name = type(owner).__name__
+    return error if name in str(error) else MisconfigurationException(f"{name}: {error}")
 
 
 def refuse_layer(name: str, names: Iterable[str], owner: str = "") -> NoReturn:

@@ -28,7 +28,7 @@ from lightning_reg.engine.loss.evaluation import Derived, Evaluation
 if TYPE_CHECKING:
     from lightning_reg.engine.data.views import Views
 
-__all__ = ["Mixed", "mixed_call"]
+__all__ = ["Mixed", "check_mixed", "mixed_call"]
 
 
 def mixed_call(call: LossCall, mixing: Mixing, *, certain: bool = True) -> LossCall:
@@ -68,6 +68,13 @@ def mixed_call(call: LossCall, mixing: Mixing, *, certain: bool = True) -> LossC
     if pasted is None:
         return replace(call, evaluation=Mixed(call.evaluation, mixing, call.given_target, call.site), is_mixed=True)
     return replace(call, evaluation=call.evaluation.with_target(pasted, call), is_mixed=True)
+
+
+def check_mixed(call: LossCall, mixing: Mixing, *, certain: bool) -> None:
+    """Refuses a loss call that could not follow the mixing of the batch, as :func:`mixed_call` and its value would."""
+    evaluation = mixed_call(call, mixing, certain=certain).evaluation
+    if isinstance(evaluation, Mixed):
+        evaluation.other  # noqa: B018 # refuses targets without a row per sample
 
 
 def _pasted(call: LossCall, mixing: Mixing) -> Tensor | None:

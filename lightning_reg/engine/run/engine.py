@@ -102,10 +102,13 @@ class Engine:
             begin()
         step = Step(self.trainer, self.module, args[0] if args else None, followed, self._loaders.several, args[1:])
         step.active = [technique for technique in self.techniques if technique.is_active(step)]
+        around = self._around
         if not step.active:
-            return original(*args, **kwargs)
+            if not self._loss.has_to_rehearse(step):
+                return original(*args, **kwargs)
+            around = [self._loss.around]
         step.network = lambda batch: original(batch, *args[1:], **kwargs)
-        with self._around[0](step) if len(self._around) == 1 else _entered(self._around, step):
+        with around[0](step) if len(around) == 1 else _entered(around, step):
             step.output = step.network(step.given_batch)
         if step.scalars:
             report.log_scalars(self.module, step.scalars, sum(step.batch_sizes))

@@ -5,25 +5,27 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lightning_reg.engine.host import lightning as host
-from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.host.autograd import version_of
+from lightning_reg.engine.host.errors import MisconfigurationException, in_the_name_of
 from lightning_reg.engine.loss.call import LossCall
 from lightning_reg.engine.loss.call_by_hand import call_by_hand
 from lightning_reg.engine.loss.call_mixed import mixed_call
 from lightning_reg.engine.loss.choice import Selection
 from lightning_reg.engine.loss.elements import bind, has_gradient
 from lightning_reg.engine.loss.evaluation import FunctionEvaluation
-from lightning_reg.engine.loss.result import loss_of, swapped, with_loss
+from lightning_reg.engine.loss.result import check_contributes, check_part, loss_of, swapped, with_loss
 from lightning_reg.engine.loss.row_order import RowOrder
 from lightning_reg.engine.loss.watch import Interception, call_site
 from lightning_reg.engine.run.phases import Member, OnLoss, phases_of, taking_part
 
 if TYPE_CHECKING:
+    from lightning_reg.engine.run.rehearsal import Rehearsal
     from lightning_reg.engine.step import Step
 
 __all__ = ["LossPath", "Sightings"]
@@ -43,6 +45,7 @@ class Sightings:
         by_mixin: Whether the module hands its losses over.
         changes_calls: Whether a technique takes part that changes targets or losses.
         any_call: Whether a call was ever seen.
+        is_first: Whether the first step that makes a loss is still to come, or at work.
         said_none: Whether it was said that a step went without.
         orders: What is known of the order of each call's rows, by the call's place among those of a step.
 
@@ -53,6 +56,7 @@ class Sightings:
     by_mixin: bool
     changes_calls: bool = field(init=False)
     any_call: bool = False
+    is_first: bool = True
     said_none: bool = False
     paths: "list[LossPath]" = field(default_factory=list)
     orders: "defaultdict[int, RowOrder]" = field(default_factory=lambda: defaultdict(_order_at_first))
@@ -61,14 +65,30 @@ class Sightings:
         self.changes_calls = bool(self.acting["change_targets"] or self.acting["change_losses"])
 
 
-class _Worked(NamedTuple):
-    """A call that techniques have worked on, and what came of it."""
+@dataclass
+class _Seen:
+    """A call that was seen, and what came of it.
+
+    Args:
+        call: The call as techniques have it.
+        takers: Techniques that work on it.
+        owners: Everybody who has a part in it, those included that wait.
+
+    Attributes:
+        value: What the user's code got; with views, what that was made of.
+        version: How often that had been changed in place.
+        weights: What techniques have made of it.
+        terms: The same.
+
+    """
 
     call: LossCall
-    value: Tensor
     takers: "list[Member]"
+    owners: "list[Any]"
+    value: Tensor = field(init=False)
+    version: int = field(init=False)
     weights: Tensor | None = None
-    terms: tuple[Tensor, ...] = ()
+    terms: list[Tensor] = field(default_factory=list)
 
 
 class LossPath:
@@ -80,19 +100,27 @@ class LossPath:
         step: The step.
         techniques: Active techniques that work on the loss, the mixer of the batch included.
         sightings: What is known of the calls of the fit.
+        rehearsals: In a fit's first step the techniques that act on losses in later ones only.
 
     """
 
-    def __init__(self, step: "Step", techniques: "Sequence[Member]", sightings: Sightings) -> None:
-        self._step, self._techniques, self._sightings = step, techniques, sightings
+    def __init__(
+        self,
+        step: "Step",
+        techniques: "Sequence[Member]",
+        sightings: Sightings,
+        rehearsals: "Sequence[Rehearsal]" = (),
+    ) -> None:
+        self._step, self._techniques, self._sightings, self._rehearsals = step, techniques, sightings, rehearsals
         self._selection: Selection[Member] = Selection(techniques, step.mixer)
-        self._last: _Worked | None = None
+        self._seen: list[_Seen] = []
         self._by_hand = not step.module.automatic_optimization
-        watched = not sightings.by_mixin and bool(techniques or step.call_changes or step.views is not None)
+        involved = bool(techniques or rehearsals)
+        watched = not sightings.by_mixin and bool(involved or step.call_changes or step.views is not None)
         self._watching: AbstractContextManager[None] = (
             sightings.interception.watch(self.see) if watched else nullcontext()
         )
-        self._is_needed = watched or bool(techniques)
+        self._is_needed = watched or involved
 
     def __enter__(self) -> "LossPath":
         self._sightings.paths.append(self)
@@ -119,10 +147,12 @@ class LossPath:
         evaluation = FunctionEvaluation(function, arguments)
         order, site = self._sightings.orders[len(self._selection.seen)], self._site() if counts else ""
         seen = call = LossCall(evaluation, step, site, evaluation.target, order=order)
-        for change in step.call_changes:
-            call = change(call)
+        owners: list[Any] = []
+        for owner, change in step.call_changes.items():
+            before, call = call, change(call)
+            owners += [] if call is before else [owner]
         if counts:
-            return self._take(call)
+            return self._take(call, owners)
         return function(*args, **kwargs) if call is seen else call.plain
 
     def reduce_loss(
@@ -130,22 +160,27 @@ class LossPath:
     ) -> Tensor:
         """What :meth:`LossMixin.reduce_loss` returns to the user's code."""
         call = call_by_hand(per_sample, logits, targets, indices, self._step, self._site())
-        return self._take(call)
+        return self._take(call, [])
 
     def _site(self) -> str:
         return call_site() if not self._sightings.any_call or self._selection.needs_site() else ""
 
-    def _take(self, call: LossCall) -> Tensor:
+    def _take(self, call: LossCall, owners: list[Any]) -> Tensor:
         selection, step, name = self._selection, self._step, call.name
-        takers = selection.take(name, call.site, str(call) if call.site else name)
+        description = str(call) if call.site else name
+        takers = selection.take(name, call.site, description)
         if step.views is not None:
             call = call.narrowed(step.views)
+        owners += takers
+        owners += [r.technique for r in self._rehearsals if r.takes(call, description)]
         if step.mixing is not None:
             call = self._mixed(call, takers)
-        worked = self._work(call, takers) if takers else _Worked(call, call.given_value(call.plain), takers)
-        if selection.late:
-            self._last = worked
-        return worked.value
+            owners += [step.mixing.by] if call.is_mixed and step.mixing.by not in owners else []
+        seen = _Seen(call, takers, owners)
+        self._seen.append(seen)
+        seen.value = self._work(seen, takers) if takers else call.plain
+        seen.version = version_of(seen.value)
+        return call.given_value(seen.value)
 
     def _mixed(self, call: LossCall, takers: list[Member]) -> LossCall:
         """The call as it follows the mixing of the batch."""
@@ -157,29 +192,27 @@ class LossPath:
         taken = concerned is None and mixing.by in takers
         return mixed_call(call, mixing, certain=not taken) if concerned or taken else call
 
-    def _work(self, call: LossCall, techniques: list[Member], before: _Worked | None = None) -> _Worked:
-        step, acting = self._step, self._sightings.acting
+    def _work(self, seen: _Seen, techniques: list[Member]) -> Tensor:
+        step, acting, call = self._step, self._sightings.acting, seen.call
         if step.views is not None:
             call.check_views()
-        weights, terms = (None, []) if before is None else (before.weights, [*before.terms])
         # Not changed by a mixer: what it gives is the base.
         given = call.plain if step.is_logging and taking_part(techniques, OnLoss) else None
         if self._sightings.changes_calls:
             call = _changed(call, techniques, acting)
         for technique in acting["sample_weights"]:
             if technique in techniques and (own := _ask(technique, technique.sample_weights, call)) is not None:
-                weights = call.combined(weights, own)
+                seen.weights = call.combined(seen.weights, own)
         for technique in acting["loss_term"]:
             if technique in techniques and (term := _ask(technique, technique.loss_term, call)) is not None:
-                terms.append(term)
+                seen.terms.append(term)
                 if step.is_logging:
                     step.log(technique, "term", term.mean())
-        value = call.value(weights, terms)
+        seen.call, value = call, call.value(seen.weights, seen.terms)
         if given is not None:
             step.scalars["reg/loss/base"] = given.detach().mean()
             step.scalars["reg/loss/total"] = value.detach().mean()
-        given_value = value if call.views is None else call.given_value(value)
-        return _Worked(call, given_value, techniques, weights, tuple(terms))
+        return value
 
     # -- the end of the step ------------------------------------------------------------------------------------------
 
@@ -190,10 +223,14 @@ class LossPath:
         if selection.seen:
             sightings.any_call = True
             selection.check()
-            if selection.late:
-                self._settle_last()
+            for rehearsal in self._rehearsals:
+                rehearsal.check()
+            total = loss_of(step.output)
+            if total is not None and not self._by_hand:
+                self._settle(total)
         elif step.made_loss and self._is_needed:
             self._miss()
+        sightings.is_first &= not step.made_loss
 
     def _miss(self) -> None:
         """A loss was made, and no call was seen."""
@@ -202,8 +239,8 @@ class LossPath:
             raise selection.not_mixed()
         if sightings.interception.missed(step.trainer.global_step):
             step.made_loss = False  # as far as anybody can say: the mode looks at the next one
-        elif self._techniques and not sightings.any_call:
-            raise selection.nothing_seen(by_mixin=sightings.by_mixin)
+        elif not sightings.any_call and (everyone := [*self._techniques, *(r.technique for r in self._rehearsals)]):
+            raise Selection(everyone).nothing_seen(by_mixin=sightings.by_mixin)
         elif self._techniques and not sightings.said_none:
             sightings.said_none = True
             names = ", ".join(type(t).__name__ for t in selection.techniques)
@@ -212,21 +249,40 @@ class LossPath:
                 " be seen, unlike steps before it: it went without. This is said once."
             )
 
-    def _settle_last(self) -> None:
-        """Lets the techniques that work on the last call do so, now that it is known."""
-        step, selection, worked = self._step, self._selection, self._last
-        late, total = selection.late, loss_of(step.output)
-        if worked is None or total is None:
-            return
-        mixer = selection.mixer
-        if worked.call.is_mixed:  # its labels were recognized, so the mixer has had its way already
+    def _settle(self, total: Tensor) -> None:
+        """Does what could be done only with the loss that ``training_step`` has returned."""
+        step, late, last, first = self._step, self._selection.late, self._seen[-1], self._sightings.is_first
+        if late:
+            with step.trainer.precision_plugin.train_step_context():
+                step.output = with_loss(step.output, self._settled_last(total, last, late))
+        if first or step.is_logging:
+            last.owners += [*late, *(r.technique for r in self._rehearsals if r.takes_last)]
+            for seen in self._seen:
+                if seen.owners and seen.value is not total:
+                    _check_part(total, seen, first=first)
+
+    def _settled_last(self, total: Tensor, last: _Seen, late: list[Member]) -> Tensor:
+        """The loss with what the techniques make of the last call, now that it is known."""
+        mixer = self._selection.mixer
+        if last.call.is_mixed:  # its labels were recognized, so the mixer has had its way already
             late = [technique for technique in late if technique is not mixer]
-        before = [technique for technique in worked.takers if technique is not mixer]
+        before = [technique for technique in last.takers if technique is not mixer]
         for technique in late:
             if before and (technique is mixer or "change_targets" in phases_of(technique)):
-                raise selection.too_late(technique, before[0])
-        new = self._work(self._mixed(worked.call, late), late, worked).value if late else worked.value
-        step.output = with_loss(step.output, swapped(total, worked.value, new, worked.call))
+                raise self._selection.too_late(technique, before[0])
+        if not late:
+            return total
+        last.call = self._mixed(last.call, late)
+        return swapped(total, last.value, self._work(last, late), last.call)
+
+
+def _check_part(total: Tensor, seen: _Seen, *, first: bool) -> None:
+    counting = [t for t in seen.owners if {"change_losses", "sample_weights"}.intersection(phases_of(t))]
+    names, those = (", ".join(dict.fromkeys(type(t).__name__ for t in ts)) for ts in (seen.owners, counting))
+    if first:
+        check_contributes(total, seen.value, f"{names}: {seen.call}")
+    in_place = version_of(seen.value) != seen.version
+    check_part(total, seen.value, seen.call, names, those, in_place=in_place)
 
 
 def _changed(call: LossCall, techniques: list[Member], acting: "Mapping[str, Sequence[OnLoss]]") -> LossCall:
@@ -249,8 +305,7 @@ def _with_losses(call: LossCall, technique: OnLoss) -> LossCall:
     try:
         changed = call.with_losses(losses)
     except MisconfigurationException as error:
-        _name(technique, error)
-        raise
+        raise in_the_name_of(technique, error) from error
     if call.step.is_logging:
         call.step.log(technique, "loss", losses.mean())
     return changed
@@ -263,12 +318,4 @@ def _ask(technique: OnLoss, phase: Callable[[LossCall], Tensor | None], call: Lo
     try:
         return phase(call)
     except MisconfigurationException as error:
-        _name(technique, error)
-        raise
-
-
-def _name(technique: Member, error: MisconfigurationException) -> None:
-    """Raises the error once more with the technique's name, unless it has that already."""
-    name = type(technique).__name__
-    if name not in str(error):
-        raise MisconfigurationException(f"{name}: {error}") from error
+        raise in_the_name_of(technique, error) from error

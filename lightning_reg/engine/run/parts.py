@@ -31,6 +31,7 @@ from lightning_reg.engine.run.phases import (
     phases_of,
     taking_part,
 )
+from lightning_reg.engine.run.rehearsal import rehearsals
 from lightning_reg.engine.weights.maps import WeightMaps, check_mappable
 from lightning_reg.engine.weights.penalties import add_penalties_
 from lightning_reg.engine.weights.strategies import check_editable, check_split
@@ -399,7 +400,12 @@ class LossPart(Part):
     def around(self, step: "Step") -> AbstractContextManager[Any]:
         mixer = step.mixer
         on_loss = [t for t in self._techniques if t in step.active and (t in self._on_loss or t is mixer)]
-        return LossPath(step, on_loss, self._sightings)
+        rehearsed = rehearsals(step, self._techniques, self._on_loss) if self._sightings.is_first else ()
+        return LossPath(step, on_loss, self._sightings, rehearsed)
+
+    def has_to_rehearse(self, step: "Step") -> bool:
+        """Whether the step is a fit's first, and is to tell what is wrong for techniques that are not active yet."""
+        return self._sightings.is_first and any(technique.waits(step) for technique in self._techniques)
 
     def reduce_loss(
         self, per_sample: Tensor, logits: Tensor | None, targets: Tensor | None, indices: Tensor | None

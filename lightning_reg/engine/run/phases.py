@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from lightning.pytorch import LightningModule, Trainer
 
+    from lightning_reg.engine.data.mixing import Mixing
     from lightning_reg.engine.layers.edits import LayerCall
     from lightning_reg.engine.loss.call import LossCall
     from lightning_reg.engine.run.part import Part
@@ -80,6 +81,10 @@ class Member:
         """Whether it takes part in this step; an inactive technique costs this call and nothing else."""
         return True
 
+    def waits(self, step: "Step") -> bool:
+        """Whether it waits for a later step of this fit (a warm-up, a first epoch): the first step checks its setup."""
+        return False
+
     def parts(self, trainer: "Trainer", module: "LightningModule") -> "Sequence[Part]":
         """Parts of its own that the engine works with beside those that it has, see :class:`Part`; usually none."""
         raise NotImplementedError
@@ -91,6 +96,14 @@ class OnBatch(Member):
     def transform_batch(self, batch: Any, step: "Step") -> Any:
         """Returns the batch that the user's ``training_step`` gets; the given one stays as it is."""
         raise NotImplementedError
+
+    def rehearse(self, step: "Step") -> "Mixing | None":
+        """Returns how it would mix ``step.batch``, with the inputs as they are; ``None`` if it does not mix.
+
+        Asked once in a fit, when the first step's batch is left as it is and later ones are mixed: what it would refuse
+        then it refuses now.
+        """
+        return None
 
     def observe_batch(self, step: "Step") -> None:
         """Sees ``step.batch`` as the user's ``training_step`` is about to get it; ``step.notes`` keeps what was seen.
@@ -109,11 +122,22 @@ class OnBatch(Member):
 
 
 class OnLoss(Member):
-    """Phases on the loss call, and the layers' outputs that go with it."""
+    """Phases on the loss call, and the layers' outputs that go with it.
+
+    A call's value is handed to the user's code with what techniques made of it. What that code makes of it then is
+    looked at in the first step of a fit and in steps that are logged: it must be linear in the value, and a technique
+    that weights samples or changes losses needs all losses of ``reduction="none"`` to count alike. Not seen are a
+    factor that the user's code computes from losses without gradient, and under manual optimization, where
+    ``training_step`` returns nothing, whatever it makes of the value.
+    """
 
     # Whether it knows what to make of a batch whose samples were mixed (`step.mixing`); asked of those that look at
     # single samples: by their indices, by their targets.
     takes_mixed: ClassVar[bool] = False
+
+    def check_call(self, call: "LossCall") -> None:
+        """Refuses a loss call that it could not work on; asked in the first step of a fit if it waits."""
+        call.batch_size  # noqa: B018 # refuses a call without a loss per sample
 
     @property
     def feature_layers(self) -> "Sequence[str]":

@@ -184,6 +184,14 @@ class ConR(BatchTechnique, LossTechnique):
     def is_active(self, step: "Step") -> bool:
         return self._beta(step) > 0
 
+    @override
+    def waits(self, step: "Step") -> bool:
+        return self.beta > 0
+
+    @override
+    def check_call(self, call: "LossCall") -> None:
+        regression_pairs(call)
+
     @property
     @override
     def feature_layers(self) -> "Sequence[str]":

@@ -42,7 +42,9 @@ class LossReweighting(LossTechnique):
     the range. The global batch is that of all data-parallel ranks, which may hold different numbers of samples;
     every rank must make a loss in every step. With ``accumulate_grad_batches`` each micro-batch is weighted on its
     own, as in the authors' code. Other terms of the loss, validation and test are left alone. With
-    ``reduction="none"`` a mask that your code applies afterwards is not seen: use ``ignore_index``.
+    ``reduction="none"`` your code must count all losses alike, as a mean or a sum does: a mask or weights belong into
+    the function (``ignore_index``, ``weight``), and a loss that your code changes further (focal loss) is handed over
+    by ``LossMixin``. Anything else is refused; under manual optimization it is not seen.
 
     Use it when heterogeneous, redundant data are seen about once and labels are right, with a global batch of a few
     dozen samples at least. Leave it when labels are noisy (a wrong label has a high loss and gets full weight), when
@@ -166,11 +168,16 @@ class LossReweighting(LossTechnique):
 
     @override
     def is_active(self, step: "Step") -> bool:
-        # In the first step too, so that a loss without samples is told then and not when the warm-up ends.
-        return self.strategy != "uniform" and (not self._attached or not self._is_plain(step))
+        return self.strategy != "uniform" and (self.warmup == "high_r" or step.global_step >= self.warmup_steps)
 
-    def _is_plain(self, step: "Step") -> bool:
-        return self.warmup == "plain" and step.global_step < self.warmup_steps
+    @override
+    def waits(self, step: "Step") -> bool:
+        return self.strategy != "uniform" and step.global_step < self.warmup_steps
+
+    @override
+    def check_call(self, call: "LossCall") -> None:
+        if self.level == "sample":
+            super().check_call(call)
 
     @override
     def sample_weights(self, call: "LossCall") -> Tensor | None:
@@ -184,8 +191,6 @@ class LossReweighting(LossTechnique):
                 ' Raise the batch size, or weight tokens with `level="token"`.'
             )
         self._attached = True
-        if self._is_plain(call.step):
-            return None
         step = call.step.global_step - self.warmup_steps
         r = scheduled_temperature(step, self.r, self.r_start, self.schedule_steps, self.schedule)
         counted = None if mass is None else mass > 0
