@@ -9,7 +9,6 @@ from lightning_reg._lazy import lazy_attributes
 from lightning_reg.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from lightning_reg.augmentation.cutmix.core import Cut as Cut
     from lightning_reg.augmentation.cutmix.cutmix import CutMix as CutMix
     from lightning_reg.augmentation.cutmix.mixup import Mixup as Mixup
     from lightning_reg.averaging.model_soups.core import LearnedSoup as LearnedSoup
@@ -49,7 +48,6 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy_attributes(
     __name__,
     {
-        "Cut": "lightning_reg.augmentation.cutmix.core",
         "CutMix": "lightning_reg.augmentation.cutmix.cutmix",
         "Mixup": "lightning_reg.augmentation.cutmix.mixup",
         "LearnedSoup": "lightning_reg.averaging.model_soups.core",

@@ -8,15 +8,11 @@ from typing import TYPE_CHECKING
 from lightning_reg._lazy import lazy_attributes
 
 if TYPE_CHECKING:
-    from lightning_reg.augmentation.cutmix.core import Cut as Cut
-    from lightning_reg.augmentation.cutmix.core import box_masks as box_masks
     from lightning_reg.augmentation.cutmix.core import cutmix as cutmix
     from lightning_reg.augmentation.cutmix.core import cutmix_loss as cutmix_loss
-    from lightning_reg.augmentation.cutmix.core import draw_cut as draw_cut
     from lightning_reg.augmentation.cutmix.core import mix_targets as mix_targets
     from lightning_reg.augmentation.cutmix.core import mixup as mixup
     from lightning_reg.augmentation.cutmix.core import paste_box as paste_box
-    from lightning_reg.augmentation.cutmix.core import paste_boxes as paste_boxes
     from lightning_reg.augmentation.cutmix.core import rand_box as rand_box
     from lightning_reg.averaging.model_soups.ancestry import ancestry as ancestry
     from lightning_reg.averaging.model_soups.core import LearnedSoup as LearnedSoup
@@ -83,15 +79,11 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy_attributes(
     __name__,
     {
-        "Cut": "lightning_reg.augmentation.cutmix.core",
-        "box_masks": "lightning_reg.augmentation.cutmix.core",
         "cutmix": "lightning_reg.augmentation.cutmix.core",
         "cutmix_loss": "lightning_reg.augmentation.cutmix.core",
-        "draw_cut": "lightning_reg.augmentation.cutmix.core",
         "mix_targets": "lightning_reg.augmentation.cutmix.core",
         "mixup": "lightning_reg.augmentation.cutmix.core",
         "paste_box": "lightning_reg.augmentation.cutmix.core",
-        "paste_boxes": "lightning_reg.augmentation.cutmix.core",
         "rand_box": "lightning_reg.augmentation.cutmix.core",
         "ancestry": "lightning_reg.averaging.model_soups.ancestry",
         "LearnedSoup": "lightning_reg.averaging.model_soups.core",

@@ -1,6 +1,7 @@
 """Resume of SoupAverager where Lightning leaves out the end of an epoch or gives it twice, and from files on disk."""
 
 import shutil
+from itertools import product
 
 import pytest
 from lightning.pytorch import Callback
@@ -36,25 +37,27 @@ class SaveAt(Callback):
         self._save(trainer, "epoch")
 
 
-@pytest.mark.parametrize("until", [{"epochs": 4}, {"epochs": -1, "max_steps": 16}])
-@pytest.mark.parametrize("hook", ["batch", "validation", "epoch"])
-@pytest.mark.parametrize("validate", [True, False])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"method": "uniform"},
-        {"method": "lawa", "last_k": 3},
-        {"method": "ema", "decay": 0.5, "every_n_epochs": 1},
-        {"method": "uniform", "every_n_epochs": 2},
-        {"monitor": "val_loss", "mode": "min"},
-        {"monitor": "val_loss", "mode": "min", "greedy_at": "snapshot"},
-    ],
-)
+_BY_EPOCH = [
+    {"method": "uniform"},
+    {"method": "lawa", "last_k": 3},
+    {"method": "ema", "decay": 0.5, "every_n_epochs": 1},
+    {"method": "uniform", "every_n_epochs": 2},
+]
+_BY_SCORE = [
+    {"monitor": "val_loss", "mode": "min"},
+    {"monitor": "val_loss", "mode": "min", "greedy_at": "snapshot"},
+]
+_EPOCHS, _STEPS = {"epochs": 4}, {"epochs": -1, "max_steps": 16}
+_CASES = [
+    *product(_BY_EPOCH + _BY_SCORE, [True], ["batch", "validation", "epoch"], [_EPOCHS, _STEPS]),
+    *product(_BY_EPOCH, [False], ["batch"], [_EPOCHS, _STEPS]),
+    # With steps and no validation Lightning itself resumes with an epoch of one batch.
+    *product(_BY_EPOCH, [False], ["epoch"], [_EPOCHS]),
+]
+
+
+@pytest.mark.parametrize(("options", "validate", "hook", "until"), _CASES)
 def test_every_epoch_is_taken_once_wherever_the_checkpoint_was_written(options, validate, hook, until, tmp_path):
-    if not validate and ("monitor" in options or hook == "validation"):
-        pytest.skip("there is no validation")
-    if hook == "epoch" and "max_steps" in until and not validate:
-        pytest.skip("Lightning resumes with an epoch of one batch")
     path = tmp_path / "stop.ckpt"
     # The same batches in every epoch: what a resumed loader draws is not tested here.
     fixed = {"validate": validate, "shuffle": False, **until}
