@@ -221,7 +221,8 @@ class TargetTable:
             raise MisconfigurationException(
                 f"{self._owner}: the targets are for {self.targets.num_samples} samples of {self.targets.width}"
                 f" classes, the data now has {size} of {num_classes}. Sample indices must mean the same throughout a"
-                " training."
+                f" training. Of data that grow or shrink between epochs write how many there will be at most,"
+                f" `{self._owner}(num_samples=...)`, and leave each sample its index."
             )
         return self.targets, self.labels
 

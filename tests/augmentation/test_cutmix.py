@@ -474,6 +474,20 @@ def test_mixup_refuses_whole_numbers_in_the_batch():
 
 
 @pytest.mark.parametrize("technique", [CutMix(prob=1.0), Mixup()])
+@pytest.mark.parametrize("form", [dict, tuple])
+def test_tokens_are_refused_at_once_whatever_they_are_called(technique, form):
+    def sample(number):
+        tokens = {"input_ids": torch.arange(6), "attention_mask": torch.ones(6).long(), "labels": torch.tensor(number)}
+        return tokens if form is dict else tuple(tokens.values())
+
+    name = type(technique).__name__
+    with pytest.raises(
+        MisconfigurationException, match=rf"^{name}: .*numbers of tokens or classes cannot be mixed.*Leave {name} out"
+    ):
+        fit(Net(), technique, loader=DataLoader([sample(n) for n in range(8)], 8))
+
+
+@pytest.mark.parametrize("technique", [CutMix(prob=1.0), Mixup()])
 def test_a_mapping_is_not_searched_for_what_can_be_mixed(technique):
     def form(sample):
         return {"image": (255 * sample[0]).byte(), "label": F.one_hot(sample[1], 4).float()}

@@ -101,7 +101,7 @@ WAITING = {
     ("step", "sentence"),
     [
         (two_losses, "the training step calls 2 losses and it is not said which one"),
-        (by_hand, "`training_step` returned a loss, but none of torch's loss functions"),
+        (by_hand, r"`training_step` at test_first_step.py:\d+ returned a loss, but none of torch's loss functions"),
         (focal, r"the code after F.cross_entropy.*reduction='none'\) at test_first_step.py.* is not linear in it"),
         (not_in_the_loss, r"F.cross_entropy.*does not contribute to the loss that `training_step` returns"),
         (of_three_rows_more, "11 rows"),

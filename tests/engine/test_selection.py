@@ -1,8 +1,12 @@
 """Which technique takes which call, and the lists in the errors where that is not certain."""
 
+import re
+
 import pytest
+from torch import nn
 
 from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.host.user_functions import place_of_code
 from lightning_reg.engine.loss.choice import Selection
 from lightning_reg.engine.technique import Technique
 
@@ -113,8 +117,21 @@ def test_nothing_seen_shows_the_mixin():
         " and the modules of torch.nn) was called with a gradient, so there is nothing to attach to. If the loss is"
         " written by hand or fused into a kernel, hand over its value per sample:\n"
         """
-    class MyModel(LossMixin, LightningModule):               # from lightning_reg import LossMixin
+    class MyModel(LossMixin, LightningModule):    # from lightning_reg import LossMixin
         def training_step(self, batch, batch_idx):
+            return self.reduce_loss(per_sample_loss, logits=logits, targets=targets)    # instead of .mean()
+"""
+    )
+
+
+def test_nothing_seen_in_a_library_s_module_shows_a_class_of_one_s_own():
+    error = str(Selection([Trimmer()]).nothing_seen(by_mixin=False, place="model.py:7", library="Detector"))
+    assert error.startswith("Trimmer: `training_step` at model.py:7 returned a loss, but none of torch's")
+    assert error.endswith(
+        """
+    class MyModel(LossMixin, Detector):    # from lightning_reg import LossMixin
+        def training_step(self, batch, batch_idx):
+            ...    # as there; the library's own file stays as it is
             return self.reduce_loss(per_sample_loss, logits=logits, targets=targets)    # instead of .mean()
 """
     )
@@ -125,3 +142,11 @@ def test_nothing_seen_in_a_module_with_the_mixin():
         "Trimmer: the module inherits LossMixin but `training_step` did not call `self.reduce_loss`, so there is"
         " nothing to attach to. Call it, or drop the mixin to have torch's loss functions watched."
     )
+
+
+def test_the_place_of_code_tells_libraries_from_one_s_own():
+    place, installed = place_of_code(nn.Linear(1, 1).forward)
+    assert re.fullmatch(r"linear\.py:\d+", place)
+    assert installed
+    assert place_of_code(run) == (f"test_selection.py:{run.__code__.co_firstlineno}", False)
+    assert place_of_code(len) == ("", False)

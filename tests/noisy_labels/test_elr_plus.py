@@ -471,7 +471,8 @@ def test_inputs_of_any_batch_are_found_or_named():
         _, model = fit(elr_plus, Keyed(), make_loader(Items(*blobs().tensors)), epochs=1)
         assert torch.equal(model.net[0].weight, plain.net[0].weight)
     with pytest.raises(
-        MisconfigurationException, match=r"input_key='1'\) must be a floating-point tensor .* torch.int64"
+        MisconfigurationException,
+        match=r"ELRPlusCallback: .*\(input_key='1'\) cannot be mixed: floating-point .* torch.int64 .*`mixup_alpha=0`",
     ):
         fit(ELRPlusCallback(input_key="1"))
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_reg.engine.data.blend import mix_targets
-from lightning_reg.engine.data.entries import contents, find_entry, input_key_of, replace_entry
+from lightning_reg.engine.data.blend import mix_targets, problem_with_blending
+from lightning_reg.engine.data.entries import contents, find_entry, find_inputs, replace_entry
 from lightning_reg.engine.data.mixing import Mixing
 from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
@@ -84,9 +84,9 @@ class Mixer(BatchTechnique, ABC):
         """What becomes of targets per pixel, if they follow in another way than labels."""
         return ""
 
-    @abstractmethod
     def _problem_with(self, inputs: Tensor) -> str:
-        """What kind of inputs it needs, if these are not; else ""."""
+        """What kind of inputs it needs, if these are not of it; else ""."""
+        return problem_with_blending(inputs)
 
     @override
     def describe(self) -> str:
@@ -149,16 +149,7 @@ class Mixer(BatchTechnique, ABC):
         return replace_entry(batch, key, mix.inputs), mix.lam
 
     def _find_inputs(self, batch: object, step: "Step") -> tuple[str, Tensor]:
-        key = input_key_of(batch, self, several=step.several) if self.input_key is None else self.input_key
-        inputs = find_entry(batch, key, f"{type(self).__name__}: input_key")
-        problem = self._problem_with(inputs) if isinstance(inputs, Tensor) else "it is no tensor"
-        if problem:
-            shape = f"{inputs.dtype} {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
-            raise MisconfigurationException(
-                f"{type(self).__name__}: the batch's inputs (input_key={key!r}) cannot be mixed: {problem}, found"
-                f" {shape}. Name another entry with `input_key`."
-            )
-        return key, inputs
+        return find_inputs(batch, self, self.input_key, step.several, self._problem_with)
 
     def _followed(self, batch: object, step: "Step", key: str, mix: Mix) -> tuple[object, Mixing]:
         """The batch with targets that follow the mixed inputs, or as it is if the loss is to follow."""

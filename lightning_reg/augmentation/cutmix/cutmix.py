@@ -33,6 +33,9 @@ class CutMix(Mixer):
     the box, an ``ignore_index`` among them like any other label, and their loss is your own with those. Of several
     losses or targets each follows in its own way, maps by the box, labels by area. Maps of another size are refused.
 
+    Masks and lengths of padded signals in the batch stay each sample's own, which cuts longer partners off there; where
+    that matters let ``collate_fn`` give all samples of a batch one length.
+
     Use it for images (or spectrograms, signals) where a network trains long enough to overfit. Leave it on short
     schedules, and where the label is not proportional to area (counting, small objects, text).
 

@@ -76,10 +76,6 @@ class Mixup(Mixer):
         )
 
     @override
-    def _problem_with(self, inputs: Tensor) -> str:
-        return "" if inputs.is_floating_point() else "floating-point inputs are needed"
-
-    @override
     def _mix(self, inputs: Tensor, generator: torch.Generator) -> Mix:
         lam = draw_lam(self.alpha, generator, len(inputs) if self.per_sample else None)
         return Mix(*mixup(inputs, lam, generator=generator))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["blend", "draw_lam", "draw_permutation", "mix_targets", "mixup"]
+__all__ = ["blend", "draw_lam", "draw_permutation", "mix_targets", "mixup", "problem_with_blending"]
 
 
 def draw_lam(alpha: float, generator: torch.Generator | None = None, size: int | None = None) -> float | Tensor:
@@ -32,6 +32,11 @@ def draw_lam(alpha: float, generator: torch.Generator | None = None, size: int |
     seed = int(torch.randint(2**62, (), generator=generator))
     drawn = np.random.default_rng(seed).beta(alpha, alpha, size)
     return float(drawn) if size is None else torch.from_numpy(drawn).float()
+
+
+def problem_with_blending(inputs: Tensor) -> str:
+    """Why inputs cannot be blended, for an error; "" if they can."""
+    return "" if inputs.is_floating_point() else "floating-point inputs are needed"
 
 
 def draw_permutation(x: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -3,15 +3,16 @@
 import copy
 import dataclasses
 import difflib
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from lightning_reg.engine.data.batches import with_attributes
+from lightning_reg.engine.data.batches import tensors_of, with_attributes
 from lightning_reg.engine.host.errors import MisconfigurationException
 
-__all__ = ["contents", "find_entry", "input_key_of", "replace_entry"]
+__all__ = ["contents", "find_entry", "find_inputs", "replace_entry"]
 
 
 def find_entry(batch: Any, key: str, argument: str) -> Any:
@@ -40,29 +41,64 @@ def find_entry(batch: Any, key: str, argument: str) -> Any:
     return entry
 
 
-def input_key_of(batch: Any, owner: object, *, several: bool) -> str:
-    """Key of the entry that holds the inputs, where the batch's structure says it.
+def find_inputs(
+    batch: Any,
+    owner: object,
+    key: str | None,
+    several: bool,
+    problem_with: Callable[[Tensor], str],
+    advice: str = "",
+) -> tuple[str, Tensor]:
+    """The inputs of a batch whose samples are to be mixed.
 
     Args:
-        batch: The batch: a tensor, a sequence (the inputs come first), or a mapping with one tensor of at least two
-            dimensions, whatever its type: that of labels may be floating point, and that of inputs need not be.
-        owner: Who asks; its class and its argument ``input_key`` are named in the error.
+        batch: The batch, in any structure.
+        owner: Who asks; its class and its argument ``input_key`` are named in errors.
+        key: Which entry it is; ``None`` where the batch's structure says it: a tensor, the first entry of a sequence,
+            or the one tensor of at least two dimensions in a mapping.
         several: Whether the batch is put together from several loaders' batches.
+        problem_with: What kind of inputs is needed, if these are not of it; else "".
+        advice: What else the user may write, for errors; begins with a comma.
 
     Returns:
-        The key, for :func:`find_entry`.
+        The key, and a tensor ``(B, ...)``.
 
     Raises:
-        MisconfigurationException: If it is not certain which entry is meant.
+        MisconfigurationException: If it is not certain which entry is meant, or it cannot be mixed.
 
     """
+    name = type(owner).__name__
+    tensors = [entry for entry in tensors_of(batch) if entry.dim()]
+    if all(map(problem_with, tensors)) and any(map(_are_tokens, tensors)):
+        raise MisconfigurationException(
+            f"{name}: the batch ({contents(batch)}) has no tensor that could be mixed: {problem_with(tensors[0])}, and"
+            f" numbers of tokens or classes cannot be mixed, as what lies between two is a third. Leave {name}"
+            f" out{advice}."
+        )
+    found = _input_key_of(batch, name, several=several) if key is None else key
+    inputs = find_entry(batch, found, f"{name}: input_key")
+    is_tensor = isinstance(inputs, Tensor) and inputs.dim()
+    problem = problem_with(inputs) if is_tensor else "it is no tensor with a row per sample"
+    if problem:
+        shape = f"{inputs.dtype} {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
+        raise MisconfigurationException(
+            f"{name}: the batch's inputs (input_key={found!r}) cannot be mixed: {problem}, found {shape}. Name another"
+            f" entry with `input_key`{advice}."
+        )
+    return found, inputs
+
+
+def _are_tokens(entry: Tensor) -> bool:
+    return entry.dim() == 2 and entry.dtype in (torch.int32, torch.int64)
+
+
+def _input_key_of(batch: Any, name: str, *, several: bool) -> str:
     found = [""] if isinstance(batch, Tensor) else []
     if isinstance(batch, Sequence) and not several:
         found = ["0"]
     elif isinstance(batch, Mapping) and not several:
         found = [str(key) for key, entry in batch.items() if isinstance(entry, Tensor) and entry.dim() > 1]
     if len(found) != 1:
-        name = type(owner).__name__
         raise MisconfigurationException(
             f"{name}: which entry of the batch holds the inputs is not certain: the batch is {contents(batch)}, and"
             f' {len(found)} entries could be meant. Name it: `{name}(input_key="...")`, a key, a position or both'

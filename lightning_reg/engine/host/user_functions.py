@@ -1,6 +1,9 @@
 """Functions of the user's that a technique's argument names, so that arguments stay plain data."""
 
 import importlib
+import inspect
+import os
+import site
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +12,7 @@ from lightning_reg.engine.host.errors import MisconfigurationException
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["user_function"]
+__all__ = ["place_of_code", "user_function"]
 
 
 def user_function(name: str, trainer: "Trainer", module: "LightningModule", asked_by: str) -> Callable[..., Any]:
@@ -45,6 +48,24 @@ def user_function(name: str, trainer: "Trainer", module: "LightningModule", aske
     if not callable(function):
         raise MisconfigurationException(_not_found(name, f"it is a {type(function).__name__}", asked_by))
     return function  # type: ignore[no-any-return]  # checked above
+
+
+def place_of_code(function: Callable[..., Any]) -> tuple[str, bool]:
+    """Where a function is written.
+
+    Args:
+        function: The function or method.
+
+    Returns:
+        ``file.py:line``, "" if that is not known, and whether it comes with an installed library.
+
+    """
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    if code is None:
+        return "", False
+    installed = tuple(path + os.sep for path in (*site.getsitepackages(), site.getusersitepackages()))
+    place = f"{os.path.basename(code.co_filename)}:{code.co_firstlineno}"
+    return place, code.co_filename.startswith(installed)
 
 
 def _not_found(name: str, why: str, asked_by: str) -> str:

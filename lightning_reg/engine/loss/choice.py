@@ -10,10 +10,12 @@ from lightning_reg.engine.host.owner import Owner
 __all__ = ["Selection"]
 
 _MIXIN_EXAMPLE = """
-    class MyModel(LossMixin, LightningModule):               # from lightning_reg import LossMixin
-        def training_step(self, batch, batch_idx):
+    class MyModel(LossMixin, {base}):    # from lightning_reg import LossMixin
+        def training_step(self, batch, batch_idx):{lines}
             return self.reduce_loss(per_sample_loss, logits=logits, targets=targets)    # instead of .mean()
 """
+_LIBRARY_LINES = """
+            ...    # as there; the library's own file stays as it is"""
 
 
 Chooser = TypeVar("Chooser", bound=Owner)
@@ -117,18 +119,30 @@ class Selection(Generic[Chooser]):
             " If part of the model was compiled since, compile it before `fit`."
         )
 
-    def nothing_seen(self, *, by_mixin: bool) -> MisconfigurationException:
-        """The error for a step that made a loss without a call that could be seen."""
+    def nothing_seen(self, *, by_mixin: bool, place: str = "", library: str = "") -> MisconfigurationException:
+        """The error for a step that made a loss without a call that could be seen.
+
+        Args:
+            by_mixin: Whether the module hands its losses over.
+            place: Where its ``training_step`` is written, as ``file.py:line``, or "".
+            library: Name of the module's class if a library wrote it, so that it cannot be edited, or "".
+
+        Returns:
+            The error.
+
+        """
         names = ", ".join(type(t).__name__ for t in self.techniques)
         if by_mixin:
             return MisconfigurationException(
                 f"{names}: the module inherits LossMixin but `training_step` did not call `self.reduce_loss`, so there"
                 " is nothing to attach to. Call it, or drop the mixin to have torch's loss functions watched."
             )
+        at = f" at {place}" if place else ""
+        example = _MIXIN_EXAMPLE.format(base=library or "LightningModule", lines=_LIBRARY_LINES if library else "")
         return MisconfigurationException(
-            f"{names}: `training_step` returned a loss, but none of torch's loss functions (torch.nn.functional and"
+            f"{names}: `training_step`{at} returned a loss, but none of torch's loss functions (torch.nn.functional and"
             " the modules of torch.nn) was called with a gradient, so there is nothing to attach to. If the loss is"
-            f" written by hand or fused into a kernel, hand over its value per sample:\n{_MIXIN_EXAMPLE}"
+            f" written by hand or fused into a kernel, hand over its value per sample:\n{example}"
         )
 
 

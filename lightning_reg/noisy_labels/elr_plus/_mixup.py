@@ -4,10 +4,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from lightning_reg.engine.data.blend import draw_lam, mixup
-from lightning_reg.engine.data.entries import find_entry, input_key_of, replace_entry
+from lightning_reg.engine.data.blend import draw_lam, mixup, problem_with_blending
+from lightning_reg.engine.data.entries import find_inputs, replace_entry
 from lightning_reg.engine.data.mixing import Mixing
-from lightning_reg.engine.host.errors import MisconfigurationException
 
 if TYPE_CHECKING:
     from lightning_reg.engine.step import Step
@@ -39,14 +38,8 @@ def mix_batch(
         MisconfigurationException: If the inputs are not found, or are no floating-point tensor.
 
     """
-    key = input_key_of(batch, by, several=step.several) if input_key is None else input_key
-    inputs = find_entry(batch, key, f"{type(by).__name__}: input_key")
-    if not isinstance(inputs, Tensor) or not inputs.is_floating_point() or not inputs.dim():
-        kind = f"{inputs.dtype} {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
-        raise MisconfigurationException(
-            f"{type(by).__name__}: the batch's inputs (input_key={key!r}) must be a floating-point tensor (B, ...), to"
-            f" be mixed, found {kind}. Name another entry with `input_key`, or write `mixup_alpha=0`."
-        )
+    otherwise = ", or write `mixup_alpha=0`"
+    key, inputs = find_inputs(batch, by, input_key, step.several, problem_with_blending, otherwise)
     generator = by.generator(step)
     share = float(draw_lam(alpha, generator))
     mixed, permutation, lam = mixup(inputs, max(share, 1.0 - share), generator=generator)
