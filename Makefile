@@ -6,7 +6,7 @@ DEMO := $(BIN)/python examples/noisy_labels.py
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # one pip at a time in one .venv
-.PHONY: help venv demo demo-short test lint docs clean
+.PHONY: help venv demo demo-short test matrix lint docs clean
 
 help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -21,6 +21,9 @@ demo-short: .venv/.demo  ## the same in a few seconds: one seed, 20 epochs
 
 test: .venv/.dev  ## run the tests and the docstrings' examples
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+matrix: .venv/.dev  ## try all pairs of techniques that changed since they were tried; goes on where it stopped
+	$(BIN)/python -m tests.conformance.matrix --run
 
 lint: .venv/.dev  ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .

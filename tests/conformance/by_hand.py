@@ -108,6 +108,9 @@ class Hand:
         """Output of a layer in one of the copies."""
         return rows
 
+    def change_targets(self, y: Tensor) -> Tensor | None:
+        """Targets that replace the user's, in the same form."""
+
     def losses(self, output: Tensor, moment: Moment) -> Tensor | None:
         """Losses of the samples ``(B,)`` that replace the user's, for the output of one copy."""
 
@@ -232,7 +235,7 @@ class Loop:
         weights = self.weights()
         used = self.used(weights)
         for copy in range(max([1, *(hand.copies for hand in self.hands)])):
-            output, features = self.run(used, moment.x, lambda name, rows, c=copy: self._edited(name, rows, moment, c))
+            output, features = self.run(used, moment.x, lambda name, rows, c=copy: self.edited(name, rows, moment, c))
             moment.outputs.append(output)
             moment.features = moment.features or features
         own = [
@@ -243,12 +246,16 @@ class Loop:
         penalties = [hand.penalty(weights) for hand in self.hands]
         return sum(value for value in (*own, *terms, *penalties) if value is not None)
 
-    def _edited(self, name: str, rows: Tensor, moment: Moment, copy: int) -> Tensor:
+    def edited(self, name: str, rows: Tensor, moment: Moment, copy: int) -> Tensor:
+        """A layer's output as the techniques leave it."""
         for hand in self.hands:
             rows = hand.edit(name, rows, moment, copy)
         return rows
 
     def _weighted(self, hands: Sequence[Hand], part: Part, moment: Moment) -> Tensor:
+        for hand in hands:
+            changed = hand.change_targets(moment.y)
+            moment = moment if changed is None else replace(moment, y=changed)
         losses = torch.stack([_losses(hands, part, output, moment) for output in moment.outputs]).mean(0)
         weighted = losses
         for hand in hands:
@@ -276,9 +283,14 @@ class View:
         """The loss's columns of the network's output."""
         return output[:, self.part.outputs]
 
-    def run(self, weights: dict[str, Tensor], x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The same of the network's output, and the outputs of its layers by name."""
-        output, features = self.whole.run(weights, x)
+    def run(
+        self, weights: dict[str, Tensor], x: Tensor, moment: Moment | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same of the network's output, and the outputs of its layers by name; as they are edited in a step."""
+        if moment is None:
+            output, features = self.whole.run(weights, x)
+        else:
+            output, features = self.whole.run(weights, x, lambda name, rows: self.whole.edited(name, rows, moment, 0))
         return self.read(output), features
 
 

@@ -1,9 +1,10 @@
-"""Fits against loops in plain PyTorch: a technique alone, and any two of them, unless they are refused by name."""
+"""Fits against loops in plain PyTorch: a technique alone, and two of them, unless they are refused by name."""
 
+import copy
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from typing import Any
+from zlib import crc32
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -13,11 +14,21 @@ from lightning_reg.engine.run.phases import phases_of
 from lightning_reg.engine.technique import Technique
 from tests.conformance.by_hand import train_by_hand
 from tests.conformance.case import Case
-from tests.conformance.discovery import MissingCaseError, case_of, technique_classes
 from tests.conformance.harness import Run, demand, difference, fit
 from tests.conformance.problems import KINDS, Problem
+from tests.conformance.references import REFERENCES
 
-__all__ = ["as_by_hand", "common_problem", "made_for", "need_other_layers", "order", "train_pair"]
+__all__ = [
+    "as_by_hand",
+    "check_pair",
+    "common_problem",
+    "made_for",
+    "need_other_layers",
+    "neutral_beside_references",
+    "order",
+    "pairs_with_references",
+    "train_pair",
+]
 
 # float32, sums in another order, 16 steps; what a technique does is larger by at least 10.
 _TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
@@ -43,19 +54,57 @@ def as_by_hand(case: Case) -> None:
 
 
 def order(case: Case) -> None:
-    """The technique before every other one, itself included, trains as a loop of both, or is refused by both names."""
-    others = [case]
-    for cls in technique_classes():
-        with suppress(MissingCaseError):  # a failure of its own
-            others.append(case_of(cls))
-    alone: dict[int, Any] = {}  # weights after a fit without a second technique, by problem
-    for other in others:
-        problem = common_problem(case, other)
-        if problem is not None and (other is case or other.cls is not case.cls):
-            _check_pair(case, other, problem, alone)
+    """Beside each reference it trains as a loop of both, or is refused by name; at its neutral setting, as none."""
+    for first, second in pairs_with_references(case):
+        check_pair(first, second)
+    neutral_beside_references(case)
 
 
-def _check_pair(case: Case, other: Case, problem: Problem, alone: dict[int, Any]) -> None:
+def pairs_with_references(case: Case) -> list[tuple[Case, Case]]:
+    """The technique and each reference: in both orders where they share a phase, else in one, by their names."""
+    pairs = []
+    for reference in REFERENCES:
+        if common_problem(case, reference) is None:
+            continue
+        share = bool(set(phases_of(case.cls)).intersection(phases_of(reference.cls)))
+        first = crc32(f"{case.cls.__name__} {reference.cls.__name__}".encode()) % 2
+        pairs += [(case, reference)] if share or first else []
+        pairs += [(reference, case)] if share or not first else []
+    return pairs
+
+
+def neutral_beside_references(case: Case) -> None:
+    """At its neutral setting it changes nothing for a stack of references, as many as stand together with it."""
+    if case.neutral is None or "neutral_is_nothing" in case.exempt:
+        return
+    stack: list[Technique] = []
+    for reference in REFERENCES:
+        one = reference.make(name="one")
+        if case.problem in (reference.problem, *(KINDS[kind] for kind in reference.also)) and not any(
+            conflict_between(other, one) for other in [case.neutral(), *stack]
+        ):
+            stack.append(one)
+    plain = fit([copy.deepcopy(one) for one in stack], case.problem)
+    beside = fit([*stack, case.neutral()], case.problem)
+    found = difference(plain.weights, beside.weights)
+    names = ", ".join(type(one).__name__ for one in stack)
+    assert not found, f"{case.cls.__name__}: at its neutral setting it changes the weights beside {names}: {found}"
+
+
+def check_pair(case: Case, other: Case) -> str:
+    """The first before the second trains as a loop of both, or is refused by both names.
+
+    Args:
+        case: The first.
+        other: The second.
+
+    Returns:
+        What is so: "trains" or "refused"; "-" if there is no kind of data that both take.
+
+    """
+    problem = common_problem(case, other)
+    if problem is None:
+        return "-"
     first, second = partial(made_for, case, "one", problem), partial(made_for, other, "two", problem)
     run = train_pair(first(), second(), problem)
     names = f"{case.cls.__name__} before {other.cls.__name__}"
@@ -64,22 +113,14 @@ def _check_pair(case: Case, other: Case, problem: Problem, alone: dict[int, Any]
         assert said or need_other_layers(case, other), (
             f"{names}: refused in the middle of the fit; `conflict_with` must say it when the fit starts"
         )
-        return
+        return "refused"
     assert not said, f"{names}: trains, although it is refused: {said}"
     assert all(bool(torch.isfinite(w).all()) for w in run.weights.values()), f"{names}: the weights are not finite"
     for technique, its_case in zip(run.techniques, (case, other), strict=True):
         at_work = any(key.startswith(f"{technique.log_key}/") for key in run.own_scalars)
         assert at_work or "says_what_it_does" in its_case.exempt, f"{names}: nothing logged under {technique.log_key}/"
     _check_by_hand(names, case, other, problem, run)
-    if other.neutral is None or "neutral_is_nothing" in other.exempt:
-        return
-    quick = {"limit_val_batches": 0}
-    with_neutral = train_pair(first(), second(other.neutral), problem, **quick)
-    if with_neutral is not None:
-        if id(problem) not in alone:
-            alone[id(problem)] = fit([first()], problem, **quick).weights
-        found = difference(alone[id(problem)], with_neutral.weights)
-        assert not found, f"{names}: at its neutral setting the second changes the weights: {found}"
+    return "trains"
 
 
 def _check_by_hand(names: str, case: Case, other: Case, problem: Problem, run: Run) -> None:

@@ -1,11 +1,17 @@
-"""The page of compositions is fresh, and says what tests say."""
+"""The page of compositions is fresh and says what tests say; which pairs are tried."""
 
-from tests.conformance.discovery import technique_classes
-from tests.conformance.matrix import PATH, hand_checked, matrix
+import pytest
+
+from tests.conformance import record
+from tests.conformance.discovery import case_of, technique_classes
+from tests.conformance.matrix import PATH, hand_checked, page
+from tests.conformance.record import content_of, name_of, pairs_to_try, technique_pairs
+
+CASES = [case_of(cls) for cls in technique_classes()]
 
 
 def test_the_page_is_fresh():
-    assert PATH.read_text() == matrix(), "run `python -m tests.conformance.matrix`"
+    assert PATH.read_text() == page(), "run `python -m tests.conformance.matrix`"
 
 
 def test_pairs_checked_by_hand_are_pairs_of_techniques():
@@ -14,3 +20,28 @@ def test_pairs_checked_by_hand_are_pairs_of_techniques():
     for pair in hand_checked():
         assert len(pair) == 2
         assert pair <= known
+
+
+def entry(pair):
+    return {case.cls.__name__: content_of(case.cls) for case in pair}
+
+
+def test_pairs_that_were_tried_are_tried_again_in_a_slice(monkeypatch):
+    pairs = technique_pairs(CASES)
+    monkeypatch.setattr(record, "recorded", lambda: {name_of(pair): entry(pair) for pair in pairs})
+    tried = pairs_to_try(CASES)
+    assert len(tried) == len(CASES)
+    assert tried == pairs_to_try(CASES)
+    monkeypatch.setattr(record, "_digest", lambda files: "another content of the package")
+    assert pairs_to_try(CASES) != tried
+
+
+@pytest.mark.parametrize("number", [0, -1])
+def test_a_changed_technique_is_tried_with_all(monkeypatch, number):
+    pairs, changed = technique_pairs(CASES), CASES[number]
+    known = {name_of(pair): entry(pair) | {changed.cls.__name__: "as it was"} for pair in pairs if changed in pair}
+    monkeypatch.setattr(record, "recorded", lambda: {name_of(pair): entry(pair) for pair in pairs} | known)
+    concerned = [pair for pair in pairs if changed in pair]
+    tried = pairs_to_try(CASES)
+    assert tried[: len(concerned)] == concerned
+    assert len(tried) == len(concerned) + len(CASES)

@@ -42,7 +42,7 @@ class ContrastByHand(Hand):
 
     def term(self, loop, moment):
         x, y = shrink(moment.x).repeat(2, 1), moment.y.repeat(2, 1)
-        predictions, features = loop.run(loop.used(loop.weights()), x)
+        predictions, features = loop.run(loop.used(loop.weights()), x, moment)
         z = features["net.body"] / features["net.body"].norm(dim=1, keepdim=True)
         total = torch.zeros(())
         for i in range(len(x)):

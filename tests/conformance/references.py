@@ -1,0 +1,221 @@
+"""The least technique of each phase; every technique is tried beside each of them."""
+
+import torch
+import torch.nn.functional as F
+from typing_extensions import override
+
+from lightning_reg.engine.data.entries import replace_entry
+from lightning_reg.engine.data.mixing import Mixing
+from lightning_reg.engine.technique import (
+    BatchTechnique,
+    LayerTechnique,
+    LossTechnique,
+    PenaltyTechnique,
+    Technique,
+    WeightMapTechnique,
+    WeightTechnique,
+)
+from lightning_reg.engine.weights.maps import Latents
+from tests.conformance.by_hand import Hand
+from tests.conformance.case import Case
+
+__all__ = ["REFERENCES"]
+
+
+class _Reference(Technique):
+    @classmethod
+    @override
+    def key(cls):
+        return cls.__name__.lower()
+
+
+class MixesNeighbours(_Reference, BatchTechnique):
+    """Some batches: three quarters of each sample and a quarter of the next one."""
+
+    @property
+    def turn(self):
+        """Which of three batches it mixes; two instances are to mix different ones."""
+        return 1 if self.name == "two" else 2
+
+    @property
+    @override
+    def mixes(self):
+        return "some"
+
+    @override
+    def is_active(self, step):
+        return step.mixing is None and step.batches_so_far % 3 == self.turn
+
+    @override
+    def transform_batch(self, batch, step):
+        if step.mixing is not None:
+            return batch
+        partners = torch.arange(len(batch[0])).roll(1)
+        mixed = 0.75 * batch[0] + 0.25 * batch[0][partners]
+        step.mixing = Mixing(self, partners, 0.75, mixed, batch)
+        return replace_entry(batch, "0", mixed)
+
+
+class MixedByHand(Hand):
+    def mix(self, moment):
+        if moment.count % 3 != self.technique.turn:
+            return None
+        partners = torch.arange(len(moment.x)).roll(1)
+        return 0.75 * moment.x + 0.25 * moment.x[partners], partners, 0.75
+
+
+class LowersLabels(_Reference, LossTechnique):
+    """Each class but the first becomes the one before it."""
+
+    @override
+    def change_targets(self, call):
+        return (call.target - 1).clamp(min=0)
+
+
+class LoweredByHand(Hand):
+    def change_targets(self, y):
+        return (y - 1).clamp(min=0)
+
+
+class RootsOfLosses(_Reference, LossTechnique):
+    """The root of one plus each loss."""
+
+    @override
+    def change_losses(self, call):
+        return (1 + F.cross_entropy(call.logits, call.target, reduction="none")).sqrt()
+
+
+class RootsByHand(Hand):
+    def losses(self, output, moment):
+        return (1 + F.cross_entropy(output, moment.y, reduction="none")).sqrt()
+
+
+class WeighsByLoss(_Reference, LossTechnique):
+    """Each sample counts by its share of the loss."""
+
+    @override
+    def sample_weights(self, call):
+        return call.losses / call.losses.mean()
+
+
+class WeighedByHand(Hand):
+    def weights(self, losses):
+        return losses / losses.mean()
+
+
+class ShrinksOutputs(_Reference, LossTechnique):
+    """Squares of the outputs join the loss."""
+
+    @override
+    def loss_term(self, call):
+        return 0.3 * torch.stack([copy.input.square().mean(1) for copy in call.copies()]).mean(0)
+
+
+class ShrunkByHand(Hand):
+    def term(self, loop, moment):
+        return 0.3 * torch.stack([loop.read(output).square().mean() for output in moment.outputs]).mean()
+
+
+class HalvesFeatures(_Reference, LayerTechnique):
+    """The layer in the middle has half its output."""
+
+    @override
+    def features_to_edit(self, module):
+        return ["net.body"]
+
+    @override
+    def edit_features(self, call):
+        return 0.5 * call.output
+
+
+class HalvedByHand(Hand):
+    def edit(self, name, rows, moment, copy):
+        return 0.5 * rows if name == "net.body" else rows
+
+
+class RunsWithLess(_Reference, WeightTechnique):
+    """The network runs with nine tenths of the head's bias; what is trained stays as it is."""
+
+    @override
+    def weights_to_edit(self, module):
+        return ["net.head.bias"]
+
+    @override
+    def edit_weights(self, weights):
+        weights["net.head.bias"].mul_(0.9)
+
+
+class LessByHand(Hand):
+    ended = False
+
+    def used(self, name, weight):
+        return weight - (0.1 * weight).detach() if name == "net.head.bias" and not self.ended else weight
+
+    def end(self, weights):
+        self.ended = True
+        return weights
+
+
+class PullsToZero(_Reference, PenaltyTechnique):
+    """A tenth of the squares of the first layer."""
+
+    @override
+    def penalty(self, module):
+        return 0.1 * module.net.first.weight.square().sum()
+
+
+class PulledByHand(Hand):
+    def penalty(self, weights):
+        return 0.1 * weights["net.first.weight"].square().sum()
+
+
+class TrainsHalf(_Reference, WeightMapTechnique):
+    """The bias of the first layer is twice what is trained."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.latents = Latents()
+
+    @override
+    def weights_to_map(self, module):
+        return ["net.first.bias"]
+
+    @override
+    def begin_map(self, weights):
+        return self.latents_of(weights)
+
+    @override
+    def latents_of(self, weights):
+        return {name: weight / 2 for name, weight in weights.items()}
+
+    @override
+    def map_weights(self, latents, weights):
+        for name, weight in weights.items():
+            weight.copy_(2 * latents[name])
+
+    @override
+    def pull_back(self, latents, weights, gradients):
+        for gradient in gradients.values():
+            gradient.mul_(2)
+
+
+class HalfByHand(Hand):
+    def latent(self, name, weight):
+        return (weight / 2, lambda half: 2 * half) if name == "net.first.bias" else None
+
+
+def _case(cls, hand, *also):
+    return Case(make=cls, neutral=None, by_hand=hand, also=also, exempt={"says_what_it_does": "it says nothing at all"})
+
+
+REFERENCES = [
+    _case(MixesNeighbours, MixedByHand, "images", "regression"),
+    _case(LowersLabels, LoweredByHand, "images"),
+    _case(RootsOfLosses, RootsByHand, "images"),
+    _case(WeighsByLoss, WeighedByHand, "images", "regression"),
+    _case(ShrinksOutputs, ShrunkByHand, "images", "regression"),
+    _case(HalvesFeatures, HalvedByHand, "images", "regression"),
+    _case(RunsWithLess, LessByHand, "images", "regression"),
+    _case(PullsToZero, PulledByHand, "images", "regression"),
+    _case(TrainsHalf, HalfByHand, "images", "regression"),
+]
