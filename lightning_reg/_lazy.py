@@ -5,6 +5,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lightning_reg._deprecated import RENAMED, warn_deprecated
+
 __all__ = ["lazy_attributes"]
 
 
@@ -23,6 +25,10 @@ def lazy_attributes(
     """
 
     def find(name: str) -> Any:  # noqa: ANN401 # a public object of any kind
+        renamed = next((entry for entry in RENAMED if entry.old == name and entry.new in homes), None)
+        if renamed is not None:
+            warn_deprecated(*renamed)
+            return find(renamed.new)
         if name not in homes:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         value = getattr(importlib.import_module(homes[name]), name)
