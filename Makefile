@@ -6,10 +6,10 @@ DEMO := $(BIN)/python examples/noisy_labels.py
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # one pip at a time in one .venv
-.PHONY: help venv demo demo-short test matrix lint docs clean
+.PHONY: help venv demo demo-short test test-lowest matrix wheel lint docs clean
 
 help:  ## print this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 venv: .venv/.dev  ## make .venv with all that development needs
 
@@ -21,6 +21,19 @@ demo-short: .venv/.demo  ## the same in a few seconds: one seed, 20 epochs
 
 test: .venv/.dev  ## run the tests and the docstrings' examples
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-lowest:  ## the same with the lowest version of everything that pyproject.toml declares, in .venv/lowest
+	$(PYTHON) -m venv --clear .venv/lowest
+	$(PYTHON) .ci/lowest_versions.py > .venv/lowest/constraints.txt
+	.venv/lowest/bin/python -m pip install -c .venv/lowest/constraints.txt -e '.[dev]'
+	.venv/lowest/bin/python -m pytest -n 2 --dist worksteal
+
+wheel: .venv/.dev  ## build wheel and sdist, install the wheel where nothing is, run the README's first example
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(PYTHON) -m venv --clear .venv/wheel
+	.venv/wheel/bin/python -m pip install dist/*.whl
+	cd .venv/wheel && bin/python ../../.ci/first_example.py
 
 matrix: .venv/.dev  ## try all pairs of techniques that changed since they were tried; goes on where it stopped
 	$(BIN)/python -m tests.conformance.matrix --run

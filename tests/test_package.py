@@ -113,7 +113,7 @@ def test_import_adds_next_to_nothing_to_that_of_lightning_and_touches_no_device(
     theirs, ours, initialized, loaded = json.loads(run.stdout)
     assert not initialized
     # However many techniques there are: a name's file is imported when the name is asked for.
-    assert loaded == ["lightning_reg._lazy", "lightning_reg.version"]
+    assert loaded == ["lightning_reg._deprecated", "lightning_reg._lazy", "lightning_reg.version"]
     assert ours < 0.01 * theirs
 
 

@@ -1,6 +1,7 @@
 """Which loss call of the step a technique works on; manual optimization; the mixin."""
 
 import inspect
+import re
 
 import pytest
 import torch
@@ -200,7 +201,8 @@ def test_no_call_is_an_error_that_shows_the_mixin(kinds):
     with pytest.raises(MisconfigurationException) as caught:
         fit(ours, *(kind() for kind in kinds))
     text = str(caught.value)
-    assert text.startswith(", ".join(kind.__name__ for kind in kinds) + ": `training_step` returned a loss, but none")
+    names = ", ".join(kind.__name__ for kind in kinds)
+    assert re.match(rf"{names}: `training_step` at toys\.py:\d+ returned a loss, but none of torch's", text)
     assert "class MyModel(LossMixin, LightningModule):" in text
     assert "return self.reduce_loss(per_sample_loss, logits=logits, targets=targets)" in text
     assert same_weights(ours, before)

@@ -485,7 +485,9 @@ def test_a_loss_out_of_sight_is_refused():
     def written(module, batch):
         return -module(batch[0]).log_softmax(1).gather(1, batch[1][:, None]).mean()
 
-    with pytest.raises(MisconfigurationException, match="Swap: `training_step` returned a loss, but none of torch's"):
+    with pytest.raises(
+        MisconfigurationException, match=r"Swap: `training_step` at toys.py:\d+ returned a loss, but none of torch's"
+    ):
         losses_of(written, Swap())
 
 
