@@ -29,7 +29,7 @@ from lightning_reg.engine.networks.ensemble import JointForward, MeanOfTwo
 from lightning_reg.engine.networks.peer import copy_of, weights_of
 from lightning_reg.engine.networks.trained import PeerStep, TrainedPeer, check_trainable, reset_parameters_
 from lightning_reg.engine.run.engine import attached_engine
-from lightning_reg.engine.technique import LossTechnique
+from lightning_reg.engine.technique import BatchTechnique, LossTechnique
 from tests.toys import BATCH, CLASSES, INPUTS, QUIET, SAMPLES, Classifier, _Toy, fit, make_tensors
 
 pytestmark = QUIET
@@ -403,6 +403,86 @@ def test_goes_on_from_its_state_to_the_last_bit():
     assert one["schedulers"] == two["schedulers"]
     assert (one["steps"], one["_batches"], one["_epoch"]) == (two["steps"], two["_batches"], two["_epoch"]) == (8, 8, 1)
     assert torch.equal(one["loss"], two["loss"])
+
+
+# -- what hooks and callbacks set on the user's network ---------------------------------------------------------------
+
+
+class Follows(Second, BatchTechnique):
+    def transform_batch(self, batch, step):
+        if not isinstance(step, PeerStep):
+            self.peer.note()
+        return batch
+
+    def loss_term(self, call):
+        rates = [group["lr"] for group in self.peer._optimizer.param_groups]
+        sizes = [len(group["params"]) for group in self.peer._optimizer.param_groups]
+        call.step.module.noted[-1] += [rates, sizes] if isinstance(call.step, PeerStep) else []
+
+
+class Hooked(Classifier):
+    """Its hooks freeze batch norm in batches 1 and 2 of each epoch, and unfreeze a layer in batch 2."""
+
+    def __init__(self, lr=0.05):
+        super().__init__(lr=lr)
+        self.norm = nn.BatchNorm1d(INPUTS)
+        self.extra = nn.Linear(INPUTS, CLASSES)
+        self.extra.requires_grad_(requires_grad=False)
+        self.noted = []
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.norm.train(batch_idx not in (1, 2))
+        self.norm.track_running_stats = batch_idx != 3
+        if batch_idx == 2 and self.current_epoch == 0:
+            self.extra.requires_grad_(requires_grad=True)
+            self.trainer.optimizers[0].add_param_group({"params": list(self.extra.parameters()), "lr": 0.02})
+        if len(self.trainer.optimizers[0].param_groups) > 1:
+            self.trainer.optimizers[0].param_groups[1]["lr"] = 0.01 * (1 + batch_idx)
+
+    def training_step(self, batch, batch_idx):
+        flags = [layer.training for layer in self.modules()], [p.requires_grad for p in self.parameters()]
+        self.noted.append([batch_idx, *flags, self.norm.track_running_stats])
+        x = self.norm(batch[0])
+        return F.cross_entropy(self(x) + self.extra(x), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=self.lr)
+
+
+def test_hooks_of_the_users_network_reach_the_second_one_in_the_same_steps():
+    second, module = Follows(init="copy"), Hooked()
+    extra = module.extra.weight.detach().clone()
+    fit(module, second)
+    peer = second.peer.module
+    assert len(module.noted) == len(peer.noted) == 2 * BATCHES
+    assert [noted[:4] for noted in peer.noted] == module.noted
+    assert [noted[4] for noted in peer.noted] == [[0.05]] * 2 + [[0.05, 0.01 * (1 + k)] for k in (2, 3, 0, 1, 2, 3)]
+    assert [noted[5] for noted in peer.noted] == [[6]] * 2 + [[6, 2]] * 6
+    assert peer.norm.num_batches_tracked == module.norm.num_batches_tracked == 2  # batch 0 of each epoch
+    assert not torch.equal(peer.extra.weight, extra)
+
+
+def test_a_second_network_goes_on_in_the_middle_of_what_hooks_set():
+    second = Follows(init="copy")
+    trainer = fit(Hooked(), second, max_steps=3, max_epochs=1)
+    state = second.peer.state_dict()
+    assert state["groups"][1] == ["extra.weight", "extra.bias"]
+    other = TrainedPeer(trainer, second.peer.module, second, "copy")
+    other.load_state_dict(state)
+    assert other.state_dict()["groups"] == state["groups"]
+    assert other.state_dict()["settings"] == state["settings"]
+    assert [group["lr"] for group in other._optimizer.param_groups] == [0.05, 0.03]
+
+
+def test_learning_rates_that_hooks_set_are_said_once():
+    class Warmed(Classifier):
+        def on_train_batch_start(self, batch, batch_idx):
+            self.trainer.optimizers[0].param_groups[0]["lr"] = 0.25
+
+    sentence = r"Second: the learning rate of the module's optimizer is 0.25, that of the second network's 0.05: a hook"
+    with pytest.warns(UserWarning, match=sentence) as said:
+        fit(Warmed(lr=0.05), Second(), max_epochs=3)
+    assert sum("learning rate of the module" in str(one.message) for one in said) == 1
 
 
 # -- two processes ----------------------------------------------------------------------------------------------------

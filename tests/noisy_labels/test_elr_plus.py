@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import BackboneFinetuning
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -399,6 +400,64 @@ def test_teachers_have_the_statistics_that_their_mode_needs(teacher):
     live = [model.net[1].running_mean, second_weights(elr_plus)["net.1.running_mean"]]
     for average, own in zip(averages, live, strict=True):
         assert torch.equal(average, own if teacher == "eval" else torch.zeros(8))
+
+
+class Freeze(Callback):
+    """Freezes batch norm when an epoch starts."""
+
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        pl_module.net[1].train(trainer.current_epoch < self.epoch)
+
+
+@pytest.mark.parametrize("networks", [1, 2])
+def test_frozen_batch_norm_is_frozen_in_teachers_and_the_second_network(networks):
+    seen = []
+
+    class Seen(Classifier):
+        def training_step(self, batch, batch_idx):
+            seen.append((self.trainer.current_epoch, self.net[1].training))
+            return super().training_step(batch, batch_idx)
+
+    elr_plus, model = ELRPlusCallback(networks=networks, decay=0.5, decay_rampup_steps=0), Seen()
+    fit(elr_plus, model, callbacks=[Freeze(1)])
+    assert len(seen) == 2 * 4 * 2 * networks  # epochs, batches, a network and a teacher
+    assert all(is_training == (epoch == 0) for epoch, is_training in seen)
+    state = elr_plus.state_dict()["networks"]
+    live = [model.net[1].running_mean, *([second_weights(elr_plus)["net.1.running_mean"]] if networks == 2 else [])]
+    for average, own in zip(state["averages"], live, strict=True):
+        assert own.any()
+        assert torch.equal(average["net.1.running_mean"], own)
+
+
+def test_backbone_finetuning_unfreezes_both_networks():
+    class Parts(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.head = self.net[:3], self.net[3]
+            del self.net
+
+        def forward(self, x):
+            return self.head(self.backbone(x))
+
+        def configure_optimizers(self):
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.2)
+
+    seed_everything(7, verbose=False)
+    elr_plus, model = ELRPlusCallback(peer_init="copy", lam=0, mixup_alpha=1), Parts()
+    start = model.backbone[0].weight.detach().clone()
+    finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=1, backbone_initial_ratio_lr=0.5, train_bn=False)
+    _, model = fit(elr_plus, model, callbacks=[finetuning])
+    moved = [w - start for w in (model.backbone[0].weight, second_weights(elr_plus)["backbone.0.weight"])]
+    assert all(m.abs().max() > 1e-3 for m in moved)
+    optimizer = elr_plus.state_dict()["networks"]["second"]["optimizer"]
+    assert [len(group["params"]) for group in optimizer["param_groups"]] == [
+        4,
+        2,
+    ]  # batch norm is trained from the start
+    assert [group["lr"] for group in optimizer["param_groups"]] == [0.2, 0.1]
 
 
 # -- the fit ----------------------------------------------------------------------------------------------------------

@@ -671,6 +671,27 @@ def test_weights_of_sums_are_chosen():
     assert chosen(Mixed(), fn="identity") == []
 
 
+class ForeignLinear(nn.Module):
+    """Of another library, with its weight (in, out)."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(4, 4))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+def test_linear_layers_of_other_libraries_are_chosen():
+    class Table(ForeignLinear):
+        def forward(self, index):
+            return self.weight[index]
+
+    net = nn.Sequential(ForeignLinear(), Table(), nn.Linear(4, 2))
+    assert WeightCompander().weights_to_map(net) == ["0.weight", "2.weight"]
+    assert WeightCompander("0").weights_to_map(net) == ["0.weight"]
+
+
 def test_a_pattern_is_of_whole_names_and_a_plain_string_is_one_pattern():
     assert chosen(Mixed(), layers="net.?", exclude="*.0") == ["net.3.weight"]
     assert chosen(Mixed(), layers="net.0.weight") == ["net.0.weight"]

@@ -339,6 +339,104 @@ def test_first_layer_and_head_are_left_out_by_auto_only():
     }
 
 
+class OwnLinear(nn.Module):
+    """As torch_geometric has it: a Linear of its own."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(outputs, inputs)), nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+
+class Conv1D(nn.Module):
+    """As transformers has it: a linear layer whose weight is (in, out)."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.nf, self.weight, self.bias = (
+            outputs,
+            nn.Parameter(torch.randn(inputs, outputs)),
+            nn.Parameter(torch.zeros(outputs)),
+        )
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], self.nf)
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj, self.bias = nn.Parameter(torch.randn(2, 8, 16)), nn.Parameter(torch.zeros(16))
+
+
+def foreign():
+    torch.manual_seed(0)
+    parts = {"first": OwnLinear(8, 8), "own": OwnLinear(8, 8), "conv": Conv1D(8, 6), "experts": Experts()}
+    return nn.ModuleDict(parts | {"lstm": nn.LSTM(8, 4), "up": nn.ConvTranspose1d(8, 8, 3), "head": OwnLinear(6, 4)})
+
+
+def test_layers_of_other_libraries_become_sparse_and_what_is_left_out_is_said():
+    left_out = {
+        "experts.gate_up_proj": "of Experts, which is no linear layer known",
+        "lstm.weight_ih_l0": "of LSTM, which is no linear layer known",
+        "lstm.weight_hh_l0": "of LSTM, which is no linear layer known",
+        "up.weight": "of ConvTranspose1d, which is no linear layer known",
+    }
+    assert decisions(foreign()) == {
+        "first.weight": "first layer", "own.weight": "2:4", "conv.weight": "2:4", **left_out, "head.weight": "head",
+    }  # fmt: skip
+    assert decisions(foreign(), layers="conv")["conv.weight"] == "2:4"
+    assert decisions(foreign(), layers="conv", dim="out", m=3)["conv.weight"] == "2:3"
+    assert decisions(foreign(), patterns={"conv": [2, 16]})["conv.weight"] == "too small: 8 in for groups of 16"
+    with pytest.raises(MisconfigurationException, match=r"experts.gate_up_proj: of Experts, which is no linear layer"):
+        decisions(foreign(), layers="experts")
+    rows = {row.name: row for row in NMSparsity().report(foreign()).rows}
+    assert {name: rows[name].why_dense for name in left_out} == left_out
+    assert all((rows[name].pattern, rows[name].flops_dense) == ("dense", 0) for name in left_out)
+    assert (rows["conv.weight"].shape, rows["conv.weight"].flops_dense) == ("8x6", 96)
+
+
+def test_a_transposed_weight_has_its_groups_along_its_inputs():
+    net = foreign()
+    conv, own = net["conv"].weight.detach().clone(), net["own"].weight.detach().clone()
+    sparse = NMSparsity(2, 4)
+    sparse.harden(net)
+    assert torch.equal(net["conv"].weight, (conv.t() * reference_mask(conv.t(), 2, 4)).t())
+    assert torch.equal(net["own"].weight, own * reference_mask(own, 2, 4))
+    assert sparse.verify(net) == {"own.weight": (0.5, 0), "conv.weight": (0.5, 0)}
+    other = NMSparsity(2, 3, dim="out", layers="conv")
+    other.harden(net := foreign())
+    assert torch.equal(net["conv"].weight, (conv.t() * reference_mask(conv.t(), 2, 3, "out")).t())
+
+
+def test_a_transposed_weight_trains_with_the_pattern():
+    class Foreign(Digits):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(OwnLinear(64, 8), nn.ReLU(), Conv1D(8, 8), nn.ReLU(), OwnLinear(8, 10))
+
+    module, _ = train(NMSparsity(1, 4, recipe="ste", layers="net.2", dense_fraction=0.0), module=Foreign(), epochs=1)
+    assert module.net[2].weight.view(2, 4, 8).count_nonzero(1).max() == 1
+
+
+def test_split_rows_of_a_transposed_weight_are_refused():
+    sparse = NMSparsity()
+    sparse.weights_to_edit(foreign())
+    assert sparse.needs_whole_parameters() == (
+        "groups along the inputs of 'conv.weight', a weight of shape (in, out), reach over many rows"
+    )
+
+
+def test_the_report_lists_weights_under_all_their_names_and_computed_ones():
+    rows = {row.name: row for row in NMSparsity().report(Net()).rows}
+    assert list(rows) == list(decisions(Net()))
+    assert (rows["twin.weight"].why_dense, rows["twin.weight"].shape) == ("same weight as wide.weight", "12x8")
+    assert (rows["tied.weight"].why_dense, rows["tied.weight"].flops_dense) == ("shared with embedding", 256)
+    assert (rows["normed.weight"].why_dense, rows["normed.weight"].shape) == ("computed from other parameters", "")
+
+
 def test_groups_along_out_do_not_reach_from_one_projection_into_the_next():
     attention = nn.ModuleDict({"a": nn.Linear(4, 4), "attention": nn.MultiheadAttention(4, 2), "z": nn.Linear(4, 4)})
     # 12 rows are a multiple of 6, the 4 of each projection are not.

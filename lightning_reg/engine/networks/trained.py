@@ -19,6 +19,8 @@ from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.generators import isolated_randomness, own_randomness
 from lightning_reg.engine.host.modules import reset_of
+from lightning_reg.engine.host.names import plain_name
+from lightning_reg.engine.networks.followed import Follower, Source, TakenOver, regroup_
 from lightning_reg.engine.networks.peer import copy_of, load_weights_, weights_of
 from lightning_reg.engine.step import Step
 from lightning_reg.engine.technique import Technique
@@ -157,7 +159,10 @@ class TrainedPeer:
 
     Of the module's methods it calls ``training_step``, ``configure_optimizers``, ``backward``,
     ``configure_gradient_clipping`` and ``lr_scheduler_step``, and the transfer hooks of the user's module for its
-    batches; other hooks (``on_train_batch_end`` and so on) and what is logged are the user's network's alone.
+    batches; other hooks (``on_train_batch_end`` and so on) and what is logged are the user's network's alone. What
+    hooks and callbacks set on the user's network it takes over, position by position in the epoch: the mode of each
+    layer, which parameters get gradients, and the groups that they add to the optimizer, with learning rate and the
+    like. What they do to gradients, to weights, or to the learning rate of the configured groups it does not.
     Precision, gradient clipping and accumulation are the Trainer's. Under DDP gradients are averaged over the ranks
     after the last backward pass of an optimizer step, in one collective, and buffers are those of the first rank at the
     end.
@@ -176,6 +181,7 @@ class TrainedPeer:
 
     Attributes:
         module: The network.
+        settings: What it has taken over from the user's network for its present step, ``None`` before the first one.
         steps: Optimizer steps so far.
         loss: Mean loss of the part of an epoch that was trained last, a scalar; ``None`` before.
 
@@ -195,12 +201,26 @@ class TrainedPeer:
         _check_optimizers(owner, self.module, optimizers, self._schedulers)
         self._optimizer: torch.optim.Optimizer = optimizers[0]
         self._scaler = host.new_scaler(trainer)
+        self._configured = len(self._optimizer.param_groups)
+        self._source = Source(module, trainer.optimizers[0], self._configured)
+        self._follower = Follower(self.module)
+        self._settings: dict[int, TakenOver] = {}  # by position in the epoch, where they changed
+        self._says_rate = True
+        self.settings: TakenOver | None = None
         self.steps = self._batches = self._epoch = self._position = 0
         self._scheduled = -1
         self.loss: Tensor | None = None
         self._shared: list[nn.Parameter] | None = None
 
     # -- training -----------------------------------------------------------------------------------------------------
+
+    def note(self) -> TakenOver:
+        """To be called at each step's start of the user's network: what it is set to then, for the step of this one."""
+        settings = self._source.now()
+        last = self._settings[max(self._settings)] if self._settings else None
+        if settings is not last and settings != last:
+            self._settings[host.batches_of_epoch(self._trainer) - 1] = settings
+        return settings
 
     def train(self, engine: "Engine", until: int, after_step: Callable[[], None]) -> None:
         """Trains the part of the present epoch that is not trained yet.
@@ -218,8 +238,11 @@ class TrainedPeer:
             return
         loader = engine.reordered(self._owner)
         draws, losses = loader.draws(epoch)[:until], []
+        before = [position for position in self._settings if position < self._position]
+        self._take_over(self._settings[max(before)] if before else None)
         with host.lent_trainer(self.module, self._trainer), torch.enable_grad():
             for position, indices, batch in loader.batches(draws, epoch, self._position):
+                self._take_over(self._settings.get(position))
                 loss = self._batch(engine, loader.source, indices, batch, position)
                 losses += [] if loss is None else [loss.detach().float()]
                 if (position + 1) % self._trainer.accumulate_grad_batches == 0 or position + 1 == len(draws):
@@ -227,6 +250,7 @@ class TrainedPeer:
                     after_step()
                 self._position = position + 1
         self._position = until
+        self._settings = {0: self._settings[max(self._settings)]} if self._settings else {}
         for metric in (layer for layer in self.module.modules() if isinstance(layer, Metric)):
             metric.reset()  # nobody logs it, so nobody else would
         group = host.data_parallel_group(self._trainer)
@@ -235,6 +259,35 @@ class TrainedPeer:
             self.loss = distributed.all_reduce_sum(self.loss, group) / distributed.world_size(group)
         distributed.broadcast_(list(self.module.buffers()), group)
 
+    def _take_over(self, settings: TakenOver | None) -> None:
+        if settings is None:
+            return
+        before, self.settings = self.settings, settings
+        self._follower.take_over(settings)
+        groups = self._optimizer.param_groups
+        if before is None or settings.groups != before.groups:
+            regroup_(self._optimizer, self.module, settings.groups)
+        for group, options in zip(groups[self._configured :], settings.options, strict=True):
+            group.update(options)
+        if before is not None and settings.is_trained != before.is_trained:
+            self._shared = None
+
+    def _check_rates(self) -> None:
+        """Says once that something else than a scheduler of both networks sets the learning rate of the user's."""
+        other = self._other_rates()
+        if other and self._says_rate:
+            self._says_rate = False
+            host.rank_zero_warn(
+                f"{type(self._owner).__name__}: the learning rate of the module's optimizer is {other[0][0]:g}, that of"
+                f" the second network's {other[0][1]:g}: a hook or callback sets the former. Set it by a scheduler in"
+                " `configure_optimizers`, which both networks have."
+            )
+
+    def _other_rates(self) -> list[tuple[float, float]]:
+        pairs = zip(self._trainer.optimizers[0].param_groups, self._optimizer.param_groups, strict=False)
+        rates = [(first["lr"], second["lr"]) for first, second in pairs if "lr" in first and "lr" in second]
+        return [(a, b) for a, b in rates[: self._configured] if not isinstance(a, Tensor) and a != b]
+
     def end_epoch(self) -> None:
         """Moves the schedulers that count epochs, once in each."""
         epoch = self._trainer.current_epoch
@@ -242,6 +295,7 @@ class TrainedPeer:
             self._scheduled = epoch
             with host.lent_trainer(self.module, self._trainer):
                 self._schedule("epoch", epoch + 1)
+            self._check_rates()
 
     def _batch(
         self, engine: "Engine", source: IndexSource, indices: BatchIndices, batch: Any, position: int
@@ -313,6 +367,8 @@ class TrainedPeer:
         state = {
             "weights": weights_of(self.module),
             "optimizer": self._optimizer.state_dict(),
+            "groups": self._names_by_group(),
+            "settings": {position: settings.as_state() for position, settings in self._settings.items()},
             "schedulers": [config.scheduler.state_dict() for config in self._schedulers],
             "scaler": {} if self._scaler is None else self._scaler.state_dict(),
             "loss": self.loss,
@@ -324,14 +380,21 @@ class TrainedPeer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from what :meth:`state_dict` gave."""
         load_weights_(self.module, state["weights"], self._owner)
+        regroup_(self._optimizer, self.module, state["groups"])
         self._optimizer.load_state_dict(state["optimizer"])
+        self._settings = {position: TakenOver(**settings) for position, settings in state["settings"].items()}
         for config, own in zip(self._schedulers, state["schedulers"], strict=True):
             config.scheduler.load_state_dict(own)
+        self._says_rate = not self._other_rates()  # in a further fit the user's starts anew
         if self._scaler is not None and state["scaler"]:
             self._scaler.load_state_dict(state["scaler"])
         self.loss = state["loss"]
         for name in _PLACE:
             setattr(self, name, state[name])
+
+    def _names_by_group(self) -> list[list[str]]:
+        names = {id(p): plain_name(name) for name, p in self.module.named_parameters()}
+        return [[names[id(p)] for p in group["params"]] for group in self._optimizer.param_groups]
 
 
 _PLACE = ("steps", "_batches", "_epoch", "_position", "_scheduled")

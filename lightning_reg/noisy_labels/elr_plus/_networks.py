@@ -11,6 +11,7 @@ from typing_extensions import override
 from lightning_reg.engine.host.left_out import LeftOut
 from lightning_reg.engine.layers.named import find_layer, named_layers
 from lightning_reg.engine.networks.ensemble import JointForward, MeanOfTwo
+from lightning_reg.engine.networks.followed import Follower, Source, TakenOver
 from lightning_reg.engine.networks.peer import Peer, copy_of, load_weights_, weights_of
 from lightning_reg.engine.networks.trained import PeerInit, PeerStep, TrainedPeer
 from lightning_reg.noisy_labels.elr_plus.core import elr_plus_decay
@@ -46,7 +47,7 @@ class Networks:
     Args:
         count: 1, or 2 with a second network.
         init: First weights of the second network.
-        in_train_mode: Whether teachers run in train mode.
+        in_train_mode: Whether teachers run in the modes of the networks in training, or in eval mode.
         decay: Decay of the averages.
         rampup_steps: Optimizer steps over which the decay grows.
 
@@ -60,6 +61,9 @@ class Networks:
         self._live: list[LightningModule] = []
         self._averages: list[Peer] = []
         self._second: TrainedPeer | None = None
+        self._source: Source | None = None
+        self._followers: list[Follower] = []
+        self._settings: TakenOver | None = None
         self._joint: JointForward | None = None
         self.left_out = LeftOut("ELRPlusCallback", "updates of a teacher by weights that")
 
@@ -87,6 +91,8 @@ class Networks:
             self._second = TrainedPeer(trainer, module, owner, self._init)
             self._live.append(self._second.module)
         self._averages = [Peer(network, training=self._in_train_mode, owner=owner) for network in self._live]
+        self._source = Source(module) if self._second is None else None
+        self._followers = [Follower(average.module) for average in self._averages]
         if self._kept:
             for average, weights in zip(self._averages, self._kept["averages"], strict=True):
                 load_weights_(average.module, weights, owner)
@@ -99,6 +105,7 @@ class Networks:
         self.end_joint_validation()
         self._kept = self._state()
         self._live, self._averages, self._second = [], [], None
+        self._source, self._followers, self._settings = None, [], None
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -113,6 +120,15 @@ class Networks:
     def teacher_of(self, step: "Step") -> Peer:
         """The average of the other network; of the only one, where there is one."""
         return self._averages[(1 - self.number_of(step)) % len(self._averages)]
+
+    def begin_step(self, step: "Step") -> None:
+        """To be told of a step before its teacher is asked: hooks may have changed the modes of layers."""
+        if self._second is None:
+            self._settings = None if self._source is None else self._source.now()
+        else:
+            self._settings = self._second.settings if self.number_of(step) else self._second.note()
+        if self._in_train_mode and self._settings is not None:
+            self._followers[self._averages.index(self.teacher_of(step))].take_over_modes(self._settings)
 
     def after_step(self) -> None:
         """To be told of an optimizer step of the module."""
@@ -134,7 +150,9 @@ class Networks:
     def _update_average(self, number: int, steps: int) -> None:
         average = self._averages[number]
         self.left_out.add(~average.update_average_(elr_plus_decay(steps, self._decay, self._rampup_steps)))
-        if not self._in_train_mode:  # running statistics count: those of the network
+        settings = self._settings
+        if not self._in_train_mode or (settings is not None and not all(settings.in_train_mode)):
+            # Running statistics count: those of the network.
             for own, live in zip(average.module.buffers(), self._live[number].buffers(), strict=True):
                 own.copy_(live)
 
@@ -186,7 +204,8 @@ class Networks:
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        running: dict[str, Any] = {"_live": [], "_averages": [], "_second": None, "_joint": None}
+        running: dict[str, Any] = {"_live": [], "_averages": [], "_followers": []}
+        running |= dict.fromkeys(("_second", "_joint", "_source", "_settings"))
         return {**self.__dict__, **running, "_kept": self._state()}
 
     def _state(self) -> dict[str, Any]:

@@ -52,7 +52,11 @@ class ELRPlusCallback(BatchTechnique, LossTechnique):
     4. after the optimizer step :math:`\bar\theta_k \leftarrow a(s)\,\bar\theta_k + (1 - a(s))\,\theta_k`.
 
     The module stays network 1, in checkpoints too; :meth:`ensemble` gives the paper's predictor, the mean of the logits
-    of both networks. Other techniques act on network 1 only.
+    of both networks. Other techniques act on network 1 only. Network 2 follows what hooks and callbacks set on the
+    module at each step's start (modes of layers, ``requires_grad``, groups added to the optimizer, as by
+    BackboneFinetuning); what they do to its gradients, weights, or learning rates of other groups (a callback that
+    zeroes or clips gradients, say) does not reach network 2: write it as ``configure_gradient_clipping``, a scheduler
+    or into ``training_step``, which both have.
 
     Use it when 10-80 % of the labels of a single-label classification may be wrong and double time is no obstacle.
 
@@ -89,8 +93,9 @@ class ELRPlusCallback(BatchTechnique, LossTechnique):
         refine: Whether labels are re-weighted by the targets. Authors' code: for 100 classes only.
         networks: 2, or 1 to leave out the second: the module's own average is then its teacher. Paper: 2.
         averaging: Whether teachers are averages; otherwise they are the networks as they are. Paper: yes.
-        teacher: ``"train"`` runs teachers on the statistics of the batch, with dropout, as the authors' code does;
-            ``"eval"`` on the running statistics of their networks, without.
+        teacher: ``"train"`` runs teachers in the modes that the module's layers train in: on the statistics of the
+            batch, with dropout, as the authors' code does, but for layers that are set to eval mode; ``"eval"`` on the
+            running statistics of their networks, without.
         peer_init: First weights of network 2. ``"reset"``: drawn anew by the layers' own ``reset_parameters``, but for
             frozen ones. ``"copy"``: those of the module, for pretrained weights; order of the data and mixup then tell
             the two apart.
@@ -233,6 +238,7 @@ class ELRPlusCallback(BatchTechnique, LossTechnique):
 
     @override
     def transform_batch(self, batch: Any, step: "Step") -> Any:
+        self._networks.begin_step(step)
         step.notes[self] = Notes(self._networks.teacher_of(step).see(step, self).call)
         if not self.mixup_alpha:
             return batch

@@ -5,6 +5,7 @@ from torch import nn
 from lightning_reg.engine.host.errors import MisconfigurationException, check_patterns
 from lightning_reg.engine.host.modules import own_parameters
 from lightning_reg.engine.host.names import Patterns, as_patterns, matches, plain_name
+from lightning_reg.engine.weights.multiplied import multiplied_weights
 from lightning_reg.engine.weights.swap import named_weights
 
 __all__ = ["weights_to_compand"]
@@ -50,16 +51,10 @@ def _weights(module: nn.Module) -> tuple[set[str], set[str], dict[str, set[str]]
     others: set[str] = set()
     names: dict[str, set[str]] = {name: set() for name in parameters.values()}
     for path, layer in module.named_modules():
+        multiplied = multiplied_weights(layer)
         for key, p in own_parameters(layer).items():
             if p is not None:
                 name, prefix = parameters[id(p)], plain_name(f"{path}.") if path else ""
-                (summing if key in _weights_in(layer) else others).add(name)
+                (summing if key in multiplied else others).add(name)
                 names[name] |= {prefix + key} | ({prefix[:-1]} if prefix else set())
     return summing, others, names
-
-
-def _weights_in(layer: nn.Module) -> tuple[str, ...]:
-    """Names of a layer's own parameters that are weights of sums over inputs."""
-    if isinstance(layer, nn.MultiheadAttention):
-        return ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-    return ("weight",) if isinstance(layer, nn.Linear | nn.modules.conv._ConvNd) else ()

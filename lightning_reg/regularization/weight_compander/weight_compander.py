@@ -72,8 +72,9 @@ class WeightCompander(WeightMapTechnique):
 
     Args:
         layers: Patterns of names, of layers as in ``named_modules()`` (``"net.head"``, ``"*.mlp.*"``) or of weights
-            themselves (``"*.in_proj_weight"``). ``"auto"``: all linear, convolution and attention layers, without
-            weights shared with a layer of another kind.
+            themselves (``"*.in_proj_weight"``). ``"auto"``: all linear, convolution and attention layers, and layers of
+            other libraries whose 2-D ``weight`` multiplies the input (``Conv1D`` of transformers), without weights
+            shared with a layer of another kind.
         fn: The function; ``"identity"`` leaves all as it is, for comparisons. Paper: the arctan, as far as known.
             Neutral: ``"identity"``.
         a: Scale of the bound, above 0, in the weights' unit. ``None``: for each layer so that the bound is four times

@@ -11,20 +11,23 @@ from typing import Literal
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException, check_patterns
 from lightning_reg.engine.host.modules import own_parameters
 from lightning_reg.engine.host.names import Patterns, matches
 from lightning_reg.engine.layers.named import named_layers
+from lightning_reg.engine.weights.multiplied import multiplied_weights
 from lightning_reg.engine.weights.swap import named_weights
 from lightning_reg.sparsity.nm_sparsity.core import patterns_of
 
 __all__ = ["Choice", "Weight", "check_apart", "check_groups", "choose_weights", "weights_table"]
 
 _RECIPES = ("mdgf_linear", "mdgf_exp", "sdgf_stepwise", "sdgf_geometric", "srste", "ste", "one_shot")
-_ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 _ALL_KEPT = "the pattern keeps all weights"
+_OTHER: dict[str, Literal["in", "out"]] = {"in": "out", "out": "in"}
+_NO_PRODUCTS = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, ParametrizationList)
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ class Weight:
         m: Length of a group of the target pattern.
         patterns: N and M of all patterns that it goes through, the target last.
         why_dense: Why it stays dense; "" if it becomes sparse.
+        dim: Direction of the groups in a weight ``(out, in)``: the other one than asked for where it is ``(in, out)``.
+        multiplies: Whether it is known to multiply inputs.
 
     """
 
@@ -75,6 +80,8 @@ class Weight:
     m: int
     patterns: tuple[tuple[int, int], ...]
     why_dense: str = ""
+    dim: Literal["in", "out"] = "in"
+    multiplies: bool = True
 
 
 def check_groups(owner: object, choice: Choice) -> None:
@@ -107,7 +114,7 @@ def check_groups(owner: object, choice: Choice) -> None:
 
 
 def choose_weights(module: nn.Module, choice: Choice, owner: object) -> list[Weight]:
-    """Every weight of a linear, convolution or attention layer, with what becomes of it.
+    """Every weight of a linear, convolution or attention layer, with what becomes of it, and others that stay dense.
 
     Args:
         module: The user's module.
@@ -122,18 +129,20 @@ def choose_weights(module: nn.Module, choice: Choice, owner: object) -> list[Wei
             and that is to be an error.
 
     """
-    candidates = list(_candidates(module))
-    _check_names(choice, [parameter for _, parameter, _ in candidates], owner)
-    ends = _ends(module) if choice.layers == "auto" else {}
-    users = _users(module)
+    summed = {layer: _summed(submodule) for layer, submodule in named_layers(module).items()}
+    candidates = list(_candidates(module, summed))
+    _check_names(choice, [parameter for _, parameter, *_ in candidates], owner)
+    ends = _ends(module, summed) if choice.layers == "auto" else {}
+    users = _users(module, summed)
     parameters = {id(p): name for name, p in named_weights(module).items()}
     weights = []
-    for layer, parameter, weight in candidates:
+    for layer, parameter, weight, left_out in candidates:
         n, m = _pattern_for(choice, parameter)
-        why = _why_dense(choice, layer, parameter, ends)
+        why = left_out or _why_dense(choice, layer, parameter, ends)
         why = why or _unusable(weight, layer, users.get(id(weight), []), parameters.get(id(weight), ""), parameter)
         shape = tuple(weight.shape) if isinstance(weight, nn.Parameter) and not _is_lazy(weight) else ()
-        length = 0 if why else _length(shape, parameter, choice.dim)
+        dim = choice.dim if summed[layer].get(parameter.rpartition(".")[2], 1) else _OTHER[choice.dim]
+        length = 0 if why else _length(shape, parameter, dim)
         if not why and (length < m or length % m):
             size = f"{length} {'in' if choice.dim == 'in' else 'out'}"
             why = f"too small: {size} for groups of {m}" if length < m else f"not divisible: {size} by {m}"
@@ -143,7 +152,8 @@ def choose_weights(module: nn.Module, choice: Choice, owner: object) -> list[Wei
                     ' on_indivisible="skip".'
                 )
         why = why or (_ALL_KEPT if n == m else "")
-        weights.append(Weight(parameter, shape, n, m, () if why else _patterns(choice, n, m, length), why))
+        patterns = () if why else _patterns(choice, n, m, length)
+        weights.append(Weight(parameter, shape, n, m, patterns, why, dim, multiplies=not left_out))
     _check_any(weights, owner)
     return weights
 
@@ -194,16 +204,25 @@ def weights_table(weights: Sequence[Weight], settings: str, permutations: Mappin
     return table
 
 
-def _candidates(module: nn.Module) -> Iterator[tuple[str, str, Tensor | None]]:
-    """Layer, name of the parameter and its value, for all that could become sparse."""
+def _candidates(
+    module: nn.Module, summed: Mapping[str, Mapping[str, int]]
+) -> Iterator[tuple[str, str, Tensor | None, str]]:
+    """Layer, name of the parameter, its value, and why it is left out, for all that could become sparse or seem to."""
     for layer, submodule in named_layers(module).items():
-        if isinstance(submodule, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            yield layer, f"{layer}.weight", own_parameters(submodule).get("weight")
-        elif isinstance(submodule, nn.MultiheadAttention):
-            for name in _ATTENTION:
-                weight = own_parameters(submodule).get(name)
-                if weight is not None:
-                    yield layer, f"{layer}.{name}", weight
+        own = own_parameters(submodule)
+        for name in summed[layer]:
+            if name == "weight" or own.get(name) is not None:
+                yield layer, f"{layer}.{name}", own.get(name), ""
+        if not summed[layer] and not isinstance(submodule, _NO_PRODUCTS):
+            kind = type(submodule).__name__
+            for name, p in own.items():
+                is_matrix = p is not None and not _is_lazy(p) and p.dim() > 1
+                if is_matrix and not any(word in kind for word in ("Embedding", "Norm")):
+                    yield layer, f"{layer}.{name}", p, f"of {kind}, which is no linear layer known"
+
+
+def _summed(layer: nn.Module) -> dict[str, int]:
+    return {} if isinstance(layer, nn.modules.conv._ConvTransposeNd) else multiplied_weights(layer)
 
 
 def _matches(patterns: Patterns, parameter: str) -> bool:
@@ -251,24 +270,23 @@ def _unusable(weight: Tensor | None, layer: str, users: Sequence[tuple[str, bool
     return "" if name == parameter else f"same weight as {name}"
 
 
-def _users(module: nn.Module) -> dict[int, list[tuple[str, bool]]]:
+def _users(module: nn.Module, summed: Mapping[str, Mapping[str, int]]) -> dict[int, list[tuple[str, bool]]]:
     """Which layers hold each parameter, and whether they are of a kind that could become sparse."""
-    kinds = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.MultiheadAttention
     users: dict[int, list[tuple[str, bool]]] = {}
     for layer, submodule in named_layers(module).items():
         for parameter in own_parameters(submodule).values():
             if parameter is not None:
-                users.setdefault(id(parameter), []).append((layer, isinstance(submodule, kinds)))
+                users.setdefault(id(parameter), []).append((layer, bool(summed[layer])))
     return users
 
 
-def _ends(module: nn.Module) -> dict[str, str]:
+def _ends(module: nn.Module, summed: Mapping[str, Mapping[str, int]]) -> dict[str, str]:
     """The first layer and the head, in the order in which the module registers its layers."""
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, nn.Embedding, nn.EmbeddingBag)
     layers = [
         (name, layer)
         for name, layer in named_layers(module).items()
-        if isinstance(layer, kinds) and any(p.requires_grad for p in layer.parameters(recurse=False))
+        if (summed[name] or isinstance(layer, nn.Embedding | nn.EmbeddingBag))
+        and any(p.requires_grad for p in layer.parameters(recurse=False))
     ]
     ends = {name: "first layer" for name, _ in layers[:1]}
     return ends | {name: "head" for name, layer in layers[-1:] if not isinstance(layer, nn.MultiheadAttention)}

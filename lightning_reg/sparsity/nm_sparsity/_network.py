@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ class SparseNetwork:
 
     def forget(self) -> None:
         """Starts a new training."""
-        self.masks = _Masks(self._choice.dim)
+        self.masks = _Masks()
         self._magnitudes: dict[str, float] = {}
 
     @property
@@ -72,7 +72,7 @@ class SparseNetwork:
             if not weight.why_dense:
                 value, pattern = shards.local(parameters[weight.name]), (weight.n, weight.m)
                 held = self.masks.held(weight.name, pattern, value) if self._choice.recipe == "one_shot" else None
-                mask = nm_mask(value, *pattern, self._choice.dim) if held is None else held
+                mask = nm_mask(value, *pattern, weight.dim) if held is None else held
                 masks.append((weight, parameters[weight.name], mask))
         return masks
 
@@ -108,7 +108,7 @@ class SparseNetwork:
             if not weight.why_dense:
                 parameter = parameters[weight.name]
                 rows = shards.local(parameter)
-                violations = torch.tensor(check_nm(rows, weight.n, weight.m, self._choice.dim), device=rows.device)
+                violations = torch.tensor(check_nm(rows, weight.n, weight.m, weight.dim), device=rows.device)
                 counts = _everywhere(torch.stack([rows.count_nonzero(), violations]), parameter).tolist()
                 found[weight.name] = counts[0] / parameter.numel(), counts[1]
         return found
@@ -120,10 +120,10 @@ class SparseNetwork:
 
     def report(self, module: nn.Module) -> SparsityReport:
         """A row for every weight."""
-        parameters = named_weights(module)
+        parameters = _named_by_all(module)
         masks = {weight.name: mask for weight, _, mask in self.final_masks(module)}
-        weights = [weight for weight in self._weights_of(module) if weight.shape]
-        return SparsityReport([self._row(w, parameters[w.name], masks.get(w.name)) for w in weights])
+        weights = self._weights_of(module)
+        return SparsityReport([self._row(w, parameters.get(w.name), masks.get(w.name)) for w in weights])
 
     def state_of(self, module: nn.Module, state_dict: dict[str, Tensor], *, prune: bool) -> dict[str, Any]:
         """State for a checkpoint: whole masks, also of weights that are split, and what is pruned from its weights.
@@ -144,7 +144,9 @@ class SparseNetwork:
             state["pruned"] = _prune_state_dict(state_dict, masks, parameters, _aliases(module))
         return state
 
-    def _row(self, weight: Weight, value: Tensor, mask: Tensor | None) -> SparsityRow:
+    def _row(self, weight: Weight, value: Tensor | None, mask: Tensor | None) -> SparsityRow:
+        if value is None or not weight.shape:  # computed, or without a shape yet
+            return SparsityRow(weight.name, "", "dense", weight.why_dense, 1.0, 0.0, 0, 0)
         nonzero = int(_everywhere(shards.local(value).count_nonzero(), value))
         kept = 1.0 if mask is None else _kept_magnitude(value, mask)
         return SparsityRow(
@@ -154,13 +156,13 @@ class SparseNetwork:
             why_dense=weight.why_dense,
             kept_magnitude=self._magnitudes.get(weight.name, 1.0) if kept == 1.0 else kept,
             zeros=1.0 - nonzero / value.numel() if value.numel() else 0.0,
-            flops_dense=2 * value.numel(),
-            flops=2 * nonzero,
+            flops_dense=2 * value.numel() * weight.multiplies,
+            flops=2 * nonzero * weight.multiplies,
         )
 
     def _weights_of(self, module: nn.Module) -> list[Weight]:
         """The weights chosen in training, if it is that module or one like it; else those that would be chosen."""
-        parameters = named_weights(module)
+        parameters = _named_by_all(module)
         shapes = [parameters[w.name].shape if w.name in parameters else () for w in self.sparse]
         same = bool(shapes) and all(shape == w.shape for shape, w in zip(shapes, self.sparse, strict=True))
         return [w for w in self.weights if not w.shape or w.name in parameters] if same else self._chosen(module)
@@ -174,19 +176,15 @@ class SparseNetwork:
 class _Masks:
     """The masks in force, by name of the weight.
 
-    Args:
-        dim: Direction of the groups.
-
     Attributes:
         age: Optimizer steps since they were last chosen.
 
     """
 
-    def __init__(self, dim: Literal["in", "out"]) -> None:
+    def __init__(self) -> None:
         self.age = 0
         self._counts: dict[str, Tensor] = {}  # changed entries of the rows here, when that was last measured
         self._flips: Tensor | None = None  # that of a checkpoint
-        self._dim = dim
         self._masks: dict[str, Tensor] = {}
         self._patterns: dict[str, tuple[int, int]] = {}
 
@@ -201,13 +199,13 @@ class _Masks:
         return mask.to(weight.device)
 
     def choose(
-        self, weights: Mapping[str, Tensor], patterns: Mapping[str, tuple[int, int]], *, refresh: bool, measure: bool
+        self, weights: Mapping[str, Tensor], patterns: Mapping[Weight, tuple[int, int]], *, refresh: bool, measure: bool
     ) -> dict[str, Tensor]:
         """Masks of dense weights: those in force, or new ones where there is none, or of all on a refresh.
 
         Args:
             weights: Dense values by name.
-            patterns: N and M of the weights wanted.
+            patterns: The weights wanted, with N and M of now.
             refresh: Whether all are chosen anew.
             measure: Whether the flips of a refresh are counted.
 
@@ -216,16 +214,17 @@ class _Masks:
 
         """
         counts = {}
-        for name, pattern in patterns.items():
+        for weight, pattern in patterns.items():
+            name = weight.name
             old = self.held(name, pattern, weights[name])
-            new = nm_mask(weights[name], *pattern, self._dim) if refresh or old is None else old
+            new = nm_mask(weights[name], *pattern, weight.dim) if refresh or old is None else old
             if measure and refresh and old is not None:
                 counts[name] = (old ^ new).sum()
             self._masks[name], self._patterns[name] = new, pattern
         if refresh:
             self.age = 0
         self._counts = counts or self._counts
-        return {name: self._masks[name] for name in patterns}
+        return {weight.name: self._masks[weight.name] for weight in patterns}
 
     def flips(self, parameters: Mapping[str, Tensor] | None = None) -> Tensor | None:
         """How many entries changed when that was last measured; ``None`` before.
@@ -280,6 +279,12 @@ def _kept_magnitude(weight: Tensor, mask: Tensor) -> float:
 
 def _everywhere(counted: Tensor, parameter: Tensor) -> Tensor:
     return shards.total({"": counted}, {"": parameter})
+
+
+def _named_by_all(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by all their names, those of shared ones too."""
+    first = named_weights(module)
+    return {name: first[names[0]] for names in _aliases(module).values() for name in names}
 
 
 def _aliases(module: nn.Module) -> dict[str, list[str]]:

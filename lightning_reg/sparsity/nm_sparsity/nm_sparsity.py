@@ -88,8 +88,10 @@ class NMSparsity(WeightTechnique):
         recipe: How the constraint comes in, see the table.
         layers: Shell patterns of names: of a weight, of its layer, or of a module around that, as in
             ``named_modules()``; ``"net.head"`` takes all weights in there, ``"*.fc[12]"`` those of all such layers.
-            ``"auto"``: all linear, convolution and attention layers but the first layer and the head, in the order in
-            which the module registers them.
+            ``"auto"``: all linear, convolution and attention layers, and layers of other libraries whose 2-D
+            ``weight`` multiplies the input (``Conv1D`` of transformers), but the first layer and the head, in the order
+            in which the module registers them. Other parameters (stacked experts, recurrent ones) stay dense, as the
+            table and :meth:`report` say.
         dim: ``"in"``: groups along input features or channels; ``"out"``: along output features or channels.
         beta: Rate of the decay per step, above 0. Paper: 2e-4 (linear), 1e-4 (exponential). ``None``: solved.
         dense_fraction: Share of the training that is dense, in [0, 1). Paper: 0.0125 to 0.1.
@@ -251,6 +253,9 @@ class NMSparsity(WeightTechnique):
     def needs_whole_parameters(self) -> str | None:
         if self.dim == "out":
             return 'groups along dim="out" reach over many rows'
+        transposed = next((weight.name for weight in self._network.sparse if weight.dim == "out"), None)
+        if transposed is not None:
+            return f"groups along the inputs of {transposed!r}, a weight of shape (in, out), reach over many rows"
         return "permute=True exchanges rows" if self.permute else None
 
     @override
@@ -263,7 +268,7 @@ class NMSparsity(WeightTechnique):
         if factor == 1.0 or self._network.is_hard:
             return
         refresh = self._network.masks.age >= self.refresh_every and self.recipe != "one_shot"
-        patterns = {weight.name: now for weight, now in self._patterns_now().items() if weight.name in weights}
+        patterns = {weight: now for weight, now in self._patterns_now().items() if weight.name in weights}
         masks = self._network.masks.choose(weights, patterns, refresh=refresh, measure=self._measures)
         for name, mask in masks.items():
             apply_mask_(weights[name], mask, factor)
@@ -338,7 +343,7 @@ class NMSparsity(WeightTechnique):
         return self._network.verify(module)
 
     def report(self, module: nn.Module) -> SparsityReport:
-        """Shape, pattern, kept magnitude, zeros and FLOPs of every weight of a linear, convolution or attention layer.
+        """Shape, pattern, kept magnitude, zeros and FLOPs of every weight, also of those that stay dense, and why.
 
         Args:
             module: The module.

@@ -16,12 +16,12 @@ class SparsityRow:
 
     Args:
         name: Name of the parameter.
-        shape: ``out x in x kernel``.
+        shape: ``out x in x kernel``, as the parameter has it.
         pattern: Target pattern ``N:M``, or "dense".
         why_dense: Why it stays dense; "" if it is sparse.
         kept_magnitude: Share of the sum of magnitudes that the N:M mask keeps; of a hardened weight that before.
         zeros: Share of the weights that are zero now.
-        flops_dense: Multiplications and additions per output position, dense.
+        flops_dense: Multiplications and additions per output position, dense; 0 if it is not known how it is used.
         flops: The same for the weights that are not zero now.
 
     """
@@ -38,7 +38,9 @@ class SparsityRow:
 
 @dataclass(frozen=True)
 class SparsityReport:
-    """All weights of linear, convolution and attention layers: print it through rich, or write it as CSV.
+    """All weights of linear, convolution and attention layers, and what stays dense: for rich, or to write as CSV.
+
+    Other parameters of two dimensions or more are listed too, but for embeddings and norms.
 
     FLOPs are per output position (a token, a pixel of the output), 2 per weight: what hardware makes of zeros is
     another matter.
