@@ -21,6 +21,7 @@ __all__ = [
     "aligned",
     "is_averaged",
     "is_continuous",
+    "key_of",
     "plain_keys",
     "unique",
     "widest",
@@ -159,6 +160,21 @@ def plain_keys(keys: Iterable[str], label: str) -> dict[str, str]:
                 " `_orig_mod.`. Save the one or the other."
             )
     return result
+
+
+def key_of(name: str, keys: Mapping[str, str]) -> str | None:
+    """Key of a tensor that pruning may have renamed since (``weight``, ``weight_orig``).
+
+    Args:
+        name: Its name when a fit began.
+        keys: Plain name to key.
+
+    Returns:
+        The key, ``None`` if it is not among them.
+
+    """
+    names = (name, f"{name}_orig", name.removesuffix("_orig"))
+    return next((keys[known] for known in names if known in keys), None)
 
 
 # Numbers of these types are codes, not magnitudes; counters and positions are int64, flags bool.

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_reg.averaging._checkpoint_files import RECORD, CheckpointFile, open_checkpoint
 from lightning_reg.averaging._soup_results import SoupResult, save_soup
-from lightning_reg.averaging._state_dicts import aligned, plain_keys, unique
+from lightning_reg.averaging._state_dicts import aligned, key_of, plain_keys, unique
 from lightning_reg.averaging.model_soups._soup import average_of_state
 from lightning_reg.averaging.model_soups.ancestry import ancestry
 from lightning_reg.averaging.model_soups.core import average_state_dicts, greedy_soup_of_numbers
@@ -156,14 +156,15 @@ def load_averaged(path: str | Path, name: str | None = None) -> dict[str, Any]:
     """The averaged weights in a file of ours: a checkpoint of a fit with ``SoupAverager``, or a soup of several runs.
 
     It needs no Trainer. A checkpoint from the middle of a fit holds the raw weights and the state of the average, one
-    from its end the average itself; both give the average.
+    from its end the average itself; both give the average. Keys are without the ``_orig_mod.`` of ``torch.compile``:
+    load them before you compile.
 
     Args:
         path: The file.
         name: Which average, if there are several: the state key of the callback (``"SoupAverager[fast]"``).
 
     Returns:
-        A complete state dict, to load with ``strict=True``.
+        A complete state dict, to load with ``strict=True``; of what the user's own ``state_dict`` leaves out, nothing.
 
     Raises:
         ValueError: If the file says nothing of an average, or of several.
@@ -188,7 +189,8 @@ def load_averaged(path: str | Path, name: str | None = None) -> dict[str, Any]:
         exchange_in_checkpoint(weights, average_of_state(file.extra["callbacks"][chosen]))
     copies: dict[int, Tensor] = {}
     result: dict[str, Any] = {}
-    for key, value in weights["state_dict"].items():
+    for key, original in plain_keys(weights["state_dict"], str(path)).items():
+        value = weights["state_dict"][original]
         if isinstance(value, Tensor):  # tied weights are one tensor still, and no file stays mapped
             result[key] = copies.setdefault(id(value), value.clone())
         else:
@@ -197,7 +199,7 @@ def load_averaged(path: str | Path, name: str | None = None) -> dict[str, Any]:
 
 
 def exchange_in_checkpoint(checkpoint: dict[str, Any], average: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Puts the average into a checkpoint's ``state_dict`` and returns what was there."""
+    """Puts the average into a checkpoint's ``state_dict`` where it has those tensors, and returns what was there."""
     weights = dict(checkpoint["state_dict"])
     keys = plain_keys(weights, "the checkpoint")
     tied: dict[tuple[Any, ...], list[str]] = {}
@@ -206,9 +208,11 @@ def exchange_in_checkpoint(checkpoint: dict[str, Any], average: Mapping[str, Ten
             tied.setdefault(_place(value, key), []).append(key)
     raw = {}
     for name, value in average.items():
-        old = raw[name] = weights[keys[name]]
-        new = value.to(old)
-        weights.update(dict.fromkeys(tied[_place(old, keys[name])], new))
+        key = key_of(name, keys)
+        if key is not None:
+            old = raw[name] = weights[key]
+            new = value.to(old)
+            weights.update(dict.fromkeys(tied[_place(old, key)], new))
     checkpoint["state_dict"] = weights
     return raw
 
