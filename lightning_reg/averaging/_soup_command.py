@@ -52,7 +52,13 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoints", type=Path, nargs="+", metavar="CKPT")
     parser.add_argument("--out", type=Path, required=True, help=".safetensors, or .ckpt in Lightning's form")
     parser.add_argument("--force", action="store_true", help="replace the file --out if it exists")
-    parser.add_argument("--key", help="entry with the weights, in files that hold several things")
+    parser.add_argument("--key", help="entry with the weights, in files that hold several things (state.model)")
+    parser.add_argument(
+        "--exclude",
+        action="append",
+        metavar="PATTERN",
+        help="keys to leave as the first checkpoint has them, as `*.position_ids`; may be given several times",
+    )
     parser.add_argument("--evaluate", help="module:function from a state dict to its held-out score")
     parser.add_argument(
         "--config", type=Path, help="LightningCLI config (class_path of model and data) whose validation scores"

@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_reg.averaging._checkpoint_files import load_tied
-from lightning_reg.engine.host.names import plain_name
+from lightning_reg.engine.host.names import Patterns, matches, near_names, plain_name, unmatched
 
 __all__ = [
     "Aligned",
@@ -19,6 +19,7 @@ __all__ = [
     "StateDictMismatchError",
     "accumulated",
     "aligned",
+    "check_patterns",
     "is_averaged",
     "is_continuous",
     "key_of",
@@ -101,12 +102,15 @@ class Aligned(Mapping[str, Any]):
         return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else None
 
 
-def aligned(state_dicts: Sequence[StateDict], names: Sequence[str] | None = None) -> list[Aligned]:
+def aligned(
+    state_dicts: Sequence[StateDict], names: Sequence[str] | None = None, exclude: Patterns = None
+) -> list[Aligned]:
     """The state dicts under the same keys, checked to hold the same tensors.
 
     Args:
         state_dicts: At least one.
         names: What to call them in an error.
+        exclude: Patterns of keys that are not looked at; each member has of those what it has.
 
     Returns:
         Mappings that read through to the given ones.
@@ -129,12 +133,39 @@ def aligned(state_dicts: Sequence[StateDict], names: Sequence[str] | None = None
         row
         for member, label in zip(members[1:], labels[1:], strict=True)
         for row in _differences(members[0], member, label)
+        if not matches(row[0], exclude)
     ]
     if rows:
         raise StateDictMismatchError(_table(rows, labels[0]))
     for key in members[0]:
-        _refuse_codes(key, members, labels)
+        if not matches(key, exclude):
+            _refuse_codes(key, members, labels)
     return members
+
+
+def check_patterns(owner: str, argument: str, patterns: Patterns, state_dicts: Sequence[Iterable[str]]) -> None:
+    """Refuses a pattern that matches a key of no state dict.
+
+    Args:
+        owner: Whose argument it is.
+        argument: Its name.
+        patterns: Its value.
+        state_dicts: Their keys.
+
+    Raises:
+        ValueError: If there is one.
+
+    """
+    if patterns is None:
+        return
+    keys = list(
+        dict.fromkeys(plain_name(key).removeprefix(p) for p in ("", "module.") for s in state_dicts for key in s)
+    )
+    for pattern in unmatched(patterns, keys):
+        raise ValueError(
+            f"{owner}: `{argument}` has the pattern {pattern!r}, which matches no key. Near keys:"
+            f" {near_names(pattern, keys)}."
+        )
 
 
 def plain_keys(keys: Iterable[str], label: str) -> dict[str, str]:

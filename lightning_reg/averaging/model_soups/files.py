@@ -16,6 +16,7 @@ from lightning_reg.averaging._state_dicts import aligned, key_of, plain_keys, un
 from lightning_reg.averaging.model_soups._soup import average_of_state
 from lightning_reg.averaging.model_soups.ancestry import ancestry
 from lightning_reg.averaging.model_soups.core import average_state_dicts, greedy_soup_of_numbers
+from lightning_reg.engine.host.names import Patterns
 
 __all__ = ["load_averaged", "make_soup"]
 
@@ -36,6 +37,7 @@ def make_soup(
     accumulate_dtype: torch.dtype = torch.float64,
     check_ancestry: bool = True,
     progress: bool = False,
+    exclude: Patterns = None,
 ) -> SoupResult:
     r"""Averages the checkpoints of several runs from one start.
 
@@ -61,6 +63,8 @@ def make_soup(
         accumulate_dtype: Type of a uniform soup's sums.
         check_ancestry: Whether to measure, on a sample of each tensor, if the files share a basin, and to warn if not.
         progress: Whether to show a bar with bytes per second.
+        exclude: Patterns of keys to leave as the first file has them (the best one, in a greedy soup). Those may
+            differ, or be in one file alone.
 
     Returns:
         The soup; ingredients are named by their paths.
@@ -80,15 +84,15 @@ def make_soup(
     names = unique(str(path) for path in checkpoints)
     files = [open_checkpoint(path, key) for path in checkpoints]
     if check_ancestry and len(files) > 1:
-        ancestry(files, None if start is None else open_checkpoint(start, key), names=names)
+        ancestry(files, None if start is None else open_checkpoint(start, key), names=names, exclude=exclude)
     scores = [] if evaluate is None else [float(evaluate(aligned([file])[0].load())) for file in files]
     if method == "greedy" and evaluate is not None:
-        result = greedy_soup_of_numbers("make_soup", files, scores, evaluate, names=names, **rules)
+        result = greedy_soup_of_numbers("make_soup", files, scores, evaluate, names=names, exclude=exclude, **rules)
         if not result.ingredients:
             raise ValueError("make_soup: no file has a score that is a number, so none can be chosen.")
     else:
         with _counted(files, shown=progress) as members:
-            mean = average_state_dicts(members, weights, accumulate_dtype, names=names)
+            mean = average_state_dicts(members, weights, accumulate_dtype, exclude=exclude, names=names)
         result = SoupResult.of_all(mean, names, scores, None if evaluate is None else float(evaluate(mean)))
     _settle(result, evaluate)
     if out is not None:
