@@ -12,8 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lightning_reg.averaging._checkpoint_files import CheckpointFile, UntrustedFileError, open_checkpoint
-from lightning_reg.averaging._soup_results import SoupResult, save_soup
-from lightning_reg.averaging._state_dicts import aligned
+from lightning_reg.averaging._soup_results import SoupResult, own_scores, save_soup
 
 __all__ = ["Commands", "Evaluate", "add_methods", "function_at", "mix_files"]
 
@@ -94,9 +93,9 @@ def mix_files(
 
     """
     files = [open_checkpoint(path, options.key) for path in options.checkpoints]
-    scores = [] if evaluate is None else [float(evaluate(aligned([file])[0].load())) for file in files]
-    mixed = mix(files)
     names = [str(path) for path in options.checkpoints]
+    scores = own_scores(files, names, evaluate, options.exclude)
+    mixed = mix(files)
     result = SoupResult.of_all(mixed, names, scores, None if evaluate is None else float(evaluate(mixed)))
     save_soup(options.out, result, options.method, files[0].extra)
     return result

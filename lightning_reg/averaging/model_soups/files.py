@@ -11,8 +11,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_reg.averaging._checkpoint_files import RECORD, CheckpointFile, open_checkpoint
-from lightning_reg.averaging._soup_results import SoupResult, save_soup
-from lightning_reg.averaging._state_dicts import aligned, key_of, plain_keys, unique
+from lightning_reg.averaging._plain_numbers import fault_of, place_of
+from lightning_reg.averaging._soup_results import SoupResult, own_scores, save_soup
+from lightning_reg.averaging._state_dicts import key_of, plain_keys, unique
 from lightning_reg.averaging.model_soups._soup import average_of_state
 from lightning_reg.averaging.model_soups.ancestry import ancestry
 from lightning_reg.averaging.model_soups.core import average_state_dicts, greedy_soup_of_numbers
@@ -85,7 +86,7 @@ def make_soup(
     files = [open_checkpoint(path, key) for path in checkpoints]
     if check_ancestry and len(files) > 1:
         ancestry(files, None if start is None else open_checkpoint(start, key), names=names, exclude=exclude)
-    scores = [] if evaluate is None else [float(evaluate(aligned([file])[0].load())) for file in files]
+    scores = own_scores(files, names, evaluate, exclude)
     if method == "greedy" and evaluate is not None:
         result = greedy_soup_of_numbers("make_soup", files, scores, evaluate, names=names, exclude=exclude, **rules)
         if not result.ingredients:
@@ -144,6 +145,10 @@ class _CountedFile(CheckpointFile):
     @override
     def shape_and_dtype(self, key: str) -> tuple[tuple[int, ...], torch.dtype] | None:
         return self._file.shape_and_dtype(key)
+
+    @override
+    def fault(self, key: str) -> str:
+        return self._file.fault(key)
 
     @override
     def place(self, key: str) -> tuple[Any, ...]:
@@ -222,4 +227,4 @@ def exchange_in_checkpoint(checkpoint: dict[str, Any], average: Mapping[str, Ten
 
 
 def _place(value: Tensor, key: str) -> tuple[Any, ...]:
-    return (value.data_ptr(), tuple(value.shape), value.stride()) if value.numel() else (key,)
+    return place_of(value) if value.numel() and not fault_of(value) else (key,)
