@@ -12,9 +12,9 @@ from lightning_reg import functional
 
 DEFAULTS = {
     "Compander": {"fn": "arctan", "learn": False},
-    "LearnedSoup": {"per": "tensor"},
+    "LearnedSoup": {"per": "tensor", "exclude": None},
     "MultiSampleDropoutLayer": {"p": 0.5, "num_samples": 8},
-    "ancestry": {"start": None, "names": None, "max_distance": 0.5, "min_cosine": 0.5, "warn": True},
+    "ancestry": {"start": None, "names": None, "max_distance": 0.5, "min_cosine": 0.5, "warn": True, "exclude": None},
     "apply_strategy": {"delta": 1.0},
     "average_state_dicts": {
         "weights": None,
@@ -48,6 +48,7 @@ DEFAULTS = {
         "normalize": False,
         "generator": None,
         "masks": None,
+        "exclude": None,
     },
     "dropout_copies": {"layer": "Dropout", "copied": False},
     "elr_loss": {"clamp": 0.0001},
@@ -58,7 +59,14 @@ DEFAULTS = {
     "feature_distillation_loss": {"reduction": "mean"},
     "fisher_diagonal": {"per_sample": True, "group": None},
     "fisher_losses": {"which": "argmax", "generator": None},
-    "greedy_soup": {"strict": True, "min_delta": 0.0, "mode": "max", "names": None, "max_ingredients": None},
+    "greedy_soup": {
+        "strict": True,
+        "min_delta": 0.0,
+        "mode": "max",
+        "names": None,
+        "max_ingredients": None,
+        "exclude": None,
+    },
     "inverse_density_weights": {"mode": "sqrt_inverse", "lds_sigma": None},
     "label_distance": {"kind": "l1"},
     "load_averaged": {"name": None},
@@ -76,6 +84,7 @@ DEFAULTS = {
         "accumulate_dtype": torch.float64,
         "check_ancestry": True,
         "progress": False,
+        "exclude": None,
     },
     "mix_targets": {"num_classes": None},
     "mixup": {"lam": None, "alpha": 1.0, "generator": None},
@@ -99,14 +108,14 @@ DEFAULTS = {
     },
     "semi_structured_refusal": {"backend": "cusparselt"},
     "sequence_losses": {"ignore_index": -100, "shift": True},
-    "slerp_merge": {"threshold": 0.9995},
+    "slerp_merge": {"threshold": 0.9995, "exclude": None},
     "softmax_distillation_loss": {"temperature": 2.0, "reduction": "mean"},
     "sparsify_weight": {"factor": 0.0, "lambda_w": 0.0},
-    "ties_merge": {"density": 0.2, "weights": None, "lam": 1.0, "normalize": True},
+    "ties_merge": {"density": 0.2, "weights": None, "lam": 1.0, "normalize": True, "exclude": None},
     "to_semi_structured": {"dtype": "bfloat16", "backend": "cusparselt", "rows": 4096, "only_faster": True},
     "weight_stats": {"near_zero": 0.01},
     "weighted_loss": {"counts": None, "world_size": 1},
-    "wise_ft": {"extrapolate": False},
+    "wise_ft": {"extrapolate": False, "exclude": None},
 }
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import struct
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,9 +14,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_reg.averaging._plain_numbers import fault_of, place_of
+
 __all__ = ["RECORD", "CheckpointFile", "UntrustedFileError", "load_tied", "open_checkpoint"]
 
 _T = TypeVar("_T")
+# What the readers raise on files that are broken; torch's own unpickler pops from empty stacks.
+_BROKEN = (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError, struct.error)
 RECORD = "lightning_reg"  # what a file of ours says about itself stands under this key
 
 _DTYPES = {
@@ -61,12 +66,19 @@ class CheckpointFile(Mapping[str, Any]):
         """What is known of a tensor without reading it, ``None`` of an entry that is no tensor."""
         raise NotImplementedError
 
+    def fault(self, key: str) -> str:
+        """Why an entry cannot be averaged, as the rest of a sentence; "" if it can, or is no tensor."""
+        return ""
+
     def place(self, key: str) -> tuple[Any, ...]:
         """Where in the file an entry lies: tensors of one place are tied."""
         return (key,)
 
     def load(self) -> dict[str, Any]:
-        """All entries; tied tensors are one tensor."""
+        """All entries, those that can be averaged at least; tied tensors are one tensor."""
+        for key in self:
+            if fault := self.fault(key):
+                raise ValueError(f"{self.path}: {key!r} {fault}")
         return load_tied(self, self.place)
 
     def read(self, key: str, start: int, buffer: Tensor) -> Tensor:
@@ -136,14 +148,14 @@ class _TorchFile(CheckpointFile):
     ) -> None:
         super().__init__(path, extra)
         self._weights, self._pieces, self._base = weights, pieces, None
-        addresses = (v.data_ptr() for v in weights.values() if isinstance(v, Tensor) and v.numel())
+        addresses = (v.data_ptr() for v in weights.values() if isinstance(v, Tensor) and not fault_of(v) and v.numel())
         if pieces is not None:
             self._base = pieces.base_of_mapping(next(addresses, 0))
 
     @override
     def __getitem__(self, key: str) -> Any:
         value = self._weights[key]
-        if self._base is None or not isinstance(value, Tensor) or not value.is_contiguous() or not value.numel():
+        if self._base is None or not isinstance(value, Tensor) or not _lies_as_it_is(value) or not value.numel():
             return value
         return self.read(key, 0, torch.empty(value.numel(), dtype=value.dtype)).view(value.shape)
 
@@ -161,19 +173,27 @@ class _TorchFile(CheckpointFile):
         return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else None
 
     @override
+    def fault(self, key: str) -> str:
+        return fault_of(self._weights[key])
+
+    @override
     def place(self, key: str) -> tuple[Any, ...]:
         value = self._weights[key]
-        if not isinstance(value, Tensor) or value.numel() == 0:
+        if not isinstance(value, Tensor) or fault_of(value) or value.numel() == 0:
             return (key,)
-        return value.data_ptr(), value.dtype, tuple(value.shape), tuple(value.stride())
+        return place_of(value)
 
     @override
     def read(self, key: str, start: int, buffer: Tensor) -> Tensor:
         mapped: Tensor = self._weights[key]
-        if self._pieces is None or self._base is None or not mapped.is_contiguous():
+        if self._pieces is None or self._base is None or not _lies_as_it_is(mapped):
             return mapped.reshape(-1)[start : start + buffer.numel()]
         offset = mapped.data_ptr() - self._base + start * mapped.itemsize
         return self._pieces.read_into(buffer, offset)
+
+
+def _lies_as_it_is(value: Tensor) -> bool:
+    return value.is_contiguous() and not value.is_conj() and not value.is_neg()
 
 
 class _SafetensorsFile(CheckpointFile):
@@ -182,9 +202,11 @@ class _SafetensorsFile(CheckpointFile):
         self._file = opened(path, framework="pt")
         metadata = dict(self._file.metadata() or {})
         if RECORD in metadata:
-            metadata[RECORD] = json.loads(metadata[RECORD])
+            metadata[RECORD] = _json(path, metadata[RECORD].encode(), f"what it says of itself under `{RECORD}`")
         super().__init__(path, metadata)
         self._keys = list(self._file.keys())
+        if not self._keys:
+            raise ValueError(f"{path}: holds no tensor.")
         self._known = {key: self._file.get_slice(key) for key in self._keys}
         self._pieces = _Pieces(path) if _CAN_READ_PIECES else None
         with open(path, "rb") as file:  # the header, checked by the library already
@@ -218,6 +240,10 @@ class _SafetensorsFile(CheckpointFile):
         return tuple(known.get_shape()), _DTYPES.get(name) or self._file.get_tensor(key).dtype
 
     @override
+    def fault(self, key: str) -> str:
+        return "" if self._known[key].get_dtype() in _DTYPES else fault_of(self._file.get_tensor(key))
+
+    @override
     def read(self, key: str, start: int, buffer: Tensor) -> Tensor:
         if self._pieces is None or self._known[key].get_dtype() not in _DTYPES:
             whole: Tensor = self._file.get_tensor(key)
@@ -227,15 +253,26 @@ class _SafetensorsFile(CheckpointFile):
 
 class _Shards(CheckpointFile):
     def __init__(self, path: Path) -> None:
-        index = json.loads(path.read_text())
-        if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
-            raise ValueError(f"{path}: no index of shards: there is no `weight_map` in it.")
+        index = _json(path, path.read_bytes(), "an index of shards")
+        if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict) or not index["weight_map"]:
+            raise ValueError(f"{path}: no index of shards: there is no `weight_map` in it, or nothing in that.")
         self._where: dict[str, str] = index["weight_map"]
-        outside = sorted(name for name in set(self._where.values()) if Path(name).name != name)
+        for key, name in self._where.items():
+            if not isinstance(name, str) or not name or name.endswith(".json"):
+                raise ValueError(f"{path}: the index has {name!r} for {key!r}, which names no file of weights.")
+        names = sorted(set(self._where.values()))
+        outside = [name for name in names if Path(name).name != name or name == ".."]
         if outside:
             raise UntrustedFileError(f"{path}: the index names files outside of its folder: {outside[:3]}.")
-        super().__init__(path, index.get("metadata") or {})
-        self._files = {name: open_checkpoint(path.parent / name) for name in sorted(set(self._where.values()))}
+        missing = [name for name in names if not (path.parent / name).is_file()]
+        if missing:
+            raise FileNotFoundError(f"{path}: the index names files that are not beside it: {missing[:3]}.")
+        metadata = index.get("metadata")
+        super().__init__(path, metadata if isinstance(metadata, dict) else {})
+        self._files = {name: open_checkpoint(path.parent / name) for name in names}
+        for key, name in self._where.items():
+            if key not in self._files[name]:
+                raise ValueError(f"{path}: the index has {key!r} in {name}, and there is no such entry in that.")
 
     @override
     def __getitem__(self, key: str) -> Any:
@@ -252,6 +289,10 @@ class _Shards(CheckpointFile):
     @override
     def shape_and_dtype(self, key: str) -> tuple[tuple[int, ...], torch.dtype] | None:
         return self._files[self._where[key]].shape_and_dtype(key)
+
+    @override
+    def fault(self, key: str) -> str:
+        return self._files[self._where[key]].fault(key)
 
     @override
     def place(self, key: str) -> tuple[Any, ...]:
@@ -343,17 +384,27 @@ def _load(path: Path) -> tuple[Any, _Pieces | None]:
         return content, _Pieces(path) if _CAN_READ_PIECES else None
     except pickle.UnpicklingError as error:
         raise _untrusted(path, error) from error
-    except (RuntimeError, EOFError):
+    except _BROKEN:
         pass  # a file of before torch 1.6, which cannot be mapped, or a broken one
     try:
         return torch.load(path, map_location="cpu", weights_only=True), None
     except pickle.UnpicklingError as error:
         raise _untrusted(path, error) from error
-    except (RuntimeError, EOFError) as error:
+    except _BROKEN as error:
         raise ValueError(f"{path}: no whole file that torch can read: {_first_line(error)}") from error
 
 
-def _untrusted(path: Path, error: Exception) -> UntrustedFileError:
+def _json(path: Path, text: bytes, what: str) -> Any:  # noqa: ANN401 # whatever is in it
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {what} is no JSON that can be read: {error}") from error
+
+
+def _untrusted(path: Path, error: Exception) -> Exception:
+    with open(path, "rb") as file:
+        if not file.read(2).startswith((b"PK", b"\x80")):
+            return ValueError(f"{path}: no file of torch: it is neither a zip archive nor a pickle.")
     return UntrustedFileError(
         f"{path} holds more than tensors and plain values, and reading that would run code from the file:"
         f" {_first_line(error)} Where the file is trusted, save its weights alone:"

@@ -12,8 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lightning_reg.averaging._checkpoint_files import CheckpointFile, UntrustedFileError, open_checkpoint
-from lightning_reg.averaging._soup_results import SoupResult, save_soup
-from lightning_reg.averaging._state_dicts import aligned
+from lightning_reg.averaging._soup_results import SoupResult, own_scores, save_soup
 
 __all__ = ["Commands", "Evaluate", "add_methods", "function_at", "mix_files"]
 
@@ -52,7 +51,13 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoints", type=Path, nargs="+", metavar="CKPT")
     parser.add_argument("--out", type=Path, required=True, help=".safetensors, or .ckpt in Lightning's form")
     parser.add_argument("--force", action="store_true", help="replace the file --out if it exists")
-    parser.add_argument("--key", help="entry with the weights, in files that hold several things")
+    parser.add_argument("--key", help="entry with the weights, in files that hold several things (state.model)")
+    parser.add_argument(
+        "--exclude",
+        action="append",
+        metavar="PATTERN",
+        help="keys to leave as the first checkpoint has them, as `*.position_ids`; may be given several times",
+    )
     parser.add_argument("--evaluate", help="module:function from a state dict to its held-out score")
     parser.add_argument(
         "--config", type=Path, help="LightningCLI config (class_path of model and data) whose validation scores"
@@ -88,9 +93,9 @@ def mix_files(
 
     """
     files = [open_checkpoint(path, options.key) for path in options.checkpoints]
-    scores = [] if evaluate is None else [float(evaluate(aligned([file])[0].load())) for file in files]
-    mixed = mix(files)
     names = [str(path) for path in options.checkpoints]
+    scores = own_scores(files, names, evaluate, options.exclude)
+    mixed = mix(files)
     result = SoupResult.of_all(mixed, names, scores, None if evaluate is None else float(evaluate(mixed)))
     save_soup(options.out, result, options.method, files[0].extra)
     return result

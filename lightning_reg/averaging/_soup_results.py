@@ -1,13 +1,16 @@
 """What a soup came out as, how it came about, and the file that it is written to."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightning_reg.averaging._checkpoint_files import CheckpointFile
+from lightning_reg.averaging._state_dicts import aligned
 from lightning_reg.averaging._written_files import save_weights
+from lightning_reg.engine.host.names import Patterns
 
-__all__ = ["Candidate", "SoupResult", "save_soup"]
+__all__ = ["Candidate", "SoupResult", "own_scores", "save_soup"]
 
 # Entries of a Lightning checkpoint that `load_from_checkpoint` needs to build the module.
 _CARRIED = ("pytorch-lightning_version", "epoch", "global_step", "hyper_parameters", "hparams_name", "hparams_type")
@@ -70,6 +73,30 @@ class SoupResult:
         own: Sequence[float | None] = scores or [None] * len(names)
         trace = [Candidate(name, alone, None, True) for name, alone in zip(names, own, strict=True)]
         return cls(state_dict, list(names), trace, score)
+
+
+def own_scores(
+    files: Sequence[CheckpointFile],
+    names: Sequence[str],
+    evaluate: Callable[[dict[str, Any]], float] | None,
+    exclude: Patterns,
+) -> list[float]:
+    """Score of each file alone.
+
+    Args:
+        files: The files.
+        names: What to call them.
+        evaluate: Scores a state dict; ``None`` for no scores.
+        exclude: Patterns of keys that need not be such as can be averaged.
+
+    Returns:
+        A score for each, or none.
+
+    """
+    if evaluate is None:
+        return []
+    states = (aligned([file], [name], exclude)[0].load() for file, name in zip(files, names, strict=True))
+    return [float(evaluate(state)) for state in states]
 
 
 def save_soup(path: str | Path, result: SoupResult, method: str, extra: Mapping[str, Any]) -> None:

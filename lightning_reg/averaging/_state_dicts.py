@@ -10,7 +10,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_reg.averaging._checkpoint_files import load_tied
-from lightning_reg.engine.host.names import plain_name
+from lightning_reg.averaging._plain_numbers import fault_of, place_of
+from lightning_reg.engine.host.names import Patterns, matches, near_names, plain_name, unmatched
 
 __all__ = [
     "Aligned",
@@ -19,8 +20,10 @@ __all__ = [
     "StateDictMismatchError",
     "accumulated",
     "aligned",
+    "check_patterns",
     "is_averaged",
     "is_continuous",
+    "key_of",
     "plain_keys",
     "unique",
     "widest",
@@ -87,8 +90,13 @@ class Aligned(Mapping[str, Any]):
         value = self[key]
         # Of another mapping's tensors it is not known whether they outlive the call, so an address says nothing.
         if isinstance(self._state_dict, dict) and isinstance(value, Tensor) and value.numel() and not value.is_meta:
-            return value.data_ptr(), value.dtype, tuple(value.shape), tuple(value.stride())
+            return place_of(value)
         return (key,)
+
+    def fault(self, key: str) -> str:
+        """Why an entry cannot be averaged, as the rest of a sentence; "" if it can, or is no tensor."""
+        known = getattr(self._state_dict, "fault", None)
+        return fault_of(self[key]) if known is None else str(known(self._originals[key]))
 
     def shape_and_dtype(self, key: str) -> tuple[tuple[int, ...], torch.dtype] | None:
         """What is known of a tensor without reading it, ``None`` of an entry that is no tensor."""
@@ -100,19 +108,23 @@ class Aligned(Mapping[str, Any]):
         return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else None
 
 
-def aligned(state_dicts: Sequence[StateDict], names: Sequence[str] | None = None) -> list[Aligned]:
+def aligned(
+    state_dicts: Sequence[StateDict], names: Sequence[str] | None = None, exclude: Patterns = None
+) -> list[Aligned]:
     """The state dicts under the same keys, checked to hold the same tensors.
 
     Args:
         state_dicts: At least one.
         names: What to call them in an error.
+        exclude: Patterns of keys that are not looked at; each member has of those what it has.
 
     Returns:
         Mappings that read through to the given ones.
 
     Raises:
         StateDictMismatchError: With a table of what differs.
-        ValueError: If entries differ that are codes of packed weights or masks of pruned ones, or keys are ambiguous.
+        ValueError: If entries differ that are codes of packed weights or masks of pruned ones, if tensors have no plain
+            numbers (sparse, on meta), or keys are ambiguous.
 
     """
     labels = list(names) if names is not None else [f"state dict {i}" for i in range(len(state_dicts))]
@@ -124,16 +136,45 @@ def aligned(state_dicts: Sequence[StateDict], names: Sequence[str] | None = None
             for k, wrapped in zip(keys, in_module, strict=True)
         ]
     members = [Aligned(state_dict, k) for state_dict, k in zip(state_dicts, keys, strict=True)]
+    for member, label in zip(members, labels, strict=True):
+        for key in member:
+            if not matches(key, exclude) and (fault := member.fault(key)):
+                raise ValueError(f"{label}: {key!r} {fault}")
     rows = [
         row
         for member, label in zip(members[1:], labels[1:], strict=True)
-        for row in _differences(members[0], member, label)
+        for row in _differences(members[0], member, label, exclude)
     ]
     if rows:
         raise StateDictMismatchError(_table(rows, labels[0]))
     for key in members[0]:
-        _refuse_codes(key, members, labels)
+        if not matches(key, exclude):
+            _refuse_codes(key, members, labels)
     return members
+
+
+def check_patterns(owner: str, argument: str, patterns: Patterns, state_dicts: Sequence[Iterable[str]]) -> None:
+    """Refuses a pattern that matches a key of no state dict.
+
+    Args:
+        owner: Whose argument it is.
+        argument: Its name.
+        patterns: Its value.
+        state_dicts: Their keys.
+
+    Raises:
+        ValueError: If there is one.
+
+    """
+    if patterns is None:
+        return
+    known = [plain_name(str(key)) for state_dict in state_dicts for key in state_dict]
+    keys = list(dict.fromkeys([*known, *(key.removeprefix("module.") for key in known)]))
+    for pattern in unmatched(patterns, keys):
+        raise ValueError(
+            f"{owner}: `{argument}` has the pattern {pattern!r}, which matches no key. Near keys:"
+            f" {near_names(pattern, keys)}."
+        )
 
 
 def plain_keys(keys: Iterable[str], label: str) -> dict[str, str]:
@@ -147,11 +188,16 @@ def plain_keys(keys: Iterable[str], label: str) -> dict[str, str]:
         Plain name to key.
 
     Raises:
-        ValueError: If two keys have one plain name.
+        ValueError: If two keys have one plain name, or one is no text.
 
     """
     result: dict[str, str] = {}
     for key in keys:
+        if not isinstance(key, str):
+            raise ValueError(
+                f"{label} has an entry under {key!r}, which is no text. Save weights by their names, as"
+                " `module.state_dict()` gives them."
+            )
         other = result.setdefault(plain_name(key), key)
         if other != key:
             raise ValueError(
@@ -159,6 +205,21 @@ def plain_keys(keys: Iterable[str], label: str) -> dict[str, str]:
                 " `_orig_mod.`. Save the one or the other."
             )
     return result
+
+
+def key_of(name: str, keys: Mapping[str, str]) -> str | None:
+    """Key of a tensor that pruning may have renamed since (``weight``, ``weight_orig``).
+
+    Args:
+        name: Its name when a fit began.
+        keys: Plain name to key.
+
+    Returns:
+        The key, ``None`` if it is not among them.
+
+    """
+    names = (name, f"{name}_orig", name.removesuffix("_orig"))
+    return next((keys[known] for known in names if known in keys), None)
 
 
 # Numbers of these types are codes, not magnitudes; counters and positions are int64, flags bool.
@@ -181,7 +242,7 @@ def _refuse_codes(key: str, members: Sequence[Aligned], labels: Sequence[str]) -
 def _without_mean(key: str, member: Aligned, dtypes: Sequence[torch.dtype]) -> str:
     """Why an entry has no mean, as a sentence, and what to do; "" if it has one."""
     owner = key.rpartition(".")[0]
-    if any(dtype in _CODES for dtype in dtypes):
+    if any(dtype in _CODES or str(dtype).endswith("e8m0fnu") for dtype in dtypes):
         return "such numbers are the codes of a quantised or packed weight. Dequantise it before you save it."
     if any(dtype.itemsize == 1 and dtype.is_floating_point for dtype in dtypes):
         beside = [f"{name}{scale}" for name in (key, f"{owner}.weight", owner) for scale in _SCALES]
@@ -201,10 +262,11 @@ def widest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
     return reduce(torch.promote_types, wide)
 
 
-def _differences(first: Aligned, other: Aligned, label: str) -> list[tuple[str, str, str, str]]:
-    rows = [(key, "present", "missing", label) for key in first if key not in other]
-    rows += [(key, "missing", "present", label) for key in other if key not in first]
-    for key in first:
+def _differences(first: Aligned, other: Aligned, label: str, exclude: Patterns) -> list[tuple[str, str, str, str]]:
+    ours, theirs = ([key for key in member if not matches(key, exclude)] for member in (first, other))
+    rows = [(key, "present", "missing", label) for key in ours if key not in other]
+    rows += [(key, "missing", "present", label) for key in theirs if key not in first]
+    for key in ours:
         if key in other:
             one, two = first.shape_and_dtype(key), other.shape_and_dtype(key)
             if not _alike(one, two):

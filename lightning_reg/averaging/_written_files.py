@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -24,6 +26,9 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
         path: Where it shall be.
         write: Writes to the path it is given, in the same folder.
 
+    Raises:
+        OSError: If it cannot be written whole, as on a full disk.
+
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,9 +42,17 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
         os.umask(mask)
         Path(name).chmod(0o666 & ~mask)  # mkstemp's own files are for nobody else
         os.replace(name, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have words of their own for it
+        raise OSError(
+            f"{path} could not be written, and nothing is left of it ({_free(path.parent)} free on that disk): {error}"
+        ) from error
     finally:
         with suppress(FileNotFoundError):
             os.unlink(name)
+
+
+def _free(folder: Path) -> str:
+    return f"{shutil.disk_usage(folder).free / 1e6:,.0f} MB"
 
 
 def save_weights(

@@ -60,12 +60,13 @@ def _make(options: argparse.Namespace, evaluate: Evaluate | None) -> SoupResult:
         key=options.key,
         mode=options.mode,
         progress=True,
+        exclude=options.exclude,
         **choices,
     )
 
 
 def _learned(options: argparse.Namespace, files: Sequence[CheckpointFile]) -> dict[str, Any]:
     module, batches = function_at(options.learn_on)()
-    soup = LearnedSoup(module, files, options.per)
+    soup = LearnedSoup(module, files, options.per, options.exclude)
     soup.fit(batches, lr=options.lr, epochs=options.epochs)
     return soup.soup()

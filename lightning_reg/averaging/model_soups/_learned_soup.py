@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from typing_extensions import override
 
-from lightning_reg.averaging._state_dicts import StateDict, accumulated, aligned, is_averaged
-from lightning_reg.engine.host.names import plain_name
+from lightning_reg.averaging._state_dicts import StateDict, accumulated, aligned, check_patterns, is_averaged
+from lightning_reg.engine.host.names import Patterns, matches, plain_name
 
 __all__ = ["LearnedSoup"]
 
@@ -37,6 +37,7 @@ class LearnedSoup(nn.Module):
         module: Gives the forward pass. Its parameters must be among the keys of the state dicts.
         state_dicts: The k models.
         per: ``"tensor"`` for a mix per parameter tensor, ``"model"`` for one mix.
+        exclude: Patterns of keys to leave as the first model has them. Those may differ, or be in one alone.
 
     Raises:
         ValueError: If ``per`` is something else, a parameter is missing or not finite, or the state dicts differ.
@@ -50,7 +51,11 @@ class LearnedSoup(nn.Module):
     """
 
     def __init__(
-        self, module: nn.Module, state_dicts: Sequence[StateDict], per: Literal["tensor", "model"] = "tensor"
+        self,
+        module: nn.Module,
+        state_dicts: Sequence[StateDict],
+        per: Literal["tensor", "model"] = "tensor",
+        exclude: Patterns = None,
     ) -> None:
         super().__init__()
         if per not in ("tensor", "model"):
@@ -58,13 +63,17 @@ class LearnedSoup(nn.Module):
         if not state_dicts:
             raise ValueError("LearnedSoup: `state_dicts` must hold at least one state dict, got none.")
         self.per = per
-        members = aligned(state_dicts)
+        members = aligned(state_dicts, None, exclude)
+        check_patterns("LearnedSoup", "exclude", exclude, members)
         self._module = [module]  # in a list: its parameters are not this module's
-        self._names = [name for name, _ in module.named_parameters()]
-        self._keys = {name: plain_name(name) for name in self._names}
-        missing = [key for key in self._keys.values() if key not in members[0]]
+        parameters = {name: plain_name(name) for name, _ in module.named_parameters()}
+        missing = [key for key in parameters.values() if key not in members[0]]
         if missing:
             raise ValueError(f"LearnedSoup: the state dicts lack parameters of `module`: {missing[:5]}.")
+        self._keys = {name: key for name, key in parameters.items() if not matches(key, exclude)}
+        self._names = list(self._keys)
+        self._fixed = [name for name in parameters if name not in self._keys]
+        self._fixed += [name for name, _ in module.named_buffers()]
         self._first = {key: value for key, value in members[0].items() if key not in self._keys.values()}
         for position, name in enumerate(self._names):
             values = [member[self._keys[name]].detach() for member in members]
@@ -77,7 +86,7 @@ class LearnedSoup(nn.Module):
             stacked = torch.stack(values)
             self.register_buffer(f"stacked_{position}", stacked, persistent=False)
         for key, value in self._first.items():
-            if is_averaged(value):
+            if is_averaged(value) and not matches(key, exclude):
                 self._first[key] = torch.stack([accumulated(m[key]) for m in members]).mean(0).to(value.dtype)
         rows = len(self._names) if per == "tensor" else 1
         self.raw = nn.Parameter(torch.ones(rows, len(state_dicts)))
@@ -90,7 +99,7 @@ class LearnedSoup(nn.Module):
     @override
     def forward(self, *args: object, **kwargs: object) -> Tensor:
         """The module's output under the mixed parameters, times ``beta``; arguments go to the module."""
-        output: Tensor = functional_call(self._module[0], self._mixed() | self._buffers_of_soup(), args, kwargs)
+        output: Tensor = functional_call(self._module[0], self._mixed() | self._rest_of_soup(), args, kwargs)
         return self.beta * output
 
     def fit(
@@ -163,11 +172,11 @@ class LearnedSoup(nn.Module):
             mixed[name] = torch.tensordot(row.to(stacked.dtype), stacked, 1)
         return mixed
 
-    def _buffers_of_soup(self) -> dict[str, Tensor]:
+    def _rest_of_soup(self) -> dict[str, Tensor]:
         # Clones: in train mode batch norm would write into them.
         return {
             name: self._first[plain_name(name)].to(self.raw.device).clone()
-            for name, _ in self._module[0].named_buffers()
+            for name in self._fixed
             if plain_name(name) in self._first
         }
 

@@ -52,7 +52,8 @@ class LiveWeights:
     def __init__(self, module: nn.Module | None = None, tensors: Weights | None = None) -> None:
         self._given = dict(tensors or {})
         self.layouts: Layouts = {n: layout for n, t in self._given.items() if (layout := layout_of(t)) is not None}
-        self._split_module = module if self.layouts else None
+        self._module, self._split_module = module, module if self.layouts else None
+        self._masks: dict[str, Tensor] = {}
         self._own: list[tuple[Tensor, Tensor]] = []
         self.tensors: dict[str, Tensor] = {}
         self._take_local_parts()
@@ -65,10 +66,29 @@ class LiveWeights:
         if self.layouts:
             self._take_local_parts()
 
+    def find_masks(self) -> None:
+        """Notes the masks of pruned weights (``torch.nn.utils.prune``), which are gone once pruning is permanent."""
+        names = {} if self._module is None else {id(tensor): name for name, tensor in self._given.items()}
+        for layer in self._module.modules() if self._module is not None else ():
+            for place, mask in layer.named_buffers(recurse=False):
+                stem = place.removesuffix("_mask")
+                name = names.get(id(getattr(layer, f"{stem}_orig", None))) if stem != place else None
+                if name is not None:
+                    self._masks[name] = mask
+
+    def pruned(self, values: Weights) -> dict[str, Tensor]:
+        """Values with zeros where weights are pruned."""
+        self.find_masks()
+        return {name: self._pruned(values, name) for name in values}
+
+    def _pruned(self, values: Weights, name: str) -> Tensor:
+        """A value, with zeros where the weight is pruned: averages know of values from before."""
+        return values[name] * self._masks[name].to(values[name]) if name in self._masks else values[name]
+
     def let_go(self) -> None:
-        """Puts the module's own values back and holds on to nothing of it but how its tensors were laid out."""
+        """Puts the module's own values back; of it there stay masks, and how its tensors were laid out."""
         self.restore()
-        self._given, self.tensors, self._split_module = {}, {}, None
+        self._given, self.tensors, self._module, self._split_module = {}, {}, None, None
 
     @contextmanager
     def exchanged(self, values: Weights) -> Iterator[None]:
@@ -88,7 +108,7 @@ class LiveWeights:
             return
         for name, tensor in self.tensors.items():
             self._own.append((tensor, tensor.data))
-            tensor.data = values[name].to(tensor)
+            tensor.data = self._pruned(values, name).to(tensor)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -104,9 +124,10 @@ class LiveWeights:
 
     @torch.no_grad()
     def overwrite(self, values: Weights) -> None:
-        """Copies values into the tensors for good."""
+        """Copies values into the tensors for good; those without a value stay as they are."""
         for name, tensor in self.tensors.items():
-            tensor.copy_(values[name])
+            if name in values:
+                tensor.copy_(self._pruned(values, name))
         if self._split_module is not None:
             reshard_(self._split_module)
 
@@ -116,33 +137,38 @@ class LiveWeights:
 
     def alike(self, values: Weights) -> dict[str, Tensor]:
         """A copy of values in the tensors' types, on their devices."""
-        return {name: values[name].to(tensor, copy=True) for name, tensor in self.tensors.items()}
+        return {name: self._pruned(values, name).to(tensor, copy=True) for name, tensor in self.tensors.items()}
 
     def whole(self, state: dict[str, Any]) -> dict[str, Any]:
-        """The same state with whole tensors, on the CPU, in place of shards; all processes must take part.
+        """The same state with whole tensors, on the CPU, in place of shards, and zeros where weights are pruned.
+
+        All processes must take part.
 
         Args:
             state: Shards under the tensors' names, in it or in mappings and lists of mappings in it.
 
         Returns:
-            A new state, or the given one where nothing is split.
+            A new state, or the given one where nothing is split or pruned.
 
         """
-        return _whole(state, self.layouts) if self.layouts else state
+        self.find_masks()
+        return self._whole(state) if self.layouts or self._masks else state
 
-
-def _whole(state: dict[str, Any], layouts: Layouts) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for name, value in state.items():
-        if name in layouts and isinstance(value, Tensor):
-            result[name] = whole_like(value.to(layouts[name].device_mesh.device_type), layouts[name]).cpu()
-        elif isinstance(value, dict):
-            result[name] = _whole(value, layouts)
-        elif isinstance(value, list) and value and isinstance(value[0], dict):
-            result[name] = [_whole(each, layouts) for each in value]
-        else:
-            result[name] = value
-    return result
+    def _whole(self, state: dict[str, Any]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for name, value in state.items():
+            if name in self.layouts and isinstance(value, Tensor):
+                layout = self.layouts[name]
+                result[name] = whole_like(value.to(layout.device_mesh.device_type), layout).cpu()
+            elif isinstance(value, Tensor):
+                result[name] = self._pruned(state, name)
+            elif isinstance(value, dict):
+                result[name] = self._whole(value)
+            elif isinstance(value, list) and value and isinstance(value[0], dict):
+                result[name] = [self._whole(each) for each in value]
+            else:
+                result[name] = value
+        return result
 
 
 def own_parts(values: Weights, layouts: Layouts) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lightning_reg.averaging._state_dicts import Aligned, Part, accumulated, is_averaged
+from lightning_reg.engine.host.names import Patterns, matches
 
 __all__ = ["RunningSum", "Workspace", "in_chunks", "mean_of_parts"]
 
@@ -135,7 +136,7 @@ class RunningSum:
     Memory: the sum takes two float32 models, each mean that is asked for one.
     """
 
-    def __init__(self, first: Aligned) -> None:
+    def __init__(self, first: Aligned, exclude: Patterns = None) -> None:
         self.count = 1
         self._sums: dict[str, Any] = {}
         self._dtypes: dict[str, torch.dtype] = {}
@@ -143,7 +144,7 @@ class RunningSum:
         places: dict[tuple[Any, ...], str] = {}
         for key, value in first.items():
             self._sums[key] = value
-            if is_averaged(value):
+            if is_averaged(value) and not matches(key, exclude):
                 self._dtypes[key] = value.dtype
                 self._sums[key] = accumulated(value).clone() if value.dtype.itemsize >= 8 else accumulated(value)
                 one_of_it = places.setdefault(first.place(key), key)
@@ -151,6 +152,11 @@ class RunningSum:
                     self._tied[key] = one_of_it
             elif isinstance(value, Tensor):
                 self._sums[key] = value.detach().clone()
+
+    @property
+    def averaged(self) -> list[str]:
+        """Keys of what is averaged; all else is the first's."""
+        return list(self._dtypes)
 
     def add(self, member: Aligned) -> None:
         """Adds a state dict with the same keys."""

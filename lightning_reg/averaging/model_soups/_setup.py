@@ -5,11 +5,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch.callbacks import ModelPruning
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_reg.averaging._checkpoint_files import open_checkpoint
-from lightning_reg.averaging._state_dicts import plain_keys
+from lightning_reg.averaging._state_dicts import key_of, plain_keys
 from lightning_reg.averaging.model_soups._arguments import SoupArguments
 from lightning_reg.averaging.model_soups._gathered import Ingredient, Snapshots
 from lightning_reg.averaging.model_soups._live_weights import averaged_tensors
@@ -31,6 +32,13 @@ def check_setup(soup: SoupArguments, trainer: "Trainer") -> None:
             f"SoupAverager(method='greedy') decides by the validation metric {soup.monitor!r}, but this fit has no"
             " validation. Give `fit` validation data and the module a `validation_step` that logs it, or take"
             " method='uniform' or 'lawa'."
+        )
+    everyone: list[object] = list(host.callbacks(trainer))
+    after = everyone[next((i for i, callback in enumerate(everyone) if callback is soup), len(everyone)) :]
+    if soup.swap_for_validation and any(isinstance(callback, ModelPruning) for callback in after):
+        raise MisconfigurationException(
+            "SoupAverager(swap_for_validation=True): ModelPruning writes the module's own weights into checkpoints, in"
+            " place of the average. Put ModelPruning before SoupAverager among the callbacks."
         )
     savers = [callback for callback in host.callbacks(trainer) if hasattr(callback, "best_k_models")]
     if soup.from_checkpoints and not savers:
@@ -144,9 +152,10 @@ class KeptCheckpoints(Snapshots):
             return [self[i] for i in range(*position.indices(len(self)))]
         file = open_checkpoint(self._paths[position])
         keys = plain_keys(file, str(self._paths[position]))
-        missing = [name for name in self._names if name not in keys]
+        places = {name: key_of(name, keys) for name in self._names}
+        missing = [name for name, key in places.items() if key is None]
         if missing:
             raise MisconfigurationException(
                 f"SoupAverager: the checkpoint {self._paths[position]} lacks {missing[:5]}, so it cannot be averaged."
             )
-        return {name: file[keys[name]] for name in self._names}
+        return {name: file[key] for name, key in places.items() if key is not None}

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_reg.averaging._state_dicts import Aligned, StateDict, aligned
 from lightning_reg.averaging.model_soups._mean import in_chunks
 from lightning_reg.engine.host.distributed import rank
+from lightning_reg.engine.host.names import Patterns, matches
 
 __all__ = ["ancestry"]
 
@@ -45,6 +46,7 @@ def ancestry(
     max_distance: float = 0.5,
     min_cosine: float = 0.5,
     warn: bool = True,
+    exclude: Patterns = None,
 ) -> Ancestry:
     r"""Measures whether models can share a basin, which averaging needs, and warns if it seems not so.
 
@@ -64,14 +66,17 @@ def ancestry(
         min_cosine: Cosine below which two models without a known start are suspicious. With a start one below -0.2
             is: the two runs moved apart.
         warn: Whether to warn.
+        exclude: Patterns of keys that are not looked at.
 
     Returns:
         The measures and the suspicions.
 
     """
     labels = list(names) if names is not None else [f"state dict {i}" for i in range(len(state_dicts))]
-    members = aligned([*state_dicts, *([start] if start is not None else [])], labels + ["start"] * (start is not None))
-    gram, to_start, norm = _products(members[: len(state_dicts)], members[-1] if start is not None else None)
+    everyone = [*state_dicts, *([start] if start is not None else [])]
+    members = aligned(everyone, labels + ["start"] * (start is not None), exclude)
+    keys = [key for key in members[0] if not matches(key, exclude)]
+    gram, to_start, norm = _products(keys, members[: len(state_dicts)], members[-1] if start is not None else None)
     distances = [math.sqrt(max(d, 0.0)) / math.sqrt(norm) if norm > 0 else math.inf for d in to_start]
     lengths = gram.diagonal().clamp(min=0).sqrt()
     scale = lengths[:, None] * lengths[None]
@@ -99,12 +104,14 @@ def ancestry(
     return Ancestry(distances, cosines, start is not None, suspicions)
 
 
-def _products(members: Sequence[Aligned], start: Aligned | None) -> tuple[Tensor, list[float], float]:
+def _products(
+    keys: Sequence[str], members: Sequence[Aligned], start: Aligned | None
+) -> tuple[Tensor, list[float], float]:
     """Inner products of the (task) vectors, squared distances to the start or mean, squared norm of that."""
     count = len(members)
     gram, squares, norm = torch.zeros(count, count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64), 0.0
     everyone = [*members, *([] if start is None else [start])]
-    for key in members[0]:
+    for key in keys:
         known = [member.shape_and_dtype(key) for member in everyone]
         if known[0] is None or not known[0][1].is_floating_point:
             continue

@@ -13,12 +13,12 @@ from typing_extensions import override
 
 from lightning_reg.averaging._not_finite import spoilers, warn_of_spoiled
 from lightning_reg.averaging._soup_results import Candidate, SoupResult
-from lightning_reg.averaging._state_dicts import StateDict, aligned, is_averaged, is_continuous, widest
+from lightning_reg.averaging._state_dicts import StateDict, aligned, check_patterns, is_continuous, widest
 from lightning_reg.averaging.model_soups._learned_soup import LearnedSoup
 from lightning_reg.averaging.model_soups._mean import RunningSum, Workspace, mean_of_parts
 from lightning_reg.engine.host.distributed import all_reduce_mean, rank
 from lightning_reg.engine.host.modules import BatchNorm
-from lightning_reg.engine.host.names import Patterns, is_selected, near_names, unmatched
+from lightning_reg.engine.host.names import Patterns, is_selected
 
 __all__ = [
     "LearnedSoup",
@@ -56,7 +56,7 @@ def average_state_dicts(
             own type (to the widest, where the state dicts differ).
         include: Patterns of keys to average (``"net.*"``), or one pattern; ``None`` for all. Others are the first state
             dict's.
-        exclude: Patterns of keys to leave as the first state dict has them.
+        exclude: Patterns of keys to leave as the first state dict has them. Those may differ, or be in one alone.
         names: What to call the state dicts in an error; ``None`` for their positions.
 
     Returns:
@@ -79,18 +79,18 @@ def average_state_dicts(
         raise ValueError(
             f"average_state_dicts: `accumulate_dtype` must be torch.float32 or torch.float64, got {accumulate_dtype!r}."
         )
-    members = aligned(state_dicts, names)
-    _check_patterns("include", include, members[0])
-    _check_patterns("exclude", exclude, members[0])
+    members = aligned(state_dicts, names, exclude)
+    check_patterns("average_state_dicts", "include", include, [members[0]])
+    check_patterns("average_state_dicts", "exclude", exclude, members)
     result: dict[str, Any] = {}
     done: dict[tuple[Any, ...], Tensor] = {}
     suspicious: list[str] = []
     labels = list(names) if names is not None else [f"state dict {i}" for i in range(len(members))]
     with Workspace() as workspace:
         for key in members[0]:
-            known = [member.shape_and_dtype(key) for member in members]
-            dtypes = [dtype for _, dtype in filter(None, known)]
-            if not (dtypes and is_continuous(dtypes[0]) and is_selected(key, include, exclude)):
+            mixed = members if is_selected(key, include, exclude) else members[:0]
+            dtypes = [dtype for _, dtype in filter(None, [member.shape_and_dtype(key) for member in mixed])]
+            if not (dtypes and is_continuous(dtypes[0])):
                 first = members[0][key]
                 result[key] = first.detach().clone() if isinstance(first, Tensor) else first
                 continue
@@ -129,14 +129,6 @@ def _shares(count: int, weights: Sequence[float] | None) -> list[float]:
     return list(weights)
 
 
-def _check_patterns(argument: str, patterns: Patterns, keys: Iterable[str]) -> None:
-    for pattern in unmatched(patterns, keys):
-        raise ValueError(
-            f"average_state_dicts: `{argument}` has the pattern {pattern!r}, which matches no key. Near keys:"
-            f" {near_names(pattern, keys)}."
-        )
-
-
 def greedy_soup(
     state_dicts: Sequence[StateDict],
     scores: Sequence[float],
@@ -147,6 +139,7 @@ def greedy_soup(
     mode: Literal["max", "min"] = "max",
     names: Sequence[str] | None = None,
     max_ingredients: int | None = None,
+    exclude: Patterns = None,
 ) -> SoupResult:
     r"""Adds models in the order of their held-out score and keeps each one that improves the average (recipe 1).
 
@@ -166,6 +159,7 @@ def greedy_soup(
         mode: Whether larger (``"max"``) or smaller scores are better.
         names: Distinct names of the models, for ``ingredients`` and ``trace``; ``None`` for positions.
         max_ingredients: Largest number of ingredients, at least 1; ``None`` for no limit.
+        exclude: Patterns of keys to leave as the best model has them. Those may differ, or be in one alone.
 
     Returns:
         The soup; its ``state_dict`` shares no memory with the models.
@@ -182,18 +176,20 @@ def greedy_soup(
 
     """
     _check(state_dicts, scores, names, min_delta, max_ingredients)
+    check_patterns("greedy_soup", "exclude", exclude, state_dicts)
     labels: list[Any] = list(range(len(scores))) if names is None else list(names)
     order = ranking(scores, labels, mode)
     first = order[0]
     members = aligned([state_dicts[first]], None)
-    soup = RunningSum(members[0])
+    soup = RunningSum(members[0], exclude)
     best = scores[first]
     result = SoupResult({}, [labels[first]], [Candidate(str(labels[first]), best, best, True)], best)
     for position in order[1:]:
         if max_ingredients is not None and soup.count >= max_ingredients:
             result.trace.append(Candidate(str(labels[position]), scores[position], None, False))
             continue
-        member = aligned([state_dicts[first], state_dicts[position]], [str(labels[first]), str(labels[position])])[1]
+        pair = [str(labels[first]), str(labels[position])]
+        member = aligned([state_dicts[first], state_dicts[position]], pair, exclude)[1]
         score = float(evaluate(soup.mean(member)))
         accepted = accepts(score, best, strict=strict, min_delta=min_delta, mode=mode)
         result.trace.append(Candidate(str(labels[position]), scores[position], score, accepted))
@@ -202,10 +198,10 @@ def greedy_soup(
             best = score
             result.ingredients.append(labels[position])
     result.state_dict, result.score = soup.mean(), best
-    suspicious = [k for k, value in result.state_dict.items() if is_averaged(value) and not value.isfinite().all()]
+    suspicious = [key for key in soup.averaged if not result.state_dict[key].isfinite().all()]
     if suspicious:
         inside = [labels.index(label) for label in result.ingredients]
-        parts = aligned([state_dicts[position] for position in inside])
+        parts = aligned([state_dicts[position] for position in inside], None, exclude)
         _warn_of_spoiled(
             "greedy_soup", result.state_dict, suspicious, list(zip(parts, map(str, result.ingredients), strict=True))
         )
@@ -223,6 +219,7 @@ def greedy_soup_of_numbers(
     strict: bool = True,
     min_delta: float = 0.0,
     max_ingredients: int | None = None,
+    exclude: Patterns = None,
 ) -> SoupResult:
     """As :func:`greedy_soup`, where a model with a score of NaN ranks last and is not taken, with a warning.
 
@@ -236,6 +233,7 @@ def greedy_soup_of_numbers(
         strict: See there.
         min_delta: See there.
         max_ingredients: See there.
+        exclude: See there.
 
     Returns:
         The soup; without ingredients and weights if no score is a number.
@@ -256,6 +254,7 @@ def greedy_soup_of_numbers(
             mode=mode,
             names=[names[i] for i in positions],
             max_ingredients=max_ingredients,
+            exclude=exclude,
         )
     result.trace += [Candidate(name, math.nan, None, False) for name in without]
     return result

@@ -64,7 +64,7 @@ class TrainerEvaluation:
             ValueError: If validation did not log it.
 
         """
-        self.model.load_state_dict(state_dict)
+        self._load(state_dict)
         if self.train_batches is not None and tracking_layers(self.model):
             self.scores_before_batch_norm.append(self._validate())
             self._reestimate()
@@ -82,13 +82,17 @@ class TrainerEvaluation:
         """
         if self.train_batches is None or not tracking_layers(self.model):
             return state_dict
-        self.model.load_state_dict(state_dict)
+        self._load(state_dict)
         self._reestimate()
         estimated = {plain_name(name): value for name, value in self.model.state_dict().items()}
         return {
             key: value.clone() if isinstance(value := estimated.get(key, old), Tensor) and _is_statistic(key) else old
             for key, old in state_dict.items()
         }
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        own = {plain_name(key): key for key in self.model.state_dict()}  # with `_orig_mod.` where it is compiled
+        self.model.load_state_dict({own.get(plain_name(key), key): value for key, value in state_dict.items()})
 
     def _validate(self) -> float:
         self.trainer.validate(self.model, self.dataloaders, datamodule=self.datamodule, verbose=False)

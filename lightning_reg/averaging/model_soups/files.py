@@ -11,11 +11,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_reg.averaging._checkpoint_files import RECORD, CheckpointFile, open_checkpoint
-from lightning_reg.averaging._soup_results import SoupResult, save_soup
-from lightning_reg.averaging._state_dicts import aligned, plain_keys, unique
+from lightning_reg.averaging._plain_numbers import fault_of, place_of
+from lightning_reg.averaging._soup_results import SoupResult, own_scores, save_soup
+from lightning_reg.averaging._state_dicts import key_of, plain_keys, unique
 from lightning_reg.averaging.model_soups._soup import average_of_state
 from lightning_reg.averaging.model_soups.ancestry import ancestry
 from lightning_reg.averaging.model_soups.core import average_state_dicts, greedy_soup_of_numbers
+from lightning_reg.engine.host.names import Patterns
 
 __all__ = ["load_averaged", "make_soup"]
 
@@ -36,6 +38,7 @@ def make_soup(
     accumulate_dtype: torch.dtype = torch.float64,
     check_ancestry: bool = True,
     progress: bool = False,
+    exclude: Patterns = None,
 ) -> SoupResult:
     r"""Averages the checkpoints of several runs from one start.
 
@@ -61,6 +64,8 @@ def make_soup(
         accumulate_dtype: Type of a uniform soup's sums.
         check_ancestry: Whether to measure, on a sample of each tensor, if the files share a basin, and to warn if not.
         progress: Whether to show a bar with bytes per second.
+        exclude: Patterns of keys to leave as the first file has them (the best one, in a greedy soup). Those may
+            differ, or be in one file alone.
 
     Returns:
         The soup; ingredients are named by their paths.
@@ -80,15 +85,15 @@ def make_soup(
     names = unique(str(path) for path in checkpoints)
     files = [open_checkpoint(path, key) for path in checkpoints]
     if check_ancestry and len(files) > 1:
-        ancestry(files, None if start is None else open_checkpoint(start, key), names=names)
-    scores = [] if evaluate is None else [float(evaluate(aligned([file])[0].load())) for file in files]
+        ancestry(files, None if start is None else open_checkpoint(start, key), names=names, exclude=exclude)
+    scores = own_scores(files, names, evaluate, exclude)
     if method == "greedy" and evaluate is not None:
-        result = greedy_soup_of_numbers("make_soup", files, scores, evaluate, names=names, **rules)
+        result = greedy_soup_of_numbers("make_soup", files, scores, evaluate, names=names, exclude=exclude, **rules)
         if not result.ingredients:
             raise ValueError("make_soup: no file has a score that is a number, so none can be chosen.")
     else:
         with _counted(files, shown=progress) as members:
-            mean = average_state_dicts(members, weights, accumulate_dtype, names=names)
+            mean = average_state_dicts(members, weights, accumulate_dtype, exclude=exclude, names=names)
         result = SoupResult.of_all(mean, names, scores, None if evaluate is None else float(evaluate(mean)))
     _settle(result, evaluate)
     if out is not None:
@@ -142,6 +147,10 @@ class _CountedFile(CheckpointFile):
         return self._file.shape_and_dtype(key)
 
     @override
+    def fault(self, key: str) -> str:
+        return self._file.fault(key)
+
+    @override
     def place(self, key: str) -> tuple[Any, ...]:
         return self._file.place(key)
 
@@ -156,14 +165,15 @@ def load_averaged(path: str | Path, name: str | None = None) -> dict[str, Any]:
     """The averaged weights in a file of ours: a checkpoint of a fit with ``SoupAverager``, or a soup of several runs.
 
     It needs no Trainer. A checkpoint from the middle of a fit holds the raw weights and the state of the average, one
-    from its end the average itself; both give the average.
+    from its end the average itself; both give the average. Keys are without the ``_orig_mod.`` of ``torch.compile``:
+    load them before you compile.
 
     Args:
         path: The file.
         name: Which average, if there are several: the state key of the callback (``"SoupAverager[fast]"``).
 
     Returns:
-        A complete state dict, to load with ``strict=True``.
+        A complete state dict, to load with ``strict=True``; of what the user's own ``state_dict`` leaves out, nothing.
 
     Raises:
         ValueError: If the file says nothing of an average, or of several.
@@ -188,7 +198,8 @@ def load_averaged(path: str | Path, name: str | None = None) -> dict[str, Any]:
         exchange_in_checkpoint(weights, average_of_state(file.extra["callbacks"][chosen]))
     copies: dict[int, Tensor] = {}
     result: dict[str, Any] = {}
-    for key, value in weights["state_dict"].items():
+    for key, original in plain_keys(weights["state_dict"], str(path)).items():
+        value = weights["state_dict"][original]
         if isinstance(value, Tensor):  # tied weights are one tensor still, and no file stays mapped
             result[key] = copies.setdefault(id(value), value.clone())
         else:
@@ -197,7 +208,7 @@ def load_averaged(path: str | Path, name: str | None = None) -> dict[str, Any]:
 
 
 def exchange_in_checkpoint(checkpoint: dict[str, Any], average: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Puts the average into a checkpoint's ``state_dict`` and returns what was there."""
+    """Puts the average into a checkpoint's ``state_dict`` where it has those tensors, and returns what was there."""
     weights = dict(checkpoint["state_dict"])
     keys = plain_keys(weights, "the checkpoint")
     tied: dict[tuple[Any, ...], list[str]] = {}
@@ -206,12 +217,14 @@ def exchange_in_checkpoint(checkpoint: dict[str, Any], average: Mapping[str, Ten
             tied.setdefault(_place(value, key), []).append(key)
     raw = {}
     for name, value in average.items():
-        old = raw[name] = weights[keys[name]]
-        new = value.to(old)
-        weights.update(dict.fromkeys(tied[_place(old, keys[name])], new))
+        key = key_of(name, keys)
+        if key is not None:
+            old = raw[name] = weights[key]
+            new = value.to(old)
+            weights.update(dict.fromkeys(tied[_place(old, key)], new))
     checkpoint["state_dict"] = weights
     return raw
 
 
 def _place(value: Tensor, key: str) -> tuple[Any, ...]:
-    return (value.data_ptr(), tuple(value.shape), value.stride()) if value.numel() else (key,)
+    return place_of(value) if value.numel() and not fault_of(value) else (key,)

@@ -232,6 +232,7 @@ class SoupAverager(Technique):
         if epoch < self._epochs:
             return  # resumed under `max_steps`, Lightning ends an epoch twice
         self._epochs = epoch + 1
+        self._live.find_masks()
         due = self._every_epochs is not None and self._epochs % self._every_epochs == 0
         if due and self._steps > self.start_step:
             self._take(trainer, module, epoch)
@@ -266,6 +267,7 @@ class SoupAverager(Technique):
     @override
     def on_validation_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         self._live.restore()
+        self._live.find_masks()
         if self.method == "greedy" and self._live.tensors and not trainer.sanity_checking:
             score = agreed_score(trainer.callback_metrics, self.monitor, pl_module)
             self._soup.note_validation(trainer.global_step, score)
@@ -277,6 +279,7 @@ class SoupAverager(Technique):
         if self._has_missed_end:  # resumed after the last batch of all
             self._make_up_for_end(trainer, pl_module)
         self._live.find_shards()
+        self._live.find_masks()
         source = self._source(trainer)
         self._soup.gathered.left_out.say()
         if source.taken:
@@ -406,7 +409,7 @@ class SoupAverager(Technique):
             self._soup.gathered.note_checkpoint(write=trainer.is_global_zero)
         swaps = self.swap_for_validation and self._soup.outcome is None and self._soup.gathered.taken > 0
         if swaps:
-            raw = exchange_in_checkpoint(checkpoint, self._soup.gathered.average())
+            raw = exchange_in_checkpoint(checkpoint, self._live.pruned(self._soup.gathered.average()))
             checkpoint["callbacks"][self.state_key]["raw"] = raw
         record = self._soup.record(averaged=swaps or bool(self._raw))
         checkpoint.setdefault(RECORD, {})[self.state_key] = record

@@ -48,11 +48,11 @@ def _mix(options: argparse.Namespace, files: Sequence[CheckpointFile]) -> dict[s
     if len(files) < 2 or (options.method in ("wise-ft", "slerp") and len(files) != 2):
         raise ValueError(f"{options.method} takes two checkpoints (ties and dare: two or more), got {len(files)}.")
     if options.method == "wise-ft":
-        return wise_ft(files[0], files[1], options.alpha)
+        return wise_ft(files[0], files[1], options.alpha, exclude=options.exclude)
     if options.method == "slerp":
-        return slerp_merge(files[0], files[1], options.t)
+        return slerp_merge(files[0], files[1], options.t, exclude=options.exclude)
     if options.method == "ties":
-        return ties_merge(files[0], files[1:], options.density, options.weights, options.lam)
+        return ties_merge(files[0], files[1:], options.density, options.weights, options.lam, exclude=options.exclude)
     return dare_merge(
         files[0],
         files[1:],
@@ -62,4 +62,5 @@ def _mix(options: argparse.Namespace, files: Sequence[CheckpointFile]) -> dict[s
         rescale=options.rescale,
         elect_signs=options.elect_signs,
         generator=torch.Generator().manual_seed(options.seed),
+        exclude=options.exclude,
     )

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_reg.averaging._not_finite import spoilers, warn_of_spoiled
-from lightning_reg.averaging._state_dicts import StateDict, accumulated, aligned, is_averaged
+from lightning_reg.averaging._state_dicts import StateDict, accumulated, aligned, check_patterns, is_averaged
+from lightning_reg.engine.host.names import Patterns, matches
 
 __all__ = ["dare_merge", "slerp_merge", "ties_merge", "wise_ft"]
 
@@ -21,6 +22,7 @@ def ties_merge(
     lam: float = 1.0,
     *,
     normalize: bool = True,
+    exclude: Patterns = None,
 ) -> dict[str, Any]:
     r"""Adds task vectors after trimming them and agreeing on signs (Yadav et al., NeurIPS 2023, arXiv 2306.01708).
 
@@ -38,6 +40,7 @@ def ties_merge(
         weights: One number per model; ``None`` for ones.
         lam: Factor of the merged task vector. Paper: 1. At 0 the result is ``base``.
         normalize: Whether to divide by the sum of weights.
+        exclude: Patterns of keys to leave as ``base`` has them. Those may differ, or be in one alone.
 
     Returns:
         A new state dict; integers, booleans and other entries are ``base``'s.
@@ -51,7 +54,7 @@ def ties_merge(
     def merge(key: str, vectors: list[Tensor]) -> Tensor:
         return _elect([_trim(v, density) for v in vectors], shares, normalize=normalize)
 
-    return _add_task_vectors("ties_merge", base, state_dicts, merge, lam)
+    return _add_task_vectors("ties_merge", base, state_dicts, merge, lam, exclude)
 
 
 def _trim(vector: Tensor, density: float) -> Tensor:
@@ -90,6 +93,7 @@ def dare_merge(
     normalize: bool = False,
     generator: torch.Generator | None = None,
     masks: Sequence[Mapping[str, Tensor]] | None = None,
+    exclude: Patterns = None,
 ) -> dict[str, Any]:
     r"""Adds task vectors with entries dropped at random (Yu et al., ICML 2024, arXiv 2311.03099).
 
@@ -109,6 +113,7 @@ def dare_merge(
         generator: Draws what is kept; ``None`` for a new one with seed 0.
         masks: What is kept, one mapping from the result's keys to tensors of zeros and ones per model, in place of
             drawing.
+        exclude: Patterns of keys to leave as ``base`` has them. Those may differ, or be in one alone.
 
     Returns:
         A new state dict; integers, booleans and other entries are ``base``'s.
@@ -137,7 +142,7 @@ def dare_merge(
         total = torch.stack([share * vector for share, vector in zip(shares, kept, strict=True)]).sum(0)
         return total / sum(shares) if normalize else total
 
-    return _add_task_vectors("dare_merge", base, state_dicts, merge, lam)
+    return _add_task_vectors("dare_merge", base, state_dicts, merge, lam, exclude)
 
 
 def _rescaled(whole: Tensor, kept: Tensor, density: float, rescale: str) -> Tensor:
@@ -174,16 +179,19 @@ def _add_task_vectors(
     state_dicts: Sequence[StateDict],
     merge: Callable[[str, list[Tensor]], Tensor],
     lam: float,
+    exclude: Patterns,
 ) -> dict[str, Any]:
     names = ["base", *(f"state dict {i}" for i in range(len(state_dicts)))]
 
     def mix(key: str, start: Tensor, *ends: Tensor) -> Tensor:
         return start + lam * merge(key, [end - start for end in ends])
 
-    return _combine(owner, [base, *state_dicts], names, mix)
+    return _combine(owner, [base, *state_dicts], names, mix, exclude)
 
 
-def slerp_merge(start: StateDict, end: StateDict, t: float, *, threshold: float = 0.9995) -> dict[str, Any]:
+def slerp_merge(
+    start: StateDict, end: StateDict, t: float, *, threshold: float = 0.9995, exclude: Patterns = None
+) -> dict[str, Any]:
     r"""Interpolates along the arc between two models, each tensor taken as one vector.
 
     .. math:: \theta = \frac{\sin((1-t)\omega)}{\sin \omega} \theta_0 + \frac{\sin(t \omega)}{\sin \omega} \theta_1,
@@ -196,6 +204,7 @@ def slerp_merge(start: StateDict, end: StateDict, t: float, *, threshold: float 
         end: State dict at ``t`` = 1.
         t: Position on the arc, in [0, 1].
         threshold: Straight interpolation where the vectors are parallel or opposite up to this \|cos\|, in (0, 1].
+        exclude: Patterns of keys to leave as the nearer end has them. Those may differ, or be in one alone.
 
     Returns:
         A new state dict. Integers, booleans and other entries are those of the nearer end.
@@ -225,10 +234,12 @@ def slerp_merge(start: StateDict, end: StateDict, t: float, *, threshold: float 
         angle = math.acos(cosine)
         return (math.sin((1 - t) * angle) * one + math.sin(t * angle) * two) / math.sin(angle)
 
-    return _combine("slerp_merge", [start, end], ["start", "end"], mix, like=int(t >= 0.5))
+    return _combine("slerp_merge", [start, end], ["start", "end"], mix, exclude, like=int(t >= 0.5))
 
 
-def wise_ft(zeroshot: StateDict, finetuned: StateDict, alpha: float, *, extrapolate: bool = False) -> dict[str, Any]:
+def wise_ft(
+    zeroshot: StateDict, finetuned: StateDict, alpha: float, *, extrapolate: bool = False, exclude: Patterns = None
+) -> dict[str, Any]:
     r"""Interpolates between a model before and after fine-tuning (Wortsman et al., CVPR 2022, arXiv 2109.01903).
 
     .. math:: \theta = (1 - \alpha)\, \theta_0 + \alpha\, \theta_1
@@ -238,6 +249,7 @@ def wise_ft(zeroshot: StateDict, finetuned: StateDict, alpha: float, *, extrapol
         finetuned: State dict after it.
         alpha: 0 is ``zeroshot``, 1 is ``finetuned``, each to the last bit. Usual: 0.5 to 0.75.
         extrapolate: Whether ``alpha`` may lie outside [0, 1].
+        exclude: Patterns of keys to leave as the nearer end has them. Those may differ, or be in one alone.
 
     Returns:
         A new state dict. Integers, booleans and other entries are those of the nearer end.
@@ -258,20 +270,27 @@ def wise_ft(zeroshot: StateDict, finetuned: StateDict, alpha: float, *, extrapol
             return end if alpha else start
         return (1 - alpha) * start + alpha * end
 
-    return _combine("wise_ft", [zeroshot, finetuned], ["zeroshot", "finetuned"], mix, like=int(alpha >= 0.5))
+    return _combine("wise_ft", [zeroshot, finetuned], ["zeroshot", "finetuned"], mix, exclude, like=int(alpha >= 0.5))
 
 
 def _combine(
-    owner: str, state_dicts: Sequence[StateDict], names: Sequence[str], mix: Callable[..., Tensor], like: int = 0
+    owner: str,
+    state_dicts: Sequence[StateDict],
+    names: Sequence[str],
+    mix: Callable[..., Tensor],
+    exclude: Patterns,
+    like: int = 0,
 ) -> dict[str, Any]:
     """Applies ``mix(key, *values)`` to float and complex tensors in double precision; others are member ``like``'s."""
-    members = aligned(state_dicts, names)
+    members = aligned(state_dicts, names, exclude)
+    check_patterns(owner, "exclude", exclude, members)
     result: dict[str, Any] = {}
     done: dict[tuple[Any, ...], Tensor] = {}
     spoiled: dict[str, list[str]] = {}
-    for key in members[0]:
-        values = [member[key] for member in members]
-        if is_averaged(values[0]):
+    for key in members[like]:
+        mixed = members if not matches(key, exclude) else members[like : like + 1]
+        values = [member[key] for member in mixed]
+        if len(mixed) > 1 and is_averaged(values[0]):
             places = tuple(member.place(key) for member in members)
             if places not in done:
                 wide = [accumulated(value) for value in values]
@@ -280,7 +299,7 @@ def _combine(
                     spoiled[key] = by
             result[key] = done[places]
         else:
-            chosen = values[like]
+            chosen = values[like] if len(mixed) > 1 else values[0]
             result[key] = chosen.detach().clone() if isinstance(chosen, Tensor) else chosen
     warn_of_spoiled(owner, spoiled)
     return result
