@@ -607,8 +607,10 @@ def test_setups_that_are_refused():
 
     with pytest.raises(MisconfigurationException, match=r"L2ToStart\(mode='decoupled'\) pulls once .* LBFGS"):
         fit(SecondOrder(), L2ToStart(mode="decoupled"))
-    with pytest.raises(MisconfigurationException, match=r"EWC: F.mse_loss.* has no class logits"):
+    with pytest.raises(MisconfigurationException, match=r"EWC: F.mse_loss.* is a regression.*labels=\"sample\""):
         fit(Classifier(step=lambda module, batch: F.mse_loss(module(batch[0]), batch[0][:, :CLASSES])), EWC())
+    with pytest.raises(MisconfigurationException, match=r"EWC: F.soft_margin_loss.* has no class logits"):
+        fit(Classifier(step=lambda module, batch: F.soft_margin_loss(module(batch[0]), batch[0][:, :CLASSES])), EWC())
 
 
 # -- frozen parameters ------------------------------------------------------------------------------------------------
