@@ -126,6 +126,7 @@ class PredictionDistillation(TaskTechnique, BatchTechnique, LossTechnique):
             return None
         old, seen = self._classes(call)
         targets = call.labels if call.target is None else call.target
+        targets = targets.reshape(call.logits.shape if targets.is_floating_point() else call.logits.shape[:1])
         if call.step.is_logging or self._columns != call.logits.shape[1]:
             self._check_labels(targets if call.sample_mass is None else targets[call.sample_mass > 0], seen)
         self._columns = call.logits.shape[1]

@@ -5,6 +5,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, final
 
 from torch import Tensor, nn
+from torch.optim import SGD
 from typing_extensions import override
 
 from lightning_reg.continual._tasks import TaskTechnique
@@ -19,7 +20,10 @@ from lightning_reg.engine.run.engine import attached_engine
 from lightning_reg.engine.technique import PenaltyTechnique
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lightning.pytorch import LightningModule, Trainer
+    from torch.optim import Optimizer
 
     from lightning_reg.engine.step import Step
 
@@ -53,7 +57,8 @@ class EWC(TaskTechnique, PenaltyTechnique):
     copy of the module and the gradients of a few samples. Time: the Fisher pass takes as long as about four epochs.
 
     Args:
-        weight: lambda, at least 0. Sensible: 10 to 1e4. Neutral: 0.
+        weight: lambda, at least 0. Sensible: 1 to 1e4, and with SGD below 1 / (learning rate x largest F): beyond that
+            weights move ever farther from their anchors, with a warning in the first step. Neutral: 0.
         params: Patterns of parameter names as in ``named_parameters()``, one of which must match; ``None`` for all that
             are trained.
         exclude: Patterns of names to leave free. Rows by which a parameter has grown since are free anyway.
@@ -103,6 +108,7 @@ class EWC(TaskTechnique, PenaltyTechnique):
         self.weight, self.params, self.exclude = weight, params, exclude
         self.fisher_batches, self.per_sample, self.labels, self.memory = fisher_batches, per_sample, labels, memory
         self._ties = Ties()
+        self._has_looked = self._has_said = False
         self._pass = FisherPass(self, self.labels, per_sample=self.per_sample)
 
     @property
@@ -157,6 +163,31 @@ class EWC(TaskTechnique, PenaltyTechnique):
         return None if value is None else self.weight * value
 
     @override
+    def on_before_optimizer_step(
+        self, trainer: "Trainer", pl_module: "LightningModule", optimizer: "Optimizer"
+    ) -> None:
+        if isinstance(optimizer, SGD) and not self._has_said and self._ties and self._has_to_look(trainer):
+            for group in optimizer.param_groups:
+                self._look_at(float(group["lr"]), float(group["momentum"]), group["params"])
+
+    def _has_to_look(self, trainer: "Trainer") -> bool:
+        """Whether the learning rate is looked at: in the fit's first step, and where scalars are logged."""
+        is_first, self._has_looked = not self._has_looked, True
+        return is_first or host.is_logging_step(trainer)
+
+    def _look_at(self, rate: float, momentum: float, params: "Sequence[Tensor]") -> None:
+        largest = self._ties.largest_weight(params)
+        # The penalty curves by 2 lambda F, and gradient descent diverges where rate times curvature is above
+        # 2 (1 + momentum).
+        if rate * self.weight * largest > 1 + momentum and not self._has_said:
+            self._has_said = True
+            host.rank_zero_warn(
+                f"EWC(weight={self.weight:g}): the largest Fisher information is {largest:.3g}, and at SGD's learning"
+                f" rate {rate:g} the penalty moves that weight beyond its anchor, farther away in each step. Write a"
+                f" `weight` below {(1 + momentum) / (rate * largest):.3g}, or a lower learning rate."
+            )
+
+    @override
     def keep(self, trainer: "Trainer", module: "LightningModule") -> dict[str, Any]:
         chosen = self._chosen(module)
         fisher = self._fisher(trainer, module, list(chosen))
@@ -173,6 +204,7 @@ class EWC(TaskTechnique, PenaltyTechnique):
     @override
     def forget(self) -> None:
         self._ties.clear()
+        self._has_looked = self._has_said = False
         self._pass = FisherPass(self, self.labels, per_sample=self.per_sample)
 
     def _chosen(self, module: nn.Module) -> dict[str, nn.Parameter]:
