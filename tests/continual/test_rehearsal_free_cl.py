@@ -526,6 +526,35 @@ def test_classes_that_are_not_known_are_refused(make, tasks, sentence):
         learn(module, tasks[-1], technique)
 
 
+class Heads(Classifier):
+    """A head of its own for each task."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.heads = self.net[:2], nn.ModuleList()
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.heads[-1](self.body(batch[0])), batch[1])
+
+
+@pytest.mark.parametrize("form", ["bce", "softmax"])
+@pytest.mark.parametrize("new_classes", [None, FIXED])
+@pytest.mark.parametrize("outputs", [3, 5])
+def test_a_head_for_each_task_is_refused(form, new_classes, outputs):
+    distillation, module = PredictionDistillation(form, new_classes=new_classes), Heads()
+    module.heads.append(nn.Linear(8, 2))
+    learn(module, 0, distillation)
+    module.heads.append(nn.Linear(8, outputs))
+    with pytest.raises(MisconfigurationException, match=r"'heads\.1\.weight' is new .* a head of its own"):
+        learn(module, 1, distillation)
+    assert distillation.tasks == 1
+
+
+def test_the_table_says_that_the_softmax_form_leaves_the_loss():
+    assert "your loss over all outputs" in PredictionDistillation("softmax", new_classes=FIXED).describe()
+    assert "your loss" not in PredictionDistillation("softmax").describe()
+
+
 def test_setups_that_are_refused():
     module = Net()
     module.automatic_optimization = False

@@ -61,7 +61,8 @@ class EWC(TaskTechnique, PenaltyTechnique):
             weights move ever farther from their anchors, with a warning in the first step. Neutral: 0.
         params: Patterns of parameter names as in ``named_parameters()``, one of which must match; ``None`` for all that
             are trained.
-        exclude: Patterns of names to leave free. Rows by which a parameter has grown since are free anyway.
+        exclude: Patterns of names to leave free: the head's (``"head.*"``), if it has outputs for classes to come from
+            the start on, which would be tied as well. Rows by which a parameter has grown since are free anyway.
         fisher_batches: Training batches to estimate F on, at least 1; ``None`` for all of a loader that has a length.
         per_sample: Whether gradients are squared sample by sample; ``False``: batch by batch, much cheaper.
         labels: At whose label the gradient is taken: the model's own most probable (``"argmax"``), one drawn from its
