@@ -119,9 +119,9 @@ class PredictionDistillation(TaskTechnique, BatchTechnique, LossTechnique):
 
     @override
     def begin(self, step: "Step") -> None:
-        known = self._tasks.kept.get("teacher")
-        named = {} if known is None else weights_of(step.module)
-        self._new_rows = {name: len(p) for name, p in named.items() if p.dim() and name not in (known or ())}
+        known = {_layer(name) for name in self._tasks.kept.get("teacher", ())}
+        named = weights_of(step.module) if known else {}
+        self._new_rows = {name: len(p) for name, p in named.items() if p.dim() and _layer(name) not in known}
         self._teacher.take(self, step.module, self._tasks.kept)
         self._columns = 0
 
@@ -223,3 +223,8 @@ class PredictionDistillation(TaskTechnique, BatchTechnique, LossTechnique):
                 " old network's outputs are not known."
             )
         return sight.call.logits
+
+
+def _layer(parameter: str) -> str:
+    """The name of the layer that a parameter is of."""
+    return parameter.rpartition(".")[0]
