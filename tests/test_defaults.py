@@ -56,9 +56,9 @@ DEFAULTS = {
     "elr_regularizer": {"clamp": 0.0001, "reduction": "mean"},
     "elr_update_targets": {"clamp": 0.0001},
     "expand": {"fn": "arctan"},
-    "feature_distillation_loss": {"reduction": "mean"},
+    "feature_distillation_loss": {"reduction": "mean", "elements": "sum"},
     "fisher_diagonal": {"per_sample": True, "group": None},
-    "fisher_losses": {"which": "argmax", "generator": None},
+    "fisher_losses": {"which": "argmax", "generator": None, "outputs": "classes"},
     "greedy_soup": {
         "strict": True,
         "min_delta": 0.0,
@@ -67,7 +67,7 @@ DEFAULTS = {
         "max_ingredients": None,
         "exclude": None,
     },
-    "inverse_density_weights": {"mode": "sqrt_inverse", "lds_sigma": None},
+    "inverse_density_weights": {"mode": "sqrt_inverse", "lds_sigma": None, "clip": None, "lds_size": None},
     "label_distance": {"kind": "l1"},
     "load_averaged": {"name": None},
     "make_soup": {

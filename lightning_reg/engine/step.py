@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -177,14 +178,17 @@ class Step:
         """Steps with a few samples of the batch each; the step itself if its samples cannot be told apart.
 
         Args:
-            size: Most samples of a part.
+            size: Most samples of a part. Parts are as equal as they can be: from 3 on none is of one sample, unless the
+                batch is.
 
         Returns:
             Steps for a :class:`Peer` to see, without indices.
 
         """
         whole = 0 if self.several or len(self.batch_sizes) != 1 else self.batch_sizes[0]
-        cuts = [slice(start, min(start + size, whole)) for start in range(0, whole, size)]
+        count = -(-whole // size)
+        ends = [whole * part // max(count, 1) for part in range(count + 1)]
+        cuts = [slice(start, end) for start, end in pairwise(ends)]
         batches = [samples_of(self.batch, whole, cut) for cut in cuts]
         if not batches or batches[0] is None:
             return iter([self])

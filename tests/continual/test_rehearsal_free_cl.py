@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_reg import EWC, ContinualMetrics, FeatureDistillation, L2ToStart, LossMixin, PredictionDistillation
 from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.technique import LossTechnique
 from lightning_reg.functional import (
     bce_distillation_loss,
     feature_distillation_loss,
@@ -151,6 +152,8 @@ def test_features_by_loops():
     f, old = logits(0, 3, 2, 4), logits(1, 3, 2, 4)
     total = sum((f[b, i, j] - old[b, i, j]).item() ** 2 for b in range(3) for i in range(2) for j in range(4)) / 3
     assert feature_distillation_loss(f, old).item() == pytest.approx(total, rel=1e-6)
+    mean = feature_distillation_loss(f, old, elements="mean")
+    assert mean.item() == pytest.approx(total / 8, rel=1e-6)
     assert feature_distillation_loss(f.bfloat16(), old.bfloat16()).dtype == torch.float32
 
 
@@ -327,6 +330,58 @@ def test_features_train_as_the_loop_by_hand():
     assert same_weights(ours, hand, atol=2e-6)  # float32, 12 steps
 
 
+class OwnLoss(Net):
+    """No loss of torch is called: a library's, a model's own."""
+
+    def __init__(self, wrap=False, **options):
+        super().__init__(**options)
+        self.wrap = wrap
+
+    def training_step(self, batch, batch_idx):
+        z, y = self.net(batch[0]), batch[1]
+        loss = (z.logsumexp(1) - z.gather(1, y[:, None])[:, 0]).mean()
+        return {"loss": loss, "more": 1} if self.wrap else loss
+
+
+@pytest.mark.parametrize("elements", ["sum", "mean"])
+@pytest.mark.parametrize("make", [Net, OwnLoss, partial(OwnLoss, wrap=True)], ids=["called", "own", "in a mapping"])
+def test_features_join_a_loss_with_a_call_or_without(make, elements):
+    ours, hand = make(), Net()
+    distillation = FeatureDistillation("net.1", weight=0.3, elements=elements)
+    learn(ours, 0, distillation)
+    by_hand(hand, 0, lambda module, x, y: F.cross_entropy(module.net(x), y))
+    teacher = copy.deepcopy(hand)
+    trainer = learn(ours, 1, distillation)
+
+    def term(module, x):
+        squares = (module.net[:2](x) - teacher.net[:2](x).detach()) ** 2
+        return 0.3 * squares.sum() / (len(x) * (8 if elements == "mean" else 1))
+
+    by_hand(hand, 1, lambda module, x, y: F.cross_entropy(module.net(x), y) + term(module, x))
+    assert same_weights(ours, hand, atol=2e-6)  # float32, 12 steps
+    assert trainer.logged_metrics["reg/feature_distillation/term"] > 0
+
+
+def test_beside_one_that_needs_a_call_a_loss_without_one_is_refused():
+    class First(LossTechnique):
+        def loss_term(self, call):
+            return None
+
+    features = FeatureDistillation("net.1", anchor="start_of_fit")
+    with pytest.raises(MisconfigurationException, match=r"^First: `training_step` returned a loss, but none"):
+        learn(OwnLoss(), 0, features, First())
+
+
+def test_features_of_other_rows_without_a_call_are_refused():
+    class Folded(OwnLoss):
+        def training_step(self, batch, batch_idx):
+            return self.net[:2](batch[0].repeat(2, 1)).mean()
+
+    features = FeatureDistillation("net.1", anchor="start_of_fit")
+    with pytest.raises(MisconfigurationException, match=r"must be a tensor with the 8 samples .* shape \(16, 8\)"):
+        learn(Folded(), 0, features)
+
+
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_the_users_reduction_is_kept(reduction):
     def loss(z, y):
@@ -469,6 +524,35 @@ def test_classes_that_are_not_known_are_refused(make, tasks, sentence):
         learn(module, number, technique)
     with pytest.raises(MisconfigurationException, match=f"PredictionDistillation.*{sentence}"):
         learn(module, tasks[-1], technique)
+
+
+class Heads(Classifier):
+    """A head of its own for each task."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.heads = self.net[:2], nn.ModuleList()
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.heads[-1](self.body(batch[0])), batch[1])
+
+
+@pytest.mark.parametrize("form", ["bce", "softmax"])
+@pytest.mark.parametrize("new_classes", [None, FIXED])
+@pytest.mark.parametrize("outputs", [3, 5])
+def test_a_head_for_each_task_is_refused(form, new_classes, outputs):
+    distillation, module = PredictionDistillation(form, new_classes=new_classes), Heads()
+    module.heads.append(nn.Linear(8, 2))
+    learn(module, 0, distillation)
+    module.heads.append(nn.Linear(8, outputs))
+    with pytest.raises(MisconfigurationException, match=r"'heads\.1\.weight' is new .* a head of its own"):
+        learn(module, 1, distillation)
+    assert distillation.tasks == 1
+
+
+def test_the_table_says_that_the_softmax_form_leaves_the_loss():
+    assert "your loss over all outputs" in PredictionDistillation("softmax", new_classes=FIXED).describe()
+    assert "your loss" not in PredictionDistillation("softmax").describe()
 
 
 def test_setups_that_are_refused():

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from functools import partial
 
 import pytest
@@ -294,6 +295,30 @@ def test_ewc_over_three_tasks_is_the_loop_by_hand(memory):
             torch.testing.assert_close(ours_["weights"][n], fisher[n], rtol=1e-4, atol=1e-7)  # of weights 1e-6 apart
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_a_penalty_beyond_the_bound_of_gradient_descent_is_said_once(optimizer, momentum):
+    """In one dimension: `w - a` is multiplied by `1 - 2 lr lambda F` in each step, and F is summed over the tasks."""
+
+    class Chosen(Classifier):
+        def configure_optimizers(self):
+            options = {"momentum": momentum} if optimizer is torch.optim.SGD else {}
+            return optimizer(self.parameters(), lr=0.5, **options)
+
+    fisher = {"net.3.bias": torch.tensor([0.5, 1.5, 2.0])}
+    slots = [{"anchors": {"net.3.bias": torch.zeros(3)}, "weights": fisher} for _ in range(2)]
+    bound = (1 + momentum) / (0.5 * 4.0)
+    for share, warns in ((0.99, False), (1.01, optimizer is torch.optim.SGD)):
+        ewc = EWC(bound * share)
+        ewc.load_state_dict({"finished": 2, "in_task": False, "slots": copy.deepcopy(slots)})
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            learn(Chosen(), 0, ewc, max_epochs=1)
+        said = [str(w.message) for w in caught if "largest Fisher information is 4" in str(w.message)]
+        assert len(said) == warns
+        assert not said or f"`weight` below {bound:.3g}" in said[0]
+
+
 def test_fisher_of_some_batches_only():
     ewc, module = EWC(fisher_batches=1), Classifier()
     learn(module, 0, ewc)
@@ -354,7 +379,7 @@ DISTILLATION = partial(PredictionDistillation, new_classes=[3, 0])
 
 
 @pytest.mark.parametrize("where", ["net.3.bias", "norm.running_var"])
-@pytest.mark.parametrize("make", [EWC, partial(L2ToStart, anchor="end_of_task"), DISTILLATION])
+@pytest.mark.parametrize("make", [partial(EWC, 1.0), partial(L2ToStart, anchor="end_of_task"), DISTILLATION])
 def test_a_task_that_ends_with_what_is_not_finite_leaves_what_was_kept(make, where):
     class Spoil(Callback):
         def on_train_end(self, trainer, pl_module):
@@ -607,8 +632,10 @@ def test_setups_that_are_refused():
 
     with pytest.raises(MisconfigurationException, match=r"L2ToStart\(mode='decoupled'\) pulls once .* LBFGS"):
         fit(SecondOrder(), L2ToStart(mode="decoupled"))
-    with pytest.raises(MisconfigurationException, match=r"EWC: F.mse_loss.* has no class logits"):
+    with pytest.raises(MisconfigurationException, match=r"EWC: F.mse_loss.* is a regression.*labels=\"sample\""):
         fit(Classifier(step=lambda module, batch: F.mse_loss(module(batch[0]), batch[0][:, :CLASSES])), EWC())
+    with pytest.raises(MisconfigurationException, match=r"EWC: F.soft_margin_loss.* has no class logits"):
+        fit(Classifier(step=lambda module, batch: F.soft_margin_loss(module(batch[0]), batch[0][:, :CLASSES])), EWC())
 
 
 # -- frozen parameters ------------------------------------------------------------------------------------------------
@@ -690,7 +717,7 @@ def test_numbers_are_tied_over_several_tasks():
             super().__init__(step=lambda module, batch: F.cross_entropy(module.scale * module(batch[0]), batch[1]))
             self.scale = nn.Parameter(torch.tensor(1.0))
 
-    ewc, module, before = EWC(memory="online", params=["scale"]), Scaled(), 0.0
+    ewc, module, before = EWC(1.0, memory="online", params=["scale"]), Scaled(), 0.0
     for number in range(2):
         learn(module, number, ewc)
         losses = fisher_losses(module.scale * module(task(number).tensors[0]), None)

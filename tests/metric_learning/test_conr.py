@@ -340,6 +340,25 @@ def test_weights_of_rare_labels():
             inverse_density_weights(targets, *arguments)
 
 
+def test_weights_of_rare_labels_as_published():
+    """Counts clipped to 5 and 1000, and smoothed by a Gaussian over five bins whose tails are reflected at its ends."""
+    targets = torch.tensor([0.0] * 9 + [1.0] * 4 + [2.0] * 6)
+    clipped = inverse_density_weights(targets, 3, "inverse", clip=(5, 8))
+    each = [1 / 8] * 9 + [1 / 5] * 4 + [1 / 6] * 6
+    assert clipped.tolist() == pytest.approx([19 * v / sum(each) for v in each])
+    # scipy's gaussian_filter1d([0, 0, 1, 0, 0], sigma=2): the weights at each distance, with the reflected ones.
+    outer, inner = 0.8582852382, 0.9458276530
+    kernel = {0: 1.0, 1: inner, 2: outer}
+    counts = [9, 4, 6]
+    smooth = [sum(kernel[abs(i - j)] * counts[j] for j in range(3)) for i in range(3)]
+    each = [1 / smooth[b] for b in [0] * 9 + [1] * 4 + [2] * 6]
+    found = inverse_density_weights(targets, 3, "inverse", lds_sigma=2.0, lds_size=5)
+    assert found.tolist() == pytest.approx([19 * v / sum(each) for v in each])
+    for options in ({"lds_size": 4}, {"clip": (3, 2)}, {"clip": (-1, 2)}):
+        with pytest.raises(ValueError, match="inverse_density_weights: `clip` must be"):
+            inverse_density_weights(targets, 3, **options)
+
+
 # -- the callback -----------------------------------------------------------------------------------------------------
 
 

@@ -84,16 +84,20 @@ def softmax_distillation_loss(
 
 
 def feature_distillation_loss(
-    features: Tensor, teacher_features: Tensor, reduction: Literal["mean", "none"] = "mean"
+    features: Tensor,
+    teacher_features: Tensor,
+    reduction: Literal["mean", "none"] = "mean",
+    elements: Literal["sum", "mean"] = "sum",
 ) -> Tensor:
     r"""Squared distance of a layer's outputs from those of an earlier network.
 
     .. math:: \frac1B \sum_b \lVert f_b - f^\text{old}_b \rVert_2^2
 
     Args:
-        features: ``(B, ...)``; everything but the batch is summed.
+        features: ``(B, ...)``.
         teacher_features: The same shape; no gradient flows into them.
         reduction: ``"mean"`` over the batch, or ``"none"``.
+        elements: Whether the squares of a sample are summed, or their mean is taken.
 
     Returns:
         float32: a scalar, or ``(B,)``.
@@ -103,7 +107,8 @@ def feature_distillation_loss(
         tensor(5.)
 
     """
-    losses = (features.float() - teacher_features.detach().float()).square().flatten(1).sum(1)
+    losses = (features.float() - teacher_features.detach().float()).square().flatten(1)
+    losses = losses.sum(1) if elements == "sum" else losses.mean(1)
     return losses.mean() if reduction == "mean" else losses
 
 

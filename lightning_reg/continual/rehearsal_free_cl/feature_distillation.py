@@ -44,12 +44,18 @@ class FeatureDistillation(TaskTechnique, BatchTechnique, LossTechnique):
     Memory: the module's parameters and buffers once more; a forward pass of the old network per step.
 
     Args:
-        layer: The layer, named as in ``named_modules()``; paper: the one before the head. Its outputs are ``(B, ...)``;
-            squares are summed over everything but the batch.
-        weight: lambda, at least 0. Sensible: 1e-2 to 1. Neutral: 0.
+        layer: The layer, named as in ``named_modules()``; paper: the one before the head. Its outputs are ``(B, ...)``.
+        weight: lambda, at least 0. Neutral: 0. Sensible: 1e-2 to 1 for a vector of features, 1e-5 to 1e-3 for the sum
+            over tokens and channels, 0.1 to 10 with ``elements="mean"``. Beside losses of 2 to 6, in 40 steps from the
+            teacher, the sum was 30 to 3600 in a ViT of 4 blocks (17 x 192 numbers) and 570 to 6500 in a GPT-2 of 2 (64
+            x 64), the mean 0.01 to 1.6.
         anchor: ``"end_of_task"`` (paper): the network when the task before ended, in the first task none.
             ``"start_of_fit"``: the network at the start of each fit.
+        elements: Whether the squares of a sample are summed over everything but the batch (``"sum"``, paper), or their
+            mean is taken (``"mean"``), of a size that does not grow with tokens and channels.
         loss: Which loss call it joins, if there are several: position, ``"last"``, function name, or ``"model.py:42"``.
+            Where no loss of torch is called (another library's loss, a model that returns its own) the term joins the
+            loss that ``training_step`` returns, as a mean over the batch.
         name: Tells several instances in one Trainer apart.
 
     Raises:
@@ -67,13 +73,15 @@ class FeatureDistillation(TaskTechnique, BatchTechnique, LossTechnique):
         layer: str,
         weight: float = 0.1,
         anchor: Literal["start_of_fit", "end_of_task"] = "end_of_task",
+        elements: Literal["sum", "mean"] = "sum",
         loss: int | str | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(loss=loss, name=name)
         check_number(self, "weight", weight, low=0)
+        check_choice(self, "elements", elements, ("sum", "mean"))
         check_choice(self, "anchor", anchor, ("start_of_fit", "end_of_task"))
-        self.layer, self.weight, self.anchor = layer, weight, anchor
+        self.layer, self.weight, self.anchor, self.elements = layer, weight, anchor, elements
         self._teacher = Teacher([layer])
 
     @property
@@ -99,7 +107,8 @@ class FeatureDistillation(TaskTechnique, BatchTechnique, LossTechnique):
         to = f"to the {self.anchor.replace('_', ' ')}"
         if self.anchor == "end_of_task" and not self.tasks:
             to = "no teacher in the first task"
-        return f"layer {self.layer}, weight={self.weight:g}; {to}; tasks before: {self.tasks}"
+        mean = ", mean of elements" if self.elements == "mean" else ""
+        return f"layer {self.layer}, weight={self.weight:g}{mean}; {to}; tasks before: {self.tasks}"
 
     @property
     @override
@@ -123,15 +132,25 @@ class FeatureDistillation(TaskTechnique, BatchTechnique, LossTechnique):
 
     @override
     def loss_term(self, call: "LossCall") -> Tensor | None:
-        sight: Sight | None = call.step.notes.get(self)
-        own, theirs = (None if s is None else s.features.get(self.layer) for s in (call.step, sight))
-        if not isinstance(own, Tensor) or not isinstance(theirs, Tensor) or len(own) != call.batch_size:
+        return self._distances(call.step, call.batch_size)
+
+    @override
+    def term_of_step(self, step: "Step") -> Tensor:
+        return self._distances(step, step.batch_sizes[0] if len(step.batch_sizes) == 1 else None).mean()
+
+    def _distances(self, step: "Step", size: int | None) -> Tensor:
+        """Distance of each sample times lambda; as many as the layer's output has if that is not known."""
+        sight: Sight | None = step.notes.get(self)
+        own, theirs = (None if s is None else s.features.get(self.layer) for s in (step, sight))
+        fits = isinstance(own, Tensor) and own.dim() > 0 and (size is None or len(own) == size)
+        if not fits or not isinstance(own, Tensor) or not isinstance(theirs, Tensor) or theirs.shape != own.shape:
             found = f"a tensor of shape {tuple(own.shape)}" if isinstance(own, Tensor) else f"a {type(own).__name__}"
+            samples = "the samples" if size is None else f"the {size} samples"
             raise MisconfigurationException(
-                f"FeatureDistillation(layer={self.layer!r}): its output must be a tensor with the {call.batch_size}"
-                f" samples in its first dimension, got {found}."
+                f"FeatureDistillation(layer={self.layer!r}): its output must be a tensor with {samples} in its first"
+                f" dimension, got {found}."
             )
-        return self.weight * feature_distillation_loss(own, theirs, reduction="none")
+        return self.weight * feature_distillation_loss(own, theirs, reduction="none", elements=self.elements)
 
     @override
     def keep(self, trainer: "Trainer", module: "LightningModule") -> dict[str, Any]:

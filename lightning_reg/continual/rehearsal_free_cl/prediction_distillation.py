@@ -11,7 +11,7 @@ from lightning_reg.continual.rehearsal_free_cl._teacher import Teacher, network
 from lightning_reg.continual.rehearsal_free_cl.core import bce_distillation_loss, softmax_distillation_loss
 from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.networks.peer import check_runs_on_copy
+from lightning_reg.engine.networks.peer import check_runs_on_copy, weights_of
 from lightning_reg.engine.technique import BatchTechnique, LossTechnique
 
 if TYPE_CHECKING:
@@ -37,14 +37,17 @@ class PredictionDistillation(TaskTechnique, BatchTechnique, LossTechnique):
     T, over the old classes. Classes of a task must come after those of the tasks before; predict by the largest logit.
 
     Use ``"bce"`` as the base of class-incremental training without old samples. The softmax form alone does not help
-    there. A task is a fit that came to its end; keep the object from fit to fit. A head may grow by rows in between.
+    there. A task is a fit that came to its end; keep the object from fit to fit. A head may grow by rows in between; a
+    head of its own for each task is refused.
 
     Source:
         Li and Hoiem, "Learning without Forgetting", ECCV 2016, arXiv 1606.09282, in the forms compared in Smith et al.,
         "A Closer Look at Rehearsal-Free Continual Learning", CVPR Workshops 2023, arXiv 2203.17269.
 
     Differs:
-        Nothing. Soft targets (of a batch that was mixed) take the place of :math:`[y_b = c]`.
+        Soft targets (of a batch that was mixed) take the place of :math:`[y_b = c]`. In the softmax form your own loss
+        stays what it is: over all outputs of a head that has more than the classes so far, where the authors' runs over
+        these alone. Hand over ``logits[:, :seen]`` to have theirs, or let the head grow.
 
     Memory: the module's parameters and buffers once more; a forward pass of the old network per step.
 
@@ -85,6 +88,7 @@ class PredictionDistillation(TaskTechnique, BatchTechnique, LossTechnique):
             check_number(self, "new_classes", count, low=0, integer=True)
         self.loss_form, self.weight, self.temperature, self.new_classes = loss_form, weight, temperature, new_classes
         self._teacher, self._columns = Teacher(), 0
+        self._new_rows: dict[str, int] = {}
 
     @property
     @override
@@ -103,6 +107,8 @@ class PredictionDistillation(TaskTechnique, BatchTechnique, LossTechnique):
         form = (
             "bce" if self.loss_form == "bce" else f"softmax, weight={self.weight:g}, temperature={self.temperature:g}"
         )
+        if self.loss_form == "softmax" and self.new_classes is not None:
+            form += ", your loss over all outputs"
         old = f"tasks before: {self.tasks}" if self.tasks else "no old classes in the first task"
         return f"{form}; {old}"
 
@@ -113,6 +119,9 @@ class PredictionDistillation(TaskTechnique, BatchTechnique, LossTechnique):
 
     @override
     def begin(self, step: "Step") -> None:
+        known = {_layer(name) for name in self._tasks.kept.get("teacher", ())}
+        named = weights_of(step.module) if known else {}
+        self._new_rows = {name: len(p) for name, p in named.items() if p.dim() and _layer(name) not in known}
         self._teacher.take(self, step.module, self._tasks.kept)
         self._columns = 0
 
@@ -126,6 +135,7 @@ class PredictionDistillation(TaskTechnique, BatchTechnique, LossTechnique):
             return None
         old, seen = self._classes(call)
         targets = call.labels if call.target is None else call.target
+        targets = targets.reshape(call.logits.shape if targets.is_floating_point() else call.logits.shape[:1])
         if call.step.is_logging or self._columns != call.logits.shape[1]:
             self._check_labels(targets if call.sample_mass is None else targets[call.sample_mass > 0], seen)
         self._columns = call.logits.shape[1]
@@ -167,6 +177,14 @@ class PredictionDistillation(TaskTechnique, BatchTechnique, LossTechnique):
 
     def _classes(self, call: "LossCall") -> tuple[int, int]:
         columns = call.logits.shape[1]
+        head = next((name for name, rows in self._new_rows.items() if rows == columns), None)
+        if head is not None:
+            raise MisconfigurationException(
+                f"PredictionDistillation: {head!r} is new since the task before and has a row for each of the"
+                f" {columns} outputs, so each task seems to have a head of its own, and what the old network's heads"
+                " say of a batch is in no loss call. Use one head that grows by rows, or FeatureDistillation on what"
+                " the heads get."
+            )
         if self.new_classes is None:
             old = int(self._tasks.kept.get("columns", 0))
             if old and columns <= old:
@@ -205,3 +223,8 @@ class PredictionDistillation(TaskTechnique, BatchTechnique, LossTechnique):
                 " old network's outputs are not known."
             )
         return sight.call.logits
+
+
+def _layer(parameter: str) -> str:
+    """The name of the layer that a parameter is of."""
+    return parameter.rpartition(".")[0]

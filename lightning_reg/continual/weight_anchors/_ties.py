@@ -53,17 +53,18 @@ class Ties:
 
     def __init__(self) -> None:
         self._ties: list[_Tie] = []
+        self._largest: dict[int, float] = {}
 
     def __bool__(self) -> bool:
         return bool(self._ties)
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        return {"_ties": []}  # the module's parameters; what is kept of them is elsewhere
+        return {"_ties": [], "_largest": {}}  # the module's parameters; what is kept of them is elsewhere
 
     def clear(self) -> None:
         """Ties nothing any more."""
-        self._ties = []
+        self._ties, self._largest = [], {}
 
     def tie(self, owner: object, module: nn.Module, slots: Sequence[Slot]) -> None:
         """Ties the module's parameters to what was kept.
@@ -87,6 +88,7 @@ class Ties:
                 else None
             )
             self._ties.append(_Tie(params, anchors, weights))
+        self._largest = _largest_weights(self._ties)
 
     def penalty(self) -> Tensor | None:
         """The sum of the quadratic penalties of the parameters that are trained at present; ``None`` without any."""
@@ -99,10 +101,26 @@ class Ties:
                 values.append(quadratic_penalty(parts_like(list(compress(params, trained)), near), near, factors))
         return torch.stack(values).sum() if values else None
 
+    def largest_weight(self, among: Sequence[Tensor]) -> float:
+        """The largest weight of an entry of those parameters that are among the given ones, summed over the tasks."""
+        return max((self._largest.get(id(p), 0.0) for p in among), default=0.0)
+
     def pull_(self, among: Sequence[Tensor], share: float) -> None:
         """Moves those parameters that are among the given ones by a share of the way to their anchors."""
         for params, anchors, _ in self._ties:
             pull_(params, anchors, among, share)
+
+
+def _largest_weights(ties: Sequence[_Tie]) -> dict[int, float]:
+    """The largest weight of each parameter's entries by its `id`; they are read from the device together."""
+    sums: dict[int, Tensor] = {}
+    for params, _, weights in ties:
+        for p, weight in zip(params, weights, strict=True) if weights is not None else ():
+            total = sums.setdefault(id(p), torch.zeros_like(p, dtype=weight.dtype, requires_grad=False))
+            parts_like([total], [weight])[0].add_(weight)
+    sums = {key: total for key, total in sums.items() if total.numel()}
+    largest = torch.stack([total.max().float().cpu() for total in sums.values()]).tolist() if sums else []
+    return dict(zip(sums, largest, strict=True))
 
 
 def weights_to_tie(

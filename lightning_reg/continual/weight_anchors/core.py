@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["fisher_diagonal", "fisher_losses", "quadratic_penalty"]
 
 Labels = Literal["argmax", "sample", "true"]
+Outputs = Literal["classes", "numbers"]
 
 _NUMBERS_AT_ONCE = 1 << 24  # in the gradients of samples that are computed together
 
@@ -98,29 +99,38 @@ def pull_(params: Sequence[Tensor], anchors: Sequence[Tensor], among: Sequence[T
 
 
 def fisher_losses(
-    logits: Tensor, labels: Tensor | None, which: Labels = "argmax", generator: torch.Generator | None = None
+    logits: Tensor,
+    labels: Tensor | None,
+    which: Labels = "argmax",
+    generator: torch.Generator | None = None,
+    outputs: Outputs = "classes",
 ) -> Tensor:
-    r"""Losses whose squared gradients estimate the Fisher information of a classifier.
+    r"""Losses whose squared gradients estimate the Fisher information of a classifier, or of a regression.
 
-    .. math:: -\log \operatorname{softmax}(z_b)_{\hat y_b}
+    .. math:: -\log \operatorname{softmax}(z_b)_{\hat y_b}, \qquad \tfrac12 \lVert z_b - \hat y_b \rVert_2^2
+
+    The second is that of a Gaussian with variance 1 around the predictions.
 
     Args:
-        logits: ``(B, C)`` with gradient.
-        labels: ``(B,)`` int64, read with ``which="true"`` only.
-        which: Whose label :math:`\hat y` is: the model's most probable one (``"argmax"``), one drawn from its
-            probabilities (``"sample"``, which is the Fisher information itself in the mean), or the given one
-            (``"true"``, the empirical Fisher).
+        logits: ``(B, C)`` with gradient; predictions ``(B, K)`` of a regression.
+        labels: ``(B,)`` int64, or ``(B, K)`` numbers, read with ``which="true"`` only.
+        which: Whose label :math:`\hat y` is: the model's most probable one (``"argmax"``; of a regression it is the
+            prediction itself, where the gradient is 0), one drawn from its probabilities (``"sample"``, which is the
+            Fisher information itself in the mean), or the given one (``"true"``, the empirical Fisher).
         generator: For the draws.
+        outputs: What the outputs are: scores of classes, or predicted numbers.
 
     Returns:
         float32 ``(B,)`` with gradient.
 
     Raises:
-        ValueError: If the true labels are asked for and not given.
+        ValueError: If the true labels are asked for and not given, or the most probable ones of a regression.
 
     """
     if which == "true" and labels is None:
         raise ValueError("fisher_losses: `labels` must be given with which='true', got None.")
+    if outputs == "numbers":
+        return _gaussian_losses(logits, labels, which, generator)
     scores = logits.float()
     if which == "argmax":
         labels = scores.argmax(1)
@@ -130,6 +140,19 @@ def fisher_losses(
         shares = torch.where(shares.isfinite().all(1, keepdim=True), shares, 1.0)
         labels = torch.multinomial(shares, 1, generator=generator)[:, 0]
     return F.cross_entropy(scores, labels, reduction="none")  # type: ignore[arg-type]  # checked above
+
+
+def _gaussian_losses(
+    predictions: Tensor, targets: Tensor | None, which: Labels, generator: torch.Generator | None
+) -> Tensor:
+    if which == "argmax":
+        raise ValueError("fisher_losses: `which` must be 'sample' or 'true' for numbers, got 'argmax'.")
+    if which == "true" and targets is not None:
+        deviations = predictions.float() - targets.float()
+    else:
+        noise = torch.randn(predictions.shape, generator=generator, device=predictions.device)
+        deviations = predictions.float() - (predictions.detach().float() + noise)
+    return 0.5 * deviations.square().flatten(1).sum(1)
 
 
 def fisher_diagonal(

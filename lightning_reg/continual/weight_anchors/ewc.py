@@ -1,34 +1,33 @@
 """Elastic weight consolidation: weights tied to those of the task before by their Fisher information."""
 
 import math
-from collections.abc import Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, final
 
-import torch
 from torch import Tensor, nn
+from torch.optim import SGD
 from typing_extensions import override
 
 from lightning_reg.continual._tasks import TaskTechnique
+from lightning_reg.continual.weight_anchors._fisher import FisherPass
 from lightning_reg.continual.weight_anchors._ties import Slot, Ties, add_earlier_, weights_to_tie
-from lightning_reg.continual.weight_anchors.core import fisher_diagonal, fisher_losses
+from lightning_reg.continual.weight_anchors.core import fisher_diagonal
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
-from lightning_reg.engine.host.distributed import world_size
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.networks.peer import Peer, check_runs_on_copy
 from lightning_reg.engine.run.engine import attached_engine
 from lightning_reg.engine.technique import PenaltyTechnique
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
+    from collections.abc import Sequence
 
-    from lightning_reg.engine.loss.call import LossCall
+    from lightning.pytorch import LightningModule, Trainer
+    from torch.optim import Optimizer
+
     from lightning_reg.engine.step import Step
 
 __all__ = ["EWC"]
-
-_SAMPLES_AT_ONCE = 4  # of the Fisher pass; fewer do not pay for their calls
 
 
 @final
@@ -58,14 +57,18 @@ class EWC(TaskTechnique, PenaltyTechnique):
     copy of the module and the gradients of a few samples. Time: the Fisher pass takes as long as about four epochs.
 
     Args:
-        weight: lambda, at least 0. Sensible: 10 to 1e4. Neutral: 0.
+        weight: lambda, at least 0. Sensible: 1 to 1e4, and with SGD below 1 / (learning rate x largest F): beyond that
+            weights move ever farther from their anchors, with a warning in the first step. Neutral: 0.
         params: Patterns of parameter names as in ``named_parameters()``, one of which must match; ``None`` for all that
             are trained.
-        exclude: Patterns of names to leave free. Rows by which a parameter has grown since are free anyway.
+        exclude: Patterns of names to leave free: the head's (``"head.*"``), if it has outputs for classes to come from
+            the start on, which would be tied as well. Rows by which a parameter has grown since are free anyway.
         fisher_batches: Training batches to estimate F on, at least 1; ``None`` for all of a loader that has a length.
         per_sample: Whether gradients are squared sample by sample; ``False``: batch by batch, much cheaper.
         labels: At whose label the gradient is taken: the model's own most probable (``"argmax"``), one drawn from its
-            probabilities (``"sample"``), or the given one (``"true"``).
+            probabilities (``"sample"``), or the given one (``"true"``). A regression (mse_loss, l1_loss,
+            smooth_l1_loss, huber_loss) counts as a Gaussian with variance 1 around the prediction, and needs
+            ``"sample"`` or ``"true"``.
         memory: ``"separate"``: a penalty for each task before; ``"online"``: one, with the sum of all F and the weights
             of the last task.
         loss: Which loss call has the logits, if there are several: position, ``"last"``, function name, or
@@ -106,6 +109,8 @@ class EWC(TaskTechnique, PenaltyTechnique):
         self.weight, self.params, self.exclude = weight, params, exclude
         self.fisher_batches, self.per_sample, self.labels, self.memory = fisher_batches, per_sample, labels, memory
         self._ties = Ties()
+        self._has_looked = self._has_said = False
+        self._pass = FisherPass(self, self.labels, per_sample=self.per_sample)
 
     @property
     @override
@@ -139,7 +144,7 @@ class EWC(TaskTechnique, PenaltyTechnique):
     @override
     def begin(self, step: "Step") -> None:
         # Asked in the first task too, so that a pattern without a match is not found out at its end.
-        self._chosen(step.module)
+        chosen = self._chosen(step.module)
         self._ties.tie(self, step.module, self._tasks.kept.get("slots", ()))
         if self.fisher_batches is None and step.trainer.num_training_batches == math.inf:
             loader = step.trainer.train_dataloader
@@ -150,15 +155,38 @@ class EWC(TaskTechnique, PenaltyTechnique):
             )
         # What the Fisher pass cannot do is told now, not when the training is over.
         peer = Peer(step.module, owner=self)
-        for part in islice(self._parts(step), 1):
-            call = peer.see(part, self).call
-            if call is not None:
-                self._logits(call)
+        named = dict(peer.module.named_parameters())
+        self._pass.try_out(peer, step, [named[name] for name in chosen])
 
     @override
     def penalty(self, module: "LightningModule") -> Tensor | None:
         value = self._ties.penalty()
         return None if value is None else self.weight * value
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: "Trainer", pl_module: "LightningModule", optimizer: "Optimizer"
+    ) -> None:
+        if isinstance(optimizer, SGD) and not self._has_said and self._ties and self._has_to_look(trainer):
+            for group in optimizer.param_groups:
+                self._look_at(float(group["lr"]), float(group["momentum"]), group["params"])
+
+    def _has_to_look(self, trainer: "Trainer") -> bool:
+        """Whether the learning rate is looked at: in the fit's first step, and where scalars are logged."""
+        is_first, self._has_looked = not self._has_looked, True
+        return is_first or host.is_logging_step(trainer)
+
+    def _look_at(self, rate: float, momentum: float, params: "Sequence[Tensor]") -> None:
+        largest = self._ties.largest_weight(params)
+        # The penalty curves by 2 lambda F, and gradient descent diverges where rate times curvature is above
+        # 2 (1 + momentum).
+        if rate * self.weight * largest > 1 + momentum and not self._has_said:
+            self._has_said = True
+            host.rank_zero_warn(
+                f"EWC(weight={self.weight:g}): the largest Fisher information is {largest:.3g}, and at SGD's learning"
+                f" rate {rate:g} the penalty moves that weight beyond its anchor, farther away in each step. Write a"
+                f" `weight` below {(1 + momentum) / (rate * largest):.3g}, or a lower learning rate."
+            )
 
     @override
     def keep(self, trainer: "Trainer", module: "LightningModule") -> dict[str, Any]:
@@ -177,6 +205,8 @@ class EWC(TaskTechnique, PenaltyTechnique):
     @override
     def forget(self) -> None:
         self._ties.clear()
+        self._has_looked = self._has_said = False
+        self._pass = FisherPass(self, self.labels, per_sample=self.per_sample)
 
     def _chosen(self, module: nn.Module) -> dict[str, nn.Parameter]:
         return weights_to_tie(self, module, self.params, self.exclude)
@@ -185,45 +215,6 @@ class EWC(TaskTechnique, PenaltyTechnique):
         peer = Peer(module, owner=self)
         named = dict(peer.module.named_parameters())
         with attached_engine(trainer).training_steps() as steps:
-            losses = self._losses(peer, islice(steps, self.fisher_batches))
+            losses = self._pass.losses(peer, islice(steps, self.fisher_batches))
             group = host.data_parallel_group(trainer)
             return fisher_diagonal([named[name] for name in names], losses, self.per_sample, group)
-
-    def _losses(self, peer: Peer, steps: "Iterator[Step]") -> Iterator[Tensor]:
-        generator: torch.Generator | None = None
-        for part in (part for step in steps for part in self._parts(step)):
-            call = peer.see(part, self, gradient=True).call
-            if call is None:
-                continue
-            generator = generator or self.generator(part, call.input.device)
-            losses = self._losses_of(call, generator)
-            if not self.per_sample or losses.isfinite().all():
-                yield losses
-                continue
-            # In the gradients of a batch a sample that is not finite spoils those of the others.
-            for single in part.parts(1):
-                call = peer.see(single, self, gradient=True).call
-                if call is not None:
-                    yield self._losses_of(call, generator)
-        if generator is None and world_size() == 1:
-            raise MisconfigurationException(
-                "EWC: the training data gives no batch with a loss when the fit has ended. Let it start anew with each"
-                " `iter` of the DataLoader."
-            )
-
-    def _losses_of(self, call: "LossCall", generator: torch.Generator) -> Tensor:
-        kept = None if call.sample_mass is None else call.sample_mass > 0
-        labels = call.labels if kept is None else call.labels.where(kept, 0)  # what is ignored may be no class
-        losses = fisher_losses(self._logits(call), labels, self.labels, generator)
-        return losses if kept is None else losses[kept]
-
-    def _parts(self, step: "Step") -> "Iterator[Step]":
-        # The gradients of B samples out of one pass cost B passes: a few samples at a time.
-        return step.parts(_SAMPLES_AT_ONCE) if self.per_sample else iter([step])
-
-    @staticmethod
-    def _logits(call: "LossCall") -> Tensor:
-        try:
-            return call.logits
-        except MisconfigurationException as error:
-            raise MisconfigurationException(f"EWC: {error}") from error

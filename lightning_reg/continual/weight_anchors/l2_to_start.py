@@ -46,8 +46,9 @@ class L2ToStart(TaskTechnique, PenaltyTechnique):
         weight: lambda, at least 0. Sensible: 1e-3 to 10. Neutral: 0.
         params: Patterns of parameter names as in ``named_parameters()``, one of which must match (``"*.qkv.weight"``);
             ``None`` for all. Frozen ones are tied from the step on that trains them.
-        exclude: Patterns of names to leave free, those of a new head for example (``"head.*"``). Parameters that are
-            new since the last task, and rows by which one has grown, are free anyway.
+        exclude: Patterns of names to leave free: those of a new head (``"head.*"``), and of one that has outputs for
+            classes to come from the start on, which would be tied as well. Parameters that are new since the last task,
+            and rows by which one has grown, are free anyway.
         anchor: ``"start_of_fit"`` (paper), or ``"end_of_task"``: to the weights when the task before ended, whatever
             was done to the module since, and in the first task to nothing.
         mode: ``"gradient"`` adds :math:`2 \lambda (\theta - \theta^*)` to the gradient (paper); ``"decoupled"`` moves

@@ -66,7 +66,7 @@ class OnCopies(FunctionEvaluation):
         r"""Logarithm of the mean over the copies of the class probabilities, ``(B, C)``: its softmax is that mean."""
         super().logits(batch_size, call)
         rows = self._first_rows
-        log_probs = F.log_softmax(rows.to(torch.promote_types(rows.dtype, torch.float32)), dim=1)
+        log_probs = F.log_softmax(rows.to(torch.promote_types(rows.dtype, torch.float32)).flatten(1), dim=1)
         return self._copies_of(log_probs).logsumexp(0) - math.log(self._copies_number)
 
     @override

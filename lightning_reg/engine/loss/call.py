@@ -301,7 +301,11 @@ class LossCall:
         target = self.given_target
         if target is None:
             raise MisconfigurationException(f"{self} has no labels.")
-        return target.argmax(1) if target.dim() == 2 else target
+        if target.dim() < 2:
+            return target
+        if target.is_floating_point() or target.numel() > len(target):
+            target = target.argmax(1)
+        return target.flatten()
 
     def check_views(self) -> None:
         """Refuses a call that a technique works on but that cannot be told apart into the batch and its views.

@@ -7,6 +7,7 @@ mixed sample) is another one. What is costly is computed once, when somebody ask
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
@@ -200,7 +201,7 @@ class FunctionEvaluation(Evaluation):
     @override
     def has_maps(self) -> bool:
         dims = self.first.dim() - (self.function in elements.CLASS_LOSSES)
-        return self.function not in elements.ROW_LOSSES and dims > 1
+        return self.function not in elements.ROW_LOSSES and dims > 1 and not self._is_flat
 
     @cached_property
     @override
@@ -214,7 +215,7 @@ class FunctionEvaluation(Evaluation):
                 f"{call} has no class logits: a technique needs a single-label classification loss"
                 " (F.cross_entropy or F.nll_loss). If there is one too, choose it with `loss='cross_entropy'`."
             )
-        if self.first.dim() != 2:
+        if self.first.dim() != 2 and not self._is_flat:
             raise MisconfigurationException(
                 f"{call} is a prediction per pixel or per position; a technique needs one per sample, logits of"
                 " shape (B, C). Segmentation and token classification are not supported by it."
@@ -224,12 +225,19 @@ class FunctionEvaluation(Evaluation):
                 f"{call} has {self.first.shape[0]} rows for a batch of {batch_size} samples (sequences flattened"
                 " to tokens?); a technique needs one row of logits per sample."
             )
-        return self.first
+        return self.first if self.first.dim() == 2 else self.first.flatten(1)
+
+    @property
+    def _is_flat(self) -> bool:
+        """Whether a classification has further dimensions of size 1 only, as logits (B, C, 1) have."""
+        return self.function in elements.CLASS_LOSSES and self.first.dim() > 2 and prod(self.first.shape[2:]) == 1
 
     @override
     def with_target(self, target: Tensor, call: object) -> "FunctionEvaluation":
         if self.target_name is None:
             raise MisconfigurationException(f"{call} has no target that could be replaced.")
+        if self._is_flat and target.is_floating_point():
+            target = target.reshape(self.first.shape)
         return FunctionEvaluation(self._function, {**self.arguments, self.target_name: target})
 
     @override
@@ -343,7 +351,7 @@ class WithLosses(Derived):
     def __init__(self, base: Evaluation, per_sample: Tensor) -> None:
         super().__init__(base)
         mass, reduction = base.mass, base.reduction
-        values = per_sample if mass is None else per_sample * mass
+        values = per_sample if mass is None else per_sample.reshape(mass.shape) * mass
         plain = values
         if reduction != "none":
             plain = values.sum()

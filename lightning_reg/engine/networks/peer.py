@@ -27,6 +27,7 @@ from lightning_reg.engine.loss.call_by_hand import call_by_hand
 from lightning_reg.engine.loss.choice import Selection
 from lightning_reg.engine.loss.elements import bind
 from lightning_reg.engine.loss.mixin import LossMixin
+from lightning_reg.engine.loss.result import loss_of
 from lightning_reg.engine.loss.watch import Interception, call_site
 from lightning_reg.engine.weights.finite import all_finite, chosen_if
 
@@ -225,11 +226,13 @@ class Sight:
         call: The loss call of its ``training_step``, the same one as of the user's module; ``None`` if it was not asked
             for, or the step made no loss.
         features: Outputs of the named layers.
+        made_loss: Whether its ``training_step`` returned a loss that has a gradient.
 
     """
 
     call: LossCall | None
     features: Mapping[str, Any]
+    made_loss: bool = False
 
 
 class Peer:
@@ -254,6 +257,7 @@ class Peer:
         self, module: "LightningModule", *, layers: Sequence[str] = (), training: bool = False, owner: object
     ) -> None:
         check_runs_on_copy(module, owner)
+        self._owner = type(owner).__name__
         self.module = copy_of(module).train(training)
         self._tap = FeatureTap(self.module, layers)
         self._metrics = [layer for layer in self.module.modules() if isinstance(layer, Metric)]
@@ -284,7 +288,8 @@ class Peer:
             The loss call and the features.
 
         Raises:
-            MisconfigurationException: If the loss call is not certain, or ``training_step`` changes its batch in place.
+            MisconfigurationException: If the loss call is not certain, ``training_step`` changes its batch in place, or
+                it fails in eval mode.
             RuntimeError: If ``training_step`` asks for gradients itself.
 
         """
@@ -309,13 +314,22 @@ class Peer:
                     undo.enter_context(saved_tensors_hooks(_forget, _forgotten))
                 undo.enter_context(self._watch())
                 self._tap.open = True
-                self.module.training_step(step.batch, *step.arguments)
+                loss = loss_of(self.module.training_step(step.batch, *step.arguments))
             outputs = dict(self._tap.outputs)
             features = outputs if gradient else tree_map_only(Tensor, Tensor.detach, outputs)
         except RuntimeError as error:
             if technique is None and "does not require grad" in str(error):
                 raise RuntimeError(_ASKS_FOR_GRADIENTS) from error
             raise
+        except _OF_ANOTHER_MODE as error:
+            if self.module.training:
+                raise
+            raise MisconfigurationException(
+                f"{self._owner} runs `training_step` on a copy of the module in eval mode, where it raises"
+                f" {type(error).__name__}: {error}. If it computes a loss in train mode only (a detector returns its"
+                " losses in train mode, and boxes in eval mode), let it compute one in eval mode too, or leave"
+                f" {self._owner} out."
+            ) from error
         finally:
             self._tap.open = False
             self._tap.outputs.clear()
@@ -327,7 +341,7 @@ class Peer:
                 f"{type(self.module).__name__}.training_step changes its batch in place, so a second network sees"
                 " another batch than the module. Write `x = x + noise` for `x += noise`."
             )
-        return Sight(self._chosen(), features)
+        return Sight(self._chosen(), features, made_loss=loss is not None and loss.requires_grad)
 
     @contextmanager
     def _watch(self) -> Iterator[None]:
@@ -382,6 +396,8 @@ def _unchanged(arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
+# What a step raises that gets from its network something else than in train mode.
+_OF_ANOTHER_MODE = AttributeError, TypeError, KeyError, IndexError, ValueError, AssertionError
 _ASKS_FOR_GRADIENTS = "`training_step` asks for gradients itself; a second network, which gets none, cannot run it."
 
 

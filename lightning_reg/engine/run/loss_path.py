@@ -23,7 +23,7 @@ from lightning_reg.engine.loss.evaluation import FunctionEvaluation
 from lightning_reg.engine.loss.result import check_contributes, check_part, loss_of, swapped, with_loss
 from lightning_reg.engine.loss.row_order import RowOrder
 from lightning_reg.engine.loss.watch import Interception, call_site
-from lightning_reg.engine.run.phases import Member, OnLoss, phases_of, taking_part
+from lightning_reg.engine.run.phases import Member, OnLoss, needs_call, phases_of, taking_part
 
 if TYPE_CHECKING:
     from lightning_reg.engine.run.rehearsal import Rehearsal
@@ -238,19 +238,38 @@ class LossPath:
         step, selection, sightings = self._step, self._selection, self._sightings
         if selection.mixer is not None and sightings.any_call:
             raise selection.not_mixed()
+        total = None if self._by_hand or sightings.by_mixin else loss_of(step.output)
+        techniques, rehearsed = self._techniques, [r.technique for r in self._rehearsals]
+        if total is not None:
+            self._join(total, [t for t in techniques if isinstance(t, OnLoss) and not needs_call(t)])
+            techniques, rehearsed = ([t for t in some if needs_call(t)] for some in (techniques, rehearsed))
+            if not techniques and not rehearsed:
+                return
         if sightings.interception.missed(step.trainer.global_step):
             step.made_loss = False  # as far as anybody can say: the mode looks at the next one
-        elif not sightings.any_call and (everyone := [*self._techniques, *(r.technique for r in self._rehearsals)]):
+        elif not sightings.any_call and (everyone := [*techniques, *rehearsed]):
             place, installed = place_of_code(step.module.training_step)
             library = type(step.module).__name__ if installed else ""
             raise Selection(everyone).nothing_seen(by_mixin=sightings.by_mixin, place=place, library=library)
-        elif self._techniques and not sightings.said_none:
+        elif techniques and not sightings.said_none:
             sightings.said_none = True
-            names = ", ".join(type(t).__name__ for t in selection.techniques)
+            names = ", ".join(type(t).__name__ for t in techniques)
             host.rank_zero_warn(
                 f"{names}: the step after global step {step.trainer.global_step} made a loss without a call that could"
                 " be seen, unlike steps before it: it went without. This is said once."
             )
+
+    def _join(self, total: Tensor, techniques: list[OnLoss]) -> None:
+        """Adds the terms of techniques that need no call to the loss that ``training_step`` has returned."""
+        step = self._step
+        with step.trainer.precision_plugin.train_step_context():
+            for technique in techniques:
+                term = technique.term_of_step(step)
+                total = total + term
+                if step.is_logging:
+                    step.log(technique, "term", term)
+        if techniques:
+            step.output = with_loss(step.output, total)
 
     def _settle(self, total: Tensor) -> None:
         """Does what could be done only with the loss that ``training_step`` has returned."""

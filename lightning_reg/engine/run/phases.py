@@ -28,6 +28,7 @@ __all__ = [
     "OnParameters",
     "OnWeights",
     "ThroughMap",
+    "needs_call",
     "phases_of",
     "taking_part",
 ]
@@ -171,6 +172,13 @@ class OnLoss(Member):
         """
         raise NotImplementedError
 
+    def term_of_step(self, step: "Step") -> Tensor:
+        """Returns a scalar that joins the loss of a step in which no loss call could be seen, in place of the phases.
+
+        Only a technique that needs nothing of the call has it; one that has not is refused there.
+        """
+        raise NotImplementedError
+
 
 class OnLayers(Member):
     """The phase on the outputs of named layers."""
@@ -269,6 +277,12 @@ PHASES: dict[str, type[Member]] = {
 LOSS_PHASES = frozenset(phase for phase, role in PHASES.items() if role is OnLoss)
 
 _PHASES_OF_ROLE = {role: tuple(p for p, declared in PHASES.items() if declared is role) for role in PHASES.values()}
+
+
+def needs_call(technique: Member) -> bool:
+    """Whether a technique on the loss can do nothing with a step in which no loss call could be seen."""
+    return getattr(type(technique), "term_of_step", None) in (None, OnLoss.term_of_step)
+
 
 Role = TypeVar("Role", bound=Member)
 

@@ -197,6 +197,8 @@ def inverse_density_weights(
     bins: int,
     mode: Literal["inverse", "sqrt_inverse"] = "sqrt_inverse",
     lds_sigma: float | None = None,
+    clip: tuple[float, float] | None = None,
+    lds_size: int | None = None,
 ) -> Tensor:
     r"""Weights of samples by how rare their labels are.
 
@@ -208,6 +210,10 @@ def inverse_density_weights(
         mode: ``c`` is the count of the label's bin, or its root.
         lds_sigma: Smooths ``c`` over the bins (label distribution smoothing): standard deviation, in bins, of a
             Gaussian that is cut off at the next whole number of bins (2: five bins, the usual setting). ``None``: none.
+        clip: Least and largest count that a bin is taken to have, before anything else. The published code of deep
+            imbalanced regression, which the authors' is based on, has (5, 1000) with ``"inverse"``, and none else.
+        lds_size: Number of bins of the Gaussian, odd; its tails beyond are folded back, as in that code (5 there, with
+            ``lds_sigma=2``: 0.858, 0.946, 1, 0.946, 0.858). ``None``: cut off, without folding.
 
     Returns:
         ``q``, ``(N,)`` float32 with mean 1.
@@ -225,17 +231,37 @@ def inverse_density_weights(
             "inverse_density_weights: `bins` must be at least 1, `mode` 'inverse' or 'sqrt_inverse', `lds_sigma` None"
             f" or above 0, got {bins!r}, {mode!r}, {lds_sigma!r}."
         )
+    if (lds_size is not None and (lds_size < 1 or lds_size % 2 == 0)) or (clip and not 0 <= clip[0] <= clip[1]):
+        raise ValueError(
+            "inverse_density_weights: `clip` must be two numbers in order, at least 0, and `lds_size` odd, got"
+            f" {clip!r}, {lds_size!r}."
+        )
     values = targets.detach().double().flatten()
     low, high = values.aminmax()
     width = (high - low).clamp(min=torch.finfo(torch.float64).tiny)
     where = ((values - low) / width * bins).long().clamp(max=bins - 1)
     counts = torch.bincount(where, minlength=bins).double()
+    if clip is not None:
+        counts = counts.clamp(*clip)
     if mode == "sqrt_inverse":
         counts = counts.sqrt()
     if lds_sigma is not None:
-        reach = math.ceil(lds_sigma)
-        offsets = torch.arange(-reach, reach + 1, device=counts.device)
-        kernel = (-0.5 * (offsets / lds_sigma).double().square()).exp()
+        kernel = _smoothing_kernel(lds_sigma, lds_size).to(counts.device)
+        reach = len(kernel) // 2
         counts = torch.nn.functional.conv1d(counts[None, None], kernel[None, None], padding=reach)[0, 0]
     weights = 1 / counts[where]
     return (weights / weights.mean()).float()
+
+
+def _smoothing_kernel(sigma: float, size: int | None) -> Tensor:
+    """A Gaussian with the value 1 in its middle; with a size its tails are reflected at the ends, up to 4 sigma."""
+    reach = math.ceil(sigma) if size is None else int(4 * sigma + 0.5)
+    offsets = torch.arange(-reach, reach + 1)
+    kernel = (-0.5 * (offsets.double() / sigma).square()).exp()
+    if size is None:
+        return kernel
+    middle = size // 2
+    places = (offsets + middle) % (2 * size)  # reflected: ..., 1, 0, 0, 1, ..., size - 1, size - 1, ...
+    folded = torch.zeros(size, dtype=kernel.dtype)
+    folded.index_add_(0, torch.where(places < size, places, 2 * size - 1 - places), kernel)
+    return folded / folded.max()

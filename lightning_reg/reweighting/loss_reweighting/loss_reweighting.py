@@ -9,6 +9,7 @@ from typing_extensions import override
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.distributed import world_size
+from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.run.phases import Member
 from lightning_reg.engine.technique import LossTechnique
 from lightning_reg.reweighting.loss_reweighting._weights import weight_statistics
@@ -186,6 +187,13 @@ class LossReweighting(LossTechnique):
         group = host.data_parallel_group(call.step.trainer)
         ranks = 1 if group is None else world_size(group)
         if not self._attached and len(losses) * ranks == 1:
+            if call.step.batch_sizes != (1,):
+                raise MisconfigurationException(
+                    f"LossReweighting: {call} is one sample, whose weight is always 1, so nothing would be reweighted;"
+                    " the number of samples of the batch is not known (a detector's list of images?), or is another."
+                    " Choose a call with a row per sample by `loss=...`, or hand over the losses of the samples:"
+                    " `LossMixin.reduce_loss(...)`."
+                )
             host.rank_zero_warn(
                 "LossReweighting: the global batch is one sample, whose weight is always 1, so nothing is reweighted."
                 ' Raise the batch size, or weight tokens with `level="token"`.'
