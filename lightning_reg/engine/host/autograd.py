@@ -72,9 +72,9 @@ def is_fixed(slope: Tensor) -> bool:
 
 def _before_reducer(total: Tensor) -> Tensor | GradientEdge:
     # DDP counts a first pass through what it wraps a step's output in as the backward pass, and with `static_graph` the
-    # ranks' gradients would no longer be averaged. torch takes the place before it from 2.5 on.
+    # ranks' gradients would no longer be averaged.
     node = total.grad_fn
-    if node is None or not node.name().startswith("_DDPSink") or torch.__version__ < "2.5":
+    if node is None or not node.name().startswith("_DDPSink"):
         return total
     before, number = node.next_functions[total.output_nr]
     return total if before is None else GradientEdge(before, number)
@@ -171,7 +171,7 @@ def _origin(node: Any, shape: tuple[int, ...], count: int) -> _Origin | None:
         return _Origin(before[_LINEAR[name]][0], (shape[0], -1))
     if name in _SELECTING or name in _NORMALIZING:
         given = tuple(node._saved_self_sym_sizes) if name in _SELECTING else shape
-        return _Origin(before[0][0], given) if _dimension(node, len(given)) else None
+        return _Origin(before[0][0], given) if _dimension(node, len(given)) or _takes_all(node) else None
     return None
 
 
@@ -179,6 +179,14 @@ def _dimension(node: Any, dims: int) -> int:
     """The dimension that an operation went along; a negative one is saved as an unsigned number."""
     dimension = int(node._saved_dim)
     return (dimension - 2**64 if dimension >= 2**63 else dimension) % dims
+
+
+def _takes_all(node: Any) -> bool:
+    """Whether an operation is a slice of everything, which torch before 2.8 notes for ``[:, i]``."""
+    if node.name() != "SliceBackward0":
+        return False
+    rows = node._saved_self_sym_sizes[0]
+    return bool(node._saved_start == 0 and node._saved_end >= rows and node._saved_step == 1)
 
 
 def _flattened(shape: tuple[int, ...], rows: int) -> tuple[int, ...]:
