@@ -368,7 +368,7 @@ def test_beside_one_that_needs_a_call_a_loss_without_one_is_refused():
             return None
 
     features = FeatureDistillation("net.1", anchor="start_of_fit")
-    with pytest.raises(MisconfigurationException, match=r"^First: `training_step` returned a loss, but none"):
+    with pytest.raises(MisconfigurationException, match=r"^First: `training_step` at \S+ returned a loss, but none"):
         learn(OwnLoss(), 0, features, First())
 
 

@@ -414,7 +414,7 @@ def search(trainer, module, how):
     "make",
     [
         lambda: L2ToStart(1.0),
-        lambda: EWC(100.0),
+        lambda: EWC(10.0),
         lambda: PredictionDistillation(new_classes=[3, 0]),
         lambda: FeatureDistillation("net.0", anchor="start_of_fit"),
         lambda: WeightCompander(a=0.8, b=0.4),
