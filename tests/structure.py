@@ -93,7 +93,7 @@ def foreign_private_names(path):
     """Private names of other libraries that a file touches: attributes, and what it imports."""
     found = set()
     for node in ast.walk(tree_of(path)):
-        if isinstance(node, ast.Attribute) and re.match(r"_[a-z]", node.attr):
+        if isinstance(node, ast.Attribute) and re.match(r"_[A-Za-z]", node.attr):
             found.add(node.attr)
         if isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("lightning_reg"):
             found |= {alias.name for alias in node.names if re.match(r"_[A-Za-z]", alias.name)}

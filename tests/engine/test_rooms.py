@@ -82,7 +82,8 @@ def owners_of_private_names():
     from lightning.pytorch.core import optimizer
     from lightning.pytorch.strategies import ModelParallelStrategy
     from lightning.pytorch.utilities import CombinedLoader
-    from torch.nn.modules import batchnorm, dropout
+    from torch.nn.modules import batchnorm, conv, dropout
+    from torch.sparse import SparseSemiStructuredTensor
     from torchmetrics import MeanMetric
 
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
@@ -98,7 +99,9 @@ def owners_of_private_names():
         optimizer,
         CombinedLoader([]),
         batchnorm,
+        conv,
         dropout,
+        SparseSemiStructuredTensor,
         MeanMetric(),
         nn.Linear(1, 1),
         torch.compile(nn.Linear(1, 1)),

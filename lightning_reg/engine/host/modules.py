@@ -4,11 +4,15 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.nn.modules.conv import _ConvNd as Convolution
+from torch.nn.modules.conv import _ConvTransposeNd as TransposedConvolution
 from torch.nn.modules.dropout import _DropoutNd as Dropout
 
 __all__ = [
     "BatchNorm",
+    "Convolution",
     "Dropout",
+    "TransposedConvolution",
     "forget_compiled_call",
     "is_compiled",
     "own_buffers",
@@ -16,6 +20,7 @@ __all__ = [
     "own_parameters",
     "reset_of",
     "reshards",
+    "semi_structured",
     "uncompiled",
 ]
 
@@ -59,3 +64,15 @@ def reset_of(layer: nn.Module) -> Any:
 def reshards(layer: nn.Module) -> bool:
     """Whether ``fully_shard`` was called on the layer: torch's FSDPModule, which older versions do not have."""
     return hasattr(type(layer), "_get_fsdp_state")
+
+
+def semi_structured(weight: Tensor, *, by_cutlass: bool) -> Tensor:
+    """A 2:4 sparse matrix in torch's compressed form, for one of its two libraries of kernels."""
+    from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
+
+    forced = SparseSemiStructuredTensor._FORCE_CUTLASS
+    SparseSemiStructuredTensor._FORCE_CUTLASS = by_cutlass
+    try:
+        return to_sparse_semi_structured(weight)
+    finally:
+        SparseSemiStructuredTensor._FORCE_CUTLASS = forced

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
 from lightning_reg.engine.host.generators import isolated_randomness
-from lightning_reg.engine.host.modules import own_parameters
+from lightning_reg.engine.host.modules import Convolution, TransposedConvolution, own_parameters
 
 __all__ = ["multiplied_weights"]
 
@@ -35,9 +35,9 @@ def multiplied_weights(layer: nn.Module) -> dict[str, int]:
     """
     if isinstance(layer, nn.MultiheadAttention):
         return dict.fromkeys(_ATTENTION, 1)
-    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
+    if isinstance(layer, TransposedConvolution):
         return {"weight": 0}
-    if isinstance(layer, nn.Linear | nn.modules.conv._ConvNd):
+    if isinstance(layer, nn.Linear | Convolution):
         return {"weight": 1}
     weight = own_parameters(layer).get("weight")
     if weight is None or isinstance(weight, nn.UninitializedParameter) or type(layer).__module__.startswith("torch."):

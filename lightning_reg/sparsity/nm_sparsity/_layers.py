@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException, check_patterns
-from lightning_reg.engine.host.modules import own_parameters
+from lightning_reg.engine.host.modules import TransposedConvolution, own_parameters
 from lightning_reg.engine.host.names import Patterns, matches
 from lightning_reg.engine.layers.named import named_layers
 from lightning_reg.engine.weights.multiplied import multiplied_weights
@@ -222,7 +222,7 @@ def _candidates(
 
 
 def _summed(layer: nn.Module) -> dict[str, int]:
-    return {} if isinstance(layer, nn.modules.conv._ConvTransposeNd) else multiplied_weights(layer)
+    return {} if isinstance(layer, TransposedConvolution) else multiplied_weights(layer)
 
 
 def _matches(patterns: Patterns, parameter: str) -> bool:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_reg.engine.host.modules import own_parameters
+from lightning_reg.engine.host.modules import own_parameters, semi_structured
 from lightning_reg.engine.host.names import plain_name
 from lightning_reg.sparsity.nm_sparsity.core import check_nm
 
@@ -123,16 +123,9 @@ def _convert(name: str, layer: nn.Linear, backend: Any, rows: int, only_faster: 
     refusal = semi_structured_refusal(layer.weight, backend) if type(layer) is nn.Linear else type(layer).__name__
     if refusal:
         return ExportedLayer(name, refusal)
-    from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
-
     dense, x = layer.weight, torch.randn(rows, layer.in_features, device=layer.weight.device, dtype=layer.weight.dtype)
     dense_ms = _milliseconds(layer, x)
-    forced = SparseSemiStructuredTensor._FORCE_CUTLASS
-    SparseSemiStructuredTensor._FORCE_CUTLASS = backend == "cutlass"
-    try:
-        compressed = to_sparse_semi_structured(dense.detach().contiguous())
-    finally:
-        SparseSemiStructuredTensor._FORCE_CUTLASS = forced
+    compressed = semi_structured(dense.detach().contiguous(), by_cutlass=backend == "cutlass")
     layer.weight = nn.Parameter(compressed, requires_grad=False)
     sparse_ms = _milliseconds(layer, x)
     if only_faster and sparse_ms >= dense_ms:
