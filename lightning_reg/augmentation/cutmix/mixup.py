@@ -16,7 +16,8 @@ class Mixup(Mixer):
 
     Per training batch, with probability ``prob``: :math:`\lambda \sim \text{Beta}(\alpha, \alpha)`, a permutation
     :math:`\pi`, inputs :math:`\lambda x_i + (1 - \lambda) x_{\pi(i)}`, loss :math:`\lambda L(z, y) + (1 - \lambda)
-    L(z, y_\pi)`. What holds for :class:`CutMix` about losses, metrics, several techniques that mix, and DDP holds here.
+    L(z, y_\pi)`. What holds for :class:`CutMix` about losses, metrics, padded signals, several techniques that mix, and
+    DDP holds here.
 
     Use it for floating-point inputs of any shape: images, signals, tables. Leave it for tokens and other indices.
 

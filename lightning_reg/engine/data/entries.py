@@ -68,6 +68,13 @@ def find_inputs(
 
     """
     name = type(owner).__name__
+    keys = _input_keys(batch, several=several) if key is None else [key]
+    inputs = find_entry(batch, keys[0], f"{name}: input_key") if len(keys) == 1 else None
+    problem = "it is no tensor with a row per sample"
+    if isinstance(inputs, Tensor) and inputs.dim():
+        problem = problem_with(inputs)
+        if not problem:
+            return keys[0], inputs
     tensors = [entry for entry in tensors_of(batch) if entry.dim()]
     if all(map(problem_with, tensors)) and any(map(_are_tokens, tensors)):
         raise MisconfigurationException(
@@ -75,36 +82,32 @@ def find_inputs(
             f" numbers of tokens or classes cannot be mixed, as what lies between two is a third. Leave {name}"
             f" out{advice}."
         )
-    found = _input_key_of(batch, name, several=several) if key is None else key
-    inputs = find_entry(batch, found, f"{name}: input_key")
-    is_tensor = isinstance(inputs, Tensor) and inputs.dim()
-    problem = problem_with(inputs) if is_tensor else "it is no tensor with a row per sample"
-    if problem:
-        shape = f"{inputs.dtype} {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
+    if len(keys) != 1:
         raise MisconfigurationException(
-            f"{name}: the batch's inputs (input_key={found!r}) cannot be mixed: {problem}, found {shape}. Name another"
-            f" entry with `input_key`{advice}."
+            f"{name}: which entry of the batch holds the inputs is not certain: the batch is {contents(batch)}, and"
+            f' {len(keys)} entries could be meant. Name it: `{name}(input_key="...")`, a key, a position or both'
+            ' ("labelled.0").'
         )
-    return found, inputs
+    shape = f"{inputs.dtype} {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
+    raise MisconfigurationException(
+        f"{name}: the batch's inputs (input_key={keys[0]!r}) cannot be mixed: {problem}, found {shape}. Name another"
+        f" entry with `input_key`{advice}."
+    )
 
 
 def _are_tokens(entry: Tensor) -> bool:
     return entry.dim() == 2 and entry.dtype in (torch.int32, torch.int64)
 
 
-def _input_key_of(batch: Any, name: str, *, several: bool) -> str:
-    found = [""] if isinstance(batch, Tensor) else []
+def _input_keys(batch: Any, *, several: bool) -> list[str]:
+    """Keys of the entries that may be the inputs."""
+    if isinstance(batch, Tensor):
+        return [""]
     if isinstance(batch, Sequence) and not several:
-        found = ["0"]
-    elif isinstance(batch, Mapping) and not several:
-        found = [str(key) for key, entry in batch.items() if isinstance(entry, Tensor) and entry.dim() > 1]
-    if len(found) != 1:
-        raise MisconfigurationException(
-            f"{name}: which entry of the batch holds the inputs is not certain: the batch is {contents(batch)}, and"
-            f' {len(found)} entries could be meant. Name it: `{name}(input_key="...")`, a key, a position or both'
-            ' ("labelled.0").'
-        )
-    return found[0]
+        return ["0"]
+    if isinstance(batch, Mapping) and not several:
+        return [str(key) for key, entry in batch.items() if isinstance(entry, Tensor) and entry.dim() > 1]
+    return []
 
 
 def replace_entry(batch: Any, key: str, value: Any) -> Any:
