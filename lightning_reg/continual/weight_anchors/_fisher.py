@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_reg.continual.weight_anchors.core import Labels, Outputs, fisher_losses
 from lightning_reg.engine.host.distributed import world_size
 from lightning_reg.engine.host.errors import MisconfigurationException, in_the_name_of
-from lightning_reg.engine.loss.choice import Selection
+from lightning_reg.engine.loss.choice import no_loss_seen
 from lightning_reg.engine.loss.mixin import LossMixin
 
 if TYPE_CHECKING:
@@ -101,8 +101,7 @@ class FisherPass:
         sight = peer.see(step, self._owner, gradient=True)
         if sight.call is None:
             if sight.made_loss:
-                by_mixin = isinstance(step.module, LossMixin)
-                raise Selection([self._owner]).nothing_seen(by_mixin=by_mixin)
+                raise no_loss_seen([self._owner], step.module, by_mixin=isinstance(step.module, LossMixin))
             return []
         whole = self._output(sight.call)
         part = next(step.parts(_SMALLEST_PART))

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.owner import Owner
+from lightning_reg.engine.host.user_functions import place_of_code
 
-__all__ = ["Selection"]
+__all__ = ["Selection", "no_loss_seen"]
 
 _MIXIN_EXAMPLE = """
     class MyModel(LossMixin, {base}):    # from lightning_reg import LossMixin
@@ -144,6 +145,23 @@ class Selection(Generic[Chooser]):
             " the modules of torch.nn) was called with a gradient, so there is nothing to attach to. If the loss is"
             f" written by hand or fused into a kernel, hand over its value per sample:\n{example}"
         )
+
+
+def no_loss_seen(techniques: Sequence[Owner], module: Any, *, by_mixin: bool) -> MisconfigurationException:
+    """The error for techniques in a step that made a loss without a call that could be seen.
+
+    Args:
+        techniques: Those that need one.
+        module: The user's module.
+        by_mixin: Whether it hands its losses over.
+
+    Returns:
+        :meth:`Selection.nothing_seen` with the place of the module's ``training_step``.
+
+    """
+    place, installed = place_of_code(module.training_step)
+    library = type(module).__name__ if installed else ""
+    return Selection(techniques).nothing_seen(by_mixin=by_mixin, place=place, library=library)
 
 
 def _chooses(loss: int | str | None, position: int, function: str, site: str) -> bool:

@@ -13,11 +13,10 @@ from torch import Tensor
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.autograd import version_of
 from lightning_reg.engine.host.errors import MisconfigurationException, in_the_name_of
-from lightning_reg.engine.host.user_functions import place_of_code
 from lightning_reg.engine.loss.call import LossCall
 from lightning_reg.engine.loss.call_by_hand import call_by_hand
 from lightning_reg.engine.loss.call_mixed import mixed_call
-from lightning_reg.engine.loss.choice import Selection
+from lightning_reg.engine.loss.choice import Selection, no_loss_seen
 from lightning_reg.engine.loss.elements import bind, has_gradient
 from lightning_reg.engine.loss.evaluation import FunctionEvaluation
 from lightning_reg.engine.loss.result import check_contributes, check_part, loss_of, swapped, with_loss
@@ -248,9 +247,7 @@ class LossPath:
         if sightings.interception.missed(step.trainer.global_step):
             step.made_loss = False  # as far as anybody can say: the mode looks at the next one
         elif not sightings.any_call and (everyone := [*techniques, *rehearsed]):
-            place, installed = place_of_code(step.module.training_step)
-            library = type(step.module).__name__ if installed else ""
-            raise Selection(everyone).nothing_seen(by_mixin=sightings.by_mixin, place=place, library=library)
+            raise no_loss_seen(everyone, step.module, by_mixin=sightings.by_mixin)
         elif techniques and not sightings.said_none:
             sightings.said_none = True
             names = ", ".join(type(t).__name__ for t in techniques)
