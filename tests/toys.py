@@ -16,7 +16,15 @@ if "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules
 else:
     from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 
-from lightning_reg.engine.technique import BatchTechnique, LossTechnique, PenaltyTechnique, Technique, WeightTechnique
+from lightning_reg.engine.technique import (
+    BatchTechnique,
+    LossTechnique,
+    PenaltyTechnique,
+    Technique,
+    WeightMapTechnique,
+    WeightTechnique,
+)
+from lightning_reg.engine.weights.maps import Latents
 
 __all__ = [
     "BATCH",
@@ -29,6 +37,7 @@ __all__ = [
     "Boom",
     "BoomError",
     "Classifier",
+    "Doubled",
     "Halve",
     "IndexRecorder",
     "LossRecorder",
@@ -302,6 +311,43 @@ class ShiftTargets(_Toy, LossTechnique):
     @override
     def change_targets(self, call):
         return (call.labels + 1) % CLASSES
+
+
+class Doubled(WeightMapTechnique):
+    """w = 2 v: with SGD the learning rate of the weight is four times its own."""
+
+    def __init__(self, names=("net.3.weight",), **options):
+        super().__init__(**options)
+        self.names, self.latents, self.mapped = names, Latents(), 0
+
+    @classmethod
+    @override
+    def key(cls):
+        return cls.__name__.lower()
+
+    @override
+    def weights_to_map(self, module):
+        return self.names
+
+    @override
+    def begin_map(self, weights):
+        return self.latents_of(weights)
+
+    @override
+    def latents_of(self, weights):
+        return {name: weight / 2 for name, weight in weights.items()}
+
+    @override
+    def map_weights(self, latents, weights):
+        assert weights
+        self.mapped += 1
+        for name, weight in weights.items():
+            weight.copy_(2 * latents[name])
+
+    @override
+    def pull_back(self, latents, weights, gradients):
+        for gradient in gradients.values():
+            gradient.mul_(2)
 
 
 class Halve(_Toy, WeightTechnique):

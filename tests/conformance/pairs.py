@@ -80,10 +80,10 @@ def neutral_beside_references(case: Case) -> None:
     stack: list[Technique] = []
     for reference in REFERENCES:
         one = reference.make(name="one")
-        if case.problem in (reference.problem, *(KINDS[kind] for kind in reference.also)) and not any(
-            conflict_between(other, one) for other in [case.neutral(), *stack]
-        ):
+        fits = common_problem(case, reference) is case.problem
+        if fits and not any(conflict_between(other, one) for other in [case.neutral(), *stack]):
             stack.append(one)
+    assert stack, f"{case.cls.__name__}: no reference stands together with it at its neutral setting"
     plain = fit([copy.deepcopy(one) for one in stack], case.problem)
     beside = fit([*stack, case.neutral()], case.problem)
     found = difference(plain.weights, beside.weights)

@@ -12,12 +12,11 @@ from lightning_reg.engine.technique import (
     LossTechnique,
     PenaltyTechnique,
     Technique,
-    WeightMapTechnique,
     WeightTechnique,
 )
-from lightning_reg.engine.weights.maps import Latents
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
+from tests.toys import Doubled
 
 __all__ = ["REFERENCES"]
 
@@ -169,34 +168,11 @@ class PulledByHand(Hand):
         return 0.1 * weights["net.first.weight"].square().sum()
 
 
-class TrainsHalf(_Reference, WeightMapTechnique):
+class TrainsHalf(_Reference, Doubled):
     """The bias of the first layer is twice what is trained."""
 
     def __init__(self, **options):
-        super().__init__(**options)
-        self.latents = Latents()
-
-    @override
-    def weights_to_map(self, module):
-        return ["net.first.bias"]
-
-    @override
-    def begin_map(self, weights):
-        return self.latents_of(weights)
-
-    @override
-    def latents_of(self, weights):
-        return {name: weight / 2 for name, weight in weights.items()}
-
-    @override
-    def map_weights(self, latents, weights):
-        for name, weight in weights.items():
-            weight.copy_(2 * latents[name])
-
-    @override
-    def pull_back(self, latents, weights, gradients):
-        for gradient in gradients.values():
-            gradient.mul_(2)
+        super().__init__(["net.first.bias"], **options)
 
 
 class HalfByHand(Hand):

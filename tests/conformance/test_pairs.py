@@ -29,9 +29,21 @@ def all_cases():
 CASES = list(all_cases())
 
 
+# A batch that was mixed has two labels for a sample; the last of two that replace the same would count alone; a weight
+# is trained through one map.
+REFUSED = [
+    {"MixesNeighbours", "LowersLabels"},
+    {"MixesNeighbours", "RootsOfLosses"},
+    {"LowersLabels"},
+    {"RootsOfLosses"},
+    {"TrainsHalf"},
+]
+
+
 @pytest.mark.parametrize(("first", "second"), named(product(REFERENCES, REFERENCES)))
 def test_references(first, second):
-    assert check_pair(first, second) in ("trains", "refused")
+    names = {first.cls.__name__, second.cls.__name__}
+    assert check_pair(first, second) == ("refused" if names in REFUSED else "trains")
 
 
 @pytest.mark.parametrize(("first", "second"), named(pair for case in CASES for pair in pairs_with_references(case)))

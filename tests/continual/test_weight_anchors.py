@@ -226,16 +226,21 @@ def test_l2_trains_as_the_loop_by_hand(k):
     assert not same_weights(ours, plain, atol=1e-3)
 
 
+def decoupled_by_hand(module, pulled):
+    """Steps at a learning rate of 0.5 from where the pull has put each parameter."""
+    start = values(module)
+    for _ in range(2):
+        for x, y in DataLoader(task(0), BATCH):
+            gradients = torch.autograd.grad(F.cross_entropy(module(x), y), list(module.parameters()))
+            with torch.no_grad():
+                for (n, p), g in zip(module.named_parameters(), gradients, strict=True):
+                    p.copy_(pulled(p, start[n]) - 0.5 * g)
+
+
 def test_decoupled_pulls_before_the_step():
     ours, hand = Classifier(), Classifier()
     learn(ours, 0, L2ToStart(0.3, mode="decoupled"))
-    start = values(hand)
-    for _ in range(2):
-        for x, y in DataLoader(task(0), BATCH):
-            gradients = torch.autograd.grad(F.cross_entropy(hand(x), y), list(hand.parameters()))
-            with torch.no_grad():
-                for (n, p), g in zip(hand.named_parameters(), gradients, strict=True):
-                    p.copy_(p - 0.5 * 0.3 * (p - start[n]) - 0.5 * g)
+    decoupled_by_hand(hand, lambda p, start: p - 0.5 * 0.3 * (p - start))
     assert same_weights(ours, hand, atol=1e-6)  # float32, 6 steps
 
 
@@ -246,13 +251,7 @@ def test_a_decoupled_pull_ends_at_the_anchor_and_says_so():
     ) as w:
         learn(ours, 0, L2ToStart(5.0, mode="decoupled"))
     assert sum("times the way" in str(warning.message) for warning in w) == 1
-    start = values(hand)
-    for _ in range(2):
-        for x, y in DataLoader(task(0), BATCH):
-            gradients = torch.autograd.grad(F.cross_entropy(hand(x), y), list(hand.parameters()))
-            with torch.no_grad():
-                for (n, p), g in zip(hand.named_parameters(), gradients, strict=True):
-                    p.copy_(start[n] - 0.5 * g)
+    decoupled_by_hand(hand, lambda p, start: start)
     assert same_weights(ours, hand, atol=1e-6)  # float32, 6 steps
 
 

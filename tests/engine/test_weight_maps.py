@@ -8,49 +8,22 @@ from typing_extensions import override
 
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.run.hooks import FirstHooks, LastHooks
-from lightning_reg.engine.technique import WeightMapTechnique
 from lightning_reg.engine.weights.maps import Latents
-from tests.toys import QUIET, BoomError, Callback, Classifier, Halve, fit, make_loader, make_trainer, same_weights
+from tests.toys import (
+    QUIET,
+    BoomError,
+    Callback,
+    Classifier,
+    Doubled,
+    Halve,
+    fit,
+    make_loader,
+    make_trainer,
+    same_weights,
+)
 
 pytestmark = QUIET
 NAME = "net.3.weight"
-
-
-class Doubled(WeightMapTechnique):
-    """w = 2 v: with SGD the learning rate of the weight is four times its own."""
-
-    def __init__(self, names=(NAME,), name=None):
-        super().__init__(name=name)
-        self.names, self.latents, self.mapped = names, Latents(), 0
-
-    @classmethod
-    @override
-    def key(cls):
-        return cls.__name__.lower()
-
-    @override
-    def weights_to_map(self, module):
-        return self.names
-
-    @override
-    def begin_map(self, weights):
-        return self.latents_of(weights)
-
-    @override
-    def latents_of(self, weights):
-        return {name: weight / 2 for name, weight in weights.items()}
-
-    @override
-    def map_weights(self, latents, weights):
-        assert weights
-        self.mapped += 1
-        for name, weight in weights.items():
-            weight.copy_(2 * latents[name])
-
-    @override
-    def pull_back(self, latents, weights, gradients):
-        for gradient in gradients.values():
-            gradient.mul_(2)
 
 
 class FourTimes(Classifier):
