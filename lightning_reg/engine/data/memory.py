@@ -30,7 +30,7 @@ def last_occurrences(indices: Tensor, preferred: Tensor | None = None) -> Tensor
     """
     keys = indices if preferred is None else 2 * indices + preferred
     ordered, order = torch.sort(keys, stable=True)
-    return order[torch.searchsorted(ordered, keys if preferred is None else 2 * indices + 1, right=True) - 1]
+    return order[torch.searchsorted(ordered, keys if preferred is None else keys | 1, right=True) - 1]
 
 
 class SampleMemory:
