@@ -34,7 +34,7 @@ from lightning_reg.functional import (
 )
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
-from tests.toys import QUIET, TWO_RANKS, Callback, Classifier, StepLosses, fit, make_trainer, same_weights
+from tests.toys import INPUTS, QUIET, TWO_RANKS, Callback, Classifier, StepLosses, fit, make_trainer, same_weights
 
 ROOT = Path(__file__).parents[2]
 
@@ -556,6 +556,17 @@ def test_a_run_that_is_never_reweighted_is_warned_of():
         fit(Classifier(), LossReweighting(warmup_steps=0), loader=loader_of(rows(), 1), max_epochs=1)
     # The last batch of an epoch may have one sample.
     fit(Classifier(), LossReweighting(warmup_steps=0), loader=loader_of(rows(), 5), max_epochs=1)
+
+
+def test_one_row_for_a_batch_of_unknown_size_is_refused():
+    def step(module, batch):  # as a detector's: images of different sizes, one loss for all of them
+        logits = torch.cat([module(image) for image in batch]).mean(0, keepdim=True)
+        return F.cross_entropy(logits, torch.zeros(1, dtype=torch.long))
+
+    images = DataLoader([torch.zeros(2 + size, INPUTS) for size in range(4)], 2, collate_fn=list)
+    sentence = r"^LossReweighting: F.cross_entropy.* is one sample, whose weight is always 1.*`LossMixin.reduce_loss"
+    with pytest.raises(MisconfigurationException, match=sentence):
+        fit(Classifier(step=step), LossReweighting(warmup_steps=0), loader=images)
 
 
 def test_two_on_one_call_are_refused():
