@@ -13,7 +13,8 @@ from lightning_reg.averaging._checkpoint_files import open_checkpoint
 from lightning_reg.averaging._state_dicts import key_of, plain_keys
 from lightning_reg.averaging.model_soups._arguments import SoupArguments
 from lightning_reg.averaging.model_soups._gathered import Ingredient, Snapshots
-from lightning_reg.averaging.model_soups._live_weights import averaged_tensors
+from lightning_reg.averaging.model_soups._live_weights import LiveWeights, averaged_tensors
+from lightning_reg.averaging.model_soups._soup import fault_of_shapes, weights_of_state
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.errors import MisconfigurationException, check_patterns
 from lightning_reg.engine.host.names import is_selected
@@ -21,7 +22,7 @@ from lightning_reg.engine.host.names import is_selected
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-__all__ = ["KeptCheckpoints", "check_setup", "chosen_tensors", "kept_checkpoints", "new_folder"]
+__all__ = ["KeptCheckpoints", "check_setup", "check_state", "chosen_tensors", "kept_checkpoints", "new_folder"]
 
 
 def check_setup(soup: SoupArguments, trainer: "Trainer") -> None:
@@ -99,6 +100,19 @@ def chosen_tensors(soup: SoupArguments, module: nn.Module) -> dict[str, Tensor]:
     for argument, patterns in (("include", soup.include), ("exclude", soup.exclude)):
         check_patterns(soup, argument, patterns, tensors, "parameter or batch statistic")
     return chosen
+
+
+def check_state(state: Mapping[str, Any], live: LiveWeights) -> None:
+    """Refuses a checkpoint's state that is of other tensors than those that are averaged."""
+    held = {name for values in weights_of_state(state) for name in values}
+    other = sorted(held.symmetric_difference(live.tensors)) if held else []
+    shapes = {name: tuple(tensor.shape) for name, tensor in live.tensors.items() if name not in live.layouts}
+    fault = fault_of_shapes(state, shapes)
+    if other:
+        what = "held in it, and not averaged here" if other[0] in held else "averaged here, and not held in it"
+        fault = f"{other[0]!r} is {what}. Are `include` and `exclude` the same?"
+    if fault:
+        raise MisconfigurationException(f"SoupAverager: the checkpoint's state cannot be gone on with: {fault}")
 
 
 def new_folder(trainer: "Trainer", dirpath: str | None) -> Path:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_reg.averaging._soup_results import Candidate
+from lightning_reg.averaging._state_dicts import is_averaged
 from lightning_reg.averaging.model_soups._gathered import (
     Gathered,
     Ingredient,
@@ -19,7 +20,15 @@ from lightning_reg.averaging.model_soups._gathered import (
 from lightning_reg.averaging.model_soups._live_weights import Weights
 from lightning_reg.averaging.model_soups.core import accepts, greedy_soup_of_numbers, warn_of_no_numbers
 
-__all__ = ["GreedyRules", "Outcome", "Soup", "average_of_state"]
+__all__ = [
+    "GreedyRules",
+    "Outcome",
+    "Soup",
+    "average_of_state",
+    "fault_of_shapes",
+    "fault_of_state",
+    "weights_of_state",
+]
 
 ScoreOf = Callable[[Weights | None], float]  # of weights, or of those that the module holds
 
@@ -236,6 +245,42 @@ class Soup:
 
 def _candidates(values: list[dict[str, Any]]) -> list[Candidate]:
     return [Candidate(**candidate) for candidate in values]
+
+
+def fault_of_state(state: object) -> str:
+    """What makes a callback's state none that an average can be taken from, as a sentence; "" if nothing does."""
+    parts = [state.get(part) if isinstance(state, Mapping) else None for part in ("gathered", "soup")]
+    if not isinstance(state, Mapping) or "method" not in state or not all(isinstance(part, Mapping) for part in parts):
+        return "it is no state of a SoupAverager."
+    count = state["gathered"].get("count", 0)
+    if not isinstance(count, int) or count < 0:
+        return f"it counts {count!r} weights."
+    for values in weights_of_state(state):
+        if not isinstance(values, Mapping):
+            return f"it holds a {type(values).__name__} in place of weights."
+        for name, value in values.items():
+            if not is_averaged(value):
+                return f"{name!r} in it is no tensor that can be averaged."
+        if not are_finite(values):
+            bad = [name for name, value in values.items() if not are_finite({name: value})]
+            return f"{bad[0]!r} in it is not finite (NaN or infinite)."
+    return ""
+
+
+def weights_of_state(state: Mapping[str, Any]) -> list[Any]:
+    """All weights in a callback's state, those that are there: an average, sums, snapshots."""
+    gathered = state["gathered"]
+    held = (gathered.get("average"), gathered.get("sums"), state["soup"], *gathered.get("weights", ()))
+    return [weights for weights in held if weights]
+
+
+def fault_of_shapes(state: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """What in a callback's state is of other shapes than the weights have, as a sentence; "" if nothing is."""
+    for values in weights_of_state(state):
+        for name, value in values.items():
+            if name in shapes and tuple(value.shape) != shapes[name]:
+                return f"{name!r} in it has the shape {tuple(value.shape)}, and the weight has {shapes[name]}."
+    return ""
 
 
 def average_of_state(state: Mapping[str, Any]) -> dict[str, Tensor]:

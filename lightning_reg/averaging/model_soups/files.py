@@ -14,7 +14,12 @@ from lightning_reg.averaging._checkpoint_files import RECORD, CheckpointFile, op
 from lightning_reg.averaging._plain_numbers import fault_of, place_of
 from lightning_reg.averaging._soup_results import SoupResult, own_scores, save_soup
 from lightning_reg.averaging._state_dicts import key_of, plain_keys, unique
-from lightning_reg.averaging.model_soups._soup import average_of_state
+from lightning_reg.averaging.model_soups._soup import (
+    average_of_state,
+    fault_of_shapes,
+    fault_of_state,
+    weights_of_state,
+)
 from lightning_reg.averaging.model_soups.ancestry import ancestry
 from lightning_reg.averaging.model_soups.core import average_state_dicts, greedy_soup_of_numbers
 from lightning_reg.engine.host.names import Patterns
@@ -176,13 +181,18 @@ def load_averaged(path: str | Path, name: str | None = None) -> dict[str, Any]:
         A complete state dict, to load with ``strict=True``; of what the user's own ``state_dict`` leaves out, nothing.
 
     Raises:
-        ValueError: If the file says nothing of an average, or of several.
+        ValueError: If the file says nothing of an average, or of several; if its state holds none of these weights, one
+            of other shapes, or one that is not finite.
         RuntimeError: If there is no average yet.
         FileNotFoundError: If there is no such file, or a checkpoint's snapshots lie in files that are gone.
 
     """
     file = open_checkpoint(path)
     records = file.extra.get(RECORD) or {}
+    if not isinstance(records, Mapping) or not all(
+        isinstance(r, Mapping) and "averaged" in r for r in records.values()
+    ):
+        raise ValueError(f"{path}: what it says of an average is broken: {records!r:.80}.")
     if not records:
         raise ValueError(
             f"{path} says nothing of an average. Its weights may be one or not: files written with"
@@ -195,7 +205,7 @@ def load_averaged(path: str | Path, name: str | None = None) -> dict[str, Any]:
         raise ValueError(f"{path} has no average {chosen!r}, but {sorted(records)}.")
     weights = {"state_dict": file.load()}
     if not records[chosen]["averaged"]:
-        exchange_in_checkpoint(weights, average_of_state(file.extra["callbacks"][chosen]))
+        exchange_in_checkpoint(weights, _average_in(file, chosen))
     copies: dict[int, Tensor] = {}
     result: dict[str, Any] = {}
     for key, original in plain_keys(weights["state_dict"], str(path)).items():
@@ -205,6 +215,25 @@ def load_averaged(path: str | Path, name: str | None = None) -> dict[str, Any]:
         else:
             result[key] = value
     return result
+
+
+def _average_in(file: CheckpointFile, name: str) -> dict[str, Tensor]:
+    """The average that a callback's state in a checkpoint holds, checked to be one of the checkpoint's weights."""
+    callbacks, keys = file.extra.get("callbacks"), plain_keys(file, str(file.path))
+    state = callbacks.get(name) if isinstance(callbacks, Mapping) else None
+    fault = fault_of_state(state)
+    if not fault and state is not None:
+        held = {held: key_of(held, keys) for values in weights_of_state(state) for held in values}
+        known = {held: file.shape_and_dtype(key) for held, key in held.items() if key is not None}
+        fault = fault_of_shapes(state, {held: shape[0] for held, shape in known.items() if shape is not None})
+        if held and not known:
+            fault = f"none of its weights is in the file: {sorted(held)[:3]}."
+    if fault:
+        raise ValueError(f"{file.path}: the state of {name} gives no average: {fault}")
+    try:
+        return average_of_state(state or {})
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{file.path}: the state of {name} is broken: {type(error).__name__}: {error}") from error
 
 
 def exchange_in_checkpoint(checkpoint: dict[str, Any], average: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,8 +11,14 @@ from lightning_reg.averaging._soup_results import Candidate
 from lightning_reg.averaging.model_soups._arguments import check_arguments, describe, new_soup, schedule
 from lightning_reg.averaging.model_soups._gathered import Gathered, Shelf, Snapshots
 from lightning_reg.averaging.model_soups._live_weights import LiveWeights, own_parts
-from lightning_reg.averaging.model_soups._setup import check_setup, chosen_tensors, kept_checkpoints, new_folder
-from lightning_reg.averaging.model_soups._soup import average_of_state
+from lightning_reg.averaging.model_soups._setup import (
+    check_setup,
+    check_state,
+    chosen_tensors,
+    kept_checkpoints,
+    new_folder,
+)
+from lightning_reg.averaging.model_soups._soup import average_of_state, fault_of_state
 from lightning_reg.averaging.model_soups._validation import Validation, agreed_score
 from lightning_reg.averaging.model_soups.files import exchange_in_checkpoint
 from lightning_reg.engine.host import lightning as host
@@ -200,6 +206,8 @@ class SoupAverager(Technique):
     @override
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         saved_whole = self._live.layouts if self._resumed else {}
+        if self._resumed:
+            check_state({**self._soup.state(), "soup": self._average}, self._live)
         self._soup.gathered.follow(self._live.tensors, saved_whole)
         if self._resumed and self._raw:  # the checkpoint's `state_dict` is an average; training goes on without it
             self._live.find_shards()
@@ -391,6 +399,8 @@ class SoupAverager(Technique):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if fault := fault_of_state(state_dict):
+            raise MisconfigurationException(f"SoupAverager: the checkpoint's state cannot be gone on with: {fault}")
         if state_dict["method"] != self.method:
             raise MisconfigurationException(
                 f"SoupAverager(method={self.method!r}): the checkpoint holds the state of method="

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from typing_extensions import override
 
 from lightning_reg.engine.host.lightning import STEP_HOOKS, Callback
+from lightning_reg.engine.run import report
 from lightning_reg.engine.run.part import overriding
 
 if TYPE_CHECKING:
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from lightning_reg.engine.run.part import Part
+    from lightning_reg.engine.run.phases import Member
 
 __all__ = ["FirstHooks", "LastHooks"]
 
@@ -20,6 +22,7 @@ class HasParts(Protocol):
     """What is attached to the Trainer."""
 
     parts: "list[Part]"
+    techniques: "list[Member]"
 
     def prepare(self) -> None:
         """The module is configured."""
@@ -52,6 +55,14 @@ class FirstHooks(Callback):
     @override
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         self._engine.prepare()
+
+    @override
+    def on_save_checkpoint(self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]) -> None:
+        report.note_empty_states(self._engine.techniques, checkpoint)
+
+    @override
+    def on_load_checkpoint(self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]) -> None:
+        report.warn_of_missing_states(self._engine.techniques, checkpoint)
 
     @override
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:

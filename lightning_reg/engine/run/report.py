@@ -16,7 +16,7 @@ from lightning_reg.engine.run.phases import Member, phases_of
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["log_scalars", "show_table", "techniques_table"]
+__all__ = ["log_scalars", "note_empty_states", "show_table", "techniques_table", "warn_of_missing_states"]
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +51,42 @@ def show_table(trainer: "Trainer", techniques: Sequence[Member], samples: Mappin
         Console().print(techniques_table(techniques, samples))
     for technique in techniques:
         log.info("%s: %s", type(technique).__name__, technique.describe())
+
+
+def note_empty_states(techniques: Sequence[Member], checkpoint: Mapping[str, Any]) -> None:
+    """Notes in a checkpoint those that have no state yet: Lightning drops states that are empty.
+
+    Args:
+        techniques: Those of the fit.
+        checkpoint: Gets an empty state for each.
+
+    """
+    for callback in _keeping_state(techniques):
+        checkpoint.get("callbacks", {}).setdefault(callback.state_key, {})
+
+
+def _keeping_state(techniques: Sequence[Member]) -> list[host.Callback]:
+    callbacks = [technique for technique in techniques if isinstance(technique, host.Callback)]
+    return [callback for callback in callbacks if type(callback).state_dict is not host.Callback.state_dict]
+
+
+def warn_of_missing_states(techniques: Sequence[Member], checkpoint: Mapping[str, Any]) -> None:
+    """Says which techniques start anew in the middle of a training, because a checkpoint has no state of theirs.
+
+    Args:
+        techniques: Those of the fit that is resumed.
+        checkpoint: What it is resumed from.
+
+    """
+    step, known = checkpoint.get("global_step", 0), checkpoint.get("callbacks") or {}
+    missing = [callback.state_key for callback in _keeping_state(techniques) if callback.state_key not in known]
+    if step > 0 and missing:
+        verb, its = ("starts", "its") if len(missing) == 1 else ("start", "their")
+        host.rank_zero_warn(
+            f"{' and '.join(missing)} {verb} anew in the middle of this training: the checkpoint, of step {step}, holds"
+            f" nothing of {its} state, but of {sorted(map(str, known)) or 'no callback'}. To go on where a run was,"
+            " give the callbacks (and their `name`) that the run had."
+        )
 
 
 def log_scalars(module: "LightningModule", values: Mapping[str, Tensor], batch_size: int) -> None:
