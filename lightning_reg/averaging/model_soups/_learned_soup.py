@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from typing_extensions import override
 
+from lightning_reg.averaging._factors import warn_of_factors
 from lightning_reg.averaging._state_dicts import StateDict, accumulated, aligned, check_patterns, is_averaged
 from lightning_reg.engine.host.names import Patterns, matches, plain_name
 
@@ -65,6 +66,7 @@ class LearnedSoup(nn.Module):
         self.per = per
         members = aligned(state_dicts, None, exclude)
         check_patterns("LearnedSoup", "exclude", exclude, members)
+        warn_of_factors("LearnedSoup", members, exclude)
         self._module = [module]  # in a list: its parameters are not this module's
         parameters = {name: plain_name(name) for name, _ in module.named_parameters()}
         missing = [key for key in parameters.values() if key not in members[0]]

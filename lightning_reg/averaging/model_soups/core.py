@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_reg.averaging._factors import warn_of_factors
 from lightning_reg.averaging._not_finite import spoilers, warn_of_spoiled
 from lightning_reg.averaging._soup_results import Candidate, SoupResult
 from lightning_reg.averaging._state_dicts import StateDict, aligned, check_patterns, is_continuous, widest
@@ -82,6 +83,7 @@ def average_state_dicts(
     members = aligned(state_dicts, names, exclude)
     check_patterns("average_state_dicts", "include", include, [members[0]])
     check_patterns("average_state_dicts", "exclude", exclude, members)
+    warn_of_factors("average_state_dicts", members, exclude)
     result: dict[str, Any] = {}
     done: dict[tuple[Any, ...], Tensor] = {}
     suspicious: list[str] = []
@@ -181,7 +183,7 @@ def greedy_soup(
     order = ranking(scores, labels, mode)
     first = order[0]
     members = aligned([state_dicts[first]], None)
-    soup = RunningSum(members[0], exclude)
+    soup, warned = RunningSum(members[0], exclude), False
     best = scores[first]
     result = SoupResult({}, [labels[first]], [Candidate(str(labels[first]), best, best, True)], best)
     for position in order[1:]:
@@ -189,7 +191,8 @@ def greedy_soup(
             result.trace.append(Candidate(str(labels[position]), scores[position], None, False))
             continue
         pair = [str(labels[first]), str(labels[position])]
-        member = aligned([state_dicts[first], state_dicts[position]], pair, exclude)[1]
+        both = aligned([state_dicts[first], state_dicts[position]], pair, exclude)
+        member, warned = both[1], warned or warn_of_factors("greedy_soup", both, exclude)
         score = float(evaluate(soup.mean(member)))
         accepted = accepts(score, best, strict=strict, min_delta=min_delta, mode=mode)
         result.trace.append(Candidate(str(labels[position]), scores[position], score, accepted))

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_reg.averaging._factors import warn_of_factors
 from lightning_reg.averaging._not_finite import spoilers, warn_of_spoiled
 from lightning_reg.averaging._state_dicts import StateDict, accumulated, aligned, check_patterns, is_averaged
 from lightning_reg.engine.host.names import Patterns, matches
@@ -284,6 +285,7 @@ def _combine(
     """Applies ``mix(key, *values)`` to float and complex tensors in double precision; others are member ``like``'s."""
     members = aligned(state_dicts, names, exclude)
     check_patterns(owner, "exclude", exclude, members)
+    warn_of_factors(owner, members, exclude)
     result: dict[str, Any] = {}
     done: dict[tuple[Any, ...], Tensor] = {}
     spoiled: dict[str, list[str]] = {}

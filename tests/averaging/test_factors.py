@@ -1,0 +1,113 @@
+"""Factors of low-rank updates in averages and mixes."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_reg.functional import (
+    LearnedSoup,
+    average_state_dicts,
+    dare_merge,
+    greedy_soup,
+    make_soup,
+    slerp_merge,
+    ties_merge,
+    wise_ft,
+)
+
+NAMES = [
+    ("net.q.lora_A.default.weight", "net.q.lora_B.default.weight"),
+    ("net.q.lora_A", "net.q.lora_B"),
+    ("net.e.lora_embedding_A.default", "net.e.lora_embedding_B.default"),
+    ("unet_q.lora_down.weight", "unet_q.lora_up.weight"),
+]
+
+
+def factors(seed, names=NAMES[0], shapes=((2, 5), (4, 2)), dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(shape, generator=generator, dtype=dtype) for name, shape in zip(names, shapes, strict=True)
+    }
+
+
+def gap_by_hand(states):
+    pairs = [[value.double().flatten(1) for value in state.values()] for state in states]
+    mean = sum(b @ a for a, b in pairs) / len(pairs)
+    product = (sum(b for _, b in pairs) / len(pairs)) @ (sum(a for a, _ in pairs) / len(pairs))
+    return float((product - mean).norm() / mean.norm())
+
+
+class Adapted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        for name, value in factors(0, NAMES[1]).items():
+            self.register_parameter(name.rpartition(".")[2], nn.Parameter(value))
+
+
+def learned(one, two):
+    bare = [{key.rpartition(".")[2]: value for key, value in state.items()} for state in (one, two)]
+    return LearnedSoup(Adapted(), bare)
+
+
+MIXES = {
+    "average_state_dicts": lambda one, two: average_state_dicts([one, two]),
+    "greedy_soup": lambda one, two: greedy_soup([one, two, two], [2.0, 1.0, 0.0], lambda state: 3.0),
+    "ties_merge": lambda one, two: ties_merge(one, [two]),
+    "dare_merge": lambda one, two: dare_merge(one, [two]),
+    "slerp_merge": lambda one, two: slerp_merge(one, two, 0.5),
+    "wise_ft": lambda one, two: wise_ft(one, two, 0.5),
+    "LearnedSoup": learned,
+}
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_every_mix_says_that_factors_are_mixed_one_by_one_and_how_far_that_is(name):
+    one, two = (factors(seed, NAMES[1]) for seed in (0, 1))
+    with pytest.warns(UserWarning, match=f"{name}: .*lora_B' and .*lora_A' are the factors of an update") as said:
+        MIXES[name](one, two)
+    assert len(said) == 1
+    assert f"is {gap_by_hand([one, two]):.0%} away from the mean of their products" in str(said[0].message)
+
+
+@pytest.mark.parametrize("names", NAMES)
+@pytest.mark.parametrize("shapes", [((2, 5), (4, 2)), ((2, 5, 3, 3), (4, 2, 1, 1))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gap_is_that_of_the_products(names, shapes, dtype):
+    states = [factors(seed, names, shapes, dtype) for seed in range(3)]
+    with pytest.warns(UserWarning, match=f"is {gap_by_hand(states):.0%} away"):
+        average_state_dicts(states)
+
+
+def test_factors_side_by_side_are_the_mean_of_the_products_as_the_advice_says():
+    (one_a, one_b), (two_a, two_b) = (factors(seed).values() for seed in (0, 1))
+    side_by_side = torch.cat([one_b, two_b], 1) / 2 @ torch.cat([one_a, two_a])
+    torch.testing.assert_close(side_by_side, (one_b @ one_a + two_b @ two_a) / 2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda one, two: {**two, NAMES[0][0]: one[NAMES[0][0]]},  # one factor is the same: the mean is right
+        lambda one, two: {**two, NAMES[0][1]: one[NAMES[0][1]]},
+        lambda one, two: {key: value * 1.01 for key, value in one.items()},  # snapshots of one run
+        lambda one, two: {NAMES[0][0]: one[NAMES[0][0]], NAMES[0][1]: torch.zeros(4, 2)},
+    ],
+)
+def test_where_the_mean_is_right_nothing_is_said(change):
+    one, two = factors(0), factors(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        average_state_dicts([one, change(one, two)])
+        average_state_dicts([one, two], exclude="*lora_A*")
+        average_state_dicts([one])
+        only = [{NAMES[0][0]: state[NAMES[0][0]]} for state in (one, two)]
+        average_state_dicts(only)
+
+
+def test_files_of_adapters_are_told_of_as_well(tmp_path):
+    for seed in (0, 1):
+        torch.save(factors(seed), tmp_path / f"{seed}.pt")
+    with pytest.warns(UserWarning, match="are the factors of an update"):
+        make_soup([tmp_path / "0.pt", tmp_path / "1.pt"], check_ancestry=False)
