@@ -1,4 +1,4 @@
-"""Finds the techniques: every module in a purpose folder, by the names it lists; nothing is registered by hand."""
+"""Finds what is public: every module in a purpose folder, by the names it lists; nothing is registered by hand."""
 
 import importlib
 import inspect
@@ -9,13 +9,48 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from lightning.pytorch import LightningDataModule, LightningModule
+from torch import nn
+from torch.utils.data import Sampler
+from torchmetrics import Metric
+
 import lightning_reg
+from lightning_reg.engine.host.procedures import is_procedure
 from lightning_reg.engine.run.phases import phases_of
 from lightning_reg.engine.technique import Technique
 
-__all__ = ["Public", "Unit", "commands", "units"]
+__all__ = ["KINDS", "Public", "Unit", "commands", "kind_of", "units"]
 
+KINDS = ("technique", "metric", "loss", "network", "lightning_module", "datamodule", "procedure", "sampler")
 _NOT_A_PURPOSE = ("engine",)
+# The first that fits: a metric and a LightningModule are networks too.
+_BASES: tuple[tuple[str, type[Any]], ...] = (
+    ("technique", Technique),
+    ("metric", Metric),
+    ("lightning_module", LightningModule),
+    ("datamodule", LightningDataModule),
+    ("sampler", Sampler),
+    ("network", nn.Module),
+)
+
+
+def kind_of(value: Any) -> str | None:  # noqa: ANN401 # a public object of any kind
+    """What a public class or function is.
+
+    Nothing is registered: a class is what it inherits from, a network whose name ends in ``Loss`` is a loss, and a
+    function is a procedure if it was declared one.
+
+    Args:
+        value: The class or function.
+
+    Returns:
+        One of ``KINDS``; ``None`` for plain functions, results and reports.
+
+    """
+    if not inspect.isclass(value):
+        return "procedure" if is_procedure(value) else None
+    kind = next((kind for kind, base in _BASES if issubclass(value, base)), None)
+    return "loss" if kind == "network" and value.__name__.endswith("Loss") else kind
 
 
 @dataclass(frozen=True)
@@ -37,6 +72,18 @@ class Public:
     def is_core(self) -> bool:
         """Whether it works in any training loop: a function, or part of a file ``core.py``."""
         return inspect.isfunction(self.value) or self.home.endswith(".core")
+
+    @property
+    def kind(self) -> str | None:
+        """What it is, see :func:`kind_of`."""
+        return kind_of(self.value)
+
+    @property
+    def acts_on(self) -> str:
+        """Phases of the step that a technique takes part in; of others, their kind."""
+        if self.kind == "technique":
+            return ", ".join(phases_of(self.value)) or "callback hooks"
+        return (self.kind or "").replace("_", " ")
 
 
 @dataclass(frozen=True)
@@ -60,8 +107,11 @@ class Unit:
 
     def techniques(self) -> list[type[Technique]]:
         """The callbacks among the classes."""
-        classes = [public.value for public in self.public() if inspect.isclass(public.value)]
-        return [cls for cls in classes if issubclass(cls, Technique)]
+        return [public.value for public in self.members() if public.kind == "technique"]
+
+    def members(self) -> list[Public]:
+        """What is of a kind: techniques, metrics, networks, procedures."""
+        return [public for public in self.public() if public.kind is not None]
 
     def cores(self) -> list[Public]:
         """What works in any training loop."""
@@ -98,17 +148,12 @@ def _files(package: str) -> list[pkgutil.ModuleInfo]:
     return list(pkgutil.iter_modules(importlib.import_module(package).__path__))
 
 
-def summary(cls: type[Any]) -> str:
-    """First line of the class's docstring."""
-    return (inspect.getdoc(cls) or "").partition("\n")[0]
+def summary(value: Any) -> str:  # noqa: ANN401 # a class or function
+    """First line of a docstring."""
+    return (inspect.getdoc(value) or "").partition("\n")[0]
 
 
-def section(cls: type[Any], name: str) -> str:
-    """A section of the class's docstring (``Source``, ``Differs``), on one line; "" if there is none."""
-    match = re.search(rf"^{name}:\n((?:[ ]+.*\n|\n)+)", (inspect.getdoc(cls) or "") + "\n", re.MULTILINE)
+def section(value: Any, name: str) -> str:  # noqa: ANN401 # a class or function
+    """A section of a docstring (``Source``, ``Differs``), on one line; "" if there is none."""
+    match = re.search(rf"^{name}:\n((?:[ ]+.*\n|\n)+)", (inspect.getdoc(value) or "") + "\n", re.MULTILINE)
     return " ".join(match[1].split()) if match else ""
-
-
-def acts_on(cls: type[Technique]) -> str:
-    """Phases of the step that a technique takes part in."""
-    return ", ".join(phases_of(cls)) or "callback hooks"

@@ -11,15 +11,17 @@ from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, Model
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_reg import SoupAverager
 from lightning_reg.averaging.model_soups._validation import agreed_score
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.functional import ema_decay, load_averaged
+from lightning_reg.functional import LearnedSoup, ema_decay, load_averaged
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
+from tests.conformance.kinds.network import NetworkCase
 
 
 class AverageByHand(Hand):
@@ -35,49 +37,68 @@ class AverageByHand(Hand):
         return self.mean
 
 
-CASE = Case(
-    make=partial(SoupAverager, method="ema", decay=0.8),
-    neutral=partial(SoupAverager, method="lawa", last_k=1),
-    by_hand=AverageByHand,
-    also=["regression"],
-    variants=[
-        partial(SoupAverager, method="greedy", monitor="val_loss", mode="min"),
-        partial(SoupAverager, method="greedy", monitor="val_loss", mode="min", greedy_at="snapshot", every_n_steps=3),
-        partial(SoupAverager, method="greedy", monitor="val_loss", mode="min", greedy_at="snapshot"),
-        partial(SoupAverager, method="uniform", every_n_steps=2, load_at_end=False),
-        partial(SoupAverager, method="lawa", last_k=2, every_n_steps=3, include=["net.*"], exclude=["*.bias"]),
-        partial(SoupAverager, method="ema", half_life_steps=5.0, warmup_steps=4, swap_for_validation=True),
-        partial(SoupAverager, method="swa", start_step=5, swap_for_validation=True),
-    ],
-    invalid=[
-        ({"method": "mean"}, "method"),
-        ({"mode": "best"}, "mode"),
-        ({"every_n_epochs": 0}, "every_n_epochs"),
-        ({"every_n_steps": 0}, "every_n_steps"),
-        ({"every_n_epochs": 1, "every_n_steps": 1}, "every_n_epochs"),
-        ({"start_step": -1}, "start_step"),
-        ({"last_k": 0}, "last_k"),
-        ({"last_k": 3, "method": "ema"}, "last_k"),
-        ({"max_ingredients": 0}, "max_ingredients"),
-        ({"min_delta": -0.1}, "min_delta"),
-        ({"greedy_at": "start"}, "greedy_at"),
-        ({"method": "ema", "decay": 1.0}, "decay"),
-        ({"method": "ema", "decay": -0.1}, "decay"),
-        ({"method": "uniform", "decay": 0.9}, "decay"),
-        ({"method": "ema", "decay": 0.9, "half_life_steps": 3.0}, "half_life_steps"),
-        ({"method": "ema", "half_life_steps": 0.0}, "half_life_steps"),
-        ({"method": "ema", "half_life_steps": 1e9}, "half_life_steps"),
-        ({"method": "ema", "decay": 0.99999999}, "decay"),
-        ({"method": "greedy", "half_life_steps": 1.0}, "half_life_steps"),
-        ({"method": "ema", "warmup_steps": -1}, "warmup_steps"),
-        ({"method": "swa", "warmup_steps": 1}, "warmup_steps"),
-        ({"bn_update_batches": -1}, "bn_update_batches"),
-        ({"keep": "gpu"}, "keep"),
-        ({"method": "greedy", "swap_for_validation": True}, "swap_for_validation"),
-        ({"method": "ema", "from_checkpoints": True}, "from_checkpoints"),
-        ({"from_checkpoints": True, "every_n_steps": 1}, "from_checkpoints"),
-        ({"method": "uniform", "from_checkpoints": True, "swap_for_validation": True}, "swap_for_validation"),
-    ],
+def learned_soup(**options):
+    """A mix of three small networks."""
+    with isolate_rng():
+        torch.manual_seed(0)
+        networks = [nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)) for _ in range(3)]
+    return LearnedSoup(
+        **{"module": networks[0], "state_dicts": [network.state_dict() for network in networks], **options}
+    )
+
+
+CASE = (
+    Case(
+        make=partial(SoupAverager, method="ema", decay=0.8),
+        neutral=partial(SoupAverager, method="lawa", last_k=1),
+        by_hand=AverageByHand,
+        also=["regression"],
+        variants=[
+            partial(SoupAverager, method="greedy", monitor="val_loss", mode="min"),
+            partial(
+                SoupAverager, method="greedy", monitor="val_loss", mode="min", greedy_at="snapshot", every_n_steps=3
+            ),
+            partial(SoupAverager, method="greedy", monitor="val_loss", mode="min", greedy_at="snapshot"),
+            partial(SoupAverager, method="uniform", every_n_steps=2, load_at_end=False),
+            partial(SoupAverager, method="lawa", last_k=2, every_n_steps=3, include=["net.*"], exclude=["*.bias"]),
+            partial(SoupAverager, method="ema", half_life_steps=5.0, warmup_steps=4, swap_for_validation=True),
+            partial(SoupAverager, method="swa", start_step=5, swap_for_validation=True),
+        ],
+        invalid=[
+            ({"method": "mean"}, "method"),
+            ({"mode": "best"}, "mode"),
+            ({"every_n_epochs": 0}, "every_n_epochs"),
+            ({"every_n_steps": 0}, "every_n_steps"),
+            ({"every_n_epochs": 1, "every_n_steps": 1}, "every_n_epochs"),
+            ({"start_step": -1}, "start_step"),
+            ({"last_k": 0}, "last_k"),
+            ({"last_k": 3, "method": "ema"}, "last_k"),
+            ({"max_ingredients": 0}, "max_ingredients"),
+            ({"min_delta": -0.1}, "min_delta"),
+            ({"greedy_at": "start"}, "greedy_at"),
+            ({"method": "ema", "decay": 1.0}, "decay"),
+            ({"method": "ema", "decay": -0.1}, "decay"),
+            ({"method": "uniform", "decay": 0.9}, "decay"),
+            ({"method": "ema", "decay": 0.9, "half_life_steps": 3.0}, "half_life_steps"),
+            ({"method": "ema", "half_life_steps": 0.0}, "half_life_steps"),
+            ({"method": "ema", "half_life_steps": 1e9}, "half_life_steps"),
+            ({"method": "ema", "decay": 0.99999999}, "decay"),
+            ({"method": "greedy", "half_life_steps": 1.0}, "half_life_steps"),
+            ({"method": "ema", "warmup_steps": -1}, "warmup_steps"),
+            ({"method": "swa", "warmup_steps": 1}, "warmup_steps"),
+            ({"bn_update_batches": -1}, "bn_update_batches"),
+            ({"keep": "gpu"}, "keep"),
+            ({"method": "greedy", "swap_for_validation": True}, "swap_for_validation"),
+            ({"method": "ema", "from_checkpoints": True}, "from_checkpoints"),
+            ({"from_checkpoints": True, "every_n_steps": 1}, "from_checkpoints"),
+            ({"method": "uniform", "from_checkpoints": True, "swap_for_validation": True}, "swap_for_validation"),
+        ],
+    ),
+    NetworkCase(
+        make=partial(learned_soup, per="tensor"),
+        inputs=(torch.linspace(-1.0, 1.0, 10).reshape(2, 5),),
+        invalid=[({"per": "layer"}, "per"), ({"state_dicts": []}, "state_dicts")],
+    ),
 )
 
 pytestmark = [

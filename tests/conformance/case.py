@@ -52,6 +52,8 @@ class Case:
         """The technique's class."""
         return type(self.make())
 
+    subject = cls  # as cases of other kinds call it
+
     @property
     def problem(self) -> Problem:
         """Network, data and loss to train on."""

@@ -18,7 +18,7 @@ from lightning_reg.engine.run.report import techniques_table
 from tests.conformance.case import Case
 from tests.conformance.harness import demand, fit
 
-__all__ = ["cited", "says_what_it_does"]
+__all__ = ["check_docstring", "check_refused", "cited", "says_what_it_does"]
 
 _VENUES = (
     "AAAI|ACL|AISTATS|BMVC|COLM|COLT|CVPR|ECCV|ECML|EMNLP|ICASSP|ICCV|ICDM|ICLR|ICML|ICPR|IJCAI|IJCV|Interspeech|JMLR|KDD|"
@@ -37,7 +37,7 @@ def says_what_it_does(case: Case) -> None:
     assert not astray, f"logged {astray}, which is not under {own}"
     assert any(key.startswith(own) for key in run.own_scalars), f"no scalar is logged under {own}"
     for kwargs, argument in (*case.invalid, *_wrong_kinds(case.cls)):
-        _check_refused(case.cls, _required(case, technique) | dict(kwargs), argument)
+        check_refused(case.cls, _required(case, technique) | dict(kwargs), argument)
 
 
 def _check_line(technique: Any) -> None:
@@ -77,12 +77,14 @@ def _required(case: Case, technique: Any) -> dict[str, Any]:
     return {p.name: getattr(technique, p.name) for p in parameters if p.default is p.empty}
 
 
-def _check_refused(cls: type[Any], kwargs: dict[str, Any], argument: str) -> None:
-    call = f"{cls.__name__}({', '.join(f'{k}={v!r}' for k, v in kwargs.items())})"
+def check_refused(make: Callable[..., Any], kwargs: dict[str, Any], argument: str, name: str = "") -> None:
+    """Something made, or called, with such arguments raises a ValueError that names it and the argument."""
+    name = name or make.__name__
+    call = f"{name}({', '.join(f'{k}={v!r}' for k, v in kwargs.items())})"
     try:
-        cls(**kwargs)
+        make(**kwargs)
     except ValueError as error:
-        named = cls.__name__ in str(error) and f"`{argument}`" in str(error)
+        named = name in str(error) and f"`{argument}`" in str(error)
         demand(named, f"{call}: the error does not name class and argument `{argument}`: {error}")
     except Exception as error:
         raise AssertionError(f"{call} raises {type(error).__name__} in place of ValueError: {error}") from error
@@ -93,19 +95,24 @@ def _check_refused(cls: type[Any], kwargs: dict[str, Any], argument: str) -> Non
 def cited(case: Case) -> None:
     """The docstring gives paper, year and place, what differs, and every argument; public functions are documented."""
     cls = case.cls
-    source = registry.section(cls, "Source")
-    assert source, f"{cls.__name__}: the docstring has no section `Source:`"
-    assert re.search(r"\b(19|20)\d\d\b", source), f"{cls.__name__}: `Source:` gives no year: {source}"
-    place = re.search(rf"arXiv[: ]\s*\d{{4}}\.\d{{4,5}}|doi|\b({_VENUES})\b", source)
-    assert place, f"{cls.__name__}: `Source:` gives no arXiv number, DOI or known venue: {source}"
-    assert registry.section(cls, "Differs"), f"{cls.__name__}: the docstring has no section `Differs:` (or `nothing`)"
-    _check_arguments(cls.__name__, cls, list(inspect.signature(cls.__init__).parameters)[1:])
+    check_docstring(cls, list(inspect.signature(cls.__init__).parameters)[1:])
     functions = _public_functions(cls)
     assert functions, f"{cls.__name__}: `__all__` of its files lists no function: where is the core in pure PyTorch?"
     for function in functions:
         _check_arguments(function.__name__, function, list(inspect.signature(function).parameters))
         returns = inspect.signature(function).return_annotation not in (None, "None")
         assert not returns or "\nReturns:" in inspect.getdoc(function), f"{function.__name__}: no `Returns:`"
+
+
+def check_docstring(value: Any, arguments: list[str]) -> None:
+    """A public class or function gives paper, year and place, what differs, and every argument."""
+    name, source = value.__name__, registry.section(value, "Source")
+    assert source, f"{name}: the docstring has no section `Source:`"
+    assert re.search(r"\b(19|20)\d\d\b", source), f"{name}: `Source:` gives no year: {source}"
+    place = re.search(rf"arXiv[: ]\s*\d{{4}}\.\d{{4,5}}|doi|\b({_VENUES})\b", source)
+    assert place, f"{name}: `Source:` gives no arXiv number, DOI or known venue: {source}"
+    assert registry.section(value, "Differs"), f"{name}: the docstring has no section `Differs:` (or `nothing`)"
+    _check_arguments(name, value, arguments)
 
 
 def _public_functions(cls: type[Any]) -> list[Callable[..., Any]]:

@@ -1,6 +1,7 @@
 """Outputs and features tied to those of the network of the task before, and what was forgotten."""
 
 import copy
+import math
 from functools import partial
 
 import pytest
@@ -22,6 +23,7 @@ from lightning_reg.functional import (
 )
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
+from tests.conformance.kinds.metric import MetricCase
 from tests.toys import INPUTS, QUIET, Boom, BoomError, Callback, Classifier, fit, make_trainer, same_weights, weights_of
 
 pytestmark = QUIET
@@ -64,6 +66,44 @@ class FeaturesByHand(Hand):
         return 0.5 * (moment.features["net.body"] - self.wanted).square().sum() / len(moment.x)
 
 
+def logits(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def tested(after):
+    """Logits of test samples after some tasks, their labels, and the number of tasks."""
+    seen = [2, 3, 5][after - 1]
+    labels = torch.arange(3 * seen) % seen
+    return logits(after, len(labels), 5) + 0.5 * F.one_hot(labels, 5), labels, after
+
+
+def metrics_by_loops(batches):
+    """The three numbers over batches of five classes, in tasks of 2, 1 and 2, from the hits of each sample."""
+    sizes, owner, hits = [2, 1, 2], [0, 0, 1, 2, 2], {}
+    for batch in batches:
+        after = batch["after_task"]
+        for row, label in zip(batch["logits"].tolist(), batch["labels"].tolist(), strict=True):
+            own = [c for c in range(5) if owner[c] == owner[label]]
+            told = max(own, key=row.__getitem__) == label
+            hit = max(range(sum(sizes[:after])), key=row.__getitem__) == label
+            hits.setdefault((after, owner[label] + 1), []).append((hit, told))
+    last = max(after for after, _ in hits)
+
+    def share(which, after, task):
+        found = [pair[which] for pair in hits.get((after, task), ())]
+        return sum(found) / len(found) if found else math.nan
+
+    def lost(which):
+        steps = [
+            sum(sizes[n - 1] * (share(which, n, n) - share(which, i, n)) for n in range(1, i)) / sum(sizes[:i])
+            for i in range(2, last + 1)
+        ]
+        return sum(steps) / max(len(steps), 1)
+
+    now = [hit for task in range(1, last + 1) for hit, _ in hits[last, task]]
+    return {"accuracy": sum(now) / len(now), "forgetting": lost(0), "local_forgetting": lost(1)}
+
+
 CASE = (
     Case(
         make=partial(after_one_task, new_classes=[2, 2, 0, 0]),
@@ -88,14 +128,16 @@ CASE = (
         variants=[partial(FeatureDistillation, "net.act_body"), partial(FeatureDistillation, "net.body", loss="last")],
         invalid=[({"layer": "net.body", "weight": -0.1}, "weight")],
     ),
+    MetricCase(
+        make=partial(ContinualMetrics, new_classes=[2, 1, 2]),
+        batches=[dict(zip(("logits", "labels", "after_task"), tested(n), strict=True)) for n in (1, 2, 3, 1, 2, 3)],
+        expected=metrics_by_loops,
+        invalid=[({"new_classes": [2, 0]}, "new_classes"), ({"new_classes": []}, "new_classes")],
+    ),
 )
 
 
 # -- losses -----------------------------------------------------------------------------------------------------------
-
-
-def logits(seed, *shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def test_bce_by_loops():
@@ -169,36 +211,9 @@ def test_forgetting_by_hand():
     assert forgetting(torch.tensor([[0.7]]), [5]) == 0.0
 
 
-def test_metrics_by_loops():
-    sizes, owner = [2, 1, 2], [0, 0, 1, 2, 2]
-    metrics, hits = ContinualMetrics(sizes), {}
-    for after in (1, 2, 3):
-        seen = sum(sizes[:after])
-        y = torch.arange(3 * seen) % seen
-        z = logits(after, len(y), 5) + 0.5 * F.one_hot(y, 5)
-        for half in (slice(0, 4), slice(4, None)):
-            metrics.update(z[half], y[half], after_task=after)
-        for row, label in zip(z.tolist(), y.tolist(), strict=True):
-            own = [c for c in range(5) if owner[c] == owner[label]]
-            told = max(own, key=lambda c, row=row: row[c]) == label
-            hits.setdefault((after, owner[label]), []).append((max(range(seen), key=row.__getitem__) == label, told))
-    r = [torch.zeros(3, 3), torch.zeros(3, 3)]
-    for (after, n), pairs in hits.items():
-        for matrix, values in zip(r, zip(*pairs, strict=True), strict=True):
-            matrix[after - 1, n] = sum(values) / len(values)
-    last = [hit for n in range(3) for hit, _ in hits[3, n]]
-    computed = metrics.compute()
-    assert computed["accuracy"].item() == pytest.approx(sum(last) / len(last))
-    assert computed["forgetting"].item() == pytest.approx(forgetting(r[0], sizes).item())
-    assert computed["local_forgetting"].item() == pytest.approx(forgetting(r[1], sizes).item())
-    metrics.reset()
-    metrics.update(torch.eye(5)[:2], torch.tensor([0, 0]), after_task=1)
-    assert metrics.compute()["accuracy"] == 0.5
-    for wrong in ([], [2, 0]):
-        with pytest.raises(ValueError, match="ContinualMetrics: `new_classes` must be"):
-            ContinualMetrics(wrong)
+def test_metrics_refuse_a_task_that_is_not_there():
     with pytest.raises(ValueError, match=r"`after_task` must be in \[1, 3\], got 4"):
-        metrics.update(torch.eye(5), torch.arange(5), after_task=4)
+        ContinualMetrics([2, 1, 2]).update(torch.eye(5), torch.arange(5), after_task=4)
 
 
 def test_metrics_go_on_in_another_process():

@@ -22,6 +22,7 @@ from lightning_reg.engine.host.row_bits import keep_mask
 from lightning_reg.functional import dropout_copies, fold, multi_sample_dropout, multi_sample_loss
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
+from tests.conformance.kinds.network import NetworkCase
 from tests.conformance.problems import Problem
 from tests.toys import (
     QUIET,
@@ -74,30 +75,37 @@ class CopiesByHand(Hand):
 
 
 SAMPLED = partial(MultiSampleDropout, "net.drop", num_samples=4)
-CASE = Case(
-    make=SAMPLED,
-    neutral=partial(MultiSampleDropout, "net.drop", num_samples=1),
-    by_hand=CopiesByHand,
-    data=Problem(net, data, F.cross_entropy, serves=["images", "classification"]),
-    variants=[
-        partial(SAMPLED, p=0.3),
-        partial(SAMPLED, outputs="all"),
-        partial(SAMPLED, head="net.head"),
-        partial(SAMPLED, mode="replay", backbone="net.body"),
-    ],
-    invalid=[
-        ({"num_samples": 0}, "num_samples"),
-        ({"num_samples": 2.0}, "num_samples"),
-        ({"p": -0.1}, "p"),
-        ({"p": 1.0}, "p"),
-        ({"p": 0.5, "num_samples": 1}, "p"),
-        ({"mode": "replay"}, "backbone"),
-        ({"backbone": "net.body"}, "backbone"),
-        ({"mode": "replay", "backbone": "net.body", "outputs": "all"}, "outputs"),
-        ({"mode": "replay", "backbone": "net.body", "head": "net"}, "head"),
-        ({"outputs": "all", "head": "net"}, "head"),
-        ({"seed": -1}, "seed"),
-    ],
+CASE = (
+    Case(
+        make=SAMPLED,
+        neutral=partial(MultiSampleDropout, "net.drop", num_samples=1),
+        by_hand=CopiesByHand,
+        data=Problem(net, data, F.cross_entropy, serves=["images", "classification"]),
+        variants=[
+            partial(SAMPLED, p=0.3),
+            partial(SAMPLED, outputs="all"),
+            partial(SAMPLED, head="net.head"),
+            partial(SAMPLED, mode="replay", backbone="net.body"),
+        ],
+        invalid=[
+            ({"num_samples": 0}, "num_samples"),
+            ({"num_samples": 2.0}, "num_samples"),
+            ({"p": -0.1}, "p"),
+            ({"p": 1.0}, "p"),
+            ({"p": 0.5, "num_samples": 1}, "p"),
+            ({"mode": "replay"}, "backbone"),
+            ({"backbone": "net.body"}, "backbone"),
+            ({"mode": "replay", "backbone": "net.body", "outputs": "all"}, "outputs"),
+            ({"mode": "replay", "backbone": "net.body", "head": "net"}, "head"),
+            ({"outputs": "all", "head": "net"}, "head"),
+            ({"seed": -1}, "seed"),
+        ],
+    ),
+    NetworkCase(
+        make=partial(MultiSampleDropoutLayer, num_samples=3),
+        inputs=(torch.linspace(-1.0, 1.0, 10).reshape(2, 5),),
+        invalid=[({"p": 1.0}, "p"), ({"num_samples": 0}, "num_samples")],
+    ),
 )
 
 pytestmark = QUIET

@@ -21,6 +21,7 @@ from lightning_reg.functional import bake_companders, compand, compand_gradients
 from lightning_reg.regularization.weight_compander.core import compand_all, pull_back_all_, shapes_for
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
+from tests.conformance.kinds.network import NetworkCase
 from tests.conformance.laws import LAWS
 from tests.toys import (
     BATCH,
@@ -45,22 +46,29 @@ class CompandedByHand(Hand):
         return self.b * (weight / self.a).tan(), lambda v: self.a * (v / self.b).atan()
 
 
-CASE = Case(
-    make=partial(WeightCompander, a=0.5, b=0.3),
-    neutral=partial(WeightCompander, fn="identity"),
-    by_hand=CompandedByHand,
-    also=["regression"],
-    variants=[
-        partial(WeightCompander, a=0.5, b=0.3, learn=True, shape_lr_factor=0.1),
-        partial(WeightCompander),
-        partial(WeightCompander, fn="tanh", layers=["*.body"], preserve_init=False),
-        partial(WeightCompander, fn="softsign", b=0.3, exclude=["*.head"], learn=True),
-    ],
-    invalid=[
-        ({"a": 0.0}, "a"),
-        ({"b": 0.0}, "b"),
-        ({"shape_lr_factor": -0.1}, "shape_lr_factor"),
-    ],
+CASE = (
+    Case(
+        make=partial(WeightCompander, a=0.5, b=0.3),
+        neutral=partial(WeightCompander, fn="identity"),
+        by_hand=CompandedByHand,
+        also=["regression"],
+        variants=[
+            partial(WeightCompander, a=0.5, b=0.3, learn=True, shape_lr_factor=0.1),
+            partial(WeightCompander),
+            partial(WeightCompander, fn="tanh", layers=["*.body"], preserve_init=False),
+            partial(WeightCompander, fn="softsign", b=0.3, exclude=["*.head"], learn=True),
+        ],
+        invalid=[
+            ({"a": 0.0}, "a"),
+            ({"b": 0.0}, "b"),
+            ({"shape_lr_factor": -0.1}, "shape_lr_factor"),
+        ],
+    ),
+    NetworkCase(
+        make=partial(Compander, a=0.7, b=0.4, learn=True),
+        inputs=(torch.linspace(-1.0, 1.0, 10).reshape(2, 5),),
+        invalid=[({"a": 0.0}, "a"), ({"b": 0.0}, "b"), ({"fn": "sine"}, "fn")],
+    ),
 )
 
 pytestmark = QUIET
@@ -501,7 +509,7 @@ def test_a_step_that_overflows_changes_nothing():
     agree(module, hand, atol=2e-2)  # half precision
 
 
-LEARNED = replace(CASE, make=CASE.variants[0], exempt={})
+LEARNED = replace(CASE[0], make=CASE[0].variants[0], exempt={})
 
 
 @pytest.mark.parametrize("law", ["precision", "leaves_no_trace", "own_randomness"])

@@ -90,6 +90,9 @@ class LearnedSoup(nn.Module):
         for key, value in self._first.items():
             if is_averaged(value) and not matches(key, exclude):
                 self._first[key] = torch.stack([accumulated(m[key]) for m in members]).mean(0).to(value.dtype)
+        self._fixed = [name for name in self._fixed if plain_name(name) in self._first]
+        for position, name in enumerate(self._fixed):  # as buffers, which move with this module
+            self.register_buffer(f"fixed_{position}", self._first[plain_name(name)].detach(), persistent=False)
         rows = len(self._names) if per == "tensor" else 1
         self.raw = nn.Parameter(torch.ones(rows, len(state_dicts)))
         self.beta = nn.Parameter(torch.ones(()))
@@ -171,16 +174,13 @@ class LearnedSoup(nn.Module):
         for position, name in enumerate(self._names):
             row = weights[position if self.per == "tensor" else 0]
             stacked = self._stacked(position)
-            mixed[name] = torch.tensordot(row.to(stacked.dtype), stacked, 1)
+            with torch.autocast(stacked.device.type, enabled=False):  # sums of weights keep the weights' precision
+                mixed[name] = torch.tensordot(row.to(stacked.dtype), stacked, 1)
         return mixed
 
     def _rest_of_soup(self) -> dict[str, Tensor]:
         # Clones: in train mode batch norm would write into them.
-        return {
-            name: self._first[plain_name(name)].to(self.raw.device).clone()
-            for name in self._fixed
-            if plain_name(name) in self._first
-        }
+        return {name: self.get_buffer(f"fixed_{n}").clone() for n, name in enumerate(self._fixed)}
 
     def _stacked(self, position: int) -> Tensor:
         return self.get_buffer(f"stacked_{position}")

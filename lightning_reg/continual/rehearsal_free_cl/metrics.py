@@ -22,6 +22,12 @@ class ContinualMetrics(Metric):
     largest logit of its classes); see :func:`forgetting`, with the number of classes as size. A number that needs a
     test of an earlier task that was not made is NaN.
 
+    Source:
+        Smith et al., "A Closer Look at Rehearsal-Free Continual Learning", CVPR Workshops 2023, arXiv 2203.17269.
+
+    Differs:
+        Nothing.
+
     Args:
         new_classes: Number of classes that each task adds, at least 1 each; labels count through.
 

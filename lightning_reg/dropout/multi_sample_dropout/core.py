@@ -136,6 +136,13 @@ class MultiSampleDropoutLayer(nn.Module):
     Repeat the targets M times, ``y.repeat(num_samples)``, and take the mean of the losses. In a LightningModule that
     has a dropout layer already, :class:`MultiSampleDropout` does all this from outside.
 
+    Source:
+        Inoue, "Multi-Sample Dropout for Accelerated Training and Better Generalization", 2019, arXiv 1905.09788.
+
+    Differs:
+        The layers behind it run once on all copies, where the paper has a layer per copy with shared weights: the same
+        function, as one matrix product.
+
     Args:
         p: Drop rate, in [0, 1).
         num_samples: Number of copies M, at least 1.

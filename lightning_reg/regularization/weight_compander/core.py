@@ -271,6 +271,13 @@ class Compander(nn.Module):
     ``parametrize.register_parametrization(layer, "weight", Compander(a, b))`` leaves the layer's output as it is;
     :func:`bake_companders` makes plain layers again. The callback works without it.
 
+    Source:
+        Cakaj, Mehnert and Yang, "Weight Compander: A Simple Weight Reparameterization for Regularization", 2023,
+        arXiv 2306.16993.
+
+    Differs:
+        The paper's text was not at hand: the function is a reconstruction, see :class:`WeightCompander`.
+
     Args:
         a: Scale of the bound, above 0.
         b: Knee, above 0.
