@@ -4,11 +4,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+from typing_extensions import override
 
 from lightning_reg.engine.data.batches import samples_of, tensors_of
 from lightning_reg.engine.data.indices import IndexSource, entry_of_batch
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
     from lightning_reg.engine.data.views import Views
     from lightning_reg.engine.host.owner import Owner
 
-__all__ = ["Samples", "Step"]
+__all__ = ["EvaluationStep", "Samples", "Stage", "Step"]
+
+Stage = Literal["train", "validate", "test", "predict"]
 
 
 class Samples(NamedTuple):
@@ -46,7 +49,7 @@ class Samples(NamedTuple):
 
 
 class Step:
-    """One call of the user's ``training_step``.
+    """One call of the user's ``training_step``; of another step for those that act in evaluation.
 
     Args:
         trainer: The Trainer.
@@ -57,6 +60,7 @@ class Step:
         arguments: What ``training_step`` gets besides the batch.
 
     Attributes:
+        stage: What the step is for.
         features: Outputs of the observed layers, by name; filled while the forward pass runs.
         passes: The same for layers that are passed several times: all outputs in order.
         views: The batch joined with its further views, which is what ``training_step`` gets; ``None`` without views.
@@ -73,6 +77,8 @@ class Step:
         made_loss: Whether it made a loss, as far as that is known when it has returned.
 
     """
+
+    stage: Stage = "train"
 
     def __init__(
         self,
@@ -216,6 +222,27 @@ class Step:
         source, drawn = find_source(technique, self._followed)
         drawn = drawn or source.missing()
         return Samples(drawn.host.to(device, non_blocking=True), drawn.distinct, source.capacity, source.size)
+
+
+class EvaluationStep(Step):
+    """One call of the user's ``validation_step``, ``test_step`` or ``predict_step``.
+
+    Args:
+        trainer: The Trainer.
+        module: The user's module.
+        arguments: What the step gets: the batch, its position, the loader's position.
+        stage: What the step is for.
+
+    """
+
+    def __init__(self, trainer: "Trainer", module: "LightningModule", arguments: "Sequence[Any]", stage: Stage) -> None:
+        super().__init__(trainer, module, arguments[0] if arguments else None, {}, False, arguments[1:])
+        self.stage = stage
+
+    @property
+    @override
+    def stream(self) -> str:
+        return f" {self.stage} {' '.join(map(str, self.arguments))}"
 
 
 def _agreed_size(batch: Any) -> int | None:

@@ -10,6 +10,7 @@ from lightning_reg.engine.host import distributed
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_number
 from lightning_reg.engine.run.engine import Engine
+from lightning_reg.engine.run.evaluation import AroundEvaluation
 from lightning_reg.engine.run.phases import (
     PHASES,
     Member,
@@ -46,12 +47,13 @@ class Technique(Member, host.Callback):
     A technique takes part in a phase of the training step by overriding the phase's method. The methods are declared by
     subclasses, one for each thing that a technique can act on; it inherits from those that it needs::
 
+        prepare_model, before optimizers are made            Technique
         batch sampler draws ─► workers, collate, device
            ▼
         transform_batch   observe_batch   extra_views        BatchTechnique
         edit_weights                                         WeightTechnique
            ▼  the user's training_step
-           │    edit_features                                LayerTechnique
+           │    edit_features (`stages`: in others too)      LayerTechnique
            │    change_targets ─► change_losses ─►
            │    sample_weights ─► loss_term                  LossTechnique
            ▼  backward, gradients
@@ -135,9 +137,10 @@ class Technique(Member, host.Callback):
     @override
     def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
         """Attaches the engine to the Trainer, once for all techniques."""
+        techniques = [callback for callback in host.callbacks(trainer) if isinstance(callback, Technique)]
         if stage == "fit":
-            techniques = [callback for callback in host.callbacks(trainer) if isinstance(callback, Technique)]
             Engine.attach(trainer, pl_module, techniques)
+        AroundEvaluation.attach(trainer, pl_module, techniques)
 
     def generator(
         self, step: "Step", device: torch.device | str = "cpu", *, same_on_ranks: bool = False

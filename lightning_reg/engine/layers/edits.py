@@ -1,4 +1,4 @@
-"""Changing the outputs of named layers while the training step runs, by hooks of ``nn.Module``."""
+"""Changing the outputs of named layers while a step runs, by hooks of ``nn.Module``."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_reg.engine.host.errors import refuse_layer
+from lightning_reg.engine.host.errors import MisconfigurationException, refuse_layer
 from lightning_reg.engine.layers.named import LayerHook, named_layers
 
 if TYPE_CHECKING:
@@ -24,11 +24,12 @@ class LayerCall:
 
     Args:
         name: Name of the layer, as in ``named_modules()``.
-        layer: The layer; it is in training mode, and gradients are recorded.
+        layer: The layer; in a training step it is in training mode and gradients are recorded, in others neither need
+            be so.
         input: Its first argument, untouched by a layer that works in place.
         output: What it returned, already changed if an earlier technique has changed it.
-        step: The training step that it happened in.
-        number: How many outputs were changed before in this pass through ``training_step``.
+        step: The step that it happened in; ``step.stage`` tells training from evaluation.
+        number: How many outputs were changed before in this pass through the step.
 
     """
 
@@ -61,20 +62,23 @@ class LayerEdits:
     Args:
         module: The user's module.
         edits: In the order in which they act.
+        training: Whether layers are edited in training, or in evaluation.
 
     Raises:
         MisconfigurationException: If a name matches no layer; the message lists near ones.
 
     """
 
-    def __init__(self, module: nn.Module, edits: Sequence[LayerEdit]) -> None:
+    def __init__(self, module: nn.Module, edits: Sequence[LayerEdit], *, training: bool = True) -> None:
         named = named_layers(module)
         for edit in edits:
             for name in edit.layers:
                 if name not in named:
                     refuse_layer(name, named, type(edit.owner).__name__)
-        self._edits = edits
+        self._edits, self._training = edits, training
+        self._unseen = [edit for edit in edits if edit.layers]
         self._step: Step | None = None
+        self._seen: set[str] = set()
         self._inputs: dict[str, Any] = {}
         self._number = 0
         self._handles: list[RemovableHandle] = []
@@ -92,6 +96,26 @@ class LayerEdits:
         self._step = None
         self._inputs.clear()
 
+    def check(self, step: "Step") -> None:
+        """Refuses, after the first step of each owner, that none of its layers has run in it.
+
+        Args:
+            step: What has run.
+
+        Raises:
+            MisconfigurationException: Naming the owner and its layers.
+
+        """
+        for edit in [edit for edit in self._unseen if edit.owner in step.active]:
+            self._unseen.remove(edit)
+            if self._seen.isdisjoint(edit.layers):
+                raise MisconfigurationException(
+                    f"{type(edit.owner).__name__} changes what {', '.join(map(repr, edit.layers))} return, and none of"
+                    f" them ran in the first {step.stage} step. Are they used there? Layers of a network that ran under"
+                    " `torch.compile` before the technique was there run without it: call `torch.compiler.reset()`"
+                    " first."
+                )
+
     def close(self) -> None:
         """Takes the hooks off."""
         for handle in self._handles:
@@ -100,7 +124,11 @@ class LayerEdits:
 
     def before(self, name: str, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Keeps the input of a layer, and says what the layer gets in its place; ``None`` for the same."""
-        if self._step is None or not args or not (layer.training and torch.is_grad_enabled()):
+        if self._step is None or not args:
+            return None
+        if self._unseen:
+            self._seen.add(name)
+        if layer.training is not self._training or (self._training and not torch.is_grad_enabled()):
             return None
         given = self._inputs[name] = args[0]
         if getattr(layer, "inplace", False) and isinstance(given, Tensor):

@@ -48,6 +48,9 @@ class Engine:
         self._before_closure = overriding(self.parts[::-1], "before_closure")
         self._idle = host.IdleHooks(())
         self._replaced = {"training_step": host.Replacement(trainer.strategy, "training_step", self.training_step)}
+        self._preparing = [t for t in techniques if type(t).prepare_model is not Member.prepare_model]
+        if self._preparing:
+            self._replaced["setup"] = host.Replacement(trainer.strategy, "setup", self.set_up)
 
     @classmethod
     def attach(cls, trainer: "Trainer", module: "LightningModule", techniques: Sequence[Member]) -> None:
@@ -78,6 +81,12 @@ class Engine:
         ]
         host.set_callbacks(self.trainer, kept)
         ENGINES.pop(self.trainer, None)
+
+    def set_up(self, trainer: "Trainer") -> None:
+        """What the Trainer calls in place of ``Strategy.setup``, which wraps the module and makes optimizers."""
+        for technique in self._preparing:
+            technique.prepare_model(self.module)
+        self._replaced["setup"].original(trainer)
 
     def prepare(self) -> None:
         """Finds the named layers and parameters, once ``configure_model`` has made them."""

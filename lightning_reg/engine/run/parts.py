@@ -61,7 +61,7 @@ def make_parts(trainer: "Trainer", module: "LightningModule", techniques: Sequen
         parts.append(SwapPart(trainer, module, edited, maps.own_writes if mapped else nullcontext))
     if mapped:
         parts.append(maps)
-    on_layers = taking_part(techniques, OnLayers)
+    on_layers = [technique for technique in taking_part(techniques, OnLayers) if "train" in technique.stages]
     if on_layers:
         parts.append(EditPart(module, on_layers))
     for technique in taking_part(techniques, Member, "parts"):
@@ -338,6 +338,7 @@ class EditPart(Part):
             yield
         finally:
             self._edits.shut()
+        self._edits.check(step)
 
     @override
     def close(self) -> None:

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
 
 from torch import Tensor, nn
 
+from lightning_reg.engine.step import Stage
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from contextlib import AbstractContextManager
@@ -77,6 +79,13 @@ class Member:
     def remembers_channels(self) -> bool:
         """Whether it holds, from an earlier fit, numbers that belong to single channels of the module's layers."""
         return False
+
+    def prepare_model(self, module: "LightningModule") -> None:
+        """Prepares the module before it is wrapped for several processes and before its optimizers are made.
+
+        Its weights are those that the fit begins with, restored ones too: parameters can be frozen here. What this
+        changes :meth:`teardown` puts back.
+        """
 
     def is_active(self, step: "Step") -> bool:
         """Whether it takes part in this step; an inactive technique costs this call and nothing else."""
@@ -183,6 +192,10 @@ class OnLoss(Member):
 class OnLayers(Member):
     """The phase on the outputs of named layers."""
 
+    # In which steps outputs are changed. In evaluation they are without gradient as a rule, and there is no fit if the
+    # user calls `trainer.test` alone: what the technique needs then it has in its arguments or its state.
+    stages: ClassVar[frozenset[Stage]] = frozenset({"train"})
+
     def features_to_edit(self, module: nn.Module) -> "Sequence[str]":
         """Names of the layers whose outputs :meth:`edit_features` changes, as in ``named_modules()``."""
         return ()
@@ -190,7 +203,8 @@ class OnLayers(Member):
     def edit_features(self, call: "LayerCall") -> Any:
         """Returns what a layer returns in its place, ``None`` for its own output.
 
-        Called when the layer ran inside the user's ``training_step``, in training mode and with gradients recorded.
+        Called when the layer ran inside the user's ``training_step``, in training mode and with gradients recorded; and
+        in evaluation mode inside ``validation_step``, ``test_step`` and ``predict_step``, if :attr:`stages` says so.
         """
         raise NotImplementedError
 

@@ -1,0 +1,82 @@
+"""What techniques do outside training: layers edited in validation, test and prediction."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import override
+
+from lightning_reg.engine.host import lightning as host
+from lightning_reg.engine.layers.edits import LayerEdit, LayerEdits
+from lightning_reg.engine.run.phases import Member, OnLayers, taking_part
+from lightning_reg.engine.step import EvaluationStep, Stage
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["AroundEvaluation"]
+
+_STEPS: dict[str, Stage] = {"validation_step": "validate", "test_step": "test", "predict_step": "predict"}
+
+
+class AroundEvaluation(host.Callback):
+    """Stands around the steps of validation, test and prediction while a Trainer runs, first among its callbacks.
+
+    Layers are looked up in the first of these steps, when ``configure_model`` has made them.
+
+    Args:
+        trainer: The Trainer.
+        module: The user's module.
+        techniques: Those that act outside training.
+
+    """
+
+    def __init__(self, trainer: "Trainer", module: "LightningModule", techniques: Sequence[OnLayers]) -> None:
+        self._module, self._techniques = module, techniques
+        self._edits: LayerEdits | None = None
+        self._replaced = []
+        for method, stage in _STEPS.items():
+            if any(stage in technique.stages for technique in techniques):
+                original = getattr(trainer.strategy, method)
+                run = partial(self._run, trainer, original, stage)
+                self._replaced.append(host.Replacement(trainer.strategy, method, run))
+
+    @classmethod
+    def attach(cls, trainer: "Trainer", module: "LightningModule", techniques: Sequence[Member]) -> None:
+        """Attaches it if a technique acts outside training, unless it is there."""
+        acting = [technique for technique in taking_part(techniques, OnLayers) if technique.stages - {"train"}]
+        callbacks = host.callbacks(trainer)
+        if acting and not any(isinstance(callback, cls) for callback in callbacks):
+            host.set_callbacks(trainer, [cls(trainer, module, acting), *callbacks])
+
+    def _run(self, trainer: "Trainer", original: Callable[..., Any], stage: Stage, *args: Any, **kwargs: Any) -> Any:
+        step = EvaluationStep(trainer, self._module, args, stage)
+        step.active = [t for t in self._techniques if stage in t.stages and t.is_active(step)]
+        if not step.active:
+            return original(*args, **kwargs)
+        if self._edits is None:
+            edits = [LayerEdit(t, t.features_to_edit(self._module), t.edit_features) for t in self._techniques]
+            self._edits = LayerEdits(self._module, edits, training=False)
+        self._edits.open(step)
+        try:
+            output = original(*args, **kwargs)
+        finally:
+            self._edits.shut()
+        self._edits.check(step)
+        return output
+
+    @override
+    def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
+        self._detach(trainer)
+
+    @override
+    def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
+        self._detach(trainer)
+
+    def _detach(self, trainer: "Trainer") -> None:
+        if self._edits is not None:
+            self._edits.close()
+        for replacement in reversed(self._replaced):
+            replacement.undo()
+        self._replaced.clear()
+        host.set_callbacks(trainer, [callback for callback in host.callbacks(trainer) if callback is not self])
