@@ -28,9 +28,11 @@ if TYPE_CHECKING:
     from lightning_reg.dropout.multi_sample_dropout.multi_sample_dropout import MultiSampleDropout as MultiSampleDropout
     from lightning_reg.engine.loss.mixin import LossMixin as LossMixin
     from lightning_reg.engine.technique import BatchTechnique as BatchTechnique
+    from lightning_reg.engine.technique import GradientTechnique as GradientTechnique
     from lightning_reg.engine.technique import LayerTechnique as LayerTechnique
     from lightning_reg.engine.technique import LossTechnique as LossTechnique
     from lightning_reg.engine.technique import PenaltyTechnique as PenaltyTechnique
+    from lightning_reg.engine.technique import StepTechnique as StepTechnique
     from lightning_reg.engine.technique import Technique as Technique
     from lightning_reg.engine.technique import WeightMapTechnique as WeightMapTechnique
     from lightning_reg.engine.technique import WeightTechnique as WeightTechnique
@@ -63,9 +65,11 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "MultiSampleDropout": "lightning_reg.dropout.multi_sample_dropout.multi_sample_dropout",
         "LossMixin": "lightning_reg.engine.loss.mixin",
         "BatchTechnique": "lightning_reg.engine.technique",
+        "GradientTechnique": "lightning_reg.engine.technique",
         "LayerTechnique": "lightning_reg.engine.technique",
         "LossTechnique": "lightning_reg.engine.technique",
         "PenaltyTechnique": "lightning_reg.engine.technique",
+        "StepTechnique": "lightning_reg.engine.technique",
         "Technique": "lightning_reg.engine.technique",
         "WeightMapTechnique": "lightning_reg.engine.technique",
         "WeightTechnique": "lightning_reg.engine.technique",

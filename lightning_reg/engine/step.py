@@ -72,6 +72,7 @@ class Step:
         network: Runs the user's ``training_step`` on a batch.
         call_changes: What parts make of each loss call, with gradient or without, before techniques work on it; by the
             technique whose part it is.
+        add_terms: Joins terms of the step with a loss that the user's code hands over, under manual optimization.
         feature_view: What is kept of the output of an observed layer.
         output: What ``training_step`` has returned.
         made_loss: Whether it made a loss, as far as that is known when it has returned.
@@ -101,6 +102,7 @@ class Step:
         self.active: Sequence[Owner] = ()
         self.network: Callable[[Any], Any] = _no_network
         self.call_changes: dict[Owner, Callable[[Any], Any]] = {}
+        self.add_terms: Callable[[Tensor], Tensor] = _no_terms
         self.feature_view: Callable[[Any], Any] | None = None
         self.output: Any = None
         self.made_loss = False
@@ -252,6 +254,10 @@ def _agreed_size(batch: Any) -> int | None:
     if not common or (len(common) == 2 and common[0][1] == common[1][1]):
         return None
     return common[0][0]
+
+
+def _no_terms(loss: Tensor) -> Tensor:
+    return loss
 
 
 def _no_network(batch: Any) -> Any:

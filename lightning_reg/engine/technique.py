@@ -14,10 +14,13 @@ from lightning_reg.engine.run.evaluation import AroundEvaluation
 from lightning_reg.engine.run.phases import (
     PHASES,
     Member,
+    Observer,
     OnBatch,
+    OnGradients,
     OnLayers,
     OnLoss,
     OnParameters,
+    OnStep,
     OnWeights,
     ThroughMap,
 )
@@ -29,16 +32,20 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BatchTechnique",
+    "GradientTechnique",
     "LayerTechnique",
     "LossTechnique",
     "PenaltyTechnique",
+    "StepTechnique",
     "Technique",
     "WeightMapTechnique",
     "WeightTechnique",
 ]
 
 # What a technique may override only with the class that declares it.
-_DECLARED_BY = {name: role for role in {*PHASES.values()} - {Member} for name in vars(role) if name[0] != "_"}
+_DECLARED_BY = {
+    name: role for role in ({*PHASES.values()} | {Observer}) - {Member} for name in vars(role) if name[0] != "_"
+}
 
 
 class Technique(Member, host.Callback):
@@ -56,9 +63,12 @@ class Technique(Member, host.Callback):
            │    edit_features (`stages`: in others too)      LayerTechnique
            │    change_targets ─► change_losses ─►
            │    sample_weights ─► loss_term                  LossTechnique
+        step_term                                            StepTechnique
            ▼  backward, gradients
         penalty                                              PenaltyTechnique
+        change_gradients                                     GradientTechnique
         pull_back ─► optimizer step ─► map_weights           WeightMapTechnique
+        after_step                                           GradientTechnique
            ▼
         on_train_batch_end and Lightning's other hooks       Technique
 
@@ -178,6 +188,14 @@ class LossTechnique(OnLoss, Technique):
     """A technique on the loss call: its targets, its losses, their weights, terms beside them."""
 
 
+class StepTechnique(OnStep, Technique):
+    """A technique that adds a term to the loss of a step, whatever made that loss."""
+
+
+class GradientTechnique(OnGradients, Technique):
+    """A technique on the gradients that an optimizer is about to use, and on what follows its step."""
+
+
 class LayerTechnique(OnLayers, Technique):
     """A technique on the outputs of named layers."""
 
@@ -195,4 +213,13 @@ class WeightMapTechnique(ThroughMap, Technique):
 
 
 _OF_A_FIT = ("log", "log_dict", *host.STEP_HOOKS)
-_BASES = BatchTechnique, LossTechnique, LayerTechnique, WeightTechnique, PenaltyTechnique, WeightMapTechnique
+_BASES = (
+    BatchTechnique,
+    LossTechnique,
+    StepTechnique,
+    LayerTechnique,
+    WeightTechnique,
+    PenaltyTechnique,
+    GradientTechnique,
+    WeightMapTechnique,
+)

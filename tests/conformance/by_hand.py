@@ -123,6 +123,13 @@ class Hand:
     def penalty(self, weights: dict[str, Tensor]) -> Tensor | None:
         """A term of the weights alone; ``()``."""
 
+    def gradient(self, name: str, gradient: Tensor) -> Tensor:
+        """The gradient of a weight, with those of penalties, that the optimizer gets."""
+        return gradient
+
+    def follow(self, loop: "View") -> None:
+        """After the optimizer's step, before anybody looks at the new weights."""
+
     def after_step(self, loop: "View", moment: Moment) -> None:
         """After the optimizer's step."""
 
@@ -166,7 +173,15 @@ class Loop:
 
     def weights(self) -> dict[str, Tensor]:
         """The weights by the module's names, with gradient to what is trained."""
-        return {name: self.maps[name](leaf) if name in self.maps else leaf for name, leaf in self.leaves.items()}
+        named = {name: self.maps[name](leaf) if name in self.maps else leaf for name, leaf in self.leaves.items()}
+        changing = [hand for hand in self.hands if type(hand).gradient is not Hand.gradient]
+        if changing:
+            # Of a leaf the hook would stay from step to step.
+            named = {name: weight.view_as(weight) for name, weight in named.items()}
+            for name, weight in named.items():
+                for hand in changing:
+                    weight.register_hook(lambda gradient, hand=hand, name=name: hand.gradient(name, gradient))
+        return named
 
     def constants(self) -> dict[str, Tensor]:
         """A copy of the present weights."""
@@ -202,6 +217,8 @@ class Loop:
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
+                for hand in self.hands:
+                    hand.follow(self.views[hand.kind])
                 for hand in self.hands:
                     hand.after_step(self.views[hand.kind], moment)
             for hand in self.hands:

@@ -8,9 +8,11 @@ from lightning_reg.engine.data.entries import replace_entry
 from lightning_reg.engine.data.mixing import Mixing
 from lightning_reg.engine.technique import (
     BatchTechnique,
+    GradientTechnique,
     LayerTechnique,
     LossTechnique,
     PenaltyTechnique,
+    StepTechnique,
     Technique,
     WeightTechnique,
 )
@@ -155,6 +157,53 @@ class LessByHand(Hand):
         return weights
 
 
+class ShrinksFeatures(_Reference, StepTechnique):
+    """A tenth of the mean square of the body's output joins the loss of the step."""
+
+    takes_mixed = True
+
+    @property
+    @override
+    def feature_layers(self):
+        return ["net.body"]
+
+    @override
+    def step_term(self, step):
+        return 0.1 * step.features["net.body"].square().mean()
+
+
+class FeaturesShrunkByHand(Hand):
+    def term(self, loop, moment):
+        return 0.1 * moment.features["net.body"].square().mean()
+
+
+class BoundsGradients(_Reference, GradientTechnique):
+    """The hyperbolic tangent of ten times the gradient of the head's bias in its place."""
+
+    @override
+    def change_gradients(self, gradients):
+        gradients["net.head.bias"].mul_(10.0).tanh_()
+
+
+class GradientsBoundByHand(Hand):
+    def gradient(self, name, gradient):
+        return (10.0 * gradient).tanh() if name == "net.head.bias" else gradient
+
+
+class ShrinksBias(_Reference, GradientTechnique):
+    """The head's bias is nine tenths of itself after a step."""
+
+    @override
+    def after_step(self, module, optimizer):
+        module.get_parameter("net.head.bias").mul_(0.9)
+
+
+class BiasShrunkByHand(Hand):
+    def follow(self, loop):
+        with torch.no_grad():
+            loop.leaves["net.head.bias"].mul_(0.9)
+
+
 class PullsToZero(_Reference, PenaltyTechnique):
     """A tenth of the squares of the first layer."""
 
@@ -192,6 +241,9 @@ REFERENCES = [
     _case(ShrinksOutputs, ShrunkByHand, "images", "regression"),
     _case(HalvesFeatures, HalvedByHand, "images", "regression"),
     _case(RunsWithLess, LessByHand, "images", "regression"),
+    _case(ShrinksFeatures, FeaturesShrunkByHand, "images", "regression"),
     _case(PullsToZero, PulledByHand, "images", "regression"),
+    _case(BoundsGradients, GradientsBoundByHand, "images", "regression"),
+    _case(ShrinksBias, BiasShrunkByHand, "images", "regression"),
     _case(TrainsHalf, HalfByHand, "images", "regression"),
 ]

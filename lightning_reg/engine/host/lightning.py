@@ -82,6 +82,7 @@ __all__ = [
     "rerun_validation",
     "set_callbacks",
     "silenced_metrics",
+    "skips_step",
     "validates_in_fit",
     "without_compiled_steps",
 ]
@@ -231,6 +232,15 @@ def gradient_scale(trainer: "Trainer", optimizer: "Optimizer") -> "Tensor | None
         return None
     scale: Tensor | None = scaler._scale
     return scale
+
+
+def skips_step(trainer: "Trainer", optimizer: "Optimizer") -> bool:
+    """Whether the scaler of half precision has found gradients that are not finite, as it reads itself in its step."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None:
+        return False
+    found = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+    return any(bool(value.item()) for value in found.values())
 
 
 def callbacks(trainer: "Trainer") -> "list[Callback]":

@@ -6,14 +6,16 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.run.phases import Member, OnLoss, phases_of
+from lightning_reg.engine.loss.mixin import LossMixin
+from lightning_reg.engine.run.phases import Member, phases_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 __all__ = ["check_composition", "conflict_between"]
 
-# Phases in which the work of a second technique would undo that of the first.
+# Phases that look at single samples, and those in which the work of a second technique would undo that of the first.
+_OF_SAMPLES = frozenset({"change_targets", "change_losses", "step_term"})
 _EXCLUSIVE = {"change_targets": "replaces the targets of the loss", "change_losses": "replaces the loss"}
 
 
@@ -38,7 +40,7 @@ def check_composition(techniques: Sequence[Member], trainer: "Trainer", module: 
         if fetches_itself:
             _check_fetching(technique)
         if not module.automatic_optimization:
-            _check_manual(technique)
+            _check_manual(technique, module)
         technique.check(trainer, module)
 
 
@@ -86,11 +88,11 @@ def _mixing_conflict(one: Member, two: Member) -> str | None:
             " probability of the first: the second then takes what the first has left alone."
         )
     for mixer, other in ((one, two), (two, one)):
-        looks_at_samples = other.needs_indices or {"change_targets", "change_losses"}.intersection(phases_of(other))
+        looks_at_samples = other.needs_indices or _OF_SAMPLES.intersection(phases_of(other))
         if mixer.mixes == "none" or not looks_at_samples:
             continue
         names = type(mixer).__name__, type(other).__name__
-        if not (isinstance(other, OnLoss) and other.takes_mixed):
+        if not other.takes_mixed:
             return f"{names[0]} makes one sample of two, and {names[1]} has no rule for a sample with two owners."
         if mixer.mixes == "all" and other.needs_indices:
             return (
@@ -126,7 +128,13 @@ def _check_fetching(technique: Member) -> None:
         )
 
 
-def _check_manual(technique: Member) -> None:
+def _check_manual(technique: Member, module: "LightningModule") -> None:
+    if "step_term" in phases_of(technique) and not isinstance(module, LossMixin):
+        raise MisconfigurationException(
+            f"{type(technique).__name__} adds a term to the loss of the step, and with automatic_optimization=False"
+            f" {type(module).__name__} takes the gradient itself. Inherit `LossMixin` and hand over the losses of the"
+            " samples: `self.manual_backward(self.reduce_loss(per_sample_loss))`."
+        )
     if technique.loss == "last":
         raise MisconfigurationException(
             f'{type(technique).__name__}(loss="last") is known only after `training_step` has returned; with'

@@ -160,7 +160,7 @@ class LossPath:
     ) -> Tensor:
         """What :meth:`LossMixin.reduce_loss` returns to the user's code."""
         call = call_by_hand(per_sample, logits, targets, indices, self._step, self._site())
-        return self._take(call, [])
+        return self._step.add_terms(self._take(call, []))
 
     def _site(self) -> str:
         return call_site() if not self._sightings.any_call or self._selection.needs_site() else ""

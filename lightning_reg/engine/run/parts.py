@@ -22,16 +22,20 @@ from lightning_reg.engine.run.part import Part
 from lightning_reg.engine.run.phases import (
     LOSS_PHASES,
     Member,
+    Observer,
     OnBatch,
+    OnGradients,
     OnLayers,
     OnLoss,
     OnParameters,
+    OnStep,
     OnWeights,
     ThroughMap,
     phases_of,
     taking_part,
 )
 from lightning_reg.engine.run.rehearsal import rehearsals
+from lightning_reg.engine.run.step_parts import GradientPart, TermPart, log_joined
 from lightning_reg.engine.weights.maps import WeightMaps, check_mappable
 from lightning_reg.engine.weights.penalties import add_penalties_
 from lightning_reg.engine.weights.strategies import check_editable, check_split
@@ -48,6 +52,9 @@ __all__ = ["LossPart", "make_parts"]
 def make_parts(trainer: "Trainer", module: "LightningModule", techniques: Sequence[Member]) -> "list[Part]":
     """The parts that these techniques need, in the order of the step; the loss comes behind these."""
     parts: list[Part] = []
+    on_gradients = taking_part(techniques, OnGradients)
+    if on_gradients:
+        parts.append(GradientPart(trainer, module, on_gradients))
     on_batch = taking_part(techniques, OnBatch)
     if on_batch:
         parts.append(BatchPart(on_batch))
@@ -66,9 +73,14 @@ def make_parts(trainer: "Trainer", module: "LightningModule", techniques: Sequen
         parts.append(EditPart(module, on_layers))
     for technique in taking_part(techniques, Member, "parts"):
         parts += technique.parts(trainer, module)
-    layers = [layer for technique in techniques if isinstance(technique, OnLoss) for layer in technique.feature_layers]
+    layers = [
+        layer for technique in techniques if isinstance(technique, Observer) for layer in technique.feature_layers
+    ]
     if layers:
         parts.append(TapPart(module, layers))
+    on_step = taking_part(techniques, OnStep)
+    if on_step:
+        parts.append(TermPart(on_step))
     return parts
 
 
@@ -135,11 +147,7 @@ class PenaltyPart(Part):
     def _log(self, penalties: dict[OnParameters, Tensor], step: "Step") -> None:
         loss = loss_of(step.output)
         for technique, penalty in penalties.items():
-            step.log(technique, "penalty", penalty)
-            if loss is not None:  # under manual optimization nothing need be returned
-                step.scalars.setdefault("reg/loss/base", loss.detach())
-                total = step.scalars.setdefault("reg/loss/total", loss.detach())
-                step.scalars["reg/loss/total"] = total + penalty
+            log_joined(step, technique, "penalty", penalty, loss)  # by hand no loss need be returned
 
     @override
     def before_optimizer(self, optimizer: Any) -> None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from lightning.pytorch import LightningModule, Trainer
+    from torch.optim import Optimizer
 
     from lightning_reg.engine.data.mixing import Mixing
     from lightning_reg.engine.layers.edits import LayerCall
@@ -24,10 +25,13 @@ __all__ = [
     "LOSS_PHASES",
     "PHASES",
     "Member",
+    "Observer",
     "OnBatch",
+    "OnGradients",
     "OnLayers",
     "OnLoss",
     "OnParameters",
+    "OnStep",
     "OnWeights",
     "ThroughMap",
     "needs_call",
@@ -38,6 +42,10 @@ __all__ = [
 
 class Member:
     """What the engine asks every technique."""
+
+    # Whether it knows what to make of a batch whose samples were mixed (`step.mixing`); asked of those that look at
+    # single samples: by their indices, by their targets, by a term of the step.
+    takes_mixed: ClassVar[bool] = False
 
     loss: int | str | None
     index_key: str | None
@@ -131,7 +139,16 @@ class OnBatch(Member):
         raise NotImplementedError
 
 
-class OnLoss(Member):
+class Observer(Member):
+    """What reads the outputs of named layers."""
+
+    @property
+    def feature_layers(self) -> "Sequence[str]":
+        """Layers whose outputs it reads from ``step.features``, named as in ``named_modules()``."""
+        return ()
+
+
+class OnLoss(Observer):
     """Phases on the loss call, and the layers' outputs that go with it.
 
     A call's value is handed to the user's code with what techniques made of it. What that code makes of it then is
@@ -141,18 +158,9 @@ class OnLoss(Member):
     ``training_step`` returns nothing, whatever it makes of the value.
     """
 
-    # Whether it knows what to make of a batch whose samples were mixed (`step.mixing`); asked of those that look at
-    # single samples: by their indices, by their targets.
-    takes_mixed: ClassVar[bool] = False
-
     def check_call(self, call: "LossCall") -> None:
         """Refuses a loss call that it could not work on; asked in the first step of a fit if it waits."""
         call.batch_size  # noqa: B018 # refuses a call without a loss per sample
-
-    @property
-    def feature_layers(self) -> "Sequence[str]":
-        """Layers whose outputs it reads from ``step.features``, named as in ``named_modules()``."""
-        return ()
 
     def change_targets(self, call: "LossCall") -> Tensor | None:
         """Returns the targets for the loss function, ``None`` to keep the present ones."""
@@ -185,6 +193,46 @@ class OnLoss(Member):
         """Returns a scalar that joins the loss of a step in which no loss call could be seen, in place of the phases.
 
         Only a technique that needs nothing of the call has it; one that has not is refused there.
+        """
+        raise NotImplementedError
+
+
+class OnStep(Observer):
+    """The phase on what ``training_step`` has returned, whatever made the loss in it."""
+
+    def step_term(self, step: "Step") -> Tensor | None:
+        """Returns a scalar that joins the loss of the step; ``None`` for none.
+
+        No loss call is needed: ``step.batch`` and ``step.features`` are what it has. The term joins before the loss is
+        divided for accumulation and scaled, with gradient; under manual optimization it joins what
+        ``LossMixin.reduce_loss`` returns. A step without a loss gets none.
+        """
+        raise NotImplementedError
+
+
+class OnGradients(Member):
+    """The phases at the optimizer's step."""
+
+    def change_gradients(self, gradients: "Mapping[str, Tensor]") -> None:
+        """Changes the gradients that an optimizer is about to use, in place.
+
+        They are accumulated, averaged over the ranks and unscaled, with those of penalties, and not yet clipped; a
+        weight that is trained through a map has the gradient of the weight. Not called where the scaler of half
+        precision will skip the step.
+
+        Args:
+            gradients: By name as in ``named_parameters()``; those of the optimizer's parameters that have one.
+
+        """
+        raise NotImplementedError
+
+    def after_step(self, module: "LightningModule", optimizer: "Optimizer") -> None:
+        """Follows the step of an optimizer, without gradient; not one that the scaler of half precision has skipped.
+
+        Args:
+            module: The user's module, with its new weights.
+            optimizer: Which has stepped.
+
         """
         raise NotImplementedError
 
@@ -272,8 +320,7 @@ class ThroughMap(Member):
         raise NotImplementedError
 
 
-# In the order of the step, each with the class that declares it. Gradients and optimizer steps are Lightning's own
-# hooks on_before_optimizer_step and on_train_batch_end.
+# In the order of the step, each with the class that declares it.
 PHASES: dict[str, type[Member]] = {
     "transform_batch": OnBatch,
     "observe_batch": OnBatch,
@@ -285,7 +332,10 @@ PHASES: dict[str, type[Member]] = {
     "change_losses": OnLoss,
     "sample_weights": OnLoss,
     "loss_term": OnLoss,
+    "step_term": OnStep,
     "penalty": OnParameters,
+    "change_gradients": OnGradients,
+    "after_step": OnGradients,
     "map_weights": ThroughMap,
 }
 LOSS_PHASES = frozenset(phase for phase, role in PHASES.items() if role is OnLoss)

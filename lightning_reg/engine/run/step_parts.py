@@ -1,0 +1,174 @@
+"""Parts around what the step has returned, and around the optimizer's step."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_reg.engine.host import lightning as host
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.host.names import plain_name
+from lightning_reg.engine.loss.result import loss_of, with_loss
+from lightning_reg.engine.run.part import Part
+from lightning_reg.engine.run.phases import OnGradients, OnStep, taking_part
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+    from torch.optim import Optimizer
+    from torch.utils.hooks import RemovableHandle
+
+    from lightning_reg.engine.step import Step
+
+__all__ = ["GradientPart", "TermPart", "log_joined"]
+
+
+def log_joined(step: "Step", technique: Any, name: str, value: Tensor, loss: Tensor | None) -> None:
+    """Logs a scalar that joins the loss: under the technique's key, and in the sum of all.
+
+    Args:
+        step: The step.
+        technique: Whose it is.
+        name: What it is.
+        value: Its value.
+        loss: The loss without it; ``None`` where the step returned none.
+
+    """
+    step.log(technique, name, value)
+    if loss is not None:
+        step.scalars.setdefault("reg/loss/base", loss.detach())
+        step.scalars["reg/loss/total"] = step.scalars.get("reg/loss/total", loss.detach()) + value.detach()
+
+
+class TermPart(Part):
+    """Terms that join the loss of a step.
+
+    Args:
+        techniques: Those that take part.
+
+    """
+
+    def __init__(self, techniques: Sequence[OnStep]) -> None:
+        self._techniques = techniques
+
+    @override
+    @contextmanager
+    def around(self, step: "Step") -> Iterator[None]:
+        active = [technique for technique in self._techniques if technique in step.active]
+        by_hand = not step.module.automatic_optimization
+        if by_hand:
+            positions = count()
+            step.add_terms = lambda loss: self._joined(loss, step, self._handed(active, next(positions)))
+        yield
+        loss = None if by_hand else loss_of(step.output)
+        if loss is not None:
+            step.output = with_loss(step.output, self._joined(loss, step, active))
+
+    def _handed(self, active: list[OnStep], position: int) -> list[OnStep]:
+        """Those whose terms join the loss that the user's code hands over as the first, the second of a step."""
+        unsure = [technique for technique in active if technique.loss is None]
+        if position and unsure:
+            raise MisconfigurationException(
+                f"{type(unsure[0]).__name__}: the step hands over several losses, and the term joined the first. Say"
+                " which one it is to join: `loss=0` for the first, `loss=1` for the second."
+            )
+        return [technique for technique in active if technique.loss in (position, None)]
+
+    def _joined(self, loss: Tensor, step: "Step", techniques: list[OnStep]) -> Tensor:
+        total = loss
+        with step.trainer.precision_plugin.train_step_context():
+            for technique in techniques:
+                term = technique.step_term(step)
+                if term is None:
+                    continue
+                if term.dim():
+                    raise MisconfigurationException(
+                        f"{type(technique).__name__}: `step_term` must return a scalar, got a tensor of shape"
+                        f" {tuple(term.shape)}."
+                    )
+                total = total + term
+                if step.is_logging:
+                    log_joined(step, technique, "term", term, loss)
+        return total
+
+
+class GradientPart(Part):
+    """Gradients changed before an optimizer's step, and what follows it.
+
+    Args:
+        trainer: The Trainer.
+        module: The user's module.
+        techniques: Those that take part.
+
+    """
+
+    def __init__(self, trainer: "Trainer", module: "LightningModule", techniques: Sequence[OnGradients]) -> None:
+        self._trainer, self._module = trainer, module
+        self._changing = taking_part(techniques, OnGradients, "change_gradients")
+        self._following = taking_part(techniques, OnGradients, "after_step")
+        self._active: Sequence[Any] = ()
+        self._names: dict[int, str] = {}
+        self._handles: list[RemovableHandle] = []
+        self._stepped = False
+
+    @override
+    def start(self) -> None:
+        self._names = {id(p): plain_name(name) for name, p in self._module.named_parameters()}
+        # The scaler of half precision calls no step that it skips, and so nothing that follows it.
+        for optimizer in self._trainer.optimizers:
+            self._handles.append(optimizer.register_step_post_hook(self._note))
+
+    def _note(self, *_: Any) -> None:
+        self._stepped = True
+
+    @override
+    @contextmanager
+    def around(self, step: "Step") -> Iterator[None]:
+        self._active = step.active
+        yield
+
+    @override
+    def begin_step(self) -> None:
+        self._active = ()  # in a step in which no technique is active the part is not entered
+
+    @override
+    def before_optimizer(self, optimizer: "Optimizer") -> None:
+        changing = [technique for technique in self._changing if technique in self._active]
+        if not changing or host.skips_step(self._trainer, optimizer):
+            return
+        params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        scale = host.gradient_scale(self._trainer, optimizer)
+        gradients = {self._names[id(p)]: p.grad for p in params if id(p) in self._names}
+        with torch.no_grad(), _unscaled(list(gradients.values()), scale):
+            for technique in changing:
+                technique.change_gradients(gradients)
+
+    @override
+    @contextmanager
+    def around_optimizer(self, optimizer: "Optimizer") -> Iterator[None]:
+        self._stepped = False
+        yield
+        following: list[Callable[..., None]] = [t.after_step for t in self._following if t in self._active]
+        if self._stepped:
+            with torch.no_grad():
+                for follow in following:
+                    follow(self._module, optimizer)
+
+    @override
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+@contextmanager
+def _unscaled(gradients: list[Tensor], scale: Tensor | None) -> Iterator[None]:
+    """Gradients that a fused optimizer will divide by the scale itself are so meanwhile."""
+    if scale is not None:
+        torch._foreach_div_(gradients, scale)
+    yield
+    if scale is not None:
+        torch._foreach_mul_(gradients, scale)
