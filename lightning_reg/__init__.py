@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lightning_reg.engine.technique import GradientTechnique as GradientTechnique
     from lightning_reg.engine.technique import LayerTechnique as LayerTechnique
     from lightning_reg.engine.technique import LossTechnique as LossTechnique
+    from lightning_reg.engine.technique import ModuleTechnique as ModuleTechnique
     from lightning_reg.engine.technique import PenaltyTechnique as PenaltyTechnique
     from lightning_reg.engine.technique import StepTechnique as StepTechnique
     from lightning_reg.engine.technique import Technique as Technique
@@ -68,6 +69,7 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "GradientTechnique": "lightning_reg.engine.technique",
         "LayerTechnique": "lightning_reg.engine.technique",
         "LossTechnique": "lightning_reg.engine.technique",
+        "ModuleTechnique": "lightning_reg.engine.technique",
         "PenaltyTechnique": "lightning_reg.engine.technique",
         "StepTechnique": "lightning_reg.engine.technique",
         "Technique": "lightning_reg.engine.technique",

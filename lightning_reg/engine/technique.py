@@ -19,6 +19,7 @@ from lightning_reg.engine.run.phases import (
     OnGradients,
     OnLayers,
     OnLoss,
+    OnModules,
     OnParameters,
     OnStep,
     OnWeights,
@@ -35,6 +36,7 @@ __all__ = [
     "GradientTechnique",
     "LayerTechnique",
     "LossTechnique",
+    "ModuleTechnique",
     "PenaltyTechnique",
     "StepTechnique",
     "Technique",
@@ -55,6 +57,7 @@ class Technique(Member, host.Callback):
     subclasses, one for each thing that a technique can act on; it inherits from those that it needs::
 
         prepare_model, before optimizers are made            Technique
+        own_modules, trained by the user's optimizer         ModuleTechnique
         batch sampler draws ─► workers, collate, device
            ▼
         transform_batch   observe_batch   extra_views        BatchTechnique
@@ -204,6 +207,10 @@ class WeightTechnique(OnWeights, Technique):
     """A technique on the weights that the forward pass runs with."""
 
 
+class ModuleTechnique(OnModules, Technique):
+    """A technique with small trained modules of its own."""
+
+
 class PenaltyTechnique(OnParameters, Technique):
     """A technique that adds a penalty on parameters."""
 
@@ -218,6 +225,7 @@ _BASES = (
     LossTechnique,
     StepTechnique,
     LayerTechnique,
+    ModuleTechnique,
     WeightTechnique,
     PenaltyTechnique,
     GradientTechnique,

@@ -94,6 +94,10 @@ class Hand:
     def begin(self, loop: "View") -> None:
         """Before the first step."""
 
+    def own(self) -> Sequence[Tensor]:
+        """Leaves that are trained beside the weights; asked once, after :meth:`begin`."""
+        return ()
+
     def mix(self, moment: Moment) -> tuple[Tensor, Tensor, float] | None:
         """Mixed inputs, partners and own share, if it mixes this batch; asked while nobody has."""
 
@@ -207,9 +211,10 @@ class Loop:
 
     def train(self) -> None:
         """All epochs."""
-        optimizer = torch.optim.SGD(list(self.leaves.values()), LEARNING_RATE, MOMENTUM)
         for hand in self.hands:
             hand.begin(self.views[hand.kind])
+        own = [leaf for hand in self.hands for leaf in hand.own()]
+        optimizer = torch.optim.SGD([*self.leaves.values(), *own], LEARNING_RATE, MOMENTUM)
         for epoch in range(EPOCHS):
             for moment in self.steps(epoch):
                 self._mix(moment)

@@ -34,9 +34,11 @@ class Interruption(Exception):  # noqa: N818 # it is no error of anybody
 class _SGD(torch.optim.SGD):
     """Notes the gradients it gets: unscaled, accumulated, clipped."""
 
-    def __init__(self, named: Mapping[str, Tensor], lr: float, noted: list[dict[str, Tensor]]) -> None:
+    def __init__(
+        self, named: Mapping[str, Tensor], lr: float, noted: list[dict[str, Tensor]], norms: list[Tensor]
+    ) -> None:
         super().__init__(named.values(), lr=lr, momentum=0.9)
-        self.named, self.noted = named, noted
+        self.named, self.noted, self.norms = named, noted, norms
 
     @override
     def step(self, closure: Callable[[], Any] | None = None) -> None:
@@ -44,6 +46,8 @@ class _SGD(torch.optim.SGD):
             with torch.enable_grad():
                 closure()
         self.noted.append({name: p.grad.clone() for name, p in self.named.items() if p.grad is not None})
+        every = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self.norms.append(torch.cat([gradient.flatten() for gradient in every]).norm() if every else torch.zeros(()))
         super().step()
 
 
@@ -55,6 +59,7 @@ class Model(LightningModule):
         self.loss, self.lr, self.fail, self.batches = problem.loss, lr, fail, 0
         self.automatic_optimization = not manual
         self.gradients: list[dict[str, Tensor]] = []
+        self.norms: list[Tensor] = []  # with those of what a technique trains of its own
         with seeded(0):
             self.net = problem.net()
 
@@ -89,10 +94,10 @@ class Model(LightningModule):
     def configure_optimizers(self) -> Any:
         named = {name.replace("_orig_mod.", ""): p for name, p in self.named_parameters()}
         if self.automatic_optimization:
-            return _SGD(named, self.lr, self.gradients)
+            return _SGD(named, self.lr, self.gradients, self.norms)
         cut = len(named) // 2
         halves = dict(list(named.items())[:cut]), dict(list(named.items())[cut:])
-        return [_SGD(half, self.lr, self.gradients) for half in halves]
+        return [_SGD(half, self.lr, self.gradients, self.norms) for half in halves]
 
     def _optimize(self, loss: Tensor) -> None:
         self.manual_backward(loss)

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from typing_extensions import override
 
 from lightning_reg.engine.data.entries import replace_entry
@@ -11,11 +12,13 @@ from lightning_reg.engine.technique import (
     GradientTechnique,
     LayerTechnique,
     LossTechnique,
+    ModuleTechnique,
     PenaltyTechnique,
     StepTechnique,
     Technique,
     WeightTechnique,
 )
+from lightning_reg.engine.weights.owned import OwnModules
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
 from tests.toys import Doubled
@@ -177,12 +180,59 @@ class FeaturesShrunkByHand(Hand):
         return 0.1 * moment.features["net.body"].square().mean()
 
 
+class ProjectsFeatures(_Reference, ModuleTechnique, StepTechnique):
+    """A projection of the body's output is to be 1, and is trained with the network."""
+
+    takes_mixed = True
+
+    def __init__(self, name=None):
+        super().__init__(name=name)
+        self.own = OwnModules()
+
+    @property
+    @override
+    def feature_layers(self):
+        return ["net.body"]
+
+    @override
+    def own_modules(self, module):
+        return {"projection": nn.Linear(16, 1)}
+
+    @override
+    def step_term(self, step):
+        rows = step.features["net.body"].flatten(1)[:, :16]
+        return (self.own["projection"](rows) - 1.0).square().mean()
+
+    @override
+    def state_dict(self):
+        return self.own.state_dict()
+
+    @override
+    def load_state_dict(self, state_dict):
+        self.own.load_state_dict(state_dict)
+
+
+class FeaturesProjectedByHand(Hand):
+    def begin(self, loop):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.technique.derived_seed("own modules"))
+            self.projection = nn.Linear(16, 1)
+
+    def own(self):
+        return list(self.projection.parameters())
+
+    def term(self, loop, moment):
+        rows = moment.features["net.body"].flatten(1)[:, :16]
+        return (self.projection(rows) - 1.0).square().mean()
+
+
 class BoundsGradients(_Reference, GradientTechnique):
     """The hyperbolic tangent of ten times the gradient of the head's bias in its place."""
 
     @override
     def change_gradients(self, gradients):
-        gradients["net.head.bias"].mul_(10.0).tanh_()
+        if "net.head.bias" in gradients:  # which may belong to another optimizer
+            gradients["net.head.bias"].mul_(10.0).tanh_()
 
 
 class GradientsBoundByHand(Hand):
@@ -242,6 +292,7 @@ REFERENCES = [
     _case(HalvesFeatures, HalvedByHand, "images", "regression"),
     _case(RunsWithLess, LessByHand, "images", "regression"),
     _case(ShrinksFeatures, FeaturesShrunkByHand, "images", "regression"),
+    _case(ProjectsFeatures, FeaturesProjectedByHand, "images", "regression"),
     _case(PullsToZero, PulledByHand, "images", "regression"),
     _case(BoundsGradients, GradientsBoundByHand, "images", "regression"),
     _case(ShrinksBias, BiasShrunkByHand, "images", "regression"),

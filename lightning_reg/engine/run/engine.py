@@ -46,6 +46,7 @@ class Engine:
         self._begin_step, self._around = overriding(self.parts, "begin_step"), overriding(self.parts, "around")
         self._around_optimizer = overriding(self.parts, "around_optimizer")
         self._before_closure = overriding(self.parts[::-1], "before_closure")
+        self._after_closure = overriding(self.parts, "after_closure")
         self._idle = host.IdleHooks(())
         self._replaced = {"training_step": host.Replacement(trainer.strategy, "training_step", self.training_step)}
         self._preparing = [t for t in techniques if type(t).prepare_model is not Member.prepare_model]
@@ -150,7 +151,10 @@ class Engine:
     def _evaluate(self, closure: Callable[[], Any]) -> Any:
         for before in self._before_closure:  # an optimizer may ask several times, each time after a change of its own
             before()
-        return closure()
+        result = closure()
+        for after in self._after_closure:
+            after()
+        return result
 
     def reduce_loss(
         self, per_sample: Tensor, logits: Tensor | None, targets: Tensor | None, indices: Tensor | None

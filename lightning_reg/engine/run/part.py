@@ -49,6 +49,9 @@ class Part:
     def before_closure(self) -> None:
         """An optimizer is about to evaluate the loss, perhaps once more in the same step."""
 
+    def after_closure(self) -> None:
+        """An optimizer has evaluated the loss: its gradients are there, accumulated and still scaled."""
+
     def rest(self) -> None:
         """Between two steps: a batch or a validation is over."""
 

@@ -27,6 +27,7 @@ from lightning_reg.engine.run.phases import (
     OnGradients,
     OnLayers,
     OnLoss,
+    OnModules,
     OnParameters,
     OnStep,
     OnWeights,
@@ -35,7 +36,7 @@ from lightning_reg.engine.run.phases import (
     taking_part,
 )
 from lightning_reg.engine.run.rehearsal import rehearsals
-from lightning_reg.engine.run.step_parts import GradientPart, TermPart, log_joined
+from lightning_reg.engine.run.step_parts import GradientPart, OwnPart, TermPart, log_joined
 from lightning_reg.engine.weights.maps import WeightMaps, check_mappable
 from lightning_reg.engine.weights.penalties import add_penalties_
 from lightning_reg.engine.weights.strategies import check_editable, check_split
@@ -52,34 +53,34 @@ __all__ = ["LossPart", "make_parts"]
 def make_parts(trainer: "Trainer", module: "LightningModule", techniques: Sequence[Member]) -> "list[Part]":
     """The parts that these techniques need, in the order of the step; the loss comes behind these."""
     parts: list[Part] = []
-    on_gradients = taking_part(techniques, OnGradients)
-    if on_gradients:
-        parts.append(GradientPart(trainer, module, on_gradients))
-    on_batch = taking_part(techniques, OnBatch)
-    if on_batch:
-        parts.append(BatchPart(on_batch))
-    penalized = taking_part(techniques, OnParameters)
-    if penalized:
-        parts.append(PenaltyPart(trainer, module, penalized))
     mapped = taking_part(techniques, ThroughMap)
     maps = MapPart(trainer, module, mapped)
-    edited = taking_part(techniques, OnWeights)
-    if edited:
+    if owning := taking_part(techniques, OnModules):
+        parts.append(OwnPart(trainer, module, owning))
+    if on_gradients := taking_part(techniques, OnGradients):
+        parts.append(GradientPart(trainer, module, on_gradients))
+    if on_batch := taking_part(techniques, OnBatch):
+        parts.append(BatchPart(on_batch))
+    if penalized := taking_part(techniques, OnParameters):
+        parts.append(PenaltyPart(trainer, module, penalized))
+    if edited := taking_part(techniques, OnWeights):
         parts.append(SwapPart(trainer, module, edited, maps.own_writes if mapped else nullcontext))
     if mapped:
         parts.append(maps)
+    return parts + _parts_on_layers(trainer, module, techniques)
+
+
+def _parts_on_layers(trainer: "Trainer", module: "LightningModule", techniques: Sequence[Member]) -> "list[Part]":
+    parts: list[Part] = []
     on_layers = [technique for technique in taking_part(techniques, OnLayers) if "train" in technique.stages]
     if on_layers:
         parts.append(EditPart(module, on_layers))
     for technique in taking_part(techniques, Member, "parts"):
         parts += technique.parts(trainer, module)
-    layers = [
-        layer for technique in techniques if isinstance(technique, Observer) for layer in technique.feature_layers
-    ]
-    if layers:
+    observers = [technique for technique in techniques if isinstance(technique, Observer)]
+    if layers := [layer for technique in observers for layer in technique.feature_layers]:
         parts.append(TapPart(module, layers))
-    on_step = taking_part(techniques, OnStep)
-    if on_step:
+    if on_step := taking_part(techniques, OnStep):
         parts.append(TermPart(on_step))
     return parts
 

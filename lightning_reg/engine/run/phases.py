@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lightning_reg.engine.run.part import Part
     from lightning_reg.engine.step import Step
     from lightning_reg.engine.weights.maps import Latents
+    from lightning_reg.engine.weights.owned import OwnModules
 
 __all__ = [
     "LOSS_PHASES",
@@ -30,6 +31,7 @@ __all__ = [
     "OnGradients",
     "OnLayers",
     "OnLoss",
+    "OnModules",
     "OnParameters",
     "OnStep",
     "OnWeights",
@@ -237,6 +239,21 @@ class OnGradients(Member):
         raise NotImplementedError
 
 
+class OnModules(Member):
+    """Small modules that the technique trains beside the user's, with the user's optimizer."""
+
+    own: "OwnModules"  # where they are; it is saved with the technique's state
+    own_optimizer: int | None = None  # position of the optimizer that trains them, if there are several
+
+    def own_modules(self, module: "LightningModule") -> "Mapping[str, nn.Module]":
+        """Returns new modules for a training that begins, by name; weights are drawn from the technique's seed.
+
+        They are float32, on the module's device, and take part in the loss by a term or an edited layer. They are in
+        no key of the module's and in no average of its weights; :attr:`own` has them, after the fit as well.
+        """
+        raise NotImplementedError
+
+
 class OnLayers(Member):
     """The phase on the outputs of named layers."""
 
@@ -322,6 +339,7 @@ class ThroughMap(Member):
 
 # In the order of the step, each with the class that declares it.
 PHASES: dict[str, type[Member]] = {
+    "own_modules": OnModules,
     "transform_batch": OnBatch,
     "observe_batch": OnBatch,
     "extra_views": OnBatch,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_reg.engine.host import distributed
 from lightning_reg.engine.host import lightning as host
-from lightning_reg.engine.run.phases import Member, phases_of
+from lightning_reg.engine.run.phases import Member, OnModules, phases_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -39,8 +39,14 @@ def techniques_table(techniques: Sequence[Member], samples: Mapping[Any, int]) -
         count = f"{samples[technique]:,}" if technique in samples else "-"
         acts_on = ", ".join(phases_of(technique)) or "callback hooks"
         name = type(technique).__name__ + (f" [{technique.name}]" if technique.name else "")
-        table.add_row(escape(name), acts_on, count, escape(technique.describe()))
+        table.add_row(escape(name), acts_on, count, escape(_settings(technique)))
     return table
+
+
+def _settings(technique: Member) -> str:
+    if not isinstance(technique, OnModules):
+        return technique.describe()
+    return f"{technique.describe()}; trains {technique.own.size:,} numbers of its own"
 
 
 def show_table(trainer: "Trainer", techniques: Sequence[Member], samples: Mapping[Any, int]) -> None:
@@ -50,7 +56,7 @@ def show_table(trainer: "Trainer", techniques: Sequence[Member], samples: Mappin
     if host.prints_summary(trainer):
         Console().print(techniques_table(techniques, samples))
     for technique in techniques:
-        log.info("%s: %s", type(technique).__name__, technique.describe())
+        log.info("%s: %s", type(technique).__name__, _settings(technique))
 
 
 def note_empty_states(techniques: Sequence[Member], checkpoint: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
-"""Parts around what the step has returned, and around the optimizer's step."""
+"""Parts around what the step has returned, and around the optimizer's step; what techniques train of their own."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +11,11 @@ from typing_extensions import override
 
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.host.generators import own_randomness
 from lightning_reg.engine.host.names import plain_name
 from lightning_reg.engine.loss.result import loss_of, with_loss
 from lightning_reg.engine.run.part import Part
-from lightning_reg.engine.run.phases import OnGradients, OnStep, taking_part
+from lightning_reg.engine.run.phases import OnGradients, OnModules, OnStep, taking_part
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from lightning_reg.engine.step import Step
 
-__all__ = ["GradientPart", "TermPart", "log_joined"]
+__all__ = ["GradientPart", "OwnPart", "TermPart", "log_joined"]
 
 
 def log_joined(step: "Step", technique: Any, name: str, value: Tensor, loss: Tensor | None) -> None:
@@ -83,7 +84,7 @@ class TermPart(Part):
             for technique in techniques:
                 term = technique.step_term(step)
                 if term is None:
-                    continue
+                    term = loss.new_zeros(())  # logged as such: all ranks log the same names
                 if term.dim():
                     raise MisconfigurationException(
                         f"{type(technique).__name__}: `step_term` must return a scalar, got a tensor of shape"
@@ -162,6 +163,74 @@ class GradientPart(Part):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+
+class OwnPart(Part):
+    """Modules that techniques train of their own.
+
+    Args:
+        trainer: The Trainer.
+        module: The user's module.
+        techniques: Those that take part.
+
+    """
+
+    def __init__(self, trainer: "Trainer", module: "LightningModule", techniques: Sequence[OnModules]) -> None:
+        self._trainer, self._module, self._techniques = trainer, module, techniques
+        self._active: Sequence[Any] = ()
+        self._stepping: list[OnModules] = []
+
+    @override
+    def prepare(self) -> None:
+        for technique in self._techniques:
+            fresh = not technique.own.modules or host.batches_so_far(self._trainer) == 0
+            with own_randomness(technique.derived_seed("own modules")):
+                modules = technique.own_modules(self._module) if fresh else technique.own.modules
+            technique.own.begin(modules, self._module.device, type(technique).__name__, fresh=fresh)
+
+    @override
+    def start(self) -> None:
+        for technique in self._techniques:
+            count, position = len(self._trainer.optimizers), technique.own_optimizer
+            if (position is None and count > 1) or not -1 < (position or 0) < count:
+                raise MisconfigurationException(
+                    f"{type(technique).__name__} trains modules of its own with the user's optimizer, of which there"
+                    f" are {count}. Say which one by its position: `own_optimizer=0` for the first."
+                )
+
+    @override
+    def begin_step(self) -> None:
+        self._active = ()  # in a step in which no technique is active the part is not entered
+        for technique in self._techniques:
+            if technique.own.is_loaded:  # the learning-rate finder puts states back
+                technique.own.begin(technique.own.modules, self._module.device, type(technique).__name__)
+
+    @override
+    @contextmanager
+    def around(self, step: "Step") -> Iterator[None]:
+        self._active = step.active
+        yield
+
+    @override
+    @contextmanager
+    def around_optimizer(self, optimizer: "Optimizer") -> Iterator[None]:
+        of = {t: self._trainer.optimizers[t.own_optimizer or 0] for t in self._techniques}
+        self._stepping = [t for t in self._techniques if of[t] is optimizer]
+        with ExitStack() as stack:
+            for technique in self._stepping:
+                stack.enter_context(technique.own.lent(optimizer, type(technique).__name__))
+            yield
+
+    @override
+    def after_closure(self) -> None:
+        # While they are still scaled: what is not finite on one rank is so on all, and all skip the step.
+        for technique in [technique for technique in self._stepping if technique in self._active]:
+            technique.own.average_gradients()
+
+    @override
+    def close(self) -> None:
+        for technique in self._techniques:
+            technique.own.end()
 
 
 @contextmanager
