@@ -37,8 +37,8 @@ class PredictionDistillation(TaskTechnique, BatchTechnique, LossTechnique):
     T, over the old classes. Classes of a task must come after those of the tasks before; predict by the largest logit.
 
     Use ``"bce"`` as the base of class-incremental training without old samples. The softmax form alone does not help
-    there. A task is a fit that came to its end; keep the object from fit to fit. A head may grow by rows in between; a
-    head of its own for each task is refused.
+    there. A task is a fit that came to its end, or a number in the datamodule's ``current_task``; keep the object from
+    fit to fit. A head may grow by rows in between; a head of its own for each task is refused.
 
     Source:
         Li and Hoiem, "Learning without Forgetting", ECCV 2016, arXiv 1606.09282, in the forms compared in Smith et al.,
@@ -109,7 +109,7 @@ class PredictionDistillation(TaskTechnique, BatchTechnique, LossTechnique):
         )
         if self.loss_form == "softmax" and self.new_classes is not None:
             form += ", your loss over all outputs"
-        old = f"tasks before: {self.tasks}" if self.tasks else "no old classes in the first task"
+        old = self._tasks.so_far if self.tasks else "no old classes in the first task"
         return f"{form}; {old}"
 
     @override

@@ -41,7 +41,8 @@ class EWC(TaskTechnique, PenaltyTechnique):
     eval mode and full precision), of which the fit notices nothing. In the first task there is nothing to tie to.
 
     Use it for the least forgetting, in class-incremental training together with :class:`PredictionDistillation`: alone
-    it leaves old classes at chance there. A task is a fit that came to its end; keep the object from fit to fit.
+    it leaves old classes at chance there. A task is a fit that came to its end, or a number in the datamodule's
+    ``current_task``, which may not change within a fit; keep the object from fit to fit.
 
     Source:
         Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017, arXiv 1612.00796; as
@@ -85,6 +86,8 @@ class EWC(TaskTechnique, PenaltyTechnique):
         >>> trainer = Trainer(max_epochs=20, callbacks=[ewc], logger=False, enable_checkpointing=False)
 
     """
+
+    reads_data_of_task = True
 
     def __init__(
         self,
@@ -132,7 +135,7 @@ class EWC(TaskTechnique, PenaltyTechnique):
     def describe(self) -> str:
         if self.is_neutral:
             return "weight=0: inactive"
-        to = f"tasks before: {self.tasks}" if self.tasks else "nothing to tie to in the first task"
+        to = self._tasks.so_far if self.tasks else "nothing to tie to in the first task"
         passes = "samples" if self.per_sample else "batches"
         return f"weight={self.weight:g}, Fisher by {passes} at {self.labels} labels, {self.memory}; {to}"
 
