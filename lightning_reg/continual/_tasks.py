@@ -82,7 +82,8 @@ class Tasks:
             if self._left is not None and not self._is_further_fit:
                 self.kept, self._left = self._left, None
                 self._finished += 1
-        self.number = number
+        if number is not None or not self.resumed:  # else the loader alone was given to a fit that is resumed
+            self.number = number
 
     def is_over(self, number: int | str | None) -> bool:
         """Whether a task is under way that has another number than this one."""
