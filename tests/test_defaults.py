@@ -38,6 +38,7 @@ DEFAULTS = {
         "group": None,
         "capacity": None,
     },
+    "cross_entropy_shift": {"label_smoothing": 0.0},
     "cutmix": {"lam": None, "alpha": 1.0, "generator": None, "per_sample": False, "correct_lam": True},
     "dare_merge": {
         "density": 0.5,

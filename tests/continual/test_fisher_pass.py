@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_reg import EWC, LossMixin
+from lightning_reg import EWC, L2ToStart, LossMixin
+from lightning_reg.engine.host.autograd import rows_of_output
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.functional import fisher_diagonal, fisher_losses
 from tests.toys import CLASSES, INPUTS, QUIET, Classifier, fit, make_tensors
@@ -72,7 +73,10 @@ def test_parts_of_a_batch_are_of_two_samples_at_least(size):
     in_the_pass = seen[2 if size > 2 else 1 :]
     assert sum(in_the_pass) == size
     assert 2 <= min(in_the_pass) <= max(in_the_pass) <= (4 if size > 2 else 2)
-    assert_close(kept, by_hand(module, cut(*make_tensors(size), size), at_true_labels))
+    expected = by_hand(module, cut(*make_tensors(size), size), at_true_labels)
+    for name in ("net.3.weight", "net.3.bias"):  # a few samples are not of all classes
+        expected[name][torch.bincount(make_tensors(size)[1], minlength=CLASSES) == 0] = 0.0
+    assert_close(kept, expected)
 
 
 @pytest.mark.parametrize("batch_size", [15, 16, 17])
@@ -198,3 +202,86 @@ def test_a_regression_of_other_shapes_is_refused():
 
     with pytest.warns(UserWarning, match="target size"):
         assert steps_before(Classifier(step=step), r"^EWC: F.mse_loss.* of different shapes", labels="true") == 0
+
+
+# -- classes to come --------------------------------------------------------------------------------------------------
+
+
+class Shaped(Classifier):
+    """Five outputs from the start on, of which the tasks have the first three."""
+
+    def __init__(self, shape="linear", **options):
+        super().__init__(lr=0.05, **options)
+        head = nn.Conv1d(8, 5, 1) if shape == "convolution" else nn.Linear(8, 5, bias=shape != "no bias")
+        self.net[3] = nn.utils.parametrizations.weight_norm(head) if shape == "not found" else head
+        self.shape = shape
+
+    def logits(self, x):
+        hidden = self.net[:3](x)
+        if self.shape == "convolution":
+            return self.net[3](hidden[:, :, None])[:, :, 0]
+        return self.net[3](hidden) / (0.5 if self.shape == "scaled" else 1.0)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        z = self.logits(x)
+        return F.nll_loss(z.log_softmax(1), y) if self.shape == "nll" else F.cross_entropy(z, y)
+
+
+@pytest.mark.parametrize("memory", ["separate", "online"])
+@pytest.mark.parametrize("shape", ["linear", "no bias", "scaled", "nll", "convolution"])
+def test_rows_of_classes_to_come_are_free(shape, memory):
+    ewc, module, first = EWC(4.0, memory=memory), Shaped(shape), {}
+    x, y = make_tensors(24)
+    rows = [(0, 1), (2,)]
+    for number, classes in enumerate(rows):
+        chosen = torch.isin(y, torch.tensor(classes))
+        data = TensorDataset(x[chosen], y[chosen])
+        fit(module, ewc, loader=DataLoader(data, 8), max_epochs=1)
+        net = copy.deepcopy(module)
+        z = net.logits(x[chosen])
+        each = F.cross_entropy(z, z.argmax(1), reduction="none")
+        plain = fisher_diagonal(list(net.parameters()), [each])
+        slot = ewc.state_dict()["slots"][-1]["weights"]
+        free = torch.arange(5) >= (2 if number == 0 else 3)
+        assert torch.equal(ewc.state_dict()["seen"], ~free)
+        for (name, p), whole in zip(net.named_parameters(), plain, strict=True):
+            wanted = whole.clone()
+            if name.startswith("net.3"):
+                assert p.shape[0] == 5
+                assert (wanted[free] > 0).any()
+                wanted[free] = 0.0
+            if memory == "online" and number:
+                wanted += first[name]
+            torch.testing.assert_close(slot[name], wanted, rtol=1e-4, atol=1e-7)  # float32, other parts
+        first = {name: value.clone() for name, value in slot.items()}
+        assert f"free: the head's rows of {3 - number} of 5 classes" in ewc.describe()
+
+
+def test_a_head_that_is_not_found_is_said():
+    ewc = EWC(1.0)
+    with pytest.warns(UserWarning, match=r"EWC: 2 of 5 classes were no target so far, and the layer .* not found"):
+        fit(Shaped("not found"), ewc, loader=DataLoader(TensorDataset(*make_tensors(24)), 8), max_epochs=1)
+    excluded = EWC(exclude=["net.3.*"])
+    fit(
+        Shaped("not found"), excluded, loader=DataLoader(TensorDataset(*make_tensors(24)), 8), max_epochs=1
+    )  # says nothing
+
+
+def test_a_square_matrix_that_is_multiplied_as_it_is_has_no_rows_of_classes():
+    x, square = torch.randn(2, 5), torch.zeros(5, 5, requires_grad=True)
+    assert rows_of_output(x @ square, 5) == []
+    assert rows_of_output(x @ square.T, 5)[0] is square
+    assert rows_of_output(x, 5) == []
+    sums = [
+        torch.zeros(5, requires_grad=True),
+        torch.zeros(5, 4, requires_grad=True),
+        torch.zeros(6, requires_grad=True),
+    ]
+    both = rows_of_output(2 * (x @ square.T) + x[:, :4] @ sums[1].T + sums[0] + sums[2].sum(), 5)
+    assert {id(p) for p in both} == {id(p) for p in (square, *sums[:2])}
+
+
+def test_the_table_says_what_l2_leaves_free():
+    assert "free: nothing, rows of classes to come are tied as well" in L2ToStart().describe()
+    assert L2ToStart(exclude=["head.*", "norm.*"]).describe().endswith("; free: head.*, norm.*")

@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_reg.continual.weight_anchors.core import Labels, Outputs, fisher_losses
+from lightning_reg.engine.host.autograd import rows_of_output
 from lightning_reg.engine.host.distributed import world_size
 from lightning_reg.engine.host.errors import MisconfigurationException, in_the_name_of
+from lightning_reg.engine.host.names import plain_name
 from lightning_reg.engine.loss.choice import no_loss_seen
 from lightning_reg.engine.loss.mixin import LossMixin
 
@@ -38,10 +40,16 @@ class FisherPass:
         labels: At whose label the gradient is taken, see :func:`fisher_losses`.
         per_sample: Whether single samples count, not batches.
 
+    Attributes:
+        head: Names of the parameters that have a row for each class; none if they are not known.
+        seen: Which classes were a target, ``(C,)``; ``None`` where there are no classes, or no targets.
+
     """
 
     def __init__(self, owner: "Technique", labels: Labels, *, per_sample: bool) -> None:
         self._owner, self._labels, self._per_sample = owner, labels, per_sample
+        self.head: list[str] = []
+        self.seen: Tensor | None = None
         self._cuts: bool | None = None
 
     def try_out(self, peer: "Peer", step: "Step", params: Sequence[Tensor]) -> None:
@@ -104,6 +112,8 @@ class FisherPass:
                 raise no_loss_seen([self._owner], step.module, by_mixin=isinstance(step.module, LossMixin))
             return []
         whole = self._output(sight.call)
+        names = {id(p): plain_name(name) for name, p in peer.module.named_parameters()}
+        self.head = [names[id(p)] for p in rows_of_output(whole, whole.shape[1]) if id(p) in names]
         part = next(step.parts(_SMALLEST_PART))
         self._cuts = False
         if not self._per_sample or part is step or part.batch_sizes == step.batch_sizes:
@@ -139,8 +149,22 @@ class FisherPass:
             wanted = _prediction_and_target(call)[1].reshape(output.shape)
         elif self._labels == "true":
             wanted = call.labels if kept is None else call.labels.where(kept, 0)  # what is ignored may be no class
+        if outputs == "classes":
+            self._note_targets(call, output.shape[1], kept)
         losses = fisher_losses(output, wanted, self._labels, generator, outputs)
         return losses if kept is None else losses[kept]
+
+    def _note_targets(self, call: "LossCall", classes: int, kept: Tensor | None) -> None:
+        target = call.given_target
+        if target is None:
+            return
+        if self.seen is None:
+            self.seen = torch.zeros(classes, dtype=torch.bool, device=target.device)
+        if target.is_floating_point() and target.dim() > 1:
+            self.seen |= (target.flatten(1) > 0).any(0)
+            return
+        labels = call.labels if kept is None else call.labels[kept]
+        self.seen[labels[(labels >= 0) & (labels < classes)]] = True
 
     def _output(self, call: "LossCall") -> Tensor:
         """Class scores of the samples, or the numbers that were predicted for them."""

@@ -11,6 +11,7 @@ from lightning_reg.continual.weight_anchors._ties import Ties, weights_to_tie
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.host.names import as_patterns
 from lightning_reg.engine.technique import PenaltyTechnique
 
 if TYPE_CHECKING:
@@ -110,7 +111,8 @@ class L2ToStart(TaskTechnique, PenaltyTechnique):
         to = f"to the {self.anchor.replace('_', ' ')}"
         if self.anchor == "end_of_task" and not self.tasks:
             to = "nothing to tie to in the first task"
-        return f"weight={self.weight:g}, {self.mode}; {to}; {self._tasks.so_far}"
+        free = ", ".join(as_patterns(self.exclude)) or "nothing, rows of classes to come are tied as well"
+        return f"weight={self.weight:g}, {self.mode}; {to}; {self._tasks.so_far}; free: {free}"
 
     @override
     def begin(self, step: "Step") -> None:
