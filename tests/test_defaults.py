@@ -59,7 +59,7 @@ DEFAULTS = {
     "expand": {"fn": "arctan"},
     "feature_distillation_loss": {"reduction": "mean", "elements": "sum"},
     "fisher_diagonal": {"per_sample": True, "group": None},
-    "fisher_losses": {"which": "argmax", "generator": None, "outputs": "classes"},
+    "fisher_losses": {"which": "argmax", "generator": None, "outputs": "classes", "variances": None},
     "greedy_soup": {
         "strict": True,
         "min_delta": 0.0,

@@ -285,3 +285,98 @@ def test_a_square_matrix_that_is_multiplied_as_it_is_has_no_rows_of_classes():
 def test_the_table_says_what_l2_leaves_free():
     assert "free: nothing, rows of classes to come are tied as well" in L2ToStart().describe()
     assert L2ToStart(exclude=["head.*", "norm.*"]).describe().endswith("; free: head.*, norm.*")
+
+
+# -- several labels, variances, counts --------------------------------------------------------------------------------
+
+
+def targets_of(x):
+    return (x[:, :CLASSES] * 4).floor()
+
+
+def spread(net, x, shape=None):
+    values = 0.2 + net(x).square()[:, : 1 if shape == "one for all" else CLASSES]
+    return values[:, 0] if shape == "one for all" else values
+
+
+NEW_LOSSES = {
+    "several": (
+        lambda net, x: F.binary_cross_entropy_with_logits(net(x), (targets_of(x) > 1).to(x.dtype)),
+        lambda z, x: z.exp().add(1).log() - (targets_of(x) > 1) * z,
+    ),
+    "a label each": (
+        lambda net, x: F.binary_cross_entropy_with_logits(net(x)[:, 0], (targets_of(x)[:, 0] > 1).to(x.dtype)),
+        lambda z, x: (z.exp().add(1).log() - (targets_of(x) > 1) * z)[:, :1],
+    ),
+    "counts": (
+        lambda net, x: F.poisson_nll_loss(net(x), targets_of(x)),
+        lambda z, x: z.exp() - targets_of(x) * z,
+    ),
+    "counts by their rates": (
+        lambda net, x: F.poisson_nll_loss(net(x).exp(), targets_of(x), log_input=False, eps=1e-3),
+        lambda z, x: z.exp() - targets_of(x) * (z.exp() + 1e-3).log(),
+    ),
+    "variances": (
+        lambda net, x: F.gaussian_nll_loss(net(x), targets_of(x), spread(net, x)),
+        lambda z, x: 0.5 * ((0.2 + z**2).log() + (z - targets_of(x)) ** 2 / (0.2 + z**2)),
+    ),
+    "one variance for all": (
+        lambda net, x: F.gaussian_nll_loss(net(x), targets_of(x), spread(net, x, "one for all")),
+        lambda z, x: 0.5 * ((0.2 + z[:, :1] ** 2).log() + (z - targets_of(x)) ** 2 / (0.2 + z[:, :1] ** 2)),
+    ),
+    "a number as variance": (
+        lambda net, x: F.gaussian_nll_loss(net(x), targets_of(x), 0.25),
+        lambda z, x: 2.0 * (z - targets_of(x)) ** 2,
+    ),
+    "variances that are bounded": (
+        lambda net, x: F.gaussian_nll_loss(net(x), targets_of(x), 0.1 * spread(net, x), eps=0.5),
+        # The values are 0.5 (all are below), their gradients go on.
+        lambda z, x: (
+            0.5 * ((z - targets_of(x)) ** 2 / 0.5 + (1 / 0.5 - (z - targets_of(x)).detach() ** 2 / 0.25) * z**2 / 10)
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NEW_LOSSES)
+def test_the_empirical_fisher_of_other_losses(name):
+    called, each = NEW_LOSSES[name]
+    module = Classifier(step=lambda module, batch: called(module.net, batch[0]), lr=0.01)
+    kept = learn(module, EWC(labels="true"), 24, 8)
+    batches = cut(*make_tensors(24), 8)
+    assert_close(kept, by_hand(module, batches, lambda net, batch: each(net(batch[0]), batch[0]).sum(1)))
+
+
+@pytest.mark.parametrize("name", NEW_LOSSES)
+def test_the_fisher_of_other_losses_at_drawn_or_probable_labels(name):
+    called, _ = NEW_LOSSES[name]
+    module = Classifier(step=lambda module, batch: called(module.net, batch[0]), lr=0.01)
+    kept = learn(module, EWC(labels="sample"), 24, 8)
+    assert all(value.isfinite().all() and value.max() > 0 for value in kept.values())
+    if name not in ("several", "a label each"):
+        assert steps_before(module, r"^EWC: F\.(poisson|gaussian)_nll_loss.* is a regression.*labels=\"sample\"") == 0
+        return
+    kept, outputs = learn(module, EWC(), 24, 8), slice(0, None if name == "several" else 1)
+
+    def losses(net, batch):
+        z = net(batch[0])[:, outputs]
+        return (z.exp().add(1).log() - (z > 0) * z).sum(1)
+
+    assert_close(kept, by_hand(module, cut(*make_tensors(24), 8), losses))
+
+
+@pytest.mark.parametrize("outputs", ["several", "counts", "numbers"])
+def test_drawn_labels_have_the_fisher_information_of_their_distribution(outputs):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 3, dtype=torch.float64, generator=generator)
+    w = (0.3 * torch.randn(3, 2, dtype=torch.float64, generator=generator)).requires_grad_()
+    v = torch.tensor([0.5, 2.0], dtype=torch.float64, requires_grad=True)
+    spreads = v.expand(40, 2) if outputs == "numbers" else None
+    draws = (fisher_losses(x @ w, None, "sample", generator, outputs, spreads) for _ in range(2000))
+    fisher = fisher_diagonal([w, v], draws)
+    z = (x @ w).detach()
+    factor = {"several": z.sigmoid() * (1 - z.sigmoid()), "counts": z.exp(), "numbers": (1 / v).detach().expand(40, 2)}
+    closed = (x[:, :, None] ** 2 * factor[outputs][:, None, :]).mean(0)
+    torch.testing.assert_close(fisher[0], closed, rtol=0.05, atol=0.0)  # 80,000 draws
+    if outputs == "numbers":
+        torch.testing.assert_close(fisher[1], (0.5 / v**2).detach(), rtol=0.05, atol=0.0)

@@ -71,8 +71,9 @@ class EWC(TaskTechnique, PenaltyTechnique):
         per_sample: Whether gradients are squared sample by sample; ``False``: batch by batch, much cheaper.
         labels: At whose label the gradient is taken: the model's own most probable (``"argmax"``), one drawn from its
             probabilities (``"sample"``), or the given one (``"true"``). A regression (mse_loss, l1_loss,
-            smooth_l1_loss, huber_loss) counts as a Gaussian with variance 1 around the prediction, and needs
-            ``"sample"`` or ``"true"``.
+            smooth_l1_loss, huber_loss) counts as a Gaussian with variance 1 around the prediction, gaussian_nll_loss as
+            one with its variances, poisson_nll_loss as counts; they need ``"sample"`` or ``"true"``. In
+            binary_cross_entropy_with_logits each label is there or not by itself.
         memory: ``"separate"``: a penalty for each task before; ``"online"``: one, with the sum of all F and the weights
             of the last task.
         loss: Which loss call has the logits, if there are several: position, ``"last"``, function name, or
