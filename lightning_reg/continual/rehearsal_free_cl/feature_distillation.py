@@ -45,10 +45,9 @@ class FeatureDistillation(TaskTechnique, BatchTechnique, LossTechnique):
 
     Args:
         layer: The layer, named as in ``named_modules()``; paper: the one before the head. Its outputs are ``(B, ...)``.
-        weight: lambda, at least 0. Neutral: 0. Sensible: 1e-2 to 1 for a vector of features, 1e-5 to 1e-3 for the sum
-            over tokens and channels, 0.1 to 10 with ``elements="mean"``. Beside losses of 2 to 6, in 40 steps from the
-            teacher, the sum was 30 to 3600 in a ViT of 4 blocks (17 x 192 numbers) and 570 to 6500 in a GPT-2 of 2 (64
-            x 64), the mean 0.01 to 1.6.
+        weight: lambda, at least 0. Neutral: 0. Sensible: 1e-2 to 1 for a vector of features (0.1 for 100 of them in
+            ``benchmarks/effects``). The sum over tokens and channels is larger as many times as there are tokens: take
+            as many times less, or ``elements="mean"``, and compare the logged ``term`` with the loss.
         anchor: ``"end_of_task"`` (paper): the network when the task before ended, in the first task none.
             ``"start_of_fit"``: the network at the start of each fit (where tasks have numbers, of each task).
         elements: Whether the squares of a sample are summed over everything but the batch (``"sum"``, paper), or their
