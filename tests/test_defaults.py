@@ -38,6 +38,7 @@ DEFAULTS = {
         "group": None,
         "capacity": None,
     },
+    "cross_entropy_shift": {"label_smoothing": 0.0},
     "cutmix": {"lam": None, "alpha": 1.0, "generator": None, "per_sample": False, "correct_lam": True},
     "dare_merge": {
         "density": 0.5,
@@ -58,7 +59,7 @@ DEFAULTS = {
     "expand": {"fn": "arctan"},
     "feature_distillation_loss": {"reduction": "mean", "elements": "sum"},
     "fisher_diagonal": {"per_sample": True, "group": None},
-    "fisher_losses": {"which": "argmax", "generator": None, "outputs": "classes"},
+    "fisher_losses": {"which": "argmax", "generator": None, "outputs": "classes", "variances": None},
     "greedy_soup": {
         "strict": True,
         "min_delta": 0.0,

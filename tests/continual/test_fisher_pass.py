@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_reg import EWC, LossMixin
+from lightning_reg import EWC, L2ToStart, LossMixin
+from lightning_reg.engine.host.autograd import rows_of_output
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.functional import fisher_diagonal, fisher_losses
 from tests.toys import CLASSES, INPUTS, QUIET, Classifier, fit, make_tensors
@@ -72,7 +73,10 @@ def test_parts_of_a_batch_are_of_two_samples_at_least(size):
     in_the_pass = seen[2 if size > 2 else 1 :]
     assert sum(in_the_pass) == size
     assert 2 <= min(in_the_pass) <= max(in_the_pass) <= (4 if size > 2 else 2)
-    assert_close(kept, by_hand(module, cut(*make_tensors(size), size), at_true_labels))
+    expected = by_hand(module, cut(*make_tensors(size), size), at_true_labels)
+    for name in ("net.3.weight", "net.3.bias"):  # a few samples are not of all classes
+        expected[name][torch.bincount(make_tensors(size)[1], minlength=CLASSES) == 0] = 0.0
+    assert_close(kept, expected)
 
 
 @pytest.mark.parametrize("batch_size", [15, 16, 17])
@@ -198,3 +202,181 @@ def test_a_regression_of_other_shapes_is_refused():
 
     with pytest.warns(UserWarning, match="target size"):
         assert steps_before(Classifier(step=step), r"^EWC: F.mse_loss.* of different shapes", labels="true") == 0
+
+
+# -- classes to come --------------------------------------------------------------------------------------------------
+
+
+class Shaped(Classifier):
+    """Five outputs from the start on, of which the tasks have the first three."""
+
+    def __init__(self, shape="linear", **options):
+        super().__init__(lr=0.05, **options)
+        head = nn.Conv1d(8, 5, 1) if shape == "convolution" else nn.Linear(8, 5, bias=shape != "no bias")
+        self.net[3] = nn.utils.parametrizations.weight_norm(head) if shape == "not found" else head
+        self.shape = shape
+
+    def logits(self, x):
+        hidden = self.net[:3](x)
+        if self.shape == "convolution":
+            return self.net[3](hidden[:, :, None])[:, :, 0]
+        return self.net[3](hidden) / (0.5 if self.shape == "scaled" else 1.0)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        z = self.logits(x)
+        return F.nll_loss(z.log_softmax(1), y) if self.shape == "nll" else F.cross_entropy(z, y)
+
+
+@pytest.mark.parametrize("memory", ["separate", "online"])
+@pytest.mark.parametrize("shape", ["linear", "no bias", "scaled", "nll", "convolution"])
+def test_rows_of_classes_to_come_are_free(shape, memory):
+    ewc, module, first = EWC(4.0, memory=memory), Shaped(shape), {}
+    x, y = make_tensors(24)
+    rows = [(0, 1), (2,)]
+    for number, classes in enumerate(rows):
+        chosen = torch.isin(y, torch.tensor(classes))
+        data = TensorDataset(x[chosen], y[chosen])
+        fit(module, ewc, loader=DataLoader(data, 8), max_epochs=1)
+        net = copy.deepcopy(module)
+        z = net.logits(x[chosen])
+        each = F.cross_entropy(z, z.argmax(1), reduction="none")
+        plain = fisher_diagonal(list(net.parameters()), [each])
+        slot = ewc.state_dict()["slots"][-1]["weights"]
+        free = torch.arange(5) >= (2 if number == 0 else 3)
+        assert torch.equal(ewc.state_dict()["seen"], ~free)
+        for (name, p), whole in zip(net.named_parameters(), plain, strict=True):
+            wanted = whole.clone()
+            if name.startswith("net.3"):
+                assert p.shape[0] == 5
+                assert (wanted[free] > 0).any()
+                wanted[free] = 0.0
+            if memory == "online" and number:
+                wanted += first[name]
+            torch.testing.assert_close(slot[name], wanted, rtol=1e-4, atol=1e-7)  # float32, other parts
+        first = {name: value.clone() for name, value in slot.items()}
+        assert f"free: the head's rows of {3 - number} of 5 classes" in ewc.describe()
+
+
+def test_a_head_that_is_not_found_is_said():
+    ewc = EWC(1.0)
+    with pytest.warns(UserWarning, match=r"EWC: 2 of 5 classes were no target so far, and the layer .* not found"):
+        fit(Shaped("not found"), ewc, loader=DataLoader(TensorDataset(*make_tensors(24)), 8), max_epochs=1)
+    excluded = EWC(exclude=["net.3.*"])
+    fit(
+        Shaped("not found"), excluded, loader=DataLoader(TensorDataset(*make_tensors(24)), 8), max_epochs=1
+    )  # says nothing
+
+
+def test_a_square_matrix_that_is_multiplied_as_it_is_has_no_rows_of_classes():
+    x, square = torch.randn(2, 5), torch.zeros(5, 5, requires_grad=True)
+    assert rows_of_output(x @ square, 5) == []
+    assert rows_of_output(x @ square.T, 5)[0] is square
+    assert rows_of_output(x, 5) == []
+    sums = [
+        torch.zeros(5, requires_grad=True),
+        torch.zeros(5, 4, requires_grad=True),
+        torch.zeros(6, requires_grad=True),
+    ]
+    both = rows_of_output(2 * (x @ square.T) + x[:, :4] @ sums[1].T + sums[0] + sums[2].sum(), 5)
+    assert {id(p) for p in both} == {id(p) for p in (square, *sums[:2])}
+
+
+def test_the_table_says_what_l2_leaves_free():
+    assert "free: nothing, rows of classes to come are tied as well" in L2ToStart().describe()
+    assert L2ToStart(exclude=["head.*", "norm.*"]).describe().endswith("; free: head.*, norm.*")
+
+
+# -- several labels, variances, counts --------------------------------------------------------------------------------
+
+
+def targets_of(x):
+    return (x[:, :CLASSES] * 4).floor()
+
+
+def spread(net, x, shape=None):
+    values = 0.2 + net(x).square()[:, : 1 if shape == "one for all" else CLASSES]
+    return values[:, 0] if shape == "one for all" else values
+
+
+NEW_LOSSES = {
+    "several": (
+        lambda net, x: F.binary_cross_entropy_with_logits(net(x), (targets_of(x) > 1).to(x.dtype)),
+        lambda z, x: z.exp().add(1).log() - (targets_of(x) > 1) * z,
+    ),
+    "a label each": (
+        lambda net, x: F.binary_cross_entropy_with_logits(net(x)[:, 0], (targets_of(x)[:, 0] > 1).to(x.dtype)),
+        lambda z, x: (z.exp().add(1).log() - (targets_of(x) > 1) * z)[:, :1],
+    ),
+    "counts": (
+        lambda net, x: F.poisson_nll_loss(net(x), targets_of(x)),
+        lambda z, x: z.exp() - targets_of(x) * z,
+    ),
+    "counts by their rates": (
+        lambda net, x: F.poisson_nll_loss(net(x).exp(), targets_of(x), log_input=False, eps=1e-3),
+        lambda z, x: z.exp() - targets_of(x) * (z.exp() + 1e-3).log(),
+    ),
+    "variances": (
+        lambda net, x: F.gaussian_nll_loss(net(x), targets_of(x), spread(net, x)),
+        lambda z, x: 0.5 * ((0.2 + z**2).log() + (z - targets_of(x)) ** 2 / (0.2 + z**2)),
+    ),
+    "one variance for all": (
+        lambda net, x: F.gaussian_nll_loss(net(x), targets_of(x), spread(net, x, "one for all")),
+        lambda z, x: 0.5 * ((0.2 + z[:, :1] ** 2).log() + (z - targets_of(x)) ** 2 / (0.2 + z[:, :1] ** 2)),
+    ),
+    "a number as variance": (
+        lambda net, x: F.gaussian_nll_loss(net(x), targets_of(x), 0.25),
+        lambda z, x: 2.0 * (z - targets_of(x)) ** 2,
+    ),
+    "variances that are bounded": (
+        lambda net, x: F.gaussian_nll_loss(net(x), targets_of(x), 0.1 * spread(net, x), eps=0.5),
+        # The values are 0.5 (all are below), their gradients go on.
+        lambda z, x: (
+            0.5 * ((z - targets_of(x)) ** 2 / 0.5 + (1 / 0.5 - (z - targets_of(x)).detach() ** 2 / 0.25) * z**2 / 10)
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NEW_LOSSES)
+def test_the_empirical_fisher_of_other_losses(name):
+    called, each = NEW_LOSSES[name]
+    module = Classifier(step=lambda module, batch: called(module.net, batch[0]), lr=0.01)
+    kept = learn(module, EWC(labels="true"), 24, 8)
+    batches = cut(*make_tensors(24), 8)
+    assert_close(kept, by_hand(module, batches, lambda net, batch: each(net(batch[0]), batch[0]).sum(1)))
+
+
+@pytest.mark.parametrize("name", NEW_LOSSES)
+def test_the_fisher_of_other_losses_at_drawn_or_probable_labels(name):
+    called, _ = NEW_LOSSES[name]
+    module = Classifier(step=lambda module, batch: called(module.net, batch[0]), lr=0.01)
+    kept = learn(module, EWC(labels="sample"), 24, 8)
+    assert all(value.isfinite().all() and value.max() > 0 for value in kept.values())
+    if name not in ("several", "a label each"):
+        assert steps_before(module, r"^EWC: F\.(poisson|gaussian)_nll_loss.* is a regression.*labels=\"sample\"") == 0
+        return
+    kept, outputs = learn(module, EWC(), 24, 8), slice(0, None if name == "several" else 1)
+
+    def losses(net, batch):
+        z = net(batch[0])[:, outputs]
+        return (z.exp().add(1).log() - (z > 0) * z).sum(1)
+
+    assert_close(kept, by_hand(module, cut(*make_tensors(24), 8), losses))
+
+
+@pytest.mark.parametrize("outputs", ["several", "counts", "numbers"])
+def test_drawn_labels_have_the_fisher_information_of_their_distribution(outputs):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 3, dtype=torch.float64, generator=generator)
+    w = (0.3 * torch.randn(3, 2, dtype=torch.float64, generator=generator)).requires_grad_()
+    v = torch.tensor([0.5, 2.0], dtype=torch.float64, requires_grad=True)
+    spreads = v.expand(40, 2) if outputs == "numbers" else None
+    draws = (fisher_losses(x @ w, None, "sample", generator, outputs, spreads) for _ in range(2000))
+    fisher = fisher_diagonal([w, v], draws)
+    z = (x @ w).detach()
+    factor = {"several": z.sigmoid() * (1 - z.sigmoid()), "counts": z.exp(), "numbers": (1 / v).detach().expand(40, 2)}
+    closed = (x[:, :, None] ** 2 * factor[outputs][:, None, :]).mean(0)
+    torch.testing.assert_close(fisher[0], closed, rtol=0.05, atol=0.0)  # 80,000 draws
+    if outputs == "numbers":
+        torch.testing.assert_close(fisher[1], (0.5 / v**2).detach(), rtol=0.05, atol=0.0)

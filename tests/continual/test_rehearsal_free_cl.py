@@ -12,11 +12,19 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_reg import EWC, ContinualMetrics, FeatureDistillation, L2ToStart, LossMixin, PredictionDistillation
+from lightning_reg import (
+    EWC,
+    ContinualMetrics,
+    FeatureDistillation,
+    L2ToStart,
+    LossMixin,
+    PredictionDistillation,
+)
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.technique import LossTechnique
 from lightning_reg.functional import (
     bce_distillation_loss,
+    cross_entropy_shift,
     feature_distillation_loss,
     forgetting,
     softmax_distillation_loss,
@@ -190,6 +198,30 @@ def test_softmax_by_loops():
     torch.testing.assert_close(z.grad.double(), (p - t) / 2 / 4, atol=1e-7, rtol=0.0)  # no T^2 makes up for 1 / T
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"label_smoothing": 0.2}, {"weight": torch.tensor([0.5, 2.0, 1.0, 4.0, 3.0])}, {"ignore_index": 2}],
+    ids=lambda options: next(iter(options), "plain"),
+)
+@pytest.mark.parametrize("soft", [False, True])
+def test_the_cross_entropy_over_the_classes_so_far_is_that_of_their_logits(options, soft):
+    if soft and options.keys() & {"weight", "ignore_index"}:
+        return
+    z, y = logits(0, 6, 5).requires_grad_(), torch.tensor([0, 2, 1, 2, 0, 1])
+    if soft:
+        y = F.pad(logits(1, 6, 3).softmax(1), (0, 2))
+    each = F.cross_entropy(z, y, reduction="none", **options)
+    mass = options["weight"][y] if "weight" in options else (y != options.get("ignore_index", -1)).float()
+    mass = torch.ones(6) if soft else mass
+    whole = each / torch.where(mass > 0, mass, 1.0) + cross_entropy_shift(z, 3, options.get("label_smoothing", 0.0))
+    (mine,) = torch.autograd.grad((whole * mass).sum() / mass.sum(), z)
+    cut = {**options, "weight": options["weight"][:3]} if "weight" in options else options
+    wanted = F.cross_entropy(z[:, :3], y[:, :3] if soft else y, **cut)
+    (theirs,) = torch.autograd.grad(wanted, z)
+    assert ((whole * mass).sum() / mass.sum()).item() == pytest.approx(wanted.item(), rel=1e-6)
+    torch.testing.assert_close(mine, theirs, rtol=0.0, atol=1e-7)
+
+
 def test_features_by_loops():
     f, old = logits(0, 3, 2, 4), logits(1, 3, 2, 4)
     total = sum((f[b, i, j] - old[b, i, j]).item() ** 2 for b in range(3) for i in range(2) for j in range(4)) / 3
@@ -298,10 +330,10 @@ def bce_by_hand(teacher, old, seen):
     return loss
 
 
-def softmax_by_hand(teacher, old, mu, temperature):
+def softmax_by_hand(teacher, old, seen, mu, temperature):
     def loss(module, x, y):
         z = module.net(x)
-        value = F.cross_entropy(z, y)
+        value = F.cross_entropy(z[:, :seen], y)  # over the classes so far, as the authors have it
         if teacher is not None:
             t = (teacher.net(x)[:, :old].detach() / temperature).softmax(1)
             value = value - mu * (t * (z[:, :old] / temperature).log_softmax(1)).sum(1).mean()
@@ -322,7 +354,7 @@ def test_trains_as_the_loop_by_hand_over_three_tasks(form, grows):
             hand.grow(new)
         old, seen = seen, seen + new
         learn(ours, number, distillation)
-        loss = bce_by_hand(teacher, old, seen) if form == "bce" else softmax_by_hand(teacher, old, 0.7, 1.5)
+        loss = bce_by_hand(teacher, old, seen) if form == "bce" else softmax_by_hand(teacher, old, seen, 0.7, 1.5)
         by_hand(hand, number, loss)
         teacher = copy.deepcopy(hand)
         assert same_weights(ours, hand, atol=2e-6 * (number + 1))  # float32, 6 steps each
@@ -397,6 +429,80 @@ def test_features_of_other_rows_without_a_call_are_refused():
         learn(Folded(), 0, features)
 
 
+def weighted(*weights):
+    return partial(F.cross_entropy, weight=torch.tensor(weights))
+
+
+def nll(z, y, **options):
+    return F.nll_loss(z.log_softmax(1), y, **options)
+
+
+@pytest.mark.parametrize(
+    ("whole", "cut"),
+    [
+        (partial(F.cross_entropy, label_smoothing=0.1), partial(F.cross_entropy, label_smoothing=0.1)),
+        (
+            partial(F.cross_entropy, weight=torch.arange(1.0, 6.0)),
+            partial(F.cross_entropy, weight=torch.arange(1.0, 3.0)),
+        ),
+        (partial(F.cross_entropy, reduction="sum"), partial(F.cross_entropy, reduction="sum")),
+        (partial(F.cross_entropy, ignore_index=1), partial(F.cross_entropy, ignore_index=1)),
+        (nll, nll),
+        (lambda z, y: F.cross_entropy(z[:, :, None], y[:, None]), F.cross_entropy),
+    ],
+    ids=["smoothed", "class weights", "sum", "ignored", "nll", "flat"],
+)
+def test_the_softmax_form_keeps_what_the_users_cross_entropy_is(whole, cut):
+    ours, hand = Net(loss=whole), Net()
+    learn(ours, 0, PredictionDistillation("softmax", new_classes=FIXED), gradient_clip_val=1.0)
+    optimizer = torch.optim.SGD(hand.parameters(), 0.5)
+    for _ in range(2):
+        for x, y in DataLoader(task(0), 8):
+            optimizer.zero_grad()
+            cut(hand.net(x)[:, :2], y).backward()
+            nn.utils.clip_grad_norm_(hand.parameters(), 1.0)
+            optimizer.step()
+    assert same_weights(ours, hand, atol=2e-6)  # float32, 6 steps
+
+
+class HandsOver(LossMixin, Net):
+    def training_step(self, batch, batch_idx):
+        z = self.net(batch[0])
+        return self.reduce_loss(F.cross_entropy(z, batch[1], reduction="none"), logits=z, targets=batch[1])
+
+
+class WeighFirst(LossTechnique):
+    def sample_weights(self, call):
+        return torch.linspace(0.0, 2.0, call.batch_size)
+
+
+def test_the_weights_of_others_act_on_the_loss_over_the_classes_so_far():
+    ours, hand = Net(), Net()
+    learn(ours, 0, WeighFirst(), PredictionDistillation("softmax", new_classes=FIXED))
+    weights = torch.linspace(0.0, 2.0, 8)
+    by_hand(hand, 0, lambda m, x, y: (weights * F.cross_entropy(m.net(x)[:, :2], y, reduction="none")).mean())
+    assert same_weights(ours, hand, atol=1e-6)  # float32, 6 steps
+
+
+@pytest.mark.parametrize(
+    ("module", "what"),
+    [
+        (lambda: Net(loss=partial(F.cross_entropy, weight=torch.ones(5), label_smoothing=0.1)), "with class weights"),
+        (HandsOver, "computed already"),
+    ],
+)
+def test_a_loss_that_cannot_be_one_over_the_classes_so_far_is_refused(module, what):
+    net = module()
+    with pytest.raises(MisconfigurationException, match=rf"{what}, so it cannot be .* the 2 classes so far. Hand over"):
+        learn(net, 0, PredictionDistillation("softmax", new_classes=FIXED))
+    assert net.trainer.global_step == 0
+
+
+def test_a_label_of_a_class_to_come_is_refused_in_the_softmax_form():
+    with pytest.raises(MisconfigurationException, match="there are 2 classes so far, and a label is 2"):
+        learn(Net(), 1, PredictionDistillation("softmax", new_classes=FIXED))
+
+
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_the_users_reduction_is_kept(reduction):
     def loss(z, y):
@@ -430,12 +536,7 @@ def test_ignored_samples_take_no_part(ignored):
 
 
 def test_a_loss_by_hand_is_replaced_too():
-    class ByHand(LossMixin, Net):
-        def training_step(self, batch, batch_idx):
-            z = self.net(batch[0])
-            return self.reduce_loss(F.cross_entropy(z, batch[1], reduction="none"), logits=z, targets=batch[1])
-
-    ours, plain = ByHand(), Net()
+    ours, plain = HandsOver(), Net()
     for module in (ours, plain):
         distillation = PredictionDistillation(new_classes=FIXED)
         learn(module, 0, distillation)
@@ -565,8 +666,8 @@ def test_a_head_for_each_task_is_refused(form, new_classes, outputs):
     assert distillation.tasks == 1
 
 
-def test_the_table_says_that_the_softmax_form_leaves_the_loss():
-    assert "your loss over all outputs" in PredictionDistillation("softmax", new_classes=FIXED).describe()
+def test_the_table_says_what_the_softmax_form_makes_of_the_loss():
+    assert "your loss over the classes so far" in PredictionDistillation("softmax", new_classes=FIXED).describe()
     assert "your loss" not in PredictionDistillation("softmax").describe()
 
 

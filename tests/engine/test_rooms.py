@@ -93,6 +93,7 @@ def owners_of_private_names():
         trainer.fit_loop,
         trainer.fit_loop.epoch_loop,
         trainer.fit_loop.epoch_loop.val_loop,
+        trainer._data_connector,
         trainer._logger_connector,
         LightningModule(),
         StochasticWeightAveraging(1e-3),

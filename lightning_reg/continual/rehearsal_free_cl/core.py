@@ -7,7 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["bce_distillation_loss", "feature_distillation_loss", "forgetting", "softmax_distillation_loss"]
+__all__ = [
+    "bce_distillation_loss",
+    "cross_entropy_shift",
+    "feature_distillation_loss",
+    "forgetting",
+    "softmax_distillation_loss",
+]
 
 
 def bce_distillation_loss(
@@ -81,6 +87,32 @@ def softmax_distillation_loss(
     wanted = (teacher_logits.detach().float() / temperature).softmax(1)
     losses = -(wanted * (logits.float() / temperature).log_softmax(1)).sum(1)
     return losses.mean() if reduction == "mean" else losses
+
+
+def cross_entropy_shift(logits: Tensor, num_seen: int, label_smoothing: float = 0.0) -> Tensor:
+    r"""What turns a cross-entropy over all classes into that over the classes so far.
+
+    .. math:: \log \sum_{c<v} e^{z_c} - \log \sum_c e^{z_c}
+        + \varepsilon \Bigl(\frac1C \sum_c z_c - \frac1v \sum_{c<v} z_c\Bigr)
+
+    The label has no part in it, so it holds for soft targets as well.
+
+    Args:
+        logits: ``(B, C)`` with gradient, or log-probabilities.
+        num_seen: Number of classes so far v; the labels are among these.
+        label_smoothing: :math:`\varepsilon` of the cross-entropy.
+
+    Returns:
+        float32 ``(B,)`` with gradient, to be added to the loss of each sample.
+
+    Example:
+        >>> cross_entropy_shift(torch.zeros(1, 4), num_seen=2)
+        tensor([-0.6931])
+
+    """
+    every = logits.float()
+    seen = every[:, :num_seen]
+    return seen.logsumexp(1) - every.logsumexp(1) + label_smoothing * (every.mean(1) - seen.mean(1))
 
 
 def feature_distillation_loss(

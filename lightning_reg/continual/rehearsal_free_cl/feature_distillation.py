@@ -32,8 +32,8 @@ class FeatureDistillation(TaskTechnique, BatchTechnique, LossTechnique):
     .. math:: \frac{\lambda}{B} \sum_b \lVert f(x_b; \theta) - f(x_b; \theta^\text{old}) \rVert_2^2
 
     The paper's finding is to leave it: it lowered accuracy in every combination. Use it as a baseline, or to fine-tune
-    a pre-trained network near its features (``anchor="start_of_fit"``). A task is a fit that came to its end; keep the
-    object from fit to fit.
+    a pre-trained network near its features (``anchor="start_of_fit"``). A task is a fit that came to its end, or a
+    number in the datamodule's ``current_task``; keep the object from fit to fit.
 
     Source:
         Smith et al., "A Closer Look at Rehearsal-Free Continual Learning", CVPR Workshops 2023, arXiv 2203.17269.
@@ -45,12 +45,11 @@ class FeatureDistillation(TaskTechnique, BatchTechnique, LossTechnique):
 
     Args:
         layer: The layer, named as in ``named_modules()``; paper: the one before the head. Its outputs are ``(B, ...)``.
-        weight: lambda, at least 0. Neutral: 0. Sensible: 1e-2 to 1 for a vector of features, 1e-5 to 1e-3 for the sum
-            over tokens and channels, 0.1 to 10 with ``elements="mean"``. Beside losses of 2 to 6, in 40 steps from the
-            teacher, the sum was 30 to 3600 in a ViT of 4 blocks (17 x 192 numbers) and 570 to 6500 in a GPT-2 of 2 (64
-            x 64), the mean 0.01 to 1.6.
+        weight: lambda, at least 0. Neutral: 0. Sensible: 1e-2 to 1 for a vector of features (0.1 for 100 of them in
+            ``benchmarks/effects``). The sum over tokens and channels is larger as many times as there are tokens: take
+            as many times less, or ``elements="mean"``, and compare the logged ``term`` with the loss.
         anchor: ``"end_of_task"`` (paper): the network when the task before ended, in the first task none.
-            ``"start_of_fit"``: the network at the start of each fit.
+            ``"start_of_fit"``: the network at the start of each fit (where tasks have numbers, of each task).
         elements: Whether the squares of a sample are summed over everything but the batch (``"sum"``, paper), or their
             mean is taken (``"mean"``), of a size that does not grow with tokens and channels.
         loss: Which loss call it joins, if there are several: position, ``"last"``, function name, or ``"model.py:42"``.
@@ -88,7 +87,8 @@ class FeatureDistillation(TaskTechnique, BatchTechnique, LossTechnique):
     @override
     def remembers_channels(self) -> bool:
         """Whether the teacher's features are those of an earlier task."""
-        return self.anchor == "end_of_task" and self.tasks > 0 and not self.is_neutral
+        of_earlier_fit = self._tasks.has_numbers if self.anchor == "start_of_fit" else self.tasks > 0
+        return of_earlier_fit and not self.is_neutral
 
     @property
     @override
@@ -108,7 +108,7 @@ class FeatureDistillation(TaskTechnique, BatchTechnique, LossTechnique):
         if self.anchor == "end_of_task" and not self.tasks:
             to = "no teacher in the first task"
         mean = ", mean of elements" if self.elements == "mean" else ""
-        return f"layer {self.layer}, weight={self.weight:g}{mean}; {to}; tasks before: {self.tasks}"
+        return f"layer {self.layer}, weight={self.weight:g}{mean}; {to}; {self._tasks.so_far}"
 
     @property
     @override
@@ -122,7 +122,7 @@ class FeatureDistillation(TaskTechnique, BatchTechnique, LossTechnique):
 
     @override
     def begin(self, step: "Step") -> None:
-        if self.anchor == "start_of_fit" and not self._tasks.resumed:
+        if self.anchor == "start_of_fit" and not self._tasks.goes_on:
             self._tasks.kept = {"teacher": weights_of(step.module)}
         self._teacher.take(self, step.module, self._tasks.kept)
 

@@ -67,7 +67,8 @@ class ContinualMetrics(Metric):
         Args:
             logits: ``(B, C)``, with at least the classes so far.
             labels: ``(B,)`` int64.
-            after_task: Number of tasks learned so far, from 1.
+            after_task: Number of tasks learned so far, from 1; ``datamodule.current_task + 1`` where these count from
+                0.
 
         Raises:
             ValueError: If there is no such task.

@@ -8,7 +8,11 @@ from typing_extensions import override
 
 from lightning_reg.continual._tasks import TaskTechnique
 from lightning_reg.continual.rehearsal_free_cl._teacher import Teacher, network
-from lightning_reg.continual.rehearsal_free_cl.core import bce_distillation_loss, softmax_distillation_loss
+from lightning_reg.continual.rehearsal_free_cl.core import (
+    bce_distillation_loss,
+    cross_entropy_shift,
+    softmax_distillation_loss,
+)
 from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.networks.peer import check_runs_on_copy, weights_of
@@ -34,20 +38,20 @@ class PredictionDistillation(TaskTechnique, BatchTechnique, LossTechnique):
         t_{bc} = \sigma(z^\text{old}_{bc})\;(c < o), \quad t_{bc} = [y_b = c]\;(o \le c < v)
 
     ``loss_form="softmax"`` adds :math:`\mu` times the cross-entropy with the old network's probabilities, softened by
-    T, over the old classes. Classes of a task must come after those of the tasks before; predict by the largest logit.
+    T, over the old classes; your cross-entropy becomes one over the classes so far, as the authors' is, where the head
+    has outputs for classes to come. Classes of a task must come after those of the tasks before; predict by the largest
+    logit of the classes so far.
 
     Use ``"bce"`` as the base of class-incremental training without old samples. The softmax form alone does not help
-    there. A task is a fit that came to its end; keep the object from fit to fit. A head may grow by rows in between; a
-    head of its own for each task is refused.
+    there. A task is a fit that came to its end, or a number in the datamodule's ``current_task``; keep the object from
+    fit to fit. A head may grow by rows in between; a head of its own for each task is refused.
 
     Source:
         Li and Hoiem, "Learning without Forgetting", ECCV 2016, arXiv 1606.09282, in the forms compared in Smith et al.,
         "A Closer Look at Rehearsal-Free Continual Learning", CVPR Workshops 2023, arXiv 2203.17269.
 
     Differs:
-        Soft targets (of a batch that was mixed) take the place of :math:`[y_b = c]`. In the softmax form your own loss
-        stays what it is: over all outputs of a head that has more than the classes so far, where the authors' runs over
-        these alone. Hand over ``logits[:, :seen]`` to have theirs, or let the head grow.
+        Soft targets (of a batch that was mixed) take the place of :math:`[y_b = c]`.
 
     Memory: the module's parameters and buffers once more; a forward pass of the old network per step.
 
@@ -108,8 +112,8 @@ class PredictionDistillation(TaskTechnique, BatchTechnique, LossTechnique):
             "bce" if self.loss_form == "bce" else f"softmax, weight={self.weight:g}, temperature={self.temperature:g}"
         )
         if self.loss_form == "softmax" and self.new_classes is not None:
-            form += ", your loss over all outputs"
-        old = f"tasks before: {self.tasks}" if self.tasks else "no old classes in the first task"
+            form += ", your loss over the classes so far"
+        old = self._tasks.so_far if self.tasks else "no old classes in the first task"
         return f"{form}; {old}"
 
     @override
@@ -131,9 +135,9 @@ class PredictionDistillation(TaskTechnique, BatchTechnique, LossTechnique):
 
     @override
     def change_losses(self, call: "LossCall") -> Tensor | None:
-        if self.loss_form != "bce":
-            return None
         old, seen = self._classes(call)
+        if self.loss_form != "bce":
+            return self._over_classes_so_far(call, seen)
         targets = call.labels if call.target is None else call.target
         targets = targets.reshape(call.logits.shape if targets.is_floating_point() else call.logits.shape[:1])
         if call.step.is_logging or self._columns != call.logits.shape[1]:
@@ -205,6 +209,26 @@ class PredictionDistillation(TaskTechnique, BatchTechnique, LossTechnique):
                 f" {self.tasks + 1}, and the head has {columns} outputs."
             )
         return old, seen
+
+    def _over_classes_so_far(self, call: "LossCall", seen: int) -> Tensor | None:
+        """The user's cross-entropy as it is of the logits of the classes so far alone; ``None`` if these are all."""
+        if seen == call.logits.shape[1]:
+            return None
+        soft = call.given_target is not None and call.given_target.is_floating_point()
+        smoothing = float(call.arguments.get("label_smoothing", 0.0))
+        if call.function is None or (call.arguments.get("weight") is not None and (soft or smoothing)):
+            what = "computed already" if call.function is None else "of soft targets with class weights"
+            raise MisconfigurationException(
+                f"PredictionDistillation(loss_form='softmax', new_classes={self.new_classes}): the head has outputs for"
+                f" classes to come, and {call} is {what}, so it cannot be made one over the {seen} classes so far. Hand"
+                f" over `logits[:, :seen]`, and leave out `new_classes` if that grows with each task."
+            )
+        if not soft and (call.step.is_logging or not self._columns):
+            self._check_labels(call.labels if call.sample_mass is None else call.labels[call.sample_mass > 0], seen)
+        mass = call.sample_mass
+        losses = call.decomposition.elements.float().reshape(call.batch_size)
+        losses = losses if mass is None else losses / torch.where(mass > 0, mass, 1.0)
+        return losses + cross_entropy_shift(call.logits, seen, smoothing)
 
     def _check_labels(self, targets: Tensor, seen: int) -> None:
         if not targets.is_floating_point() and targets.numel() and int(targets.max()) >= seen:

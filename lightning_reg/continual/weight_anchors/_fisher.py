@@ -1,6 +1,6 @@
 """The pass over the training data that the Fisher information needs: what it can do, and the losses of the samples."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_reg.continual.weight_anchors.core import Labels, Outputs, fisher_losses
+from lightning_reg.engine.host.autograd import rows_of_output
 from lightning_reg.engine.host.distributed import world_size
 from lightning_reg.engine.host.errors import MisconfigurationException, in_the_name_of
+from lightning_reg.engine.host.names import plain_name
 from lightning_reg.engine.loss.choice import no_loss_seen
 from lightning_reg.engine.loss.mixin import LossMixin
 
@@ -23,7 +25,15 @@ __all__ = ["FisherPass"]
 
 _SAMPLES_AT_ONCE = 4  # fewer do not pay for their calls
 _SMALLEST_PART = 2  # of parts of four samples at most, as equal as they can be
-_OF_NUMBERS = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
+_OUTPUTS: "dict[Callable[..., Tensor] | None, Outputs]" = {
+    F.mse_loss: "numbers",
+    F.l1_loss: "numbers",
+    F.smooth_l1_loss: "numbers",
+    F.huber_loss: "numbers",
+    F.gaussian_nll_loss: "numbers",
+    F.poisson_nll_loss: "counts",
+    F.binary_cross_entropy_with_logits: "several",
+}
 
 
 class FisherPass:
@@ -38,10 +48,16 @@ class FisherPass:
         labels: At whose label the gradient is taken, see :func:`fisher_losses`.
         per_sample: Whether single samples count, not batches.
 
+    Attributes:
+        head: Names of the parameters that have a row for each class; none if they are not known.
+        seen: Which classes were a target, ``(C,)``; ``None`` where there are no classes, or no targets.
+
     """
 
     def __init__(self, owner: "Technique", labels: Labels, *, per_sample: bool) -> None:
         self._owner, self._labels, self._per_sample = owner, labels, per_sample
+        self.head: list[str] = []
+        self.seen: Tensor | None = None
         self._cuts: bool | None = None
 
     def try_out(self, peer: "Peer", step: "Step", params: Sequence[Tensor]) -> None:
@@ -104,6 +120,8 @@ class FisherPass:
                 raise no_loss_seen([self._owner], step.module, by_mixin=isinstance(step.module, LossMixin))
             return []
         whole = self._output(sight.call)
+        names = {id(p): plain_name(name) for name, p in peer.module.named_parameters()}
+        self.head = [names[id(p)] for p in rows_of_output(whole, whole.shape[1]) if id(p) in names]
         part = next(step.parts(_SMALLEST_PART))
         self._cuts = False
         if not self._per_sample or part is step or part.batch_sizes == step.batch_sizes:
@@ -134,26 +152,44 @@ class FisherPass:
         kept = None if call.sample_mass is None else call.sample_mass > 0
         output = self._output(call)
         wanted: Tensor | None = None
-        outputs: Outputs = "numbers" if call.function in _OF_NUMBERS else "classes"
-        if self._labels == "true" and outputs == "numbers":
+        outputs = _OUTPUTS.get(call.function, "classes")
+        if self._labels == "true" and outputs != "classes":
             wanted = _prediction_and_target(call)[1].reshape(output.shape)
         elif self._labels == "true":
             wanted = call.labels if kept is None else call.labels.where(kept, 0)  # what is ignored may be no class
-        losses = fisher_losses(output, wanted, self._labels, generator, outputs)
+        if outputs == "classes":
+            self._note_targets(call, output.shape[1], kept)
+        variances = _variances(call).reshape(output.shape) if call.function is F.gaussian_nll_loss else None
+        losses = fisher_losses(output, wanted, self._labels, generator, outputs, variances)
         return losses if kept is None else losses[kept]
+
+    def _note_targets(self, call: "LossCall", classes: int, kept: Tensor | None) -> None:
+        target = call.given_target
+        if target is None:
+            return
+        if self.seen is None:
+            self.seen = torch.zeros(classes, dtype=torch.bool, device=target.device)
+        if target.is_floating_point() and target.dim() > 1:
+            self.seen |= (target.flatten(1) > 0).any(0)
+            return
+        labels = call.labels if kept is None else call.labels[kept]
+        self.seen[labels[(labels >= 0) & (labels < classes)]] = True
 
     def _output(self, call: "LossCall") -> Tensor:
         """Class scores of the samples, or the numbers that were predicted for them."""
-        if call.function not in _OF_NUMBERS:
+        outputs = _OUTPUTS.get(call.function, "classes")
+        if outputs == "classes":
             try:
                 return call.logits
             except MisconfigurationException as error:
                 raise in_the_name_of(self._owner, error) from error
-        if self._labels == "argmax":
+        if self._labels == "argmax" and outputs != "several":
+            of = "counts" if outputs == "counts" else "a Gaussian with variance 1 around the prediction"
+            of = of.replace("variance 1", "these variances") if call.function is F.gaussian_nll_loss else of
             raise MisconfigurationException(
                 f"{self._name}: {call} is a regression, whose most probable target is the prediction itself, where"
-                f' the gradient is 0. Write `{self._name}(labels="sample")`, the Fisher information of a Gaussian with'
-                ' variance 1 around the prediction, or `labels="true"`.'
+                f' the gradient is 0. Write `{self._name}(labels="sample")`, the Fisher information of {of}, or'
+                ' `labels="true"`.'
             )
         prediction, target = _prediction_and_target(call)
         if prediction.shape != target.shape:
@@ -161,6 +197,8 @@ class FisherPass:
                 f"{self._name}: {call} compares tensors of different shapes, so it is not known which numbers belong to"
                 " a sample. Give both the same shape."
             )
+        if outputs == "counts" and not call.arguments.get("log_input", True):
+            prediction = (prediction + call.arguments.get("eps", 1e-8)).log()
         return prediction.reshape(call.batch_size, -1)
 
     @property
@@ -183,10 +221,20 @@ def _problem_of(losses: Tensor, params: Sequence[Tensor]) -> str | None:
     return "`torch.autograd.grad` gives none of a part of the network that `backward` trains" if hidden else None
 
 
+def _variances(call: "LossCall") -> Tensor:
+    """The variances of a Gaussian in the shape of the predictions, as torch reads them."""
+    means, given = call.input, call.arguments["var"]
+    values = given if isinstance(given, Tensor) else torch.full_like(means, given, requires_grad=False)
+    values = values.unsqueeze(-1) if values.shape == means.shape[:-1] and values.shape != means.shape else values
+    least = values.detach().clamp(min=call.arguments.get("eps", 1e-6))
+    return (values + (least - values.detach())).expand_as(means)  # torch bounds the values, not their gradient
+
+
 def _prediction_and_target(call: "LossCall") -> tuple[Tensor, Tensor]:
     """What a regression compares, the one with a gradient first: to the loss the order is the same."""
     pair = call.arguments["input"], call.arguments["target"]
-    return pair if pair[0].requires_grad else pair[::-1]
+    symmetric = _OUTPUTS.get(call.function) == "numbers"
+    return pair[::-1] if symmetric and not pair[0].requires_grad else pair
 
 
 def _are_rows_of(part: Tensor, whole: Tensor) -> bool:

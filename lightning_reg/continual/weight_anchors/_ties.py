@@ -14,7 +14,7 @@ from lightning_reg.engine.host.names import Patterns, is_selected
 from lightning_reg.engine.networks.peer import is_grown
 from lightning_reg.engine.weights.swap import named_weights
 
-__all__ = ["Slot", "Ties", "add_earlier_", "weights_to_tie"]
+__all__ = ["Slot", "Ties", "add_earlier_", "free_rows_", "weights_to_tie"]
 
 
 class Slot(TypedDict):
@@ -40,6 +40,20 @@ def add_earlier_(slot: Slot, earlier: Sequence[Slot]) -> None:
                 parts_like([weights[name]], [value])[0].add_(value.to(weights[name].device))
             else:
                 anchors[name], weights[name] = one["anchors"][name], value
+
+
+def free_rows_(slot: Slot, head: Sequence[str], free: Tensor) -> None:
+    """Lets rows go, in place: their weights become 0.
+
+    Args:
+        slot: The last task's, with weights.
+        head: Names of the parameters whose rows are meant, those that are not tied included.
+        free: Which rows, a mask.
+
+    """
+    for name in head:
+        if name in slot["weights"]:
+            slot["weights"][name][free.to(slot["weights"][name].device)] = 0.0
 
 
 class _Tie(NamedTuple):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["fisher_diagonal", "fisher_losses", "quadratic_penalty"]
 
 Labels = Literal["argmax", "sample", "true"]
-Outputs = Literal["classes", "numbers"]
+Outputs = Literal["classes", "numbers", "several", "counts"]
 
 _NUMBERS_AT_ONCE = 1 << 24  # in the gradients of samples that are computed together
 
@@ -104,34 +104,50 @@ def fisher_losses(
     which: Labels = "argmax",
     generator: torch.Generator | None = None,
     outputs: Outputs = "classes",
+    variances: Tensor | None = None,
 ) -> Tensor:
     r"""Losses whose squared gradients estimate the Fisher information of a classifier, or of a regression.
 
-    .. math:: -\log \operatorname{softmax}(z_b)_{\hat y_b}, \qquad \tfrac12 \lVert z_b - \hat y_b \rVert_2^2
+    .. math:: -\log \operatorname{softmax}(z_b)_{\hat y_b}, \qquad
+        \tfrac12 \sum_k \bigl(\log v_{bk} + (z_{bk} - \hat y_{bk})^2 / v_{bk}\bigr), \qquad
+        \sum_k \bigl(\log(1 + e^{z_{bk}}) - \hat y_{bk} z_{bk}\bigr), \qquad
+        \sum_k \bigl(e^{z_{bk}} - \hat y_{bk} z_{bk}\bigr)
 
-    The second is that of a Gaussian with variance 1 around the predictions.
+    Of one class of several, of a Gaussian around predictions with variance v, of several labels that are each there or
+    not, of counts (Poisson).
 
     Args:
-        logits: ``(B, C)`` with gradient; predictions ``(B, K)`` of a regression.
+        logits: ``(B, C)`` with gradient; ``(B, K)`` predictions of a regression, logits of labels, logarithms of rates.
         labels: ``(B,)`` int64, or ``(B, K)`` numbers, read with ``which="true"`` only.
-        which: Whose label :math:`\hat y` is: the model's most probable one (``"argmax"``; of a regression it is the
-            prediction itself, where the gradient is 0), one drawn from its probabilities (``"sample"``, which is the
-            Fisher information itself in the mean), or the given one (``"true"``, the empirical Fisher).
+        which: Whose label :math:`\hat y` is: the model's most probable one (``"argmax"``, not of numbers and counts: of
+            a regression it is the prediction itself, where the gradient is 0), one drawn from its probabilities
+            (``"sample"``, which is the Fisher information itself in the mean), or the given one (``"true"``, the
+            empirical Fisher).
         generator: For the draws.
-        outputs: What the outputs are: scores of classes, or predicted numbers.
+        outputs: What the outputs are: scores of classes, predicted numbers, logits of several labels, or logarithms of
+            the rates of counts.
+        variances: Of predicted numbers, ``(B, K)`` above 0, with gradient or without; ``None`` for 1.
 
     Returns:
         float32 ``(B,)`` with gradient.
 
     Raises:
-        ValueError: If the true labels are asked for and not given, or the most probable ones of a regression.
+        ValueError: If the true labels are asked for and not given, or the most probable numbers or counts.
 
     """
     if which == "true" and labels is None:
         raise ValueError("fisher_losses: `labels` must be given with which='true', got None.")
+    if outputs in ("numbers", "counts") and which == "argmax":
+        raise ValueError(f"fisher_losses: `which` must be 'sample' or 'true' for {outputs}, got 'argmax'.")
     if outputs == "numbers":
-        return _gaussian_losses(logits, labels, which, generator)
+        return _gaussian_losses(logits, labels if which == "true" else None, variances, generator)
     scores = logits.float()
+    if outputs == "several":
+        return _bernoulli_losses(scores, labels, which, generator)
+    if outputs == "counts":
+        rates = scores.exp()
+        counts = labels if which == "true" and labels is not None else torch.poisson(rates.detach(), generator)
+        return (rates - counts.float() * scores).sum(1)
     if which == "argmax":
         labels = scores.argmax(1)
     elif which == "sample":
@@ -143,16 +159,29 @@ def fisher_losses(
 
 
 def _gaussian_losses(
-    predictions: Tensor, targets: Tensor | None, which: Labels, generator: torch.Generator | None
+    predictions: Tensor, targets: Tensor | None, variances: Tensor | None, generator: torch.Generator | None
+) -> Tensor:
+    means = predictions.float()
+    if targets is None:
+        noise = torch.randn(means.shape, generator=generator, device=means.device)
+        noise = noise if variances is None else noise * variances.detach().float().sqrt()
+        targets = means.detach() + noise
+    squares = (means - targets.float()).square()
+    if variances is not None:
+        squares = squares / variances.float() + variances.float().log()
+    return 0.5 * squares.flatten(1).sum(1)
+
+
+def _bernoulli_losses(
+    logits: Tensor, labels: Tensor | None, which: Labels, generator: torch.Generator | None
 ) -> Tensor:
     if which == "argmax":
-        raise ValueError("fisher_losses: `which` must be 'sample' or 'true' for numbers, got 'argmax'.")
-    if which == "true" and targets is not None:
-        deviations = predictions.float() - targets.float()
-    else:
-        noise = torch.randn(predictions.shape, generator=generator, device=predictions.device)
-        deviations = predictions.float() - (predictions.detach().float() + noise)
-    return 0.5 * deviations.square().flatten(1).sum(1)
+        labels = logits > 0
+    elif which == "sample":
+        drawn = torch.rand(logits.shape, generator=generator, device=logits.device)
+        labels = drawn < logits.detach().sigmoid()
+    each = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")  # type: ignore[union-attr]  # checked above
+    return each.sum(1)
 
 
 def fisher_diagonal(

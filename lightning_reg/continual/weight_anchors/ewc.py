@@ -10,10 +10,11 @@ from typing_extensions import override
 
 from lightning_reg.continual._tasks import TaskTechnique
 from lightning_reg.continual.weight_anchors._fisher import FisherPass
-from lightning_reg.continual.weight_anchors._ties import Slot, Ties, add_earlier_, weights_to_tie
+from lightning_reg.continual.weight_anchors._ties import Slot, Ties, add_earlier_, free_rows_, weights_to_tie
 from lightning_reg.continual.weight_anchors.core import fisher_diagonal
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
+from lightning_reg.engine.host.distributed import all_reduce_sum
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.networks.peer import Peer, check_runs_on_copy
 from lightning_reg.engine.run.engine import attached_engine
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lightning.pytorch import LightningModule, Trainer
+    from torch.distributed import ProcessGroup
     from torch.optim import Optimizer
 
     from lightning_reg.engine.step import Step
@@ -41,7 +43,8 @@ class EWC(TaskTechnique, PenaltyTechnique):
     eval mode and full precision), of which the fit notices nothing. In the first task there is nothing to tie to.
 
     Use it for the least forgetting, in class-incremental training together with :class:`PredictionDistillation`: alone
-    it leaves old classes at chance there. A task is a fit that came to its end; keep the object from fit to fit.
+    it leaves old classes at chance there. A task is a fit that came to its end, or a number in the datamodule's
+    ``current_task``, which may not change within a fit; keep the object from fit to fit.
 
     Source:
         Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017, arXiv 1612.00796; as
@@ -61,14 +64,16 @@ class EWC(TaskTechnique, PenaltyTechnique):
             weights move ever farther from their anchors, with a warning in the first step. Neutral: 0.
         params: Patterns of parameter names as in ``named_parameters()``, one of which must match; ``None`` for all that
             are trained.
-        exclude: Patterns of names to leave free: the head's (``"head.*"``), if it has outputs for classes to come from
-            the start on, which would be tied as well. Rows by which a parameter has grown since are free anyway.
+        exclude: Patterns of names to leave free (``"head.*"``). Free anyway are rows by which a parameter has grown
+            since, and in the layer that the logits come from the rows of classes that were no target so far (in the
+            batches that F was estimated on): a head may have all classes from the start on.
         fisher_batches: Training batches to estimate F on, at least 1; ``None`` for all of a loader that has a length.
         per_sample: Whether gradients are squared sample by sample; ``False``: batch by batch, much cheaper.
         labels: At whose label the gradient is taken: the model's own most probable (``"argmax"``), one drawn from its
             probabilities (``"sample"``), or the given one (``"true"``). A regression (mse_loss, l1_loss,
-            smooth_l1_loss, huber_loss) counts as a Gaussian with variance 1 around the prediction, and needs
-            ``"sample"`` or ``"true"``.
+            smooth_l1_loss, huber_loss) counts as a Gaussian with variance 1 around the prediction, gaussian_nll_loss as
+            one with its variances, poisson_nll_loss as counts; they need ``"sample"`` or ``"true"``. In
+            binary_cross_entropy_with_logits each label is there or not by itself.
         memory: ``"separate"``: a penalty for each task before; ``"online"``: one, with the sum of all F and the weights
             of the last task.
         loss: Which loss call has the logits, if there are several: position, ``"last"``, function name, or
@@ -85,6 +90,8 @@ class EWC(TaskTechnique, PenaltyTechnique):
         >>> trainer = Trainer(max_epochs=20, callbacks=[ewc], logger=False, enable_checkpointing=False)
 
     """
+
+    reads_data_of_task = True
 
     def __init__(
         self,
@@ -132,7 +139,10 @@ class EWC(TaskTechnique, PenaltyTechnique):
     def describe(self) -> str:
         if self.is_neutral:
             return "weight=0: inactive"
-        to = f"tasks before: {self.tasks}" if self.tasks else "nothing to tie to in the first task"
+        to = self._tasks.so_far if self.tasks else "nothing to tie to in the first task"
+        seen: Tensor | None = self._tasks.kept.get("seen")
+        if seen is not None and not seen.all():
+            to += f"; free: the head's rows of {int((~seen).sum())} of {len(seen)} classes"
         passes = "samples" if self.per_sample else "batches"
         return f"weight={self.weight:g}, Fisher by {passes} at {self.labels} labels, {self.memory}; {to}"
 
@@ -196,11 +206,32 @@ class EWC(TaskTechnique, PenaltyTechnique):
             anchors={name: p.detach().clone() for name, p in chosen.items()},
             weights=dict(zip(chosen, fisher, strict=True)),
         )
+        seen = self._free_classes_to_come_(slot, host.data_parallel_group(trainer))
         before: list[Slot] = self._tasks.kept.get("slots", [])
         if self.memory == "online":
             add_earlier_(slot, before)
             before = []
-        return {"slots": [*before, slot]}
+        return {"slots": [*before, slot], **({} if seen is None else {"seen": seen})}
+
+    def _free_classes_to_come_(self, slot: Slot, group: "ProcessGroup | None") -> Tensor | None:
+        """Lets the head's rows of classes go that were no target so far, and returns which ones were."""
+        before: Tensor | None = self._tasks.kept.get("seen")
+        seen = self._pass.seen
+        if seen is None:
+            return before
+        if group is not None:
+            seen = all_reduce_sum(seen.float(), group) > 0
+        if before is not None:
+            seen[: len(before)] |= before.to(seen.device)
+        if not seen.all():
+            free_rows_(slot, self._pass.head, ~seen)
+            if not self._pass.head and self.exclude is None:
+                host.rank_zero_warn(
+                    f"EWC: {int((~seen).sum())} of {len(seen)} classes were no target so far, and the layer that the"
+                    " logits come from was not found, so its rows for these classes are tied as the others are. Write"
+                    " `exclude`, the names of that layer's parameters."
+                )
+        return seen
 
     @override
     def forget(self) -> None:

@@ -11,6 +11,7 @@ from lightning_reg.continual.weight_anchors._ties import Ties, weights_to_tie
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.host.names import as_patterns
 from lightning_reg.engine.technique import PenaltyTechnique
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ class L2ToStart(TaskTechnique, PenaltyTechnique):
     Use it to fine-tune pre-trained networks, once or task after task; the paper's best choice for vision transformers,
     on query, key and value weights. Leave it in class-incremental training from scratch without
     :class:`PredictionDistillation`. Set ``weight_decay`` to 0 on tied weights, it pulls to 0. Statistics of batch norm
-    drift all the same. A task is a fit that came to its end; keep the object from fit to fit.
+    drift all the same. A task is a fit that came to its end, or a number in the datamodule's ``current_task``; keep the
+    object from fit to fit.
 
     Source:
         Smith et al., "A Closer Look at Rehearsal-Free Continual Learning", CVPR Workshops 2023, arXiv 2203.17269.
@@ -49,8 +51,9 @@ class L2ToStart(TaskTechnique, PenaltyTechnique):
         exclude: Patterns of names to leave free: those of a new head (``"head.*"``), and of one that has outputs for
             classes to come from the start on, which would be tied as well. Parameters that are new since the last task,
             and rows by which one has grown, are free anyway.
-        anchor: ``"start_of_fit"`` (paper), or ``"end_of_task"``: to the weights when the task before ended, whatever
-            was done to the module since, and in the first task to nothing.
+        anchor: ``"start_of_fit"`` (paper), of a task that has a number the start of its first fit; or
+            ``"end_of_task"``: to the weights when the task before ended, whatever was done to the module since, and in
+            the first task to nothing.
         mode: ``"gradient"`` adds :math:`2 \lambda (\theta - \theta^*)` to the gradient (paper); ``"decoupled"`` moves
             weights by :math:`\eta \lambda (\theta^* - \theta)` before each step, with the learning rate :math:`\eta`;
             where that would be beyond the anchor (:math:`\eta \lambda > 1`) to the anchor, with a warning.
@@ -97,8 +100,9 @@ class L2ToStart(TaskTechnique, PenaltyTechnique):
     @property
     @override
     def remembers_channels(self) -> bool:
-        """Whether it ties to an earlier task."""
-        return self.anchor == "end_of_task" and self.tasks > 0 and not self.is_neutral
+        """Whether it ties to an earlier task, or may go on with one."""
+        of_earlier_fit = self._tasks.has_numbers if self.anchor == "start_of_fit" else self.tasks > 0
+        return of_earlier_fit and not self.is_neutral
 
     @override
     def describe(self) -> str:
@@ -107,13 +111,14 @@ class L2ToStart(TaskTechnique, PenaltyTechnique):
         to = f"to the {self.anchor.replace('_', ' ')}"
         if self.anchor == "end_of_task" and not self.tasks:
             to = "nothing to tie to in the first task"
-        return f"weight={self.weight:g}, {self.mode}; {to}; tasks before: {self.tasks}"
+        free = ", ".join(as_patterns(self.exclude)) or "nothing, rows of classes to come are tied as well"
+        return f"weight={self.weight:g}, {self.mode}; {to}; {self._tasks.so_far}; free: {free}"
 
     @override
     def begin(self, step: "Step") -> None:
         # Asked in the first task too, so that a pattern without a match is not found out at its end.
         chosen = self._chosen(step.module)
-        if self.anchor == "start_of_fit" and not self._tasks.resumed:
+        if self.anchor == "start_of_fit" and not self._tasks.goes_on:
             rows: dict[str, int] | None = self._tasks.kept.get("rows")
             named = {name: p.detach() for name, p in chosen.items() if rows is None or name in rows}
             anchors = {n: (p[: rows[n]] if rows and p.dim() else p).clone() for n, p in named.items()}

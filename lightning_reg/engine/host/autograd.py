@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-__all__ = ["bends", "derivative", "descends", "is_fixed", "lies_by_row", "version_of"]
+__all__ = ["bends", "derivative", "descends", "is_fixed", "lies_by_row", "rows_of_output", "version_of"]
 
 
 def derivative(total: Tensor, part: Tensor) -> Tensor | None:
@@ -68,6 +68,54 @@ def is_fixed(slope: Tensor) -> bool:
         seen.add(current)
         stack.extend(following for following, _ in current.next_functions)
     return True
+
+
+def rows_of_output(output: Tensor, count: int) -> list[Tensor]:
+    """The parameters of the layer that an output comes from, which have a row for each of its columns.
+
+    Args:
+        output: ``(B, count)`` with gradient, of a linear or convolutional layer, or a function of such outputs.
+        count: Number of columns.
+
+    Returns:
+        Weights and biases; nothing where the graph does not show such a layer, or one whose weight is computed.
+
+    """
+    stack: list[Any] = [output.grad_fn]
+    seen: set[Any] = set()
+    found: list[Tensor] = []
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        following = [after for after, _ in node.next_functions]
+        own = [value for after in following if (value := _row_parameter(after, node.name(), count)) is not None]
+        found += own
+        if not node.name().startswith(_PRODUCTS):
+            stack += following
+        elif all(value.dim() == 1 for value in own):  # a weight that is computed from others
+            return []
+    return found
+
+
+_PRODUCTS = "Addmm", "Mm", "Bmm", "Baddbmm", "Convolution", "Linear"
+
+
+def _row_parameter(node: Any, product: str, count: int) -> Tensor | None:
+    """A parameter that a product takes as it is, or transposed, if its rows are the product's columns."""
+    transposed = product.startswith(("Convolution", "Linear"))
+    while node is not None and node.name().startswith(_TURNED):
+        transposed |= not node.name().startswith("View")
+        node = node.next_functions[0][0]
+    value: Tensor | None = getattr(node, "variable", None)
+    if value is None or value.dim() == 0 or len(value) != count:
+        return None
+    # A square matrix that is multiplied as it is may have its rows for the inputs.
+    return value if value.dim() == 1 or transposed or value.shape[1] != count else None
+
+
+_TURNED = "TBackward", "Transpose", "Permute", "View"
 
 
 def _before_reducer(total: Tensor) -> Tensor | GradientEdge:

@@ -65,6 +65,7 @@ __all__ = [
     "callbacks",
     "combined_loader",
     "data_parallel_group",
+    "datamodule_of",
     "gradient_scale",
     "is_compiled",
     "is_logging_step",
@@ -198,6 +199,12 @@ def prints_summary(trainer: "Trainer") -> bool:
 def combined_loader(trainer: "Trainer") -> Any:
     """The CombinedLoader behind ``trainer.train_dataloader``, ``None`` before it is made."""
     return trainer.fit_loop._combined_loader
+
+
+def datamodule_of(trainer: "Trainer") -> Any:
+    """The LightningDataModule of the present fit, ``None`` without one."""
+    # `trainer.datamodule` stays that of an earlier fit of the same Trainer.
+    return trainer._data_connector._datahook_selector.datamodule  # type: ignore[union-attr]  # there while it fits
 
 
 def nominal_batch_size(trainer: "Trainer") -> int | None:
