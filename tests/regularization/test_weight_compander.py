@@ -811,6 +811,35 @@ def test_linear_layers_of_other_libraries_are_chosen():
     assert WeightCompander("0").weights_to_map(net) == ["0.weight"]
 
 
+class Mixture(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.router, self.stacked = nn.Linear(4, 2), nn.Parameter(torch.rand(2, 4, 4))
+        self.position = nn.Parameter(torch.rand(4, 4))
+
+
+def test_what_may_multiply_and_is_left_alone_is_said():
+    net = nn.Sequential(nn.Linear(4, 4), Mixture(), Mixture(), nn.Embedding(3, 4), nn.LayerNorm(4))
+    compander = WeightCompander()
+    assert compander.weights_to_map(net) == ["0.weight"]
+    assert compander.describe() == (
+        "arctan, a=from the weights, b=from the weights, fixed, layers auto; 1 weights; left alone, of Mixture, no"
+        " linear layer known: 1.stacked, 1.position, 2.stacked and 1 more; left alone, routers of experts:"
+        " 1.router.weight, 2.router.weight"
+    )
+    assert compander.weights_to_map(nn.Sequential(nn.Linear(4, 4))) == ["0.weight"]
+    assert "left alone" not in compander.describe()
+    exclude = WeightCompander(exclude=["1", "1.*", "2.position"])
+    exclude.weights_to_map(net)
+    assert exclude.describe().endswith("known: 2.stacked; left alone, routers of experts: 2.router.weight")
+    named = WeightCompander(["0", "*.router"])
+    assert named.weights_to_map(net) == ["0.weight", "1.router.weight", "2.router.weight"]
+    assert "left alone" not in named.describe()
+    tied = Mixed(tied=True)
+    compander.weights_to_map(tied)
+    assert compander.describe().endswith("left alone, shared with another layer: table.weight")
+
+
 def test_a_pattern_is_of_whole_names_and_a_plain_string_is_one_pattern():
     assert chosen(Mixed(), layers="net.?", exclude="*.0") == ["net.3.weight"]
     assert chosen(Mixed(), layers="net.0.weight") == ["net.0.weight"]

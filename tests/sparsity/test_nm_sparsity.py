@@ -398,6 +398,29 @@ def test_layers_of_other_libraries_become_sparse_and_what_is_left_out_is_said():
     assert (rows["conv.weight"].shape, rows["conv.weight"].flops_dense) == ("8x6", 96)
 
 
+class Mixture(nn.Module):
+    """Two experts, of which the router chooses one for each sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.gate = nn.Linear(8, 2)
+
+    def forward(self, x):
+        weight, expert = self.gate(x).softmax(-1).max(-1, keepdim=True)
+        return weight * torch.where(expert == 0, self.experts[0](x), self.experts[1](x))
+
+
+def test_routers_of_experts_are_left_out_by_auto_and_are_no_head():
+    net = nn.ModuleDict({"first": nn.Linear(4, 8), "moe": Mixture()})
+    assert decisions(net) == {
+        "first.weight": "first layer", "moe.experts.0.weight": "2:4", "moe.experts.1.weight": "head",
+        "moe.gate.weight": "router",
+    }  # fmt: skip
+    assert decisions(net, layers="moe")["moe.gate.weight"] == "2:4"
+    assert decisions(net, layers="*.gate")["moe.gate.weight"] == "2:4"
+
+
 def test_a_transposed_weight_has_its_groups_along_its_inputs():
     net = foreign()
     conv, own = net["conv"].weight.detach().clone(), net["own"].weight.detach().clone()

@@ -13,7 +13,7 @@ from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.technique import WeightMapTechnique
 from lightning_reg.engine.weights.maps import Latents
 from lightning_reg.engine.weights.swap import named_weights
-from lightning_reg.regularization.weight_compander._choice import companding, weights_to_compand
+from lightning_reg.regularization.weight_compander._choice import companding, names_said, weights_to_compand
 from lightning_reg.regularization.weight_compander.core import (
     Companding,
     compand_all,
@@ -74,7 +74,8 @@ class WeightCompander(WeightMapTechnique):
         layers: Patterns of names, of layers as in ``named_modules()`` (``"net.head"``, ``"*.mlp.*"``) or of weights
             themselves (``"*.in_proj_weight"``). ``"auto"``: all linear, convolution and attention layers, and layers of
             other libraries whose 2-D ``weight`` multiplies the input (``Conv1D`` of transformers), without weights
-            shared with a layer of another kind.
+            shared with a layer of another kind and without routers of experts (named ``router``, or ``gate`` with fewer
+            outputs than inputs). The table at the start lists what of two dimensions and more is left alone.
         fn: The function: ``"arctan"``, ``"tanh"``, ``"softsign"``; ``"identity"`` leaves all as it is, for comparisons.
             One of your own by its import path, ``"my_project.functions.algebraic"`` (``"__main__.algebraic"`` of the
             running script): a :class:`Companding`, which is tried at once. Paper: the arctan, as far as known. Neutral:
@@ -125,6 +126,7 @@ class WeightCompander(WeightMapTechnique):
         self.latents = Latents(lr_factor=shape_lr_factor)
         self._shapes: dict[str, list[float]] = {}
         self._chosen: list[str] = []
+        self._left: dict[str, list[str]] = {}
 
     @override
     def describe(self) -> str:
@@ -133,7 +135,8 @@ class WeightCompander(WeightMapTechnique):
         shape = ", ".join(f"{k}={'from the weights' if v is None else f'{v:g}'}" for k, v in self._given())
         learned = f"learned at {self.shape_lr_factor:g} of the learning rate" if self.learn else "fixed"
         weights = f"; {len(self._chosen)} weights" if self._chosen else ""
-        return f"{self.fn}, {shape}, {learned}, layers {self.layers}{weights}"
+        left = "".join(f"; left alone, {why}: {names_said(names)}" for why, names in self._left.items())
+        return f"{self.fn}, {shape}, {learned}, layers {self.layers}{weights}{left}"
 
     def _given(self) -> list[tuple[str, float | None]]:
         return [("a", self.a), ("b", self.a / 2 if self.b is None and self.a is not None else self.b)]
@@ -150,9 +153,9 @@ class WeightCompander(WeightMapTechnique):
 
     @override
     def weights_to_map(self, module: nn.Module) -> list[str]:
-        self._chosen = []
+        self._chosen, self._left = [], {}
         if self.fn != "identity":
-            self._chosen = weights_to_compand(self, module, self.layers, self.exclude)
+            self._chosen, self._left = weights_to_compand(self, module, self.layers, self.exclude)
         return self._chosen
 
     @override
