@@ -14,7 +14,15 @@ from typing_extensions import override
 from lightning_reg.averaging._factors import warn_of_factors
 from lightning_reg.averaging._not_finite import spoilers, warn_of_spoiled
 from lightning_reg.averaging._soup_results import Candidate, SoupResult
-from lightning_reg.averaging._state_dicts import StateDict, aligned, check_patterns, is_continuous, widest
+from lightning_reg.averaging._state_dicts import (
+    StateDict,
+    aligned,
+    check_patterns,
+    is_continuous,
+    is_wrapped,
+    widest,
+    wrapped_differently,
+)
 from lightning_reg.averaging.model_soups._learned_soup import LearnedSoup
 from lightning_reg.averaging.model_soups._mean import RunningSum, Workspace, mean_of_parts
 from lightning_reg.engine.host.distributed import all_reduce_mean, rank
@@ -182,7 +190,9 @@ def greedy_soup(
     labels: list[Any] = list(range(len(scores))) if names is None else list(names)
     order = ranking(scores, labels, mode)
     first = order[0]
-    members = aligned([state_dicts[first]], None)
+    # `module.` goes where not all have it, as in any average; asked of all where it matters, since that may read files.
+    unwrap = is_wrapped(state_dicts[first]) and wrapped_differently(state_dicts[position] for position in order)
+    members = aligned([state_dicts[first]], unwrap=unwrap)
     soup, warned = RunningSum(members[0], exclude), False
     best = scores[first]
     result = SoupResult({}, [labels[first]], [Candidate(str(labels[first]), best, best, True)], best)
@@ -191,7 +201,7 @@ def greedy_soup(
             result.trace.append(Candidate(str(labels[position]), scores[position], None, False))
             continue
         pair = [str(labels[first]), str(labels[position])]
-        both = aligned([state_dicts[first], state_dicts[position]], pair, exclude)
+        both = aligned([state_dicts[first], state_dicts[position]], pair, exclude, unwrap=unwrap)
         member, warned = both[1], warned or warn_of_factors("greedy_soup", both, exclude)
         score = float(evaluate(soup.mean(member)))
         accepted = accepts(score, best, strict=strict, min_delta=min_delta, mode=mode)
@@ -204,7 +214,7 @@ def greedy_soup(
     suspicious = [key for key in soup.averaged if not result.state_dict[key].isfinite().all()]
     if suspicious:
         inside = [labels.index(label) for label in result.ingredients]
-        parts = aligned([state_dicts[position] for position in inside], None, exclude)
+        parts = aligned([state_dicts[position] for position in inside], None, exclude, unwrap=unwrap)
         _warn_of_spoiled(
             "greedy_soup", result.state_dict, suspicious, list(zip(parts, map(str, result.ingredients), strict=True))
         )

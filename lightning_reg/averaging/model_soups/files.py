@@ -232,6 +232,8 @@ def _average_in(file: CheckpointFile, name: str) -> dict[str, Tensor]:
         raise ValueError(f"{file.path}: the state of {name} gives no average: {fault}")
     try:
         return average_of_state(state or {})
+    except RuntimeError as error:
+        raise RuntimeError(f"{file.path}: {error}") from error
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{file.path}: the state of {name} is broken: {type(error).__name__}: {error}") from error
 
