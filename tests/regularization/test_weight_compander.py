@@ -676,6 +676,25 @@ def test_resuming_is_exact_from_a_file_written_after_the_fit(tmp_path):
         assert same_weights(one.state_dict()[part], two.state_dict()[part])
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "what"),
+    [
+        ("net.0", "auto", "'net.3.weight' is trained here, and is not in it"),
+        ("auto", "net.3", "'net.0.weight' is in it, and is not trained here"),
+    ],
+)
+def test_the_state_of_other_layers_is_refused_and_not_dropped(before, now, what, tmp_path):
+    trainer = fit(Module(), WeightCompander(before, a=A, b=B), max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    with pytest.raises(MisconfigurationException) as raised:
+        make_trainer(callbacks=[WeightCompander(now, a=A, b=B)], max_epochs=2).fit(
+            Module(), make_loader(), ckpt_path=tmp_path / "end.ckpt"
+        )
+    assert str(raised.value).startswith(
+        f"WeightCompander: the state that it goes on from is of other weights: {what}. Choose the layers that were"
+    )
+
+
 @pytest.mark.parametrize("learn", [True, False])
 def test_learning_is_neither_begun_nor_ended_by_a_resume(learn):
     compander = WeightCompander(a=A, b=B, learn=learn)
