@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from lightning_reg.regularization.weight_compander.core import bake_companders as bake_companders
     from lightning_reg.regularization.weight_compander.core import compand as compand
     from lightning_reg.regularization.weight_compander.core import compand_gradients as compand_gradients
+    from lightning_reg.regularization.weight_compander.core import companding_refusal as companding_refusal
     from lightning_reg.regularization.weight_compander.core import expand as expand
     from lightning_reg.regularization.weight_compander.core import weight_stats as weight_stats
     from lightning_reg.reweighting.loss_reweighting.core import apply_strategy as apply_strategy
@@ -130,6 +131,7 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "bake_companders": "lightning_reg.regularization.weight_compander.core",
         "compand": "lightning_reg.regularization.weight_compander.core",
         "compand_gradients": "lightning_reg.regularization.weight_compander.core",
+        "companding_refusal": "lightning_reg.regularization.weight_compander.core",
         "expand": "lightning_reg.regularization.weight_compander.core",
         "weight_stats": "lightning_reg.regularization.weight_compander.core",
         "apply_strategy": "lightning_reg.reweighting.loss_reweighting.core",

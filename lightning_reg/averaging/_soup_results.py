@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_reg.averaging._checkpoint_files import CheckpointFile
-from lightning_reg.averaging._state_dicts import aligned
+from lightning_reg.averaging._state_dicts import aligned, wrapped_differently
 from lightning_reg.averaging._written_files import save_weights
 from lightning_reg.engine.host.names import Patterns
 
@@ -95,7 +95,9 @@ def own_scores(
     """
     if evaluate is None:
         return []
-    states = (aligned([file], [name], exclude)[0].load() for file, name in zip(files, names, strict=True))
+    unwrap = wrapped_differently(files)
+    pairs = zip(files, names, strict=True)
+    states = (aligned([file], [name], exclude, unwrap=unwrap)[0].load() for file, name in pairs)
     return [float(evaluate(state)) for state in states]
 
 

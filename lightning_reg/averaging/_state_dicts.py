@@ -23,10 +23,12 @@ __all__ = [
     "check_patterns",
     "is_averaged",
     "is_continuous",
+    "is_wrapped",
     "key_of",
     "plain_keys",
     "unique",
     "widest",
+    "wrapped_differently",
 ]
 
 Entry: TypeAlias = Any  # a tensor, or whatever a module's `get_extra_state` gives
@@ -109,7 +111,11 @@ class Aligned(Mapping[str, Any]):
 
 
 def aligned(
-    state_dicts: Sequence[StateDict], names: Sequence[str] | None = None, exclude: Patterns = None
+    state_dicts: Sequence[StateDict],
+    names: Sequence[str] | None = None,
+    exclude: Patterns = None,
+    *,
+    unwrap: bool = False,
 ) -> list[Aligned]:
     """The state dicts under the same keys, checked to hold the same tensors.
 
@@ -117,6 +123,7 @@ def aligned(
         state_dicts: At least one.
         names: What to call them in an error.
         exclude: Patterns of keys that are not looked at; each member has of those what it has.
+        unwrap: Whether ``module.`` is taken off where all keys have it; it is anyway if not all state dicts agree.
 
     Returns:
         Mappings that read through to the given ones.
@@ -129,11 +136,9 @@ def aligned(
     """
     labels = list(names) if names is not None else [f"state dict {i}" for i in range(len(state_dicts))]
     keys = [plain_keys(state_dict, label) for state_dict, label in zip(state_dicts, labels, strict=True)]
-    in_module = [bool(k) and all(key.startswith("module.") for key in k) for k in keys]
-    if any(in_module) and not all(in_module):
+    if unwrap or wrapped_differently(keys):
         keys = [
-            {key.removeprefix("module."): original for key, original in k.items()} if wrapped else k
-            for k, wrapped in zip(keys, in_module, strict=True)
+            {key.removeprefix("module."): original for key, original in k.items()} if is_wrapped(k) else k for k in keys
         ]
     members = [Aligned(state_dict, k) for state_dict, k in zip(state_dicts, keys, strict=True)]
     for member, label in zip(members, labels, strict=True):
@@ -153,6 +158,17 @@ def aligned(
     return members
 
 
+def wrapped_differently(state_dicts: Iterable[Iterable[str]]) -> bool:
+    """Whether some, and not all, have all their keys under ``module.``, as ``DistributedDataParallel`` puts them."""
+    return len({is_wrapped(keys) for keys in state_dicts}) > 1
+
+
+def is_wrapped(keys: Iterable[str]) -> bool:
+    """Whether all keys lie under ``module.``."""
+    names = [plain_name(str(key)) for key in keys]
+    return bool(names) and all(name.startswith("module.") for name in names)
+
+
 def check_patterns(owner: str, argument: str, patterns: Patterns, state_dicts: Sequence[Iterable[str]]) -> None:
     """Refuses a pattern that matches a key of no state dict.
 
@@ -168,8 +184,9 @@ def check_patterns(owner: str, argument: str, patterns: Patterns, state_dicts: S
     """
     if patterns is None:
         return
-    known = [plain_name(str(key)) for state_dict in state_dicts for key in state_dict]
-    keys = list(dict.fromkeys([*known, *(key.removeprefix("module.") for key in known)]))
+    keys = list(dict.fromkeys(plain_name(str(key)) for state_dict in state_dicts for key in state_dict))
+    if wrapped_differently(state_dicts):
+        keys = list(dict.fromkeys(key.removeprefix("module.") for key in keys))
     for pattern in unmatched(patterns, keys):
         raise ValueError(
             f"{owner}: `{argument}` has the pattern {pattern!r}, which matches no key. Near keys:"

@@ -9,6 +9,7 @@ from typing_extensions import override
 from lightning_reg.engine.host import distributed
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_number
+from lightning_reg.engine.host.errors import reads_state
 from lightning_reg.engine.run.engine import Engine
 from lightning_reg.engine.run.evaluation import AroundEvaluation
 from lightning_reg.engine.run.phases import (
@@ -118,6 +119,8 @@ class Technique(Member, host.Callback):
             if name in cls.__dict__ and not issubclass(cls, role):
                 base = next(b for b in _BASES if issubclass(b, role))
                 raise TypeError(f"{cls.__name__} overrides `{name}` of {base.__name__}: inherit from that.")
+        if "load_state_dict" in cls.__dict__:  # a state of another kind is refused in one way for all
+            cls.load_state_dict = reads_state(cls.load_state_dict)  # type: ignore[method-assign]  # the same, in words
 
     @override
     def __getstate__(self) -> dict[str, Any]:

@@ -111,3 +111,83 @@ def test_files_of_adapters_are_told_of_as_well(tmp_path):
         torch.save(factors(seed), tmp_path / f"{seed}.pt")
     with pytest.warns(UserWarning, match="are the factors of an update"):
         make_soup([tmp_path / "0.pt", tmp_path / "1.pt"], check_ancestry=False)
+
+
+# -- side by side -----------------------------------------------------------------------------------------------------
+
+
+def product(state, names):
+    a, b = (state[name].double().flatten(1) for name in names)
+    return b @ a
+
+
+@pytest.mark.parametrize("names", NAMES)
+@pytest.mark.parametrize("shapes", [((2, 5), (4, 2)), ((2, 5, 3, 3), (4, 2, 1, 1))])
+@pytest.mark.parametrize("weights", [None, [1.0, 2.5, 0.5], [1.0, 0.0, 3.0]])
+def test_stacked_factors_have_the_mean_of_the_products(names, shapes, weights):
+    states = [factors(seed, names, shapes) | {"head": torch.full((2,), float(seed))} for seed in range(3)]
+    shares = [w / sum(weights) for w in weights] if weights else [1 / 3] * 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        soup = average_state_dicts(states, weights, factors="stack")
+    rank = 2 * sum(share > 0 for share in shares)
+    assert [tuple(soup[name].shape[:2]) for name in names] == [(rank, 5), (4, rank)]
+    assert list(soup) == [*names, "head"]
+    assert soup[names[0]].dtype is torch.float32
+    wanted = sum(share * product(state, names) for share, state in zip(shares, states, strict=True))
+    torch.testing.assert_close(product(soup, names), wanted, rtol=1e-5, atol=1e-6)
+    head = sum(share * state["head"] for share, state in zip(shares, states, strict=True))
+    torch.testing.assert_close(soup["head"], head)
+
+
+class Updated(nn.Linear):
+    """A linear layer with a low-rank update, as peft has it: scaled by alpha/r."""
+
+    def __init__(self, rank, alpha):
+        super().__init__(5, 4)
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(5, rank, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, 4, bias=False)})
+        self.scale = alpha / rank
+
+    def forward(self, x):
+        return super().forward(x) + self.scale * self.lora_B["default"](self.lora_A["default"](x))
+
+
+def test_a_model_with_stacked_factors_computes_the_mean_of_the_outputs():
+    torch.manual_seed(0)
+    members, x = [Updated(2, 6.0) for _ in range(3)], torch.randn(7, 5)
+    soup = Updated(3 * 2, 3 * 6.0)
+    soup.load_state_dict(average_state_dicts([m.state_dict() for m in members], factors="stack"), strict=True)
+    with torch.no_grad():
+        torch.testing.assert_close(soup(x), sum(m(x) for m in members) / 3)
+
+
+def test_strengths_beside_the_factors_are_taken_account_of():
+    names = NAMES[3]
+    states = [factors(seed, names) | {"unet_q.alpha": torch.tensor(alpha)} for seed, alpha in enumerate((1.0, 4.0))]
+    soup = average_state_dicts(states, [1.0, 3.0], factors="stack")
+    wanted = 0.25 * (1 / 2) * product(states[0], names) + 0.75 * (4 / 2) * product(states[1], names)
+    assert soup["unet_q.alpha"].item() == 4.0
+    scaled = soup["unet_q.alpha"].item() / len(soup[names[0]]) * product(soup, names)
+    torch.testing.assert_close(scaled, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_what_cannot_be_stacked_is_refused_and_what_is_left_out_stays(tmp_path):
+    states = [factors(seed) | factors(seed + 5, NAMES[1]) for seed in range(2)]
+    soup = average_state_dicts(states, factors="stack", exclude="net.q.lora_?")
+    assert [tuple(soup[name].shape) for name in (*NAMES[0], *NAMES[1])] == [(4, 5), (4, 4), (2, 5), (4, 2)]
+    assert torch.equal(soup["net.q.lora_A"], states[0]["net.q.lora_A"])
+    with pytest.raises(ValueError, match=r"^factors=\"stack\": there are no factors of low-rank updates"):
+        average_state_dicts([{"w": torch.ones(2)}] * 2, factors="stack")
+    dora = [state | {"net.q.lora_magnitude_vector": torch.ones(4)} for state in states]
+    with pytest.raises(ValueError, match=r"'net.q.lora_magnitude_vector' norms what its factors change \(DoRA\)"):
+        average_state_dicts(dora, factors="stack")
+    with pytest.raises(ValueError, match="`factors` must be 'mean' or 'stack', got 'sum'"):
+        average_state_dicts(states, factors="sum")
+    paths = [tmp_path / "0.pt", tmp_path / "1.pt"]
+    for path, state in zip(paths, states, strict=True):
+        torch.save(state, path)
+    made = make_soup(paths, factors="stack", check_ancestry=False).state_dict
+    assert all(torch.equal(made[key], value) for key, value in average_state_dicts(states, factors="stack").items())
+    with pytest.raises(ValueError, match="method='greedy' must have factors='mean'"):
+        make_soup(paths, "greedy", lambda state: 1.0, factors="stack")

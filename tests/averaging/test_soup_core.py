@@ -162,6 +162,36 @@ def test_prefixes_of_wrappers_do_not_count():
     assert average_state_dicts([own, own]).keys() == {"module.w"}
 
 
+@pytest.mark.parametrize("prefix", ["module.", "module._orig_mod."])
+@pytest.mark.parametrize("best", [0, 1, 2])
+def test_prefixes_of_wrappers_do_not_count_in_a_greedy_soup(prefix, best):
+    members = [{"w": torch.full((2,), float(i)), "head": torch.full((1,), float(i))} for i in range(3)]
+    wrapped = [*members[:1], {f"{prefix}{key}": value for key, value in members[1].items()}, members[2]]
+    seen = []
+
+    def score(state):
+        seen.append(sorted(state))
+        return 1.0
+
+    scores = [float(i == best) for i in range(3)]
+    soups = [greedy_soup(given, scores, score, strict=False, exclude="head") for given in (members, wrapped)]
+    assert same(soups[0].state_dict, soups[1].state_dict)
+    assert soups[1].state_dict["w"].tolist() == [1.0, 1.0]
+    assert soups[1].state_dict["head"].item() == best
+    assert seen == [["head", "w"]] * 4
+    own = {"module.w": torch.ones(1)}
+    assert greedy_soup([own, own], [1.0, 1.0], lambda state: 1.0).state_dict.keys() == {"module.w"}
+
+
+@pytest.mark.parametrize(
+    "mix", [average_state_dicts, lambda given, exclude: greedy_soup(given, [1.0, 1.0], len, exclude=exclude)]
+)
+def test_a_pattern_without_the_prefix_that_all_keys_have_matches_nothing(mix):
+    given = [{"module.w": torch.full((1,), value), "module.head": torch.ones(1)} for value in (1.0, 3.0)]
+    with pytest.raises(ValueError, match=r"pattern 'head', which matches no key. Near keys: 'module.head'"):
+        mix(given, exclude="head")
+
+
 def test_differences_are_a_table_and_never_skipped():
     one = {"a": torch.zeros(2), "b": torch.zeros(3), "n": torch.tensor(1)}
     two = {"b": torch.zeros(4), "c": torch.zeros(1), "n": torch.tensor(1.0)}

@@ -84,6 +84,29 @@ def test_checkpoints_of_a_pruned_run_give_the_pruned_average(swap, tmp_path):
     near(load_averaged(tmp_path / "last.ckpt"), pruned_by_hand(passing), ["first.weight"], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_files_of_a_pruned_run_give_the_pruned_average(first, tmp_path):
+    def run(steps, passing, ckpt=None):
+        model = User()
+        soup = SoupAverager(method="uniform", every_n_steps=2, keep="disk", dirpath=str(tmp_path), keep_files=True)
+        saver = ModelCheckpoint(tmp_path, f"{steps}", every_n_train_steps=8, save_top_k=-1)
+        rule = pruning(model, apply_pruning=lambda epoch: epoch == 0 and ckpt is None)
+        both = [rule, soup] if first else [soup, rule]
+        fit(*both, passing, saver, model=model, max_steps=steps, ckpt=ckpt)
+        return soup, model
+
+    passing = PassingPruned()
+    whole, _ = run(8, passing)  # the mask comes after the fourth step
+    expected = torch.stack([w["first.weight"].double() for w in passing.steps[1:8:2]]).mean(0) * passing.mask
+    assert (passing.mask == 0).float().mean() == 0.5
+    loaded = load_averaged(tmp_path / "8.ckpt")["first.weight"]
+    near({"w": loaded}, {"w": expected}, rtol=1e-5, atol=1e-7)
+    assert loaded[passing.mask == 0].eq(0).all()
+    soup, model = run(12, PassingPruned(), tmp_path / "8.ckpt")  # nobody prunes any more
+    assert soup.ingredients[:4] == whole.ingredients
+    assert model.first.weight[passing.mask == 0].eq(0).all()
+
+
 def test_a_swap_that_pruning_would_undo_is_refused():
     model = User()
     with pytest.raises(MisconfigurationException, match="Put ModelPruning before SoupAverager"):

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.technique import Technique
 
 
 class TailTrimmer:
@@ -98,3 +100,60 @@ def test_a_choice_that_is_refused(value):
     with pytest.raises(ValueError, match="mode") as raised:
         check_choice(TailTrimmer(), "mode", value, ("a", "b", 3))
     assert str(raised.value) == f"TailTrimmer: `mode` must be one of 'a', 'b', 3, got {value!r}."
+
+
+# -- states of another kind -------------------------------------------------------------------------------------------
+
+
+class Keeper(Technique):
+    def __init__(self, read):
+        super().__init__()
+        self.read = read
+
+    def load_state_dict(self, state_dict):
+        """Reads it."""
+        self.read(state_dict)
+
+
+class Elder(Keeper):
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+
+
+@pytest.mark.parametrize("cls", [Keeper, Elder])
+@pytest.mark.parametrize(
+    ("read", "what"),
+    [
+        (lambda state: state["groups"], "it lacks 'groups'"),
+        (lambda state: state["a"][3], "it is broken (IndexError: list index out of range)"),
+        (lambda state: state["a"].shape, "it is broken (AttributeError: 'list' object has no attribute 'shape')"),
+        (lambda state: 1 + state["a"], "it is broken (TypeError: unsupported operand type(s) for +: 'int' and 'list')"),
+    ],
+)
+def test_a_state_of_another_kind_is_refused_in_one_sentence(cls, read, what):
+    with pytest.raises(MisconfigurationException) as raised:
+        cls(read).load_state_dict({"a": [1]})
+    assert str(raised.value) == (
+        f"{cls.__name__}: the checkpoint's state cannot be gone on with: {what}. It is of another version of the suite,"
+        " of other arguments, or of something else. Go on with what wrote it, or load its weights and train without"
+        " `ckpt_path`."
+    )
+
+
+def test_what_a_technique_says_of_a_state_stays_and_gets_its_name():
+    def refuse(kind, words):
+        def read(state):
+            raise kind(words)
+
+        return read
+
+    for kind, words, expected in [
+        (ValueError, "two networks", "Keeper: two networks"),
+        (ValueError, "Keeper: two networks", "Keeper: two networks"),
+        (MisconfigurationException, "two networks", "two networks"),
+        (FileNotFoundError, "gone", "gone"),
+    ]:
+        with pytest.raises(kind) as raised:
+            Keeper(refuse(kind, words)).load_state_dict({})
+        assert str(raised.value) == expected
+    assert Keeper.load_state_dict.__doc__ == "Reads it."

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_reg.engine.weights.multiplied import multiplied_weights
+from lightning_reg.engine.weights.multiplied import is_router, multiplied_weights, other_matrices
 
 
 class Foreign(nn.Module):
@@ -69,3 +69,62 @@ def test_a_foreign_weight_is_asked_and_nothing_notices(use, dim, square):
 )
 def test_layers_of_torch_are_known(layer, expected):
     assert multiplied_weights(layer) == expected
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stacked, self.bias = nn.Parameter(torch.rand(2, 3, 4)), nn.Parameter(torch.rand(4))
+        self.nothing, self.inner = nn.Parameter(None), nn.Linear(2, 2)
+        self.register_parameter("absent", None)
+
+
+class SomeNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("layer", "expected"),
+    [
+        (Experts(), ["stacked"]),
+        (nn.LSTM(2, 3), ["weight_ih_l0", "weight_hh_l0"]),
+        (Foreign(lambda x, w: x * w[0]), ["weight"]),
+        (Foreign(F.linear), []),
+        (nn.Linear(2, 3), []),
+        (nn.MultiheadAttention(4, 2, add_bias_kv=True), ["bias_k", "bias_v"]),
+        (nn.Embedding(4, 2), []),
+        (nn.LayerNorm((2, 3)), []),
+        (SomeNorm(), []),
+        (nn.LazyLinear(3), []),
+    ],
+)
+def test_other_matrices_are_listed(layer, expected):
+    assert list(other_matrices(layer)) == expected
+
+
+class TopKRouter(Foreign):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "expected"),
+    [
+        ("mlp.router", nn.Linear(8, 8), True),
+        ("mlp.router.classifier", nn.Linear(8, 4), True),
+        ("mlp.gate", TopKRouter(F.linear, 4, 4), True),
+        ("mlp.gate", nn.Linear(8, 4), True),
+        ("moe.gate.wg", nn.Linear(8, 4), True),
+        ("gate", Foreign(torch.matmul, 8, 4), True),
+        ("gate", Foreign(torch.matmul, 4, 8), False),
+        ("gate", nn.Linear(8, 8), False),
+        ("mlp.shared_expert_gate", nn.Linear(8, 1), True),
+        ("cell.input_gate", nn.Linear(16, 8), False),
+        ("mlp.gate_proj", nn.Linear(16, 8), False),
+        ("gate", nn.Conv2d(8, 4, 1), False),
+        ("mlp", nn.Linear(8, 4), False),
+    ],
+)
+def test_routers_are_told_by_name_and_size(name, layer, expected):
+    assert is_router(name, layer) == expected

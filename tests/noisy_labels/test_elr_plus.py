@@ -359,6 +359,17 @@ def test_ensemble_is_the_mean_of_both_networks_from_the_callback_or_its_state():
         other.ensemble(model)
 
 
+@pytest.mark.parametrize("missing", ["groups", "settings", "loss"])
+def test_a_state_of_another_version_is_refused_when_a_fit_goes_on(missing, tmp_path):
+    trainer, _ = fit(ELRPlusCallback(), epochs=1)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    checkpoint = torch.load(tmp_path / "end.ckpt", weights_only=True)
+    del checkpoint["callbacks"]["ELRPlusCallback"]["networks"]["second"][missing]
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    with pytest.raises(MisconfigurationException, match=rf"^ELRPlusCallback: .* it lacks '{missing}'\. It is of"):
+        fit(ELRPlusCallback(), epochs=2, ckpt_path=tmp_path / "old.ckpt")
+
+
 @pytest.mark.parametrize("layer", ["", "net"])
 def test_validation_of_both_networks(layer):
     elr_plus = ELRPlusCallback(validation="ensemble", logits_layer=layer)

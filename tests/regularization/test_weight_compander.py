@@ -1,6 +1,7 @@
 """Weight Compander: weights as a bounded function of what is trained."""
 
 import math
+import pickle
 from dataclasses import replace
 from functools import partial
 
@@ -15,9 +16,16 @@ from torch.func import functional_call
 from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_reg import Compander, WeightCompander
+from lightning_reg import Compander, Companding, WeightCompander
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.functional import bake_companders, compand, compand_gradients, expand, weight_stats
+from lightning_reg.functional import (
+    bake_companders,
+    compand,
+    compand_gradients,
+    companding_refusal,
+    expand,
+    weight_stats,
+)
 from lightning_reg.regularization.weight_compander.core import compand_all, pull_back_all_, shapes_for
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
@@ -35,6 +43,14 @@ from tests.toys import (
     same_weights,
     weights_of,
 )
+
+
+def algebraic(x):
+    return x / (1 + x * x).sqrt()
+
+
+ALGEBRAIC = Companding.of(algebraic, lambda y: y / (1 - y * y).sqrt(), bound=1.0)  # its derivative is autograd's
+PATH = f"{__name__}.ALGEBRAIC"
 
 
 class CompandedByHand(Hand):
@@ -57,10 +73,12 @@ CASE = (
             partial(WeightCompander),
             partial(WeightCompander, fn="tanh", layers=["*.body"], preserve_init=False),
             partial(WeightCompander, fn="softsign", b=0.3, exclude=["*.head"], learn=True),
+            partial(WeightCompander, fn=PATH, learn=True),
         ],
         invalid=[
             ({"a": 0.0}, "a"),
             ({"b": 0.0}, "b"),
+            ({"fn": "sine"}, "fn"),
             ({"shape_lr_factor": -0.1}, "shape_lr_factor"),
         ],
     ),
@@ -210,6 +228,107 @@ def test_statistics_of_weights():
     wanted = {"max": 3.0, "std": math.sqrt(second), "kurtosis": fourth / second**2, "near_zero": 0.25}
     assert weight_stats(net) == pytest.approx(wanted, rel=1e-6)
     assert weight_stats(net, near_zero=0.5)["near_zero"] == 0.75
+
+
+# -- a function of one's own ------------------------------------------------------------------------------------------
+
+
+def test_a_function_of_ones_own_by_hand():
+    a, b, latents, at_w = 0.7, 0.4, [-3.0, -0.4, 0.0, 0.1], [0.3, -2.0, 1.0, 0.5]
+    v, gradient = torch.tensor(latents, dtype=torch.double), torch.tensor(at_w, dtype=torch.double)
+    weights = [a * (x / b) / math.sqrt(1 + (x / b) ** 2) for x in latents]
+    at_v = [g * a / b * (1 + (x / b) ** 2) ** -1.5 for x, g in zip(latents, at_w, strict=True)]
+    assert companding_refusal(ALGEBRAIC) == ""
+    w = compand(v, a, b, ALGEBRAIC)
+    assert w.tolist() == pytest.approx(weights, rel=1e-14)
+    torch.testing.assert_close(expand(w, a, b, ALGEBRAIC), v, rtol=1e-12, atol=0)
+    with torch.no_grad():  # as in the optimizer's step
+        got = compand_gradients(v, gradient, a, b, ALGEBRAIC)
+    assert got[0].tolist() == pytest.approx(at_v, rel=1e-13)
+    assert float(got[1]) == pytest.approx(sum(g * x for g, x in zip(at_w, weights, strict=True)))
+    assert float(got[2]) == pytest.approx(-sum(g * x for g, x in zip(at_v, latents, strict=True)))
+    with pytest.raises(ValueError, match=r"^expand: the function with a=0.5 reaches magnitudes below 0.5"):
+        expand(torch.tensor([0.6]), 0.5, 0.5, ALGEBRAIC)
+    layer = nn.Linear(5, 4)
+    before = layer.weight.detach().clone()
+    parametrize.register_parametrization(layer, "weight", Compander(1.0, 0.5, ALGEBRAIC))
+    torch.testing.assert_close(layer.weight, before)
+
+
+def test_a_fit_with_a_function_of_ones_own_is_the_loop_by_hand():
+    module, compander = Module(), WeightCompander(fn=PATH, a=0.8, b=0.4)
+    fit(module, compander, max_epochs=3)
+    hand, batches = PlainLoop(sgd, a=0.8, b=0.4, learn=False), list(make_loader())
+    for name in WEIGHTS:
+        w = Module().get_parameter(name).detach() / 0.8
+        with torch.no_grad():
+            hand.params[name].copy_(0.4 * w / (1 - w * w).sqrt())
+    hand.weights = lambda: hand.params | {n: 0.8 * algebraic(hand.params[n] / 0.4) for n in WEIGHTS}
+    for _ in range(3):
+        for batch in batches:
+            hand.step(batch)
+    agree(module, hand)
+    assert compander.describe().startswith(f"{PATH}, a=0.8, b=0.4, fixed")
+    assert pickle.loads(pickle.dumps(compander)).fn == PATH
+
+
+def of_tanh(**changes):
+    return Companding.of(**{"psi": torch.tanh, "inverse": torch.atanh, "bound": 1.0} | changes)
+
+
+@pytest.mark.parametrize(
+    ("function", "why"),
+    [
+        (of_tanh(), ""),
+        (of_tanh(slope=lambda x: 1 - torch.tanh(x) ** 2), ""),
+        (of_tanh(bound=2.0), "its magnitude grows to 1, and `bound` is 2.0"),
+        (of_tanh(bound=0.5), "its magnitude grows to 1, and `bound` is 0.5"),
+        (of_tanh(psi=torch.asinh, inverse=torch.sinh), "its magnitude grows to 28.3242, and `bound` is 1.0"),
+        (of_tanh(psi=lambda x: torch.tanh(x) + 0.01), "it is not odd"),
+        (of_tanh(psi=lambda x: torch.tanh(x) / x), "it is not odd"),
+        (of_tanh(psi=lambda x: -torch.tanh(x)), "its magnitude grows to 1, and `bound` is 1.0"),
+        (
+            of_tanh(psi=lambda x: torch.tanh(x) - 0.5 * x.sign() * torch.exp(-4 * (x.abs() - 2) ** 2)),
+            "it is not strictly increasing",
+        ),
+        (of_tanh(psi=lambda x: torch.tanh(2 * x)), "its slope, which must be 1 at 0 and nowhere larger, is 2 at 0 and"),
+        (of_tanh(slope=lambda x: 1 / torch.cosh(x)), "`slope` is not its derivative"),
+        (of_tanh(inverse=torch.asin), "`inverse` is not its inverse"),
+        (of_tanh(psi=torch.tanh_), "`psi` changes the tensors that it is given"),
+        (of_tanh(inverse=lambda y: y.sum()), "`inverse` of a list of tensors does not give a list of tensors of"),
+        (of_tanh(psi=lambda x: x.tangent), "`psi` of a list of tensors ends in AttributeError: 'Tensor' object has no"),
+        (of_tanh(slope=lambda x: 1 / x.abs().clamp(max=1).log()), "it or its slope is not finite everywhere"),
+    ],
+)
+def test_what_cannot_compand_is_found(function, why):
+    found = companding_refusal(function)
+    assert found.startswith(why)
+    assert bool(found) == bool(why)
+    if why:
+        with pytest.raises(ValueError, match=r"^Compander: `fn` cannot compand: "):
+            Compander(1.0, 1.0, function)
+
+
+TOO_STEEP = of_tanh(psi=lambda x: torch.tanh(2 * x))
+
+
+def test_a_function_is_tried_at_construction():
+    with pytest.raises(ValueError, match=r"^WeightCompander: `fn`, '.*TOO_STEEP', cannot compand: its slope, which"):
+        WeightCompander(fn=f"{__name__}.TOO_STEEP")
+    wanted = (
+        "WeightCompander: `fn` must be one of 'arctan', 'tanh', 'softsign', 'identity', or the import path of a"
+        ' Companding of your own ("my_project.functions.psi"), got '
+    )
+    for fn, got in [
+        ("sine", "'sine'."),
+        (None, "None."),
+        ("no_such_place.psi", "'no_such_place.psi': No module named 'no_such_place'."),
+        ("math.psi", "'math.psi': module 'math' has no attribute 'psi'."),
+        ("torch.tanh", "'torch.tanh', which is a builtin_function_or_method."),
+    ]:
+        with pytest.raises(ValueError) as raised:  # noqa: PT011 # compared below
+            WeightCompander(fn=fn)
+        assert str(raised.value) == wanted + got
 
 
 # -- training, against loops by hand ----------------------------------------------------------------------------------
@@ -565,6 +684,25 @@ def test_resuming_is_exact_from_a_file_written_after_the_fit(tmp_path):
         assert same_weights(one.state_dict()[part], two.state_dict()[part])
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "what"),
+    [
+        ("net.0", "auto", "'net.3.weight' is trained here, and is not in it"),
+        ("auto", "net.3", "'net.0.weight' is in it, and is not trained here"),
+    ],
+)
+def test_the_state_of_other_layers_is_refused_and_not_dropped(before, now, what, tmp_path):
+    trainer = fit(Module(), WeightCompander(before, a=A, b=B), max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    with pytest.raises(MisconfigurationException) as raised:
+        make_trainer(callbacks=[WeightCompander(now, a=A, b=B)], max_epochs=2).fit(
+            Module(), make_loader(), ckpt_path=tmp_path / "end.ckpt"
+        )
+    assert str(raised.value).startswith(
+        f"WeightCompander: the state that it goes on from is of other weights: {what}. Choose the layers that were"
+    )
+
+
 @pytest.mark.parametrize("learn", [True, False])
 def test_learning_is_neither_begun_nor_ended_by_a_resume(learn):
     compander = WeightCompander(a=A, b=B, learn=learn)
@@ -698,6 +836,35 @@ def test_linear_layers_of_other_libraries_are_chosen():
     net = nn.Sequential(ForeignLinear(), Table(), nn.Linear(4, 2))
     assert WeightCompander().weights_to_map(net) == ["0.weight", "2.weight"]
     assert WeightCompander("0").weights_to_map(net) == ["0.weight"]
+
+
+class Mixture(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.router, self.stacked = nn.Linear(4, 2), nn.Parameter(torch.rand(2, 4, 4))
+        self.position = nn.Parameter(torch.rand(4, 4))
+
+
+def test_what_may_multiply_and_is_left_alone_is_said():
+    net = nn.Sequential(nn.Linear(4, 4), Mixture(), Mixture(), nn.Embedding(3, 4), nn.LayerNorm(4))
+    compander = WeightCompander()
+    assert compander.weights_to_map(net) == ["0.weight"]
+    assert compander.describe() == (
+        "arctan, a=from the weights, b=from the weights, fixed, layers auto; 1 weights; left alone, of Mixture, no"
+        " linear layer known: 1.stacked, 1.position, 2.stacked and 1 more; left alone, routers of experts:"
+        " 1.router.weight, 2.router.weight"
+    )
+    assert compander.weights_to_map(nn.Sequential(nn.Linear(4, 4))) == ["0.weight"]
+    assert "left alone" not in compander.describe()
+    exclude = WeightCompander(exclude=["1", "1.*", "2.position"])
+    exclude.weights_to_map(net)
+    assert exclude.describe().endswith("known: 2.stacked; left alone, routers of experts: 2.router.weight")
+    named = WeightCompander(["0", "*.router"])
+    assert named.weights_to_map(net) == ["0.weight", "1.router.weight", "2.router.weight"]
+    assert "left alone" not in named.describe()
+    tied = Mixed(tied=True)
+    compander.weights_to_map(tied)
+    assert compander.describe().endswith("left alone, shared with another layer: table.weight")
 
 
 def test_a_pattern_is_of_whole_names_and_a_plain_string_is_one_pattern():

@@ -40,6 +40,7 @@ from lightning_reg.functional import (
 )
 from lightning_reg.sparsity.nm_sparsity._graph import Chain
 from lightning_reg.sparsity.nm_sparsity._permute import permute_network_
+from lightning_reg.sparsity.nm_sparsity.export import layers_and_refusals
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
 from tests.conformance.harness import difference, fit
@@ -396,6 +397,29 @@ def test_layers_of_other_libraries_become_sparse_and_what_is_left_out_is_said():
     assert {name: rows[name].why_dense for name in left_out} == left_out
     assert all((rows[name].pattern, rows[name].flops_dense) == ("dense", 0) for name in left_out)
     assert (rows["conv.weight"].shape, rows["conv.weight"].flops_dense) == ("8x6", 96)
+
+
+class Mixture(nn.Module):
+    """Two experts, of which the router chooses one for each sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.gate = nn.Linear(8, 2)
+
+    def forward(self, x):
+        weight, expert = self.gate(x).softmax(-1).max(-1, keepdim=True)
+        return weight * torch.where(expert == 0, self.experts[0](x), self.experts[1](x))
+
+
+def test_routers_of_experts_are_left_out_by_auto_and_are_no_head():
+    net = nn.ModuleDict({"first": nn.Linear(4, 8), "moe": Mixture()})
+    assert decisions(net) == {
+        "first.weight": "first layer", "moe.experts.0.weight": "2:4", "moe.experts.1.weight": "head",
+        "moe.gate.weight": "router",
+    }  # fmt: skip
+    assert decisions(net, layers="moe")["moe.gate.weight"] == "2:4"
+    assert decisions(net, layers="*.gate")["moe.gate.weight"] == "2:4"
 
 
 def test_a_transposed_weight_has_its_groups_along_its_inputs():
@@ -1333,6 +1357,29 @@ def test_what_is_not_refused_is_compressed_without_loss(n, m, dtype):
     again = sparse_semi_structured_to_dense_cutlass(*sparse_semi_structured_from_dense_cutlass(weight))
     assert torch.equal(again, weight) == (semi_structured_refusal(weight, "cutlass") == "")
     assert torch.equal(again, weight) == ((n, m) != (4, 8))
+
+
+def test_what_stays_dense_is_listed_with_the_reason():
+    net = nn.ModuleDict({
+        "fits": nn.Linear(64, 32), "dense": nn.Linear(64, 32), "small": nn.Linear(8, 8), "table": nn.Embedding(64, 32),
+        "tied": nn.Linear(32, 64), "conv": nn.Conv1d(4, 4, 3),
+        "normed": nn.utils.parametrizations.weight_norm(nn.Linear(64, 32)),
+        "gpt": Conv1D(64, 32), "attention": nn.MultiheadAttention(32, 2), "experts": Experts(), "norm": nn.LayerNorm(4),
+        "none": nn.Sequential(nn.ReLU()),
+    }).half()  # fmt: skip
+    net["tied"].weight = net["table"].weight
+    with torch.no_grad():
+        net["fits"].weight.mul_(nm_mask(net["fits"].weight, 2, 4))
+    found = layers_and_refusals(net, "cusparselt")
+    only = "only plain nn.Linear layers are converted"
+    assert {name: why for name, _, why in found} == {
+        "fits": "", "dense": "not 2:4: 512 of 512 groups have more",
+        "small": "shape (8, 8): must be multiples of 16 and 16", "tied": "shared with table",
+        "normed": "computed from other parameters", "conv": f"of Conv1d: {only}", "gpt": f"of Conv1D: {only}",
+        "attention": f"of MultiheadAttention: {only}",
+        "attention.out_proj": f"of NonDynamicallyQuantizableLinear: {only}", "experts": f"of Experts: {only}",
+    }  # fmt: skip
+    assert [layer for _, layer, _ in found if layer is not None] == [net["fits"]]
 
 
 def test_compression_is_refused_on_a_cpu_and_changes_nothing():

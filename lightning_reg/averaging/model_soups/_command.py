@@ -30,6 +30,12 @@ def add_command(commands: Commands) -> None:
     parsers = add_methods(commands, _METHODS, _make)
     uniform, greedy, learned = parsers.values()
     uniform.add_argument("--weights", type=float, nargs="+", help="a number per checkpoint")
+    uniform.add_argument(
+        "--factors",
+        choices=("mean", "stack"),
+        default="mean",
+        help="stack: LoRA factors side by side",
+    )
     for parser in (uniform, greedy):
         parser.add_argument("--start", type=Path, help="the file that all runs started from, to check that")
     greedy.add_argument("--min-delta", type=float, default=0.0, help="least improvement of the score")
@@ -45,7 +51,7 @@ def _make(options: argparse.Namespace, evaluate: Evaluate | None) -> SoupResult:
     if options.method == "learned":
         return mix_files(options, evaluate, lambda files: _learned(options, files))
     if options.method == "uniform":
-        choices: dict[str, Any] = {"weights": options.weights}
+        choices: dict[str, Any] = {"weights": options.weights, "factors": options.factors}
     else:
         if evaluate is None:
             raise ValueError("a greedy soup needs a held-out score: --evaluate, or --config with --monitor.")

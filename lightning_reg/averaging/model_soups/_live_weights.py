@@ -46,14 +46,17 @@ class LiveWeights:
     Args:
         module: The user's; ``None`` for no tensors.
         tensors: Those of its tensors that are averaged, by name.
+        masks: Of weights that were pruned before.
 
     """
 
-    def __init__(self, module: nn.Module | None = None, tensors: Weights | None = None) -> None:
+    def __init__(
+        self, module: nn.Module | None = None, tensors: Weights | None = None, masks: Weights | None = None
+    ) -> None:
         self._given = dict(tensors or {})
         self.layouts: Layouts = {n: layout for n, t in self._given.items() if (layout := layout_of(t)) is not None}
         self._module, self._split_module = module, module if self.layouts else None
-        self._masks: dict[str, Tensor] = {}
+        self._masks: dict[str, Tensor] = dict(masks or {})
         self._own: list[tuple[Tensor, Tensor]] = []
         self.tensors: dict[str, Tensor] = {}
         self._take_local_parts()
@@ -75,6 +78,11 @@ class LiveWeights:
                 name = names.get(id(getattr(layer, f"{stem}_orig", None))) if stem != place else None
                 if name is not None:
                     self._masks[name] = mask
+
+    def masks(self) -> dict[str, Tensor]:
+        """Which weights are kept, booleans on the CPU, of those that are pruned."""
+        self.find_masks()
+        return {name: mask.detach().bool().cpu() for name, mask in self._masks.items()}
 
     def pruned(self, values: Weights) -> dict[str, Tensor]:
         """Values with zeros where weights are pruned."""

@@ -308,5 +308,6 @@ def average_of_state(state: Mapping[str, Any]) -> dict[str, Tensor]:
     if gathered.get("ingredients"):
         shelf = Shelf(None, None)
         shelf.load(gathered)
-        return shelf.average()
+        masks = state.get("masks", {})  # files hold the weights as they were trained
+        return {name: value * masks.get(name, 1) for name, value in shelf.average().items()}
     raise RuntimeError("SoupAverager: there is no average yet.")

@@ -11,10 +11,19 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_reg.averaging._factors import warn_of_factors
+from lightning_reg.averaging._factors import stacked_factors, warn_of_factors
 from lightning_reg.averaging._not_finite import spoilers, warn_of_spoiled
 from lightning_reg.averaging._soup_results import Candidate, SoupResult
-from lightning_reg.averaging._state_dicts import StateDict, aligned, check_patterns, is_continuous, widest
+from lightning_reg.averaging._state_dicts import (
+    Aligned,
+    StateDict,
+    aligned,
+    check_patterns,
+    is_continuous,
+    is_wrapped,
+    widest,
+    wrapped_differently,
+)
 from lightning_reg.averaging.model_soups._learned_soup import LearnedSoup
 from lightning_reg.averaging.model_soups._mean import RunningSum, Workspace, mean_of_parts
 from lightning_reg.engine.host.distributed import all_reduce_mean, rank
@@ -39,6 +48,7 @@ def average_state_dicts(
     include: Patterns = None,
     exclude: Patterns = None,
     names: Sequence[str] | None = None,
+    factors: Literal["mean", "stack"] = "mean",
 ) -> dict[str, Any]:
     r"""Weighted mean of state dicts, tensor by tensor.
 
@@ -59,14 +69,21 @@ def average_state_dicts(
             dict's.
         exclude: Patterns of keys to leave as the first state dict has them. Those may differ, or be in one alone.
         names: What to call the state dicts in an error; ``None`` for their positions.
+        factors: What becomes of the factors of low-rank updates (``lora_A`` and ``lora_B``, ``lora_down`` and
+            ``lora_up``). ``"mean"``: each is averaged as any tensor, with a warning where the product of the means is
+            far from the mean of the products. ``"stack"``: they are put side by side, B times its weight, so that their
+            product is exactly the mean of the products; the rank is the sum of the members'. Load the result with the
+            rank and ``lora_alpha`` both times the number of members, so that the scale alpha/r stays (which must be the
+            members' own; for scale alpha/sqrt(r), alpha times the root of that number). An ``alpha`` in the state dicts
+            is taken account of.
 
     Returns:
         A new state dict with the keys of the first, on the CPU or wherever the first one's tensors are.
 
     Raises:
         StateDictMismatchError: If keys, shapes or kinds of tensors differ; it is a ``ValueError``.
-        ValueError: If there is nothing to average, ``weights`` or ``accumulate_dtype`` are not as said, or a pattern
-            matches no key.
+        ValueError: If there is nothing to average, ``weights``, ``accumulate_dtype`` or ``factors`` are not as said, or
+            a pattern matches no key.
 
     Example:
         >>> one = {"w": torch.tensor([1.0, 2.0]), "n": torch.tensor(3)}
@@ -83,13 +100,14 @@ def average_state_dicts(
     members = aligned(state_dicts, names, exclude)
     check_patterns("average_state_dicts", "include", include, [members[0]])
     check_patterns("average_state_dicts", "exclude", exclude, members)
-    warn_of_factors("average_state_dicts", members, exclude)
-    result: dict[str, Any] = {}
+    result: dict[str, Any] = _stacked(members, shares, factors, include, exclude)
     done: dict[tuple[Any, ...], Tensor] = {}
     suspicious: list[str] = []
     labels = list(names) if names is not None else [f"state dict {i}" for i in range(len(members))]
     with Workspace() as workspace:
         for key in members[0]:
+            if key in result:
+                continue
             mixed = members if is_selected(key, include, exclude) else members[:0]
             dtypes = [dtype for _, dtype in filter(None, [member.shape_and_dtype(key) for member in mixed])]
             if not (dtypes and is_continuous(dtypes[0])):
@@ -105,7 +123,18 @@ def average_state_dicts(
             result[key] = done[places]
     used = [(member, label) for member, label, share in zip(members, labels, shares, strict=True) if share != 0]
     _warn_of_spoiled("average_state_dicts", result, suspicious, used)
-    return result
+    return {key: result[key] for key in members[0]}
+
+
+def _stacked(
+    members: Sequence[Aligned], shares: Sequence[float], factors: str, include: Patterns, exclude: Patterns
+) -> dict[str, Tensor]:
+    if factors == "stack":
+        return stacked_factors(members, shares, lambda key: is_selected(key, include, exclude))
+    if factors != "mean":
+        raise ValueError(f"average_state_dicts: `factors` must be 'mean' or 'stack', got {factors!r}.")
+    warn_of_factors("average_state_dicts", members, exclude)
+    return {}
 
 
 def _warn_of_spoiled(
@@ -182,7 +211,9 @@ def greedy_soup(
     labels: list[Any] = list(range(len(scores))) if names is None else list(names)
     order = ranking(scores, labels, mode)
     first = order[0]
-    members = aligned([state_dicts[first]], None)
+    # `module.` goes where not all have it, as in any average; asked of all where it matters, since that may read files.
+    unwrap = is_wrapped(state_dicts[first]) and wrapped_differently(state_dicts[position] for position in order)
+    members = aligned([state_dicts[first]], unwrap=unwrap)
     soup, warned = RunningSum(members[0], exclude), False
     best = scores[first]
     result = SoupResult({}, [labels[first]], [Candidate(str(labels[first]), best, best, True)], best)
@@ -191,7 +222,7 @@ def greedy_soup(
             result.trace.append(Candidate(str(labels[position]), scores[position], None, False))
             continue
         pair = [str(labels[first]), str(labels[position])]
-        both = aligned([state_dicts[first], state_dicts[position]], pair, exclude)
+        both = aligned([state_dicts[first], state_dicts[position]], pair, exclude, unwrap=unwrap)
         member, warned = both[1], warned or warn_of_factors("greedy_soup", both, exclude)
         score = float(evaluate(soup.mean(member)))
         accepted = accepts(score, best, strict=strict, min_delta=min_delta, mode=mode)
@@ -204,7 +235,7 @@ def greedy_soup(
     suspicious = [key for key in soup.averaged if not result.state_dict[key].isfinite().all()]
     if suspicious:
         inside = [labels.index(label) for label in result.ingredients]
-        parts = aligned([state_dicts[position] for position in inside], None, exclude)
+        parts = aligned([state_dicts[position] for position in inside], None, exclude, unwrap=unwrap)
         _warn_of_spoiled(
             "greedy_soup", result.state_dict, suspicious, list(zip(parts, map(str, result.ingredients), strict=True))
         )

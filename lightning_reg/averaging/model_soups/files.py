@@ -44,6 +44,7 @@ def make_soup(
     check_ancestry: bool = True,
     progress: bool = False,
     exclude: Patterns = None,
+    factors: Literal["mean", "stack"] = "mean",
 ) -> SoupResult:
     r"""Averages the checkpoints of several runs from one start.
 
@@ -71,6 +72,8 @@ def make_soup(
         progress: Whether to show a bar with bytes per second.
         exclude: Patterns of keys to leave as the first file has them (the best one, in a greedy soup). Those may
             differ, or be in one file alone.
+        factors: ``"stack"`` puts factors of low-rank updates (LoRA) side by side in a uniform soup, see
+            :func:`average_state_dicts`: their product is the mean of the products, at a larger rank.
 
     Returns:
         The soup; ingredients are named by their paths.
@@ -86,6 +89,8 @@ def make_soup(
         raise ValueError(f"make_soup: `method` must be 'uniform' or 'greedy', got {method!r}.")
     if method == "greedy" and (evaluate is None or weights is not None):
         raise ValueError("make_soup: method='greedy' needs `evaluate`, the held-out score, and takes no `weights`.")
+    if method == "greedy" and factors != "mean":
+        raise ValueError("make_soup: method='greedy' must have factors='mean': its candidates are of one rank.")
     rules: dict[str, Any] = {"mode": mode, "strict": strict, "min_delta": min_delta, "max_ingredients": max_ingredients}
     names = unique(str(path) for path in checkpoints)
     files = [open_checkpoint(path, key) for path in checkpoints]
@@ -98,7 +103,9 @@ def make_soup(
             raise ValueError("make_soup: no file has a score that is a number, so none can be chosen.")
     else:
         with _counted(files, shown=progress) as members:
-            mean = average_state_dicts(members, weights, accumulate_dtype, exclude=exclude, names=names)
+            mean = average_state_dicts(
+                members, weights, accumulate_dtype, exclude=exclude, names=names, factors=factors
+            )
         result = SoupResult.of_all(mean, names, scores, None if evaluate is None else float(evaluate(mean)))
     _settle(result, evaluate)
     if out is not None:
@@ -232,6 +239,8 @@ def _average_in(file: CheckpointFile, name: str) -> dict[str, Tensor]:
         raise ValueError(f"{file.path}: the state of {name} gives no average: {fault}")
     try:
         return average_of_state(state or {})
+    except RuntimeError as error:
+        raise RuntimeError(f"{file.path}: {error}") from error
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{file.path}: the state of {name} is broken: {type(error).__name__}: {error}") from error
 

@@ -169,6 +169,7 @@ class SoupAverager(Technique):
         self._has_missed_end = False
         self._raw: dict[str, Tensor] = {}  # what the average in the module stands in for
         self._average: dict[str, Tensor] = {}  # where the module does not hold it at the end
+        self._masks: dict[str, Tensor] = {}  # of a checkpoint, for files from before
 
     @override
     def describe(self) -> str:
@@ -198,7 +199,7 @@ class SoupAverager(Technique):
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         if not self._resumed:
             self._begin()
-        self._live = LiveWeights(pl_module, chosen_tensors(self, pl_module))
+        self._live = LiveWeights(pl_module, chosen_tensors(self, pl_module), self._masks)
         shelf = self._soup.gathered
         if self.keep == "disk" and isinstance(shelf, Shelf) and shelf.folder is None:
             shelf.folder = new_folder(trainer, self.dirpath)
@@ -395,7 +396,9 @@ class SoupAverager(Technique):
     @override
     def state_dict(self) -> dict[str, Any]:
         places = {"steps": self._steps, "epochs": self._epochs}
-        return self._live.whole({**places, **self._soup.state(), "raw": self._raw, "soup": self._average})
+        state = self._live.whole({**places, **self._soup.state(), "raw": self._raw, "soup": self._average})
+        masks = self._live.masks() if self.keep == "disk" else {}
+        return {**state, "masks": masks} if masks else state
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -408,6 +411,7 @@ class SoupAverager(Technique):
             )
         self._steps, self._epochs, self._resumed = state_dict["steps"], state_dict["epochs"], True
         self._raw, self._average = dict(state_dict["raw"]), dict(state_dict["soup"])
+        self._masks = dict(state_dict.get("masks", {}))
         try:
             self._soup.load(state_dict)
         except FileNotFoundError as error:

@@ -12,7 +12,7 @@ from lightning_reg.engine.host.errors import MisconfigurationException
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["place_of_code", "user_function"]
+__all__ = ["imported", "place_of_code", "user_function"]
 
 
 def user_function(name: str, trainer: "Trainer", module: "LightningModule", asked_by: str) -> Callable[..., Any]:
@@ -40,14 +40,31 @@ def user_function(name: str, trainer: "Trainer", module: "LightningModule", aske
         raise MisconfigurationException(
             _not_found(name, f"neither {type(module).__name__} nor the datamodule has such a method", asked_by)
         )
-    place, _, attribute = name.rpartition(".")
     try:
-        function = getattr(importlib.import_module(place), attribute)
+        function = imported(name)
     except (ImportError, AttributeError) as error:
         raise MisconfigurationException(_not_found(name, str(error), asked_by)) from error
     if not callable(function):
         raise MisconfigurationException(_not_found(name, f"it is a {type(function).__name__}", asked_by))
     return function  # type: ignore[no-any-return]  # checked above
+
+
+def imported(path: str) -> Any:  # whatever stands there
+    """What stands at an import path.
+
+    Args:
+        path: ``"my_project.transforms.augment"``; ``"__main__.augment"`` of the running script.
+
+    Returns:
+        The object.
+
+    Raises:
+        ImportError: If there is no such module.
+        AttributeError: If it has no such name.
+
+    """
+    place, _, attribute = path.rpartition(".")
+    return getattr(importlib.import_module(place), attribute)
 
 
 def place_of_code(function: Callable[..., Any]) -> tuple[str, bool]:

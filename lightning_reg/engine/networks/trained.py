@@ -379,6 +379,12 @@ class TrainedPeer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from what :meth:`state_dict` gave."""
+        here, there = len(self._schedulers), len(state["schedulers"])
+        if here != there:
+            raise MisconfigurationException(
+                f"{type(self._owner).__name__}: the second network was trained with {there} learning-rate schedulers,"
+                f" and `configure_optimizers` gives {here} now. Go on with those, or train without `ckpt_path`."
+            )
         load_weights_(self.module, state["weights"], self._owner)
         regroup_(self._optimizer, self.module, state["groups"])
         self._optimizer.load_state_dict(state["optimizer"])

@@ -227,7 +227,13 @@ class WeightMaps:
 
     def _begin(self, one: _Map, *, fresh: bool) -> None:
         latents, weights = one.technique.latents, {name: p.detach() for name, p in one.weights.items()}
-        if fresh or not latents.fit(weights):
+        if latents.values and not fresh and not latents.fit(weights):
+            raise MisconfigurationException(
+                f"{type(one.technique).__name__}: the state that it goes on from is of other weights:"
+                f" {_other_weights(latents.values, weights)}. Choose the layers that were chosen when it was written,"
+                " or load the weights and train without `ckpt_path`."
+            )
+        if fresh or not latents.values:
             latents.clear()
             latents.values = dict(one.technique.begin_map(weights)) if weights else {}
             for name, mapped in one.weights_of(latents.values).items():
@@ -361,6 +367,18 @@ class WeightMaps:
         self._guard.close()
         for one in self._maps:
             one.technique.latents.to(dict.fromkeys(one.weights, torch.device("cpu")))
+
+
+def _other_weights(held: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
+    """The first difference between two sets of weights, in words."""
+    for name in (*held, *weights):
+        if name not in held:
+            return f"{name!r} is trained here, and is not in it"
+        if name not in weights:
+            return f"{name!r} is in it, and is not trained here"
+        if held[name].shape != weights[name].shape:
+            return f"{name!r} has the shape {tuple(held[name].shape)} in it, and {tuple(weights[name].shape)} here"
+    return ""
 
 
 def _own_group(group: Mapping[str, Any], latents: Latents, names: Sequence[str]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Which parameters of a layer are weights of sums over its inputs, and along which dimension these run.
 
 Of torch's layers that is known. Layers of other libraries (their own ``Linear``, ``Conv1D`` of transformers) are asked:
-a copy of the layer runs on zeros, and what its ``weight`` is given to tells.
+a copy of the layer runs on zeros, and what its ``weight`` is given to tells. What is left is listed by
+:func:`other_matrices`, and :func:`is_router` tells the small layers that choose experts from the others.
 """
 
 import copy
@@ -11,13 +12,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
 from lightning_reg.engine.host.generators import isolated_randomness
 from lightning_reg.engine.host.modules import Convolution, TransposedConvolution, own_parameters
 
-__all__ = ["multiplied_weights"]
+__all__ = ["is_router", "multiplied_weights", "other_matrices"]
 
 _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -44,6 +46,51 @@ def multiplied_weights(layer: nn.Module) -> dict[str, int]:
         return {}
     dim = _asked(layer) if weight.dim() == 2 and weight.is_floating_point() else None
     return {} if dim is None else {"weight": dim}
+
+
+_NO_PRODUCTS = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, ParametrizationList)
+
+
+def other_matrices(layer: nn.Module) -> dict[str, Tensor]:
+    """A layer's own parameters of two dimensions and more of which :func:`multiplied_weights` knows nothing.
+
+    Args:
+        layer: Any layer; layers within it do not count.
+
+    Returns:
+        By name: stacked experts, recurrent weights, tables of positions. Nothing of embeddings and norms, by class.
+
+    """
+    kind = type(layer).__name__
+    if isinstance(layer, _NO_PRODUCTS) or any(word in kind for word in ("Embedding", "Norm")):
+        return {}
+    known = multiplied_weights(layer)
+    own = {name: p for name, p in own_parameters(layer).items() if p is not None and name not in known}
+    return {n: p for n, p in own.items() if not isinstance(p, nn.UninitializedParameter) and p.dim() > 1}
+
+
+def is_router(name: str, layer: nn.Module) -> bool:
+    """Whether a linear layer chooses the experts of a mixture: few outputs that decide over whole blocks.
+
+    Told by names: ``router`` in that of the layer or of its class; ``gate`` with fewer outputs than inputs
+    (``mlp.gate``, ``gate.wg``); ``shared_expert_gate`` and its like with one output. ``gate_proj`` is none.
+
+    Args:
+        name: As in ``named_modules()``.
+        layer: A layer with a weight that multiplies.
+
+    Returns:
+        Whether it is one.
+
+    """
+    if "router" in name.lower() or "Router" in type(layer).__name__:
+        return True
+    weight, parts = own_parameters(layer).get("weight"), name.lower().split(".")
+    if weight is None or isinstance(weight, nn.UninitializedParameter) or weight.dim() != 2:
+        return False
+    summed = multiplied_weights(layer).get("weight", 1)
+    inputs, outputs = weight.shape[summed], weight.shape[1 - summed]
+    return ("gate" in parts and outputs < inputs) or (parts[-1].endswith("_gate") and outputs == 1)
 
 
 def _asked(layer: nn.Module) -> int | None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
+from lightning_reg.engine.host.errors import reading_state
 from lightning_reg.engine.host.left_out import LeftOut
 from lightning_reg.engine.layers.named import find_layer, named_layers
 from lightning_reg.engine.networks.ensemble import JointForward, MeanOfTwo
@@ -94,10 +95,11 @@ class Networks:
         self._source = Source(module) if self._second is None else None
         self._followers = [Follower(average.module) for average in self._averages]
         if self._kept:
-            for average, weights in zip(self._averages, self._kept["averages"], strict=True):
-                load_weights_(average.module, weights, owner)
-            if self._second is not None:
-                self._second.load_state_dict(self._kept["second"])
+            with reading_state(owner):
+                for average, weights in zip(self._averages, self._kept["averages"], strict=True):
+                    load_weights_(average.module, weights, owner)
+                if self._second is not None:
+                    self._second.load_state_dict(self._kept["second"])
         self._kept = {}
 
     def stop(self) -> None:

@@ -1,21 +1,21 @@
 """Weight Compander: weights as a bounded function of what is trained, so that no few of them decide."""
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_reg.engine.host import lightning as host
-from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
+from lightning_reg.engine.host.arguments import check_bool, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.technique import WeightMapTechnique
 from lightning_reg.engine.weights.maps import Latents
 from lightning_reg.engine.weights.swap import named_weights
-from lightning_reg.regularization.weight_compander._choice import weights_to_compand
+from lightning_reg.regularization.weight_compander._choice import companding, names_said, weights_to_compand
 from lightning_reg.regularization.weight_compander.core import (
-    COMPANDINGS,
+    Companding,
     compand_all,
     expand,
     figures,
@@ -74,9 +74,12 @@ class WeightCompander(WeightMapTechnique):
         layers: Patterns of names, of layers as in ``named_modules()`` (``"net.head"``, ``"*.mlp.*"``) or of weights
             themselves (``"*.in_proj_weight"``). ``"auto"``: all linear, convolution and attention layers, and layers of
             other libraries whose 2-D ``weight`` multiplies the input (``Conv1D`` of transformers), without weights
-            shared with a layer of another kind.
-        fn: The function; ``"identity"`` leaves all as it is, for comparisons. Paper: the arctan, as far as known.
-            Neutral: ``"identity"``.
+            shared with a layer of another kind and without routers of experts (named ``router``, or ``gate`` with fewer
+            outputs than inputs). The table at the start lists what of two dimensions and more is left alone.
+        fn: The function: ``"arctan"``, ``"tanh"``, ``"softsign"``; ``"identity"`` leaves all as it is, for comparisons.
+            One of your own by its import path, ``"my_project.functions.algebraic"`` (``"__main__.algebraic"`` of the
+            running script): a :class:`Companding`, which is tried at once. Paper: the arctan, as far as known. Neutral:
+            ``"identity"``.
         a: Scale of the bound, above 0, in the weights' unit. ``None``: for each layer so that the bound is four times
             the root mean square of its initial weights, and at least 1.25 times the largest. As it grows with ``b``
             equal to it, the function nears the identity.
@@ -89,7 +92,7 @@ class WeightCompander(WeightMapTechnique):
         name: Tells several instances in one Trainer apart; they must not share a weight.
 
     Raises:
-        ValueError: If an argument is outside its range.
+        ValueError: If an argument is outside its range, or ``fn`` is no companding.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -101,7 +104,7 @@ class WeightCompander(WeightMapTechnique):
     def __init__(
         self,
         layers: list[str] | str = "auto",
-        fn: Literal["arctan", "tanh", "softsign", "identity"] = "arctan",
+        fn: str = "arctan",
         a: float | None = None,
         b: float | None = None,
         learn: bool = False,
@@ -111,7 +114,7 @@ class WeightCompander(WeightMapTechnique):
         name: str | None = None,
     ) -> None:
         super().__init__(name=name)
-        check_choice(self, "fn", fn, list(COMPANDINGS))
+        companding(self, fn)
         for argument, value in (("a", a), ("b", b)):
             if value is not None:
                 check_number(self, argument, value, low=0, low_open=True)
@@ -123,6 +126,7 @@ class WeightCompander(WeightMapTechnique):
         self.latents = Latents(lr_factor=shape_lr_factor)
         self._shapes: dict[str, list[float]] = {}
         self._chosen: list[str] = []
+        self._left: dict[str, list[str]] = {}
 
     @override
     def describe(self) -> str:
@@ -131,10 +135,15 @@ class WeightCompander(WeightMapTechnique):
         shape = ", ".join(f"{k}={'from the weights' if v is None else f'{v:g}'}" for k, v in self._given())
         learned = f"learned at {self.shape_lr_factor:g} of the learning rate" if self.learn else "fixed"
         weights = f"; {len(self._chosen)} weights" if self._chosen else ""
-        return f"{self.fn}, {shape}, {learned}, layers {self.layers}{weights}"
+        left = "".join(f"; left alone, {why}: {names_said(names)}" for why, names in self._left.items())
+        return f"{self.fn}, {shape}, {learned}, layers {self.layers}{weights}{left}"
 
     def _given(self) -> list[tuple[str, float | None]]:
         return [("a", self.a), ("b", self.a / 2 if self.b is None and self.a is not None else self.b)]
+
+    @property
+    def _function(self) -> Companding:
+        return companding(self, self.fn, tried=True)  # looked up, so that a copy has nothing of the user's
 
     @override
     def is_active(self, step: "Step") -> bool:
@@ -144,14 +153,14 @@ class WeightCompander(WeightMapTechnique):
 
     @override
     def weights_to_map(self, module: nn.Module) -> list[str]:
-        self._chosen = []
+        self._chosen, self._left = [], {}
         if self.fn != "identity":
-            self._chosen = weights_to_compand(self, module, self.layers, self.exclude)
+            self._chosen, self._left = weights_to_compand(self, module, self.layers, self.exclude)
         return self._chosen
 
     @override
     def begin_map(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        scales, knees = shapes_for(list(weights.values()), self.a, self.b, self.fn)
+        scales, knees = shapes_for(list(weights.values()), self.a, self.b, self._function)
         self._shapes = {name: [a, b] for name, a, b in zip(weights, scales, knees, strict=True)}
         if self.learn:
             for name, weight in weights.items():
@@ -165,7 +174,7 @@ class WeightCompander(WeightMapTechnique):
         for name, weight in weights.items():
             a, b = (float(x.exp()) for x in self.latents.own[name].detach()) if self.learn else self._shapes[name]
             try:
-                latents[name] = expand(weight, a, b, self.fn)
+                latents[name] = expand(weight, a, b, self._function)
             except ValueError as error:
                 raise MisconfigurationException(
                     f"WeightCompander: {name!r} cannot be the value of the function. {error} Give a larger `a`, or"
@@ -175,7 +184,7 @@ class WeightCompander(WeightMapTechnique):
 
     @override
     def map_weights(self, latents: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-        mapped = compand_all(list(latents.values()), *self._shapes_of(latents), self.fn)
+        mapped = compand_all(list(latents.values()), *self._shapes_of(latents), self._function)
         torch._foreach_copy_(list(weights.values()), mapped)
 
     @override
@@ -187,7 +196,7 @@ class WeightCompander(WeightMapTechnique):
             list(weights.values()),
             list(gradients.values()),
             *self._shapes_of(latents),
-            self.fn,
+            self._function,
             learned=self.learn,
         )
         for name, gradient in zip(latents, of_shapes, strict=False):  # none if the shapes are fixed

@@ -11,14 +11,13 @@ from typing import Literal
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException, check_patterns
 from lightning_reg.engine.host.modules import TransposedConvolution, own_parameters
 from lightning_reg.engine.host.names import Patterns, matches
 from lightning_reg.engine.layers.named import named_layers
-from lightning_reg.engine.weights.multiplied import multiplied_weights
+from lightning_reg.engine.weights.multiplied import is_router, multiplied_weights, other_matrices
 from lightning_reg.engine.weights.swap import named_weights
 from lightning_reg.sparsity.nm_sparsity.core import patterns_of
 
@@ -27,7 +26,6 @@ __all__ = ["Choice", "Weight", "check_apart", "check_groups", "choose_weights", 
 _RECIPES = ("mdgf_linear", "mdgf_exp", "sdgf_stepwise", "sdgf_geometric", "srste", "ste", "one_shot")
 _ALL_KEPT = "the pattern keeps all weights"
 _OTHER: dict[str, Literal["in", "out"]] = {"in": "out", "out": "in"}
-_NO_PRODUCTS = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, ParametrizationList)
 
 
 @dataclass(frozen=True)
@@ -213,12 +211,9 @@ def _candidates(
         for name in summed[layer]:
             if name == "weight" or own.get(name) is not None:
                 yield layer, f"{layer}.{name}", own.get(name), ""
-        if not summed[layer] and not isinstance(submodule, _NO_PRODUCTS):
-            kind = type(submodule).__name__
-            for name, p in own.items():
-                is_matrix = p is not None and not _is_lazy(p) and p.dim() > 1
-                if is_matrix and not any(word in kind for word in ("Embedding", "Norm")):
-                    yield layer, f"{layer}.{name}", p, f"of {kind}, which is no linear layer known"
+        others = {n: p for n, p in own.items() if n == "weight" and isinstance(submodule, TransposedConvolution)}
+        for name, p in (others or other_matrices(submodule)).items():
+            yield layer, f"{layer}.{name}", p, f"of {type(submodule).__name__}, which is no linear layer known"
 
 
 def _summed(layer: nn.Module) -> dict[str, int]:
@@ -281,14 +276,16 @@ def _users(module: nn.Module, summed: Mapping[str, Mapping[str, int]]) -> dict[i
 
 
 def _ends(module: nn.Module, summed: Mapping[str, Mapping[str, int]]) -> dict[str, str]:
-    """The first layer and the head, in the order in which the module registers its layers."""
+    """The first layer and the head, in the order in which the module registers its layers, and routers of experts."""
+    routers = {n: "router" for n, layer in named_layers(module).items() if summed[n] and is_router(n, layer)}
     layers = [
         (name, layer)
         for name, layer in named_layers(module).items()
         if (summed[name] or isinstance(layer, nn.Embedding | nn.EmbeddingBag))
         and any(p.requires_grad for p in layer.parameters(recurse=False))
+        and name not in routers
     ]
-    ends = {name: "first layer" for name, _ in layers[:1]}
+    ends = routers | {name: "first layer" for name, _ in layers[:1]}
     return ends | {name: "head" for name, layer in layers[-1:] if not isinstance(layer, nn.MultiheadAttention)}
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_reg.engine.host.modules import own_parameters, semi_structured
 from lightning_reg.engine.host.names import plain_name
+from lightning_reg.engine.weights.multiplied import multiplied_weights, other_matrices
 from lightning_reg.sparsity.nm_sparsity.core import check_nm
 
 __all__ = ["semi_structured_refusal", "to_semi_structured"]
@@ -28,7 +29,7 @@ _MULTIPLES = {
 
 @dataclass(frozen=True)
 class ExportedLayer:
-    """What became of one linear layer.
+    """What became of one layer with weights of two dimensions or more.
 
     Args:
         name: Name of the layer.
@@ -79,7 +80,7 @@ def to_semi_structured(
     rows: int = 4096,
     only_faster: bool = True,
 ) -> list[ExportedLayer]:
-    """Compresses the 2:4 weights of a model's linear layers, in place, for inference on a GPU.
+    """Compresses the 2:4 weights of a model's plain ``nn.Linear`` layers, in place, for inference on a GPU.
 
     Every weight is verified first, because torch itself drops what does not fit without a word. Then dense and
     compressed layer are timed on random input. The conversion has not been run on a GPU yet. A model that is not
@@ -93,7 +94,9 @@ def to_semi_structured(
         only_faster: Whether layers stay dense that are not faster compressed.
 
     Returns:
-        What became of each linear layer: converted or why not, and the two times.
+        What became of each layer: converted or why not, and the two times. Layers of other classes (``Conv1D`` of
+        transformers, attention's own projections, convolutions, stacked experts) stay dense and say so; so does a
+        weight that another layer shares, which would need the dense one beside it.
 
     Raises:
         ValueError: If an argument is not one of its choices.
@@ -110,19 +113,38 @@ def to_semi_structured(
             " exist on CUDA devices only. As it is, with zeros in dense weights, the model computes the same anywhere."
         )
     model.to(types[dtype])
-    layers = {plain_name(f"{name}.")[:-1]: layer for name, layer in model.named_modules()}
     return [
-        _convert(name, layer, backend, rows, only_faster)
-        for name, layer in layers.items()
-        if name and isinstance(layer, nn.Linear) and isinstance(own_parameters(layer).get("weight"), nn.Parameter)
+        ExportedLayer(name, why) if layer is None else _convert(name, layer, backend, rows, only_faster)
+        for name, layer, why in layers_and_refusals(model, backend)
     ]
 
 
+def layers_and_refusals(
+    model: nn.Module, backend: Literal["cusparselt", "cutlass"]
+) -> list[tuple[str, nn.Linear | None, str]]:
+    """Name of each layer with matrices but embeddings and norms; it itself if it can be converted, or why not."""
+    users: dict[int, list[str]] = {}
+    layers = {plain_name(f"{name}.")[:-1]: layer for name, layer in model.named_modules()}
+    for name, layer in layers.items():
+        for p in own_parameters(layer).values():
+            users.setdefault(id(p), []).append(name)
+    found: list[tuple[str, nn.Linear | None, str]] = []
+    for name, layer in layers.items():
+        own = own_parameters(layer)
+        weight, others = own.get("weight"), [user for user in users.get(id(own.get("weight")), []) if user != name]
+        if isinstance(layer, nn.Linear) and weight is None:
+            found.append((name, None, "computed from other parameters"))
+        elif type(layer) is not nn.Linear or weight is None:  # an attention reads its out-projection past that layer
+            weights = [own.get(key) for key in multiplied_weights(layer)] + list(other_matrices(layer).values())
+            if any(weight is not None for weight in weights):
+                found.append((name, None, f"of {type(layer).__name__}: only plain nn.Linear layers are converted"))
+        else:
+            why = f"shared with {others[0]}" if others else semi_structured_refusal(weight, backend)
+            found.append((name, None if why else layer, why))
+    return found
+
+
 def _convert(name: str, layer: nn.Linear, backend: Any, rows: int, only_faster: bool) -> ExportedLayer:  # noqa: ANN401 # a Literal
-    # The out-projection of an attention is a subclass, and torch reads its weight past the layer.
-    refusal = semi_structured_refusal(layer.weight, backend) if type(layer) is nn.Linear else type(layer).__name__
-    if refusal:
-        return ExportedLayer(name, refusal)
     dense, x = layer.weight, torch.randn(rows, layer.in_features, device=layer.weight.device, dtype=layer.weight.dtype)
     dense_ms = _milliseconds(layer, x)
     compressed = semi_structured(dense.detach().contiguous(), by_cutlass=backend == "cutlass")

@@ -90,7 +90,8 @@ class NMSparsity(WeightTechnique):
             ``named_modules()``; ``"net.head"`` takes all weights in there, ``"*.fc[12]"`` those of all such layers.
             ``"auto"``: all linear, convolution and attention layers, and layers of other libraries whose 2-D
             ``weight`` multiplies the input (``Conv1D`` of transformers), but the first layer and the head, in the order
-            in which the module registers them. Other parameters (stacked experts, recurrent ones) stay dense, as the
+            in which the module registers them, and routers of experts (named ``router``, or ``gate`` with fewer outputs
+            than inputs). Other parameters (stacked experts, recurrent ones) stay dense, as the
             table and :meth:`report` say.
         dim: ``"in"``: groups along input features or channels; ``"out"``: along output features or channels.
         beta: Rate of the decay per step, above 0. Paper: 2e-4 (linear), 1e-4 (exponential). ``None``: solved.
