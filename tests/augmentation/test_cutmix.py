@@ -465,6 +465,12 @@ def test_batches_that_do_not_fit_are_refused(make, arguments, sentence):
         fit(Net(), CutMix(prob=1.0, **arguments), loader=loader(form))
 
 
+def test_images_with_channels_last_are_refused():
+    samples = DataLoader(TensorDataset(torch.zeros(8, 6, 8, 3), torch.zeros(8).long()), 8)
+    with pytest.raises(MisconfigurationException, match=r"^CutMix: .*seem to have their channels last: permute them"):
+        fit(Net(), CutMix(prob=1.0), loader=samples)
+
+
 def test_mixup_refuses_whole_numbers_in_the_batch():
     samples = DataLoader(TensorDataset(torch.zeros(8, 1, 6, 8, dtype=torch.uint8), torch.zeros(8).long()), 8)
     with pytest.raises(

@@ -78,7 +78,7 @@ def logits(seed, *shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def tested(after):
+def after_tasks(after):
     """Logits of test samples after some tasks, their labels, and the number of tasks."""
     seen = [2, 3, 5][after - 1]
     labels = torch.arange(3 * seen) % seen
@@ -138,7 +138,9 @@ CASE = (
     ),
     MetricCase(
         make=partial(ContinualMetrics, new_classes=[2, 1, 2]),
-        batches=[dict(zip(("logits", "labels", "after_task"), tested(n), strict=True)) for n in (1, 2, 3, 1, 2, 3)],
+        batches=[
+            dict(zip(("logits", "labels", "after_task"), after_tasks(n), strict=True)) for n in (1, 2, 3, 1, 2, 3)
+        ],
         expected=metrics_by_loops,
         invalid=[({"new_classes": [2, 0]}, "new_classes"), ({"new_classes": []}, "new_classes")],
     ),

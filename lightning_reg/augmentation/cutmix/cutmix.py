@@ -25,8 +25,8 @@ class CutMix(Mixer):
     What the module's own code sees: mixed images and, in the form "pair", the labels ``y`` as they were. Metrics of the
     training step are therefore those of mixed images against one of their two labels, and low: watch the validation's,
     and do not stop early on the training loss, which is the mixed one. Factors that your code puts on losses by
-    ``reduction="none"`` (a weight of the class) see the sample's own label; a loss that is not linear in them (focal
-    loss) is refused: hand it over by ``LossMixin``, and the labels are mixed in the batch.
+    ``reduction="none"`` (a weight of the class, or of the sample) are the sample's own, not its partner's; a loss that
+    is not linear in them (focal loss) is refused: hand it over by ``LossMixin``, and the labels are mixed in the batch.
 
     Targets per pixel, those with the height and width of the images, ``(B, H, W)`` or ``(B, ..., H, W)`` (signals: with
     their length; flattened sample after sample as well), are no labels of the image: they get the partner's values in
@@ -112,6 +112,8 @@ class CutMix(Mixer):
 
     @override
     def _problem_with(self, inputs: Tensor) -> str:
+        if inputs.dim() == 4 and inputs.shape[3] in (1, 3) and min(inputs.shape[1:3]) > 4:  # no box of one or three
+            return "images (B, C, H, W) are needed, and these seem to have their channels last: permute them first"
         return "" if inputs.dim() in (3, 4) else "images (B, C, H, W) or signals (B, C, L) are needed"
 
     @property
