@@ -49,6 +49,14 @@ CASE = Case(
     make=partial(WeightCompander, a=0.5, b=0.3),
     neutral=partial(WeightCompander, fn="identity"),
     by_hand=CompandedByHand,
+    says=(
+        "arctan, a=0.5, b=0.3, fixed, layers auto",
+        "identity: inactive",
+        "arctan, a=0.5, b=0.3, learned at 0.1 of the learning rate, layers auto",
+        "arctan, a=from the weights, b=from the weights, fixed, layers auto",
+        "tanh, a=from the weights, b=from the weights, fixed, layers ['*.body']",
+        "softsign, a=from the weights, b=0.3, learned at 0.01 of the learning rate, layers auto",
+    ),
     also=["regression"],
     variants=[
         partial(WeightCompander, a=0.5, b=0.3, learn=True, shape_lr_factor=0.1),

@@ -70,6 +70,17 @@ CASE = Case(
     make=partial(NMSparsity, 1, 4, recipe="srste", lambda_w=0.1, dense_fraction=0.0),
     neutral=partial(NMSparsity, 4, 4),
     by_hand=SparsityByHand,
+    says=(
+        "1:4 srste, layers auto, dim=in",
+        "4:4 keeps all weights: inactive",
+        "2:4 mdgf_exp, layers auto, dim=in",
+        "1:4 mdgf_linear, layers ['*.body'], dim=in",
+        "1:4 sdgf_stepwise, layers auto, dim=in",
+        "1:2 sdgf_geometric, layers auto, dim=out",
+        "1:8 one_shot, layers auto, dim=in",
+        "1:8 ste, layers auto, dim=in",
+        "2:4 mdgf_exp, layers ['*.body', '*.head'], dim=in",
+    ),
     also=["regression"],
     variants=[
         partial(NMSparsity, 2, 4, recipe="mdgf_exp"),
