@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_reg import Compander, WeightCompander
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.functional import bake_companders, compand, compand_gradients, expand, weight_stats
-from lightning_reg.regularization.weight_compander.core import compand_all, pull_back_all_, shapes_for
+from lightning_reg.regularization.weight_compander.core import compand_all, figures, pull_back_all_, shapes_for
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
 from tests.conformance.laws import LAWS
@@ -781,3 +781,11 @@ def test_digits_show_companded_weights():
     assert companded["max"] < 0.8 * plain["max"]
     assert companded["small"] < 0.9 * plain["small"]
     assert companded["kurtosis"] < 0.9 * plain["kurtosis"]
+
+
+def test_figures_by_hand():
+    latents = [torch.tensor([0.5, -0.5, 0.75, -2.0]), torch.tensor([1.0, 1.5])]
+    weights = [torch.tensor([0.25, -0.25, 0.3, -0.625]), torch.tensor([0.5, 0.5])]
+    found = figures(latents, weights, [2.0, 1.0], [0.5, 1.0])  # at the knee is not beyond it
+    assert found["saturated"].item() == 3 / 6
+    assert {name: float(found[name]) for name in ("max", "a", "b")} == {"max": 0.625, "a": 1.5, "b": 0.75}

@@ -1324,6 +1324,26 @@ def test_what_can_be_compressed(shape, dtype, backend, reason):
     assert semi_structured_refusal(weight, backend) == reason
 
 
+@pytest.mark.parametrize(
+    ("backend", "dtype", "rows", "columns"),
+    [
+        ("cusparselt", torch.float16, 16, 16),
+        ("cusparselt", torch.bfloat16, 16, 16),
+        ("cusparselt", torch.int8, 32, 32),
+        ("cusparselt", torch.float8_e4m3fn, 32, 32),
+        ("cutlass", torch.float16, 32, 64),
+        ("cutlass", torch.bfloat16, 32, 64),
+        ("cutlass", torch.float32, 32, 32),
+        ("cutlass", torch.int8, 16, 128),
+    ],
+)
+def test_multiples_of_each_backend_and_type(backend, dtype, rows, columns):
+    assert semi_structured_refusal(torch.zeros(3 * rows, 3 * columns).to(dtype), backend) == ""
+    for shape in ((rows // 2, columns), (rows, columns // 2), (0, columns), (3 * rows // 2, columns)):
+        refusal = f"shape {shape}: must be multiples of {rows} and {columns}"
+        assert semi_structured_refusal(torch.zeros(shape).to(dtype), backend) == refusal
+
+
 def test_a_wrong_pattern_is_refused_and_sparser_aligned_ones_are_not():
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0)).half()
     assert semi_structured_refusal(weight) == "not 2:4: 512 of 512 groups have more"
