@@ -2,16 +2,17 @@
 
 Which changes: a sample that the seed chooses by the changed text, so that it stays where other code changes. Which
 tests: those that run the changed line, by a map that one run of all tests under coverage makes and ``.mutants`` keeps
-until the package changes; those beside the changed file come first, then the fastest, up to ``--seconds``; and all that
-are new since the map. A change is tried in a copy of the tree. The result is saved after each; a run that was stopped
-goes on where it was, and one that is repeated tries again what no test noticed. ``verdict`` and ``why`` in the result
-are written by hand: "equivalent" (nothing that runs differs), "message" (only words differ) or "hole".
+until the package changes. Those beside the changed file and the laws of its class come first, then the fastest, up to
+``--seconds``; those that are new since the map run as well. A change is tried in a copy of the tree. The result is
+saved after each: a run that was stopped goes on where it was, and one that is repeated tries again what no test
+noticed. ``verdict`` and ``why`` in the result are written by hand: "equivalent" (nothing that runs differs), "message"
+(only words differ) or "hole".
 
     python .ci/mutants.py --seed 0 --count 150
 
 Why not a tool: mutmut 3 maps functions to tests, not lines, and puts a switch in place of each function, which the
-engine sees, for it reads signatures and overrides; cosmic-ray runs one command for every mutant; pytest-gremlins keeps
-all changes in one process, which patches of torch do not outlive. None draws a sample by a seed (mutmut 3.8.1,
+engine sees, for it reads signatures and overrides; cosmic-ray runs one command for every mutant; pytest-gremlins has
+five operators, none of which removes a statement or an argument. None draws a sample by a seed (mutmut 3.8.1,
 cosmic-ray 8.7.0, pytest-gremlins 1.12.2).
 """
 
@@ -100,8 +101,13 @@ class Map:
         chosen = next((tests for tests in found.values() if tests - {""}), None)
         chosen = chosen or {c.split("|")[0] for contexts in lines.values() for c in contexts}
         beside = "/".join(["tests", *mutant.file.split("/")[1:2]])
+        classes = re.findall(r"^class ([A-Z]\w+)", (ROOT / mutant.file).read_text(), re.M)
+
+        def is_near(test: str) -> bool:
+            return test.startswith(beside) or any(f"[{name}-" in test for name in classes)
+
         known = [test for test in chosen if self.is_of_use(test)]
-        return sorted(known, key=lambda test: (not test.startswith(beside), self.seconds[test], test))
+        return sorted(known, key=lambda test: (not is_near(test), self.seconds[test], test))
 
 
 def within(tests: list[str], seconds: dict[str, float], limit: float) -> list[str]:
