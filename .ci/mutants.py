@@ -3,10 +3,10 @@
 Which changes: a sample that the seed chooses by the changed text, so that it stays where other code changes. Which
 tests: those that run the changed line, by a map that one run of all tests under coverage makes and ``.mutants`` keeps
 until the package changes. Those beside the changed file and the laws of its class come first, then the fastest, up to
-``--seconds``; those that are new since the map run as well. A change is tried in a copy of the tree. The result is
-saved after each: a run that was stopped goes on where it was, and one that is repeated tries again what no test
-noticed. ``verdict`` and ``why`` in the result are written by hand: "equivalent" (nothing that runs differs), "message"
-(only words differ) or "hole".
+``--seconds``. Of tests that are new since the map those run that are near, or in ``tests`` itself. A change is tried in
+a copy of the tree. The result is saved after each: a run that was stopped goes on where it was, and one that is
+repeated tries again what no test noticed. ``verdict`` and ``why`` in the result are written by hand: "equivalent"
+(nothing that runs differs), "message" (only words differ) or "hole".
 
     python .ci/mutants.py --seed 0 --count 150
 
@@ -100,14 +100,15 @@ class Map:
         found = {place: {c.split("|")[0] for line in place for c in lines.get(line, ())} for place in mutant.lines}
         chosen = next((tests for tests in found.values() if tests - {""}), None)
         chosen = chosen or {c.split("|")[0] for contexts in lines.values() for c in contexts}
-        beside = "/".join(["tests", *mutant.file.split("/")[1:2]])
-        classes = re.findall(r"^class ([A-Z]\w+)", (ROOT / mutant.file).read_text(), re.M)
-
-        def is_near(test: str) -> bool:
-            return test.startswith(beside) or any(f"[{name}-" in test for name in classes)
-
         known = [test for test in chosen if self.is_of_use(test)]
-        return sorted(known, key=lambda test: (not is_near(test), self.seconds[test], test))
+        return sorted(known, key=lambda test: (not is_near(test, mutant), self.seconds[test], test))
+
+
+def is_near(test: str, mutant: Mutant) -> bool:
+    """Whether a test is beside the changed file, or of a law for a class in it."""
+    classes = re.findall(r"^class ([A-Z]\w+)", (ROOT / mutant.file).read_text(), re.M)
+    beside = "/".join(["tests", *mutant.file.split("/")[1:2]])
+    return test.startswith(beside) or any(f"[{name}-" in test for name in classes)
 
 
 def within(tests: list[str], seconds: dict[str, float], limit: float) -> list[str]:
@@ -243,12 +244,13 @@ def main() -> None:
             if old.get("result") in ("caught", "hangs") or old.get("verdict") in ("equivalent", "message"):
                 continue
             tests = lines.tests(mutant)
-            some = [*new, *within(tests, lines.seconds, options.seconds)] if tests else new
+            near = [test for test in new if is_near(test, mutant) or test.count("/") == 1]
+            some = [*near, *within(tests, lines.seconds, options.seconds)]
             started = time.monotonic()
             result, by = try_one(tree, mutant, some)
             what = {name: getattr(mutant, name) for name in ("key", "file", "function", "kind", "before", "after")}
             line = (ROOT / mutant.file).read_bytes().count(b"\n", 0, mutant.start) + 1
-            seen = {"line": line, "result": result, "by": by, "tests": f"{len(some)} of {len(tests) + len(new)}"}
+            seen = {"line": line, "result": result, "by": by, "tests": f"{len(some)} of {len(tests) + len(near)}"}
             known[mutant.key] = {**what, **seen, **{k: old[k] for k in ("verdict", "why") if k in old}}
             took = time.monotonic() - started
             print(f"{number + 1} {result} {mutant.file}:{line} {mutant.kind} {took:.0f} s, {by[:80]}", flush=True)
