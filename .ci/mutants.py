@@ -105,8 +105,9 @@ class Map:
 
 
 def is_near(test: str, mutant: Mutant) -> bool:
-    """Whether a test is beside the changed file, or of a law for a class in it."""
-    classes = re.findall(r"^class ([A-Z]\w+)", (ROOT / mutant.file).read_text(), re.M)
+    """Whether a test is beside the changed file, or of a law for a class in its folder."""
+    texts = [file.read_text() for file in (ROOT / mutant.file).parent.glob("*.py")]
+    classes = [name for text in texts for name in re.findall(r"^class ([A-Z]\w+)", text, re.M)]
     beside = "/".join(["tests", *mutant.file.split("/")[1:2]])
     return test.startswith(beside) or any(f"[{name}-" in test for name in classes)
 
@@ -144,11 +145,13 @@ def run(tree: Path, arguments: list[str], limit: float) -> tuple[int | None, str
         finally:
             os._exit(code)
     until, status = time.monotonic() + limit, None
-    while status is None and time.monotonic() < until:
-        done, code = os.waitpid(child, os.WNOHANG)
-        status = os.waitstatus_to_exitcode(code) if done else time.sleep(0.05)
-    with suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)  # itself, or what it left running
+    try:
+        while status is None and time.monotonic() < until:
+            done, code = os.waitpid(child, os.WNOHANG)
+            status = os.waitstatus_to_exitcode(code) if done else time.sleep(0.05)
+    finally:  # after a Ctrl-C as well, which it does not get
+        with suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)  # itself, or what it left running
     if status is None:
         os.waitpid(child, 0)
     return status, log.read_text(errors="replace")
