@@ -6,7 +6,7 @@ DEMO := $(BIN)/python examples/noisy_labels.py
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # one pip at a time in one .venv
-.PHONY: help venv demo demo-short test test-lowest matrix wheel lint docs clean
+.PHONY: help venv demo demo-short test test-lowest matrix mutants wheel lint docs clean
 
 help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -38,6 +38,9 @@ wheel: .venv/.dev  ## build wheel and sdist, install the wheel where nothing is,
 matrix: .venv/.dev  ## try all pairs of techniques that changed since they were tried; goes on where it stopped
 	$(BIN)/python -m tests.conformance.matrix --run
 
+mutants: .venv/.dev  ## change the package in 150 small ways and see which the tests notice; goes on where it stopped
+	$(BIN)/python .ci/mutants.py
+
 lint: .venv/.dev  ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -48,7 +51,7 @@ docs: .venv/.dev  ## rewrite the generated files
 	$(BIN)/python -m tests.conformance.matrix
 
 clean:  ## remove .venv, caches and builds
-	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache checkpoints lightning_logs *.png
+	rm -rf .venv .mutants build dist .mypy_cache .pytest_cache .ruff_cache checkpoints lightning_logs *.png
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps lie in .venv, so removing it starts anew. A stamp is written last: what broke off is done again.

@@ -139,3 +139,17 @@ def test_soup_example_runs_in_a_short_mode(tmp_path, capsys):
     assert len(results) == 6
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert "greedy soup: candidate" in capsys.readouterr().out
+
+
+def test_generate_writes_what_was_rendered_in_a_checkout_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("lightning_reg.__main__.render", lambda: {tmp_path / "docs" / "page.md": "new"})
+    monkeypatch.setattr("lightning_reg.__main__._ROOT", tmp_path)
+    with pytest.raises(SystemExit):
+        main(["generate"])
+    assert "generate works in a checkout of the project" in capsys.readouterr().err
+    assert not (tmp_path / "docs").exists()
+    (tmp_path / "pyproject.toml").touch()
+    for _ in range(2):
+        main(["generate"])
+        assert (tmp_path / "docs" / "page.md").read_text() == "new"
+        (tmp_path / "docs" / "page.md").write_text("old")

@@ -72,6 +72,13 @@ CASE = (
         make=partial(CutMix, prob=0.75),
         neutral=partial(CutMix, prob=0.0),
         by_hand=CutMixByHand,
+        says=(
+            "alpha=1, prob=0.75, one draw per batch; labels follow, maps by the box",
+            "prob=0: inactive",
+            "alpha=1, prob=1, one draw per sample; labels follow, maps by the box",
+            "alpha=1, prob=0.5, one draw per batch; labels in the batch, maps by the box",
+            "alpha=0.3, prob=1, one draw per batch; labels in the loss, maps by the box; epochs 1 on",
+        ),
         data="images",
         variants=[
             partial(CutMix, prob=1.0, per_sample=True, correct_lam=False, input_key="0", loss="cross_entropy"),
@@ -85,6 +92,12 @@ CASE = (
         make=partial(Mixup, prob=0.75),
         neutral=partial(Mixup, prob=0.0),
         by_hand=MixupByHand,
+        says=(
+            "alpha=1, prob=0.75, one draw per batch; labels follow",
+            "prob=0: inactive",
+            "alpha=1, prob=1, one draw per sample; labels follow",
+            "alpha=1, prob=0.5, one draw per batch; labels in the batch; epochs 0 to 1",
+        ),
         variants=[
             partial(Mixup, per_sample=True, input_key="0", loss=0),
             partial(Mixup, prob=0.5, form="soft", num_classes=4, target_key="1", stop_epoch=1),

@@ -80,6 +80,16 @@ def test_the_gap_is_that_of_the_products(names, shapes, dtype):
         average_state_dicts(states)
 
 
+def test_biases_of_the_factors_have_no_product():
+    states = [{f"{name}.bias": draw for name, draw in zip(("lora_A", "lora_B"), torch.eye(2), strict=True)}] * 2
+    states[1] = {key: value + 1 for key, value in states[0].items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mean = average_state_dicts(states)
+    assert mean["lora_A.bias"].tolist() == [1.5, 0.5]
+    assert mean["lora_B.bias"].tolist() == [0.5, 1.5]
+
+
 def test_factors_side_by_side_are_the_mean_of_the_products_as_the_advice_says():
     (one_a, one_b), (two_a, two_b) = (factors(seed).values() for seed in (0, 1))
     side_by_side = torch.cat([one_b, two_b], 1) / 2 @ torch.cat([one_a, two_a])

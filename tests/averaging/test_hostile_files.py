@@ -183,3 +183,15 @@ def test_the_reason_of_the_system_is_told(tmp_path):
         write_atomically(tmp_path / "x.pt", write)
     assert info.value.__cause__.errno == errno.ENOSPC
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
+def test_types_that_only_the_library_reads_are_the_firsts_like_all_integers(tmp_path, dtype):
+    for number in (1, 2):
+        save_file(
+            {"w": W["w"] * number, "code": torch.tensor([number, 7]).to(dtype)}, tmp_path / f"{number}.safetensors"
+        )
+    soup = make_soup([tmp_path / "1.safetensors", tmp_path / "2.safetensors"], check_ancestry=False).state_dict
+    assert soup["w"].tolist() == [1.5, 1.5]
+    assert soup["code"].dtype is dtype
+    assert soup["code"].tolist() == [1, 7]

@@ -52,6 +52,17 @@ CASE = (
         make=partial(SoupAverager, method="ema", decay=0.8),
         neutral=partial(SoupAverager, method="lawa", last_k=1),
         by_hand=AverageByHand,
+        says=(
+            "ema: every step, decay 0.8, loaded at the end",
+            "lawa: every epoch, latest 1, loaded at the end",
+            "greedy: every epoch, by val_loss (min), loaded at the end",
+            "greedy: every 3 steps, by val_loss (min), loaded at the end",
+            "greedy: every epoch, by val_loss (min), loaded at the end",
+            "uniform: every 2 steps, not loaded at the end",
+            "lawa: every 3 steps, latest 2, loaded at the end",
+            "ema: every step, decay 0.870551, loaded at the end",
+            "swa: every step, after step 5, loaded at the end",
+        ),
         also=["regression"],
         variants=[
             partial(SoupAverager, method="greedy", monitor="val_loss", mode="min"),
@@ -788,3 +799,17 @@ def test_a_second_fit_begins_anew():
     assert len(soup.ingredients) == 2
     with pytest.raises(RuntimeError, match="the module holds the average"):
         soup.averaged_weights()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ({"method": "uniform", "from_checkpoints": True}, "uniform: checkpoints, loaded at the end"),
+        ({"method": "uniform", "every_n_epochs": 2}, "uniform: every 2 epochs, loaded at the end"),
+        ({"method": "lawa", "every_n_steps": 1}, "lawa: every step, latest 10, loaded at the end"),
+        ({"monitor": "val_acc"}, "greedy: every epoch, by val_acc (max), loaded at the end"),
+        ({"method": "ema"}, "ema: every step, decay 0.999, loaded at the end"),
+    ],
+)
+def test_what_it_says(arguments, line):
+    assert SoupAverager(**arguments).describe() == line

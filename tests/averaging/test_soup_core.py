@@ -504,6 +504,8 @@ def test_statistics_are_those_of_one_cumulative_pass_and_all_else_is_put_back():
     assert (model.training, model.norm.training, model.drop.training) == (False, False, True)
     assert reestimate_batchnorm(model, iter(batches)) == 4
     assert reestimate_batchnorm(model, batches, forward=lambda batch: model(batch[0])) == 4
+    assert reestimate_batchnorm(model, batches, 1) == 1
+    torch.testing.assert_close(model.norm.running_mean.double(), means[0], rtol=1e-5, atol=1e-6)
     assert reestimate_batchnorm(nn.Linear(1, 1), iter([1])) == 0
 
 

@@ -29,14 +29,20 @@ def test_wise_ft():
     mixed = wise_ft(start, end, 0.75)
     assert torch.equal(mixed["w"], (0.25 * start["w"].double() + 0.75 * end["w"].double()).float())
     assert mixed["n"].item() == 2
-    broken = {**end, "w": torch.full((5, 3), math.inf)}
-    assert same(wise_ft(start, broken, 0.0), start)
     assert torch.equal(
         wise_ft(start, end, 1.5, extrapolate=True)["b"], (-0.5 * start["b"].double() + 1.5 * end["b"].double()).float()
     )
     for alpha in (-0.1, 1.1, math.nan):
         with pytest.raises(ValueError, match=r"`alpha` must be in \[0, 1\]"):
             wise_ft(start, end, alpha)
+
+
+@pytest.mark.parametrize("mix", [wise_ft, slerp_merge])
+def test_at_an_end_the_other_one_counts_for_nothing(mix):
+    start, other = models(2)
+    broken = {**other, "w": torch.full((5, 3), math.inf)}  # 0 * inf is not 0
+    assert same(mix(start, broken, 0.0), start)
+    assert same(mix(broken, start, 1.0), start)
 
 
 def test_slerp():

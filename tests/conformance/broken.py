@@ -267,6 +267,12 @@ class SaysTooMuch(Sound):
         return "strength\ndecay"
 
 
+class SaysAnotherStrength(Sound):
+    @override
+    def describe(self):
+        return super().describe().replace("strength=0,", "strength=0.3,")
+
+
 class TakesAnything(Sound):
     def __init__(self, strength: float = 0.3, bins: int = 4, name: str | None = None) -> None:
         super().__init__(strength, name=name)
@@ -358,6 +364,7 @@ def _case(cls: type[Technique]) -> Case:
         make=partial(cls, strength=0.3),
         neutral=partial(cls, strength=0.0),
         by_hand={WithoutHand: None, WithIdleHand: Hand}.get(cls, SoundByHand),
+        says=[f"strength={strength}, decay=0.9, noise=uniform" for strength in (0.3, 0)],
         invalid=[({"strength": -1}, "strength")],
     )
 
@@ -408,6 +415,7 @@ _BROKEN = {
         LogsUnderAnotherKey: r"logged \['mean'\]",
         SaysNothing: "is an empty line",
         SaysTooMuch: "has several lines",
+        SaysAnotherStrength: r"write `says=\['strength=0.3.*', 'strength=0.3.*'\]`",
         TakesAnything: r"TakesAnything\(bins=nan\) is not refused",
         TakesTextForTruth: r"TakesTextForTruth\(squared=.False.\) is not refused",
     },

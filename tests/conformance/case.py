@@ -26,6 +26,7 @@ class Case:
             law ``neutral_is_nothing`` then needs an exemption).
         by_hand: Makes its part of a loop written in plain PyTorch from an instance: the class of a
             :class:`~tests.conformance.by_hand.Hand`. Fits with it, alone and in pairs, are compared with that loop.
+        says: What ``describe()`` says of ``make()``, of ``neutral()`` where there is one, and of each of ``variants``.
         data: What it trains on: one of the harness's problems, or a :class:`Problem` of its own. The layers of the
             former are ``net.first``, ``net.body`` and ``net.head``; every batch is ``(x, y, index)``.
         also: Further kinds of problems it trains on, besides those that its own problem serves: for the pairs.
@@ -40,6 +41,7 @@ class Case:
     make: Callable[..., Technique]
     neutral: Callable[..., Technique] | None
     by_hand: Callable[[Any], Hand] | None = None
+    says: Sequence[str] = ()
     data: DataKind | Problem = "classification"
     also: Sequence[DataKind] = ()
     variants: Sequence[Callable[..., Technique]] = ()

@@ -27,7 +27,8 @@ _VENUES = (
 
 
 def says_what_it_does(case: Case) -> None:
-    """One line in the table, scalars under its own key, and errors that name class and argument."""
+    """The lines of the CASE in the table, scalars under its own key, and errors that name class and argument."""
+    _check_lines(case)
     technique = case.make(name="one")
     _check_line(technique)
     run = fit([technique], case.problem)
@@ -38,6 +39,15 @@ def says_what_it_does(case: Case) -> None:
     assert any(key.startswith(own) for key in run.own_scalars), f"no scalar is logged under {own}"
     for kwargs, argument in (*case.invalid, *_wrong_kinds(case.cls)):
         check_refused(case.cls, _required(case, technique) | dict(kwargs), argument)
+
+
+def _check_lines(case: Case) -> None:
+    made = [make() for make in (case.make, case.neutral, *case.variants) if make is not None]
+    for technique in made:
+        _check_line(technique)
+    lines = [technique.describe() for technique in made]
+    name = case.cls.__name__
+    demand(lines == list(case.says), f"{name}.describe() says what the CASE does not: write `says={lines}` if it is so")
 
 
 def _check_line(technique: Any) -> None:
@@ -66,7 +76,7 @@ def _wrong_kinds(cls: type[Any]) -> list[tuple[dict[str, Any], str]]:
         elif bool in kinds:
             wrong += [({name: value}, name) for value in ("False", "", 0)]
         elif int in kinds or float in kinds:
-            values = [float("nan")] if str in kinds else [float("nan"), "a word"]
+            values = [float("nan"), *([] if str in kinds else ["a word"]), *([] if float in kinds else [1.5])]
             wrong += [({name: value}, name) for value in values]
     return wrong
 

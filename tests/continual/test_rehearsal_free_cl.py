@@ -117,6 +117,13 @@ CASE = (
         make=partial(after_one_task, new_classes=[2, 2, 0, 0]),
         neutral=partial(PredictionDistillation, loss_form="softmax", weight=0.0),
         by_hand=PredictionsByHand,
+        says=(
+            "bce; tasks before: 1",
+            "weight=0: inactive",
+            "bce; no old classes in the first task",
+            "softmax, weight=1, temperature=2, your loss over all outputs; no old classes in the first task",
+            "bce; no old classes in the first task",
+        ),
         variants=[
             PredictionDistillation,
             partial(PredictionDistillation, "softmax", new_classes=[4, 0], loss="cross_entropy"),
@@ -131,6 +138,12 @@ CASE = (
     Case(
         make=partial(FeatureDistillation, layer="net.body", weight=0.5, anchor="start_of_fit"),
         by_hand=FeaturesByHand,
+        says=(
+            "layer net.body, weight=0.5; to the start of fit; tasks before: 0",
+            "weight=0: inactive",
+            "layer net.act_body, weight=0.1; no teacher in the first task; tasks before: 0",
+            "layer net.body, weight=0.1; no teacher in the first task; tasks before: 0",
+        ),
         also=["regression"],
         neutral=partial(FeatureDistillation, layer="net.body", weight=0.0),
         variants=[partial(FeatureDistillation, "net.act_body"), partial(FeatureDistillation, "net.body", loss="last")],
@@ -591,15 +604,23 @@ def test_a_resume_without_a_step_left_ends_the_task(tmp_path):
 
 
 def test_what_is_no_task():
-    for technique in (PredictionDistillation(), FeatureDistillation("net.1")):
+    lines = [
+        ("bce; no old classes in the first task", "bce; tasks before: 1"),
+        (
+            "layer net.1, weight=0.2, mean of elements; no teacher in the first task; tasks before: 0",
+            "layer net.1, weight=0.2, mean of elements; to the end of task; tasks before: 1",
+        ),
+    ]
+    techniques = (PredictionDistillation(), FeatureDistillation("net.1", 0.2, elements="mean"))
+    for technique, (first, second) in zip(techniques, lines, strict=True):
         with pytest.raises(BoomError):
             fit(Classifier(step=Boom()), technique)
         fit(Classifier(), technique, fast_dev_run=True)
         assert technique.tasks == 0
-        assert "in the first task" in technique.describe()
+        assert technique.describe() == first
         fit(Classifier(), technique)
         assert technique.tasks == 1
-        assert "tasks before: 1" in technique.describe()
+        assert technique.describe() == second
 
 
 class Sights(Callback):

@@ -63,6 +63,13 @@ CASE = (
     Case(
         make=partial(L2ToStart, weight=0.5),
         by_hand=TieByHand,
+        says=(
+            "weight=0.5, gradient; to the start of fit; tasks before: 0",
+            "weight=0: inactive",
+            "weight=0.5, gradient; to the start of fit; tasks before: 0",
+            "weight=0.5, decoupled; to the start of fit; tasks before: 0",
+            "weight=0.1, gradient; nothing to tie to in the first task; tasks before: 0",
+        ),
         also=["regression"],
         neutral=partial(L2ToStart, weight=0.0),
         variants=[
@@ -76,6 +83,12 @@ CASE = (
         make=partial(after_one_task, weight=5.0),
         neutral=partial(after_one_task, weight=0.0),
         by_hand=FirmTieByHand,
+        says=(
+            "weight=5, Fisher by samples at argmax labels, separate; tasks before: 1",
+            "weight=0: inactive",
+            "weight=5, Fisher by samples at sample labels, online; tasks before: 1",
+            "weight=5, Fisher by batches at true labels, separate; tasks before: 1",
+        ),
         variants=[
             partial(after_one_task, weight=5.0, labels="sample", fisher_batches=2, memory="online"),
             partial(after_one_task, weight=5.0, per_sample=False, labels="true", params=["net.*"]),
@@ -501,15 +514,20 @@ def make_resumed(module, technique, path):
 
 
 def test_what_is_no_task():
-    for technique in (EWC(4.0), L2ToStart(0.3, anchor="end_of_task")):
+    ewc, l2 = "weight=4, Fisher by samples at argmax labels, separate", "weight=0.3, gradient"
+    lines = [
+        (f"{ewc}; nothing to tie to in the first task", f"{ewc}; tasks before: 1"),
+        (f"{l2}; nothing to tie to in the first task; tasks before: 0", f"{l2}; to the end of task; tasks before: 1"),
+    ]
+    for technique, (first, second) in zip((EWC(4.0), L2ToStart(0.3, anchor="end_of_task")), lines, strict=True):
         with pytest.raises(BoomError):
             fit(Classifier(step=Boom()), technique)
         learn(Classifier(), 0, technique, fast_dev_run=True)
         assert technique.tasks == 0
-        assert "nothing to tie to in the first task" in technique.describe()
+        assert technique.describe() == first
         learn(Classifier(), 0, technique)
         assert technique.tasks == 1
-        assert "tasks before: 1" in technique.describe()
+        assert technique.describe() == second
         kept = copy.deepcopy(technique.state_dict()["slots"])
         with pytest.raises(BoomError):
             fit(Classifier(step=Boom()), technique)

@@ -80,6 +80,14 @@ CASE = (
         make=SAMPLED,
         neutral=partial(MultiSampleDropout, "net.drop", num_samples=1),
         by_hand=CopiesByHand,
+        says=(
+            "4 samples of net.drop; batched, first rows",
+            "num_samples=1: inactive",
+            "4 samples of net.drop, p=0.3; batched, first rows",
+            "4 samples of net.drop; batched, all rows",
+            "4 samples of net.drop; batched, first rows",
+            "4 samples of net.drop; replay, net.body once",
+        ),
         data=Problem(net, data, F.cross_entropy, serves=["images", "classification"]),
         variants=[
             partial(SAMPLED, p=0.3),

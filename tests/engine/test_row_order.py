@@ -73,6 +73,12 @@ def test_operations_that_do_not(rows):
     assert not lies_by_row(rows(made(B, T, V)), B)
 
 
+@pytest.mark.parametrize("dim", range(-3, 3))
+def test_what_goes_along_another_dimension_keeps_the_order_of_rows(dim):
+    rows = made(B, T, 2, V).flatten(0, 1)
+    assert lies_by_row(F.log_softmax(rows, dim), B) == (dim not in (-3, 0))
+
+
 def test_as_many_positions_as_samples_say_nothing():
     assert not lies_by_row(made(B, B, V).flatten(0, 1), B)
     assert not lies_by_row(made(B, 2, B, V).flatten(0, 2), B)

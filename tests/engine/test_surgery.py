@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.weights.swap import Surgery, named_weights
@@ -129,3 +131,20 @@ def test_nothing_to_edit():
     surgery.apply()
     surgery.restore()
     assert values(net) == [1, 2, 3, 4]
+
+
+def outputs_of_a_network_that_keeps_what_it_gathered():
+    net = nn.Linear(3, 4, bias=False)
+    nn.init.ones_(net.weight)
+    fully_shard(net, mesh=init_device_mesh("cpu", (2,)), reshard_after_forward=False)
+    surgery, seen = Surgery(net, [(["weight"], times(10))]), []
+    for change in (lambda: None, surgery.apply, surgery.restore, surgery.apply):
+        change()
+        with torch.no_grad():  # no backward pass follows, at whose end it would forget them
+            seen.append(net(torch.ones(1, 3)).flatten().tolist())
+    return seen
+
+
+def test_split_weights_are_gathered_anew_when_values_come_and_go(two_processes):
+    expected = [4 * [3.0], 4 * [30.0], 4 * [3.0], 4 * [30.0]]
+    assert two_processes.run(outputs_of_a_network_that_keeps_what_it_gathered) == [expected, expected]

@@ -519,6 +519,28 @@ def test_ranks_train_one_second_network(two_processes):
         two_processes.run(on_rank, True)
 
 
+class Normed(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(INPUTS)
+
+    def forward(self, x):
+        return super().forward(self.norm(x))
+
+
+def statistics_on_rank():
+    second = Second()
+    fit(Normed(), second, loader=shuffled(), strategy="ddp", devices=2)
+    return second.peer.module.norm.running_mean.clone(), torch.distributed.get_rank()
+
+
+def test_batch_statistics_of_the_second_network_are_those_of_the_first_rank(two_processes):
+    (one, _), (two, rank) = two_processes.run(statistics_on_rank)
+    assert rank == 1
+    assert torch.equal(one, two)
+    assert one.abs().min() > 0
+
+
 # -- networks that answer together ------------------------------------------------------------------------------------
 
 

@@ -61,6 +61,14 @@ CASE = Case(
     make=partial(ConR, **SMALL, augment=f"{HERE}.shrink"),
     neutral=partial(ConR, **SMALL, beta=0.0, augment=f"{HERE}.shrink"),
     by_hand=ContrastByHand,
+    says=(
+        "net.body, window=0.5, beta=1, temperature=0.5; views=two by tests.metric_learning.test_conr.shrink",
+        "beta=0: inactive",
+        "net.body, window=0.5, beta=1, temperature=0.5; views=two by tests.metric_learning.test_conr.jitter",
+        "net.body, window=0.5, beta=1, temperature=0.5; views=one by tests.metric_learning.test_conr.jitter",
+        "net.body, window=0.5, beta=1, rising over 5 steps, temperature=0.5; views=dropout",
+        "net.body, window=0.5, beta=1, temperature=0.5; views=none",
+    ),
     data="regression",
     variants=[
         partial(ConR, **SMALL, augment=f"{HERE}.jitter", seed=3),

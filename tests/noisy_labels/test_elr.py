@@ -42,6 +42,15 @@ CASE = Case(
     make=partial(ELRCallback, lam=3.0, beta=0.7),
     neutral=partial(ELRCallback, lam=0.0),
     by_hand=EarlyLearningByHand,
+    says=(
+        "lam=3, beta=0.7; targets float32",
+        "lam=0: inactive",
+        "lam=3, beta=0.7, from epoch 1; targets float32",
+        "lam=3, beta=0.7; targets float16",
+        "lam=3, beta=0.7; targets bfloat16, top 2",
+        "lam=3, beta=0.7; targets float32",
+        "lam=3, beta=0.7; targets float32",
+    ),
     variants=[
         partial(ELRCallback, warmup_epochs=1),
         partial(ELRCallback, table_dtype="float16", table_device="cpu"),

@@ -85,10 +85,20 @@ def drop_out(loop, weights, x):
     return output
 
 
+ANEW = "two networks, the second initialized anew, averages of decay"
 CASE = Case(
     make=partial(ELRPlusCallback, mixup_alpha=0.0, decay=0.9, decay_rampup_steps=10),
     neutral=partial(ELRPlusCallback, lam=0.0, mixup_alpha=0.0),
     by_hand=TwoNetworksByHand,
+    says=(
+        f"lam=3, beta=0.7, no mixup; {ANEW} 0.9 from step 10 on; validates the network",
+        "lam=0, mixup_alpha=0: inactive",
+        f"lam=3, beta=0.7, mixup 1; {ANEW} 0.997; validates the network",
+        f"lam=3, beta=0.7, mixup 1; {ANEW} 0.997 from step 40,000 on; validates the ensemble",
+        "lam=3, beta=0.7, mixup 1; one network, no averages; validates the network",
+        "lam=3, beta=0.7, mixup 1; two networks, equal at the start, averages of decay 0.997 from step 40,000 on;"
+        " validates the network",
+    ),
     variants=[
         partial(ELRPlusCallback, mixup_alpha=1.0, lam_rampup_steps=8, decay_rampup_steps=0),
         partial(ELRPlusCallback, refine=True, teacher="eval", validation="ensemble", logits_layer="net"),

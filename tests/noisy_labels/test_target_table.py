@@ -16,8 +16,8 @@ def samples(*indices: int, distinct: bool = False) -> Samples:
 
 def test_both_rows_of_a_sample_that_occurs_twice_are_those_of_its_last_prediction():
     table = TargetTable("Test", None, None, "float32")
-    rows = table.update(samples(3, 1, 3), PROBABILITIES, torch.tensor([0, 1, 1]), beta=0.75)
-    torch.testing.assert_close(rows, torch.tensor([[0.225, 0.025], [0.125, 0.125], [0.225, 0.025]]))
+    rows = table.update(samples(1, 3, 3), PROBABILITIES, torch.tensor([1, 0, 1]), beta=0.75)
+    torch.testing.assert_close(rows, torch.tensor([[0.05, 0.2], [0.225, 0.025], [0.225, 0.025]]))
     targets, labels = table.all()
     torch.testing.assert_close(targets[3], torch.tensor([0.225, 0.025]))
     assert labels.tolist() == [-1, 1, -1, 1, -1]  # of both labels the last

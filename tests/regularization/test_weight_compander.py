@@ -26,7 +26,7 @@ from lightning_reg.functional import (
     expand,
     weight_stats,
 )
-from lightning_reg.regularization.weight_compander.core import compand_all, pull_back_all_, shapes_for
+from lightning_reg.regularization.weight_compander.core import compand_all, figures, pull_back_all_, shapes_for
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
 from tests.conformance.kinds.network import NetworkCase
@@ -67,6 +67,15 @@ CASE = (
         make=partial(WeightCompander, a=0.5, b=0.3),
         neutral=partial(WeightCompander, fn="identity"),
         by_hand=CompandedByHand,
+        says=(
+            "arctan, a=0.5, b=0.3, fixed, layers auto",
+            "identity: inactive",
+            "arctan, a=0.5, b=0.3, learned at 0.1 of the learning rate, layers auto",
+            "arctan, a=from the weights, b=from the weights, fixed, layers auto",
+            "tanh, a=from the weights, b=from the weights, fixed, layers ['*.body']",
+            "softsign, a=from the weights, b=0.3, learned at 0.01 of the learning rate, layers auto",
+            f"{PATH}, a=from the weights, b=from the weights, learned at 0.01 of the learning rate, layers auto",
+        ),
         also=["regression"],
         variants=[
             partial(WeightCompander, a=0.5, b=0.3, learn=True, shape_lr_factor=0.1),
@@ -948,3 +957,11 @@ def test_digits_show_companded_weights():
     assert companded["max"] < 0.8 * plain["max"]
     assert companded["small"] < 0.9 * plain["small"]
     assert companded["kurtosis"] < 0.9 * plain["kurtosis"]
+
+
+def test_figures_by_hand():
+    latents = [torch.tensor([0.5, -0.5, 0.75, -2.0]), torch.tensor([1.0, 1.5])]
+    weights = [torch.tensor([0.25, -0.25, 0.3, -0.625]), torch.tensor([0.5, 0.5])]
+    found = figures(latents, weights, [2.0, 1.0], [0.5, 1.0])  # at the knee is not beyond it
+    assert found["saturated"].item() == 3 / 6
+    assert {name: float(found[name]) for name in ("max", "a", "b")} == {"max": 0.625, "a": 1.5, "b": 0.75}

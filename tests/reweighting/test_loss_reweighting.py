@@ -48,6 +48,15 @@ CASE = Case(
     make=partial(LossReweighting, warmup_steps=0),
     neutral=partial(LossReweighting, strategy="uniform", warmup_steps=0),
     by_hand=ReweightingByHand,
+    says=(
+        "linupper per sample, r=0.4; token_share",
+        "uniform: inactive",
+        "quadratic per sample, r=1; first 5 steps plain; token_share",
+        "extremes per sample, r=0.4; first 3 steps r=10; token_share",
+        "linupper per sample, r=0.4 from 5, linear in 15 steps; first 2 steps plain; token_share",
+        "linupper per sample, r=0.4 from 100, cosine in 10 steps, weights <= 1.5/M; token_share",
+        "linupper per token, r=0.4; sample_mean",
+    ),
     also=["regression"],
     variants=[
         partial(LossReweighting, strategy="quadratic", r=1.0, warmup_steps=5),

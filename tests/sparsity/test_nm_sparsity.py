@@ -71,6 +71,17 @@ CASE = Case(
     make=partial(NMSparsity, 1, 4, recipe="srste", lambda_w=0.1, dense_fraction=0.0),
     neutral=partial(NMSparsity, 4, 4),
     by_hand=SparsityByHand,
+    says=(
+        "1:4 srste, layers auto, dim=in",
+        "4:4 keeps all weights: inactive",
+        "2:4 mdgf_exp, layers auto, dim=in",
+        "1:4 mdgf_linear, layers ['*.body'], dim=in",
+        "1:4 sdgf_stepwise, layers auto, dim=in",
+        "1:2 sdgf_geometric, layers auto, dim=out",
+        "1:8 one_shot, layers auto, dim=in",
+        "1:8 ste, layers auto, dim=in",
+        "2:4 mdgf_exp, layers ['*.body', '*.head'], dim=in",
+    ),
     also=["regression"],
     variants=[
         partial(NMSparsity, 2, 4, recipe="mdgf_exp"),
@@ -1335,6 +1346,26 @@ def test_what_can_be_compressed(shape, dtype, backend, reason):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     weight = (weight * nm_mask(weight, 2, 4)).to(dtype)
     assert semi_structured_refusal(weight, backend) == reason
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "rows", "columns"),
+    [
+        ("cusparselt", torch.float16, 16, 16),
+        ("cusparselt", torch.bfloat16, 16, 16),
+        ("cusparselt", torch.int8, 32, 32),
+        ("cusparselt", torch.float8_e4m3fn, 32, 32),
+        ("cutlass", torch.float16, 32, 64),
+        ("cutlass", torch.bfloat16, 32, 64),
+        ("cutlass", torch.float32, 32, 32),
+        ("cutlass", torch.int8, 16, 128),
+    ],
+)
+def test_multiples_of_each_backend_and_type(backend, dtype, rows, columns):
+    assert semi_structured_refusal(torch.zeros(3 * rows, 3 * columns).to(dtype), backend) == ""
+    for shape in ((rows // 2, columns), (rows, columns // 2), (0, columns), (3 * rows // 2, columns)):
+        refusal = f"shape {shape}: must be multiples of {rows} and {columns}"
+        assert semi_structured_refusal(torch.zeros(shape).to(dtype), backend) == refusal
 
 
 def test_a_wrong_pattern_is_refused_and_sparser_aligned_ones_are_not():

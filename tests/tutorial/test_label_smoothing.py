@@ -28,6 +28,7 @@ CASE = Case(
     make=partial(LabelSmoothing, 0.2),
     neutral=partial(LabelSmoothing, 0.0),
     by_hand=SmoothedByHand,
+    says=("epsilon=0.2", "epsilon=0"),
     invalid=[({"epsilon": -0.1}, "epsilon"), ({"epsilon": 1.0}, "epsilon")],
 )
 

@@ -108,7 +108,7 @@ def draw_cut(
     shares = drawn.tolist() if isinstance(drawn, Tensor) else [drawn] * len(x)
     boxes = [rand_box(height, width, share, generator) for share in shares]
     corrected = [_share(box, height, width) for box in boxes] if correct_lam else shares
-    return Cut(permutation, boxes, torch.tensor(corrected).to(x.device, non_blocking=True))
+    return Cut(permutation, boxes, torch.tensor(corrected, device="cpu").to(x.device, non_blocking=True))
 
 
 def _share(box: Box, height: int, width: int) -> float:
@@ -127,7 +127,7 @@ def box_masks(boxes: Sequence[Box], x: Tensor) -> Tensor:
         bool ``(B, H, W)`` or ``(B, L)``; of one box ``(1, H, W)`` or ``(1, L)``.
 
     """
-    ends = torch.tensor(boxes).to(x.device, non_blocking=True)
+    ends = torch.tensor(boxes, device="cpu").to(x.device, non_blocking=True)
     y1, y2, x1, x2 = ends.reshape(-1, 4, *[1] * (x.dim() - 2)).unbind(1)
     column = torch.arange(x.shape[-1], device=x.device)
     inside = (x1 <= column) & (column < x2)
@@ -186,7 +186,7 @@ def rand_box(height: int, width: int, lam: float, generator: torch.Generator | N
 
 def _span(size: int, ratio: float, generator: torch.Generator | None) -> tuple[int, int]:
     half = int(size * ratio) // 2
-    centre = int(torch.randint(size, (), generator=generator))
+    centre = int(torch.randint(size, (), generator=generator, device="cpu"))
     return max(centre - half, 0), min(centre + half, size)
 
 

@@ -48,7 +48,7 @@ class Workspace:
         kept: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = self._own.__dict__.setdefault("kept", {})
         if (wide, device) not in kept:
             sums = torch.empty(2, _CHUNK, dtype=wide, device=device)
-            kept[wide, device] = sums, torch.empty(_CHUNK * 16, dtype=torch.uint8)
+            kept[wide, device] = sums, torch.empty(_CHUNK * 16, dtype=torch.uint8, device="cpu")
         sums, buffer = kept[wide, device]
         return sums[0, :count], sums[1, :count], buffer
 

@@ -109,13 +109,14 @@ def _products(
 ) -> tuple[Tensor, list[float], float]:
     """Inner products of the (task) vectors, squared distances to the start or mean, squared norm of that."""
     count = len(members)
-    gram, squares, norm = torch.zeros(count, count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64), 0.0
+    gram, norm = torch.zeros(count, count, dtype=torch.float64, device="cpu"), 0.0
+    squares = gram.new_zeros(count)
     everyone = [*members, *([] if start is None else [start])]
     for key in keys:
         known = [member.shape_and_dtype(key) for member in everyone]
         if known[0] is None or not known[0][1].is_floating_point:
             continue
-        buffers = [torch.empty(_CHUNK, dtype=dtype) for _, dtype in filter(None, known)]
+        buffers = [torch.empty(_CHUNK, dtype=dtype, device="cpu") for _, dtype in filter(None, known)]
         parts = [member.part(key) for member in everyone]
         for first, size, weight in _sample(math.prod(known[0][0])):
             chunk = [part(first, buffer[:size]) for part, buffer in zip(parts, buffers, strict=True)]

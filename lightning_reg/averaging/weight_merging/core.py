@@ -136,7 +136,8 @@ def dare_merge(
             if masks is not None:
                 mask = masks[position][key].to(vector)
             else:
-                mask = (torch.rand(vector.shape, generator=drawn, dtype=torch.float64) < density).to(vector)
+                draws = torch.rand(vector.shape, generator=drawn, dtype=torch.float64, device="cpu")
+                mask = (draws < density).to(vector)
             kept.append(_rescaled(vector, vector * mask, density, rescale))
         if elect_signs:
             return _elect(kept, shares, normalize=normalize)

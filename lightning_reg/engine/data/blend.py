@@ -29,7 +29,7 @@ def draw_lam(alpha: float, generator: torch.Generator | None = None, size: int |
     if not alpha > 0:
         raise ValueError(f"`alpha` must be above 0, got {alpha!r}.")
     # torch draws from a Beta distribution with the global generator only.
-    seed = int(torch.randint(2**62, (), generator=generator))
+    seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
     drawn = np.random.default_rng(seed).beta(alpha, alpha, size)
     return float(drawn) if size is None else torch.from_numpy(drawn).float()
 
@@ -41,7 +41,7 @@ def problem_with_blending(inputs: Tensor) -> str:
 
 def draw_permutation(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """A partner for each sample of ``x``: a random permutation ``(B,)``, drawn on the host, on the device of ``x``."""
-    return torch.randperm(len(x), generator=generator).to(x.device, non_blocking=True)
+    return torch.randperm(len(x), generator=generator, device="cpu").to(x.device, non_blocking=True)
 
 
 def mixup(

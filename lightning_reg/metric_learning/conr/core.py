@@ -256,12 +256,12 @@ def inverse_density_weights(
 def _smoothing_kernel(sigma: float, size: int | None) -> Tensor:
     """A Gaussian with the value 1 in its middle; with a size its tails are reflected at the ends, up to 4 sigma."""
     reach = math.ceil(sigma) if size is None else int(4 * sigma + 0.5)
-    offsets = torch.arange(-reach, reach + 1)
+    offsets = torch.arange(-reach, reach + 1, device="cpu")
     kernel = (-0.5 * (offsets.double() / sigma).square()).exp()
     if size is None:
         return kernel
     middle = size // 2
     places = (offsets + middle) % (2 * size)  # reflected: ..., 1, 0, 0, 1, ..., size - 1, size - 1, ...
-    folded = torch.zeros(size, dtype=kernel.dtype)
+    folded = kernel.new_zeros(size)
     folded.index_add_(0, torch.where(places < size, places, 2 * size - 1 - places), kernel)
     return folded / folded.max()
