@@ -37,7 +37,6 @@ from rich.table import Table
 
 HERE = Path(__file__).resolve().parent
 SECTIONS = ("steps", "averages", "masks", "published", "language", "memory")
-IMPORTS = 10  # seconds until a process has begun
 NEED_DATA = {"published": "cifar10n/train.parquet", "language": "tinyshakespeare/input.txt"}
 
 
@@ -60,7 +59,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--side-by-side", type=int, default=4, help="training runs at a time, each in a process")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="training runs, too")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the results")
-    parser.add_argument("--part-to", type=Path, help=argparse.SUPPRESS)  # one part, in a process of its own
+    # Of one part in a process of its own: where its result goes, and when it must be over.
+    parser.add_argument("--part-to", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     return parser
 
 
@@ -92,7 +93,7 @@ class Call:
 
     def __init__(self, options: argparse.Namespace, console: Console) -> None:
         self.options, self.console = options, console
-        device = "cpu" if options.smoke or not torch.cuda.is_available() else "cuda"
+        device = "cpu" if options.smoke else "cuda"
         self.setting = Setting(options.smoke, device, options.data, options.seed, compile=options.compile)
         command = "python benchmarks/gpu.py " + shlex.join(told_options(options))
         known = facts(device, options.smoke, options.seed, command.strip())
@@ -167,8 +168,8 @@ class Call:
 
     def _begin(self, section: str, part: Part, seconds: float) -> tuple[Part, Any, Path]:
         target = Path(tempfile.mkdtemp()) / "result.json"
-        minutes = (seconds - IMPORTS) / 60
-        words = ["--sections", section, "--parts", part.name, "--minutes", str(minutes), "--part-to", str(target)]
+        until = time.time() + seconds  # a process takes a while to begin
+        words = ["--sections", section, "--parts", part.name, "--until", str(until), "--part-to", str(target)]
         words += ["--data", str(self.options.data), "--seed", str(self.options.seed)]
         words += ["--smoke"] * self.options.smoke + ["--compile" if self.options.compile else "--no-compile"]
         with (target.parent / "errors").open("w") as errors:
@@ -194,7 +195,7 @@ def told_options(options: argparse.Namespace) -> list[str]:
     words = []
     for action in make_parser()._actions:
         value = getattr(options, action.dest, action.default)
-        if action.dest in ("help", "data", "results", "part_to") or value == action.default:
+        if action.dest in ("help", "data", "results", "part_to", "until") or value == action.default:
             continue
         values = value if isinstance(value, list) else [] if isinstance(value, bool) else [value]
         words += [action.option_strings[0 if value else -1], *map(str, values)]
@@ -203,8 +204,9 @@ def told_options(options: argparse.Namespace) -> list[str]:
 
 def one_part(options: argparse.Namespace) -> None:
     """As a process of `_in_processes`."""
-    device = "cpu" if options.smoke or not torch.cuda.is_available() else "cuda"
-    setting = Setting(options.smoke, device, options.data, options.seed, 60 * options.minutes, compile=options.compile)
+    device = "cpu" if options.smoke else "cuda"
+    seconds = options.until - time.time()
+    setting = Setting(options.smoke, device, options.data, options.seed, seconds, compile=options.compile)
     module = importlib.import_module(f"gpu_sections.{options.sections[0]}")
     part = next(part for part in module.parts(setting) if part.name == options.parts)
     options.part_to.write_text(json.dumps(run_part(part, setting)))
@@ -219,7 +221,10 @@ def show_bars(record: Record, console: Console) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the chosen sections, prints the bars, and returns 130 if it was interrupted."""
-    options = make_parser().parse_args(argv)
+    parser = make_parser()
+    options = parser.parse_args(argv)
+    if not options.smoke and not torch.cuda.is_available():
+        parser.error("there is no GPU here; `--smoke` runs everything in small on the CPU")
     console = Console()
     if options.smoke:
         torch.set_num_threads(1)

@@ -6,10 +6,12 @@ import math
 import re
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_reg import registry
 from tests.structure import ROOT
@@ -104,7 +106,7 @@ def test_where_memory_is_out_the_batch_is_halved_and_said(modules, small):
     result = setting.run_part(setting.Part("name", run, batch=64), small)
     assert (result["figures"], result["batch"]) == ({"rows": 16}, 16)
     assert result["notes"] == [f"out of memory with a batch of {batch}: halved" for batch in (64, 32)] + ["its own"]
-    without = setting.run_part(setting.Part("name", lambda _: run(setting.replace(small, batch=17))), small)
+    without = setting.run_part(setting.Part("name", lambda _: run(replace(small, batch=17))), small)
     assert without["error"] == "out of memory: so many GiB"
 
 
@@ -127,7 +129,7 @@ def test_an_error_of_one_arm_ends_the_turns(modules):
     arms = {"plain": (by_hand.Plain(nn.Linear(3, 2)), []), "fails": (Fails(nn.Linear(3, 2)), [])}
     before = threading.active_count()
     with pytest.raises(torch.OutOfMemoryError), quiet(modules):
-        turns.fit_in_turns(arms, lambda: torch.utils.data.DataLoader(data, 2), turns.Turns(arms, 4))
+        turns.fit_in_turns(arms, lambda: DataLoader(data, 2), turns.Turns(arms, 4))
     assert threading.active_count() == before
 
 
@@ -141,7 +143,7 @@ def test_turns_end_when_their_time_is_over(modules):
     arms = {name: (by_hand.Plain(nn.Linear(3, 2)), []) for name in ("one", "other")}
     taken = turns.Turns(arms, 20, seconds=0.0, at_least=3)
     with quiet(modules):
-        times = turns.fit_in_turns(arms, lambda: torch.utils.data.DataLoader(data, 2), taken)
+        times = turns.fit_in_turns(arms, lambda: DataLoader(data, 2), taken)
     assert [len(values) for values in times.values()] == [3, 3]
 
 
@@ -182,6 +184,51 @@ def test_an_interrupted_call_keeps_what_is_done(modules, tmp_path, monkeypatch):
     monkeypatch.setattr(modules("gpu_sections.averages"), "parts", lambda _: parts)
     assert gpu.main(["--smoke", "--sections", "averages", "--results", str(tmp_path)]) == 130
     assert list(json.loads((tmp_path / "gpu_smoke.json").read_text())["sections"]["averages"]["parts"]) == ["first"]
+
+
+def tiny(modules):
+    """A classifier that is quick, and data for it."""
+    training, published = modules("gpu_sections.training"), modules("gpu_sections.published")
+    sgd = lambda module, epochs, steps: torch.optim.SGD(module.parameters(), 0.1)  # noqa: E731
+    return training, training.Classifier(published.small_net(), sgd)
+
+
+def test_a_run_is_cut_to_the_time_there_is(modules, small):
+    training, module = tiny(modules)
+    columns = training.cifar10(small)
+    late = replace(small, small=False, batch=32, seconds=0.0)
+    with quiet(modules):
+        result = training.train(module, [], columns, 3, late)
+        loader = DataLoader([(torch.zeros(3, 32, 32), torch.tensor(1), 0)] * 8, 4)
+        fits = [
+            training.epochs_that_fit(module, [], loader, 7, replace(late, seconds=seconds), "")[0]
+            for seconds in (0.0, 1e6)
+        ]
+    assert result["figures"]["epochs"] == 1
+    assert result["notes"] == ["1 of 3 epochs, as time allows; the schedule is scaled to 1"]
+    assert fits == [1, 7]
+
+
+def test_where_the_compiler_fails_a_run_is_eager_and_says_so(modules, small, monkeypatch):
+    training, module = tiny(modules)
+
+    def fails(net, backend):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(training, "compile_", fails)
+    given = replace(small, batch=32, compile=True)
+    with quiet(modules):
+        result = training.train(module, [], training.cifar10(small), 1, given)
+    assert result["notes"] == ["not compiled: RuntimeError: no compiler"]
+    assert result["figures"]["epochs"] == 1
+
+
+def test_without_a_gpu_it_says_what_to_write(modules, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit):
+        modules("gpu").main([])
+    assert "there is no GPU here; `--smoke` runs everything in small on the CPU" in capsys.readouterr().err
 
 
 def test_results_of_another_machine_are_not_mixed_in(modules, tmp_path):

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from gpu_sections.arms import MODELS, arms_of, loader_of, new_net
-from gpu_sections.setting import NO_GPU, Part, Setting
+from gpu_sections.setting import NO_GPU, Part, Setting, free_memory
 
 __all__ = ["SECONDS", "parts"]
 
@@ -45,6 +45,7 @@ def peaks(name: str, key: str, setting: Setting) -> dict[str, Any]:
         make_loader, samples = loader_of(model, setting)
         module, callbacks = arms_of(key, new_net(model, setting), samples).pop(arm)
         peak = Peak()
+        free_memory(setting)  # of the arms that are not trained
         options = setting.trainer_options(max_steps=STEPS, max_epochs=-1, log_every_n_steps=50)
         Trainer(callbacks=[*callbacks, peak], **options).fit(module, make_loader())
         found[arm] = peak.bytes / 2**30

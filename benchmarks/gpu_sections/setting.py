@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["NO_GPU", "Part", "Setting", "first_line", "interval", "run_part"]
+__all__ = ["NO_GPU", "Part", "Setting", "first_line", "free_memory", "interval", "run_part"]
 
 NO_GPU = "needs a GPU"
 
@@ -107,6 +107,7 @@ def first_line(error: BaseException) -> str:
 
 
 def free_memory(setting: Setting) -> None:
+    """Of what is in cycles, and of the allocator's."""
     if setting.on_gpu:
         gc.collect()
         torch.cuda.empty_cache()
