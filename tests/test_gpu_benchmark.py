@@ -6,10 +6,12 @@ import math
 import re
 import sys
 import threading
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -184,6 +186,29 @@ def test_an_interrupted_call_keeps_what_is_done(modules, tmp_path, monkeypatch):
     monkeypatch.setattr(modules("gpu_sections.averages"), "parts", lambda _: parts)
     assert gpu.main(["--smoke", "--sections", "averages", "--results", str(tmp_path)]) == 130
     assert list(json.loads((tmp_path / "gpu_smoke.json").read_text())["sections"]["averages"]["parts"]) == ["first"]
+
+
+def test_waits_of_the_host_are_counted_by_torchs_warnings(modules, monkeypatch):
+    by_hand, counting = modules("by_hand"), modules("gpu_sections.counting")
+    modes = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    class Waits(by_hand.Plain):
+        def training_step(self, batch, batch_idx):
+            for _ in range(2):
+                warnings.warn("called a synchronizing CUDA operation", UserWarning, stacklevel=1)
+            warnings.warn("something else", UserWarning, stacklevel=1)
+            return super().training_step(batch, batch_idx)
+
+    counts = counting.Counts(True, first=1, steps=3)
+    loader = DataLoader([(torch.randn(3), torch.tensor(1), 0)] * 20, 2)
+    with quiet(modules):
+        options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_steps": 8}
+        Trainer(callbacks=[counts], accelerator="cpu", **options).fit(Waits(nn.Linear(3, 2)), loader)
+    assert modes == ["warn", "default"]
+    assert sum(counts.places.values()) == 3 * 2
+    assert all(place.partition(":")[0].endswith("test_gpu_benchmark.py") for place in counts.places)
 
 
 def tiny(modules):

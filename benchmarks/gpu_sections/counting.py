@@ -32,7 +32,7 @@ class Counts(Callback):
         step = trainer.global_step
         if step == self.first:
             self._wait()
-            kinds = [ProfilerActivity.CUDA] if self.on_gpu else [ProfilerActivity.CPU]
+            kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self.on_gpu
             self.profiler = profile(activities=kinds)
             self.profiler.start()
         elif step == self.first + self.steps:
