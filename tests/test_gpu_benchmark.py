@@ -72,6 +72,14 @@ def test_every_section_runs_in_small_and_is_not_run_again(modules, tmp_path, mon
     assert len(again["runs"]) == 2
 
 
+def test_the_limits_are_those_of_the_page(modules):
+    seconds = {name: modules(f"gpu_sections.{name}").SECONDS for name in modules("gpu").SECTIONS}
+    assert max(seconds.values()) <= 8 * 60
+    assert sum(seconds.values()) <= 25 * 60
+    told = re.findall(r"^\| `(\w+)` \| ([\d.]+) (min|s) \|", PAGE.read_text(), re.MULTILINE)
+    assert {name: float(number) * {"min": 60, "s": 1}[unit] for name, number, unit in told} == seconds
+
+
 def test_every_technique_is_measured(modules):
     arms = modules("gpu_sections.arms")
     known = {cls.key() for unit in registry.units() for cls in unit.techniques()}

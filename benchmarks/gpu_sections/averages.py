@@ -16,7 +16,7 @@ from gpu_sections.setting import Part, Setting, interval
 
 __all__ = ["SECONDS", "parts", "times_of"]
 
-SECONDS = 90
+SECONDS = 75
 ELEMENTS = 1_000_000_000
 TENSORS = 300
 WIDE = {"ema": 4, "swa": 8}  # bytes of an element of the average

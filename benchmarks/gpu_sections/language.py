@@ -22,8 +22,9 @@ from lightning_reg import LossReweighting
 
 __all__ = ["SECONDS", "parts"]
 
-SECONDS = 240
+SECONDS = 210
 STEPS, LENGTH = 3000, 512
+SMALL = (6, 16)
 
 
 def parts(setting: Setting) -> list[Part]:
@@ -66,30 +67,35 @@ class LanguageModel(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=3e-4, weight_decay=0.1, betas=(0.9, 0.95))
 
 
-def compare(redundant: bool, setting: Setting) -> dict[str, Any]:
-    """Uniform weights and linupper, r = 0.4."""
-    length = 16 if setting.small else LENGTH
+def data_of(redundant: bool, wanted: int, length: int, setting: Setting) -> tuple[Windows, Windows]:
+    """Training windows, of so many steps, and held-out ones."""
     if setting.small:
         text = torch.randint(256, (2000,), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     else:
         content = (setting.data / "tinyshakespeare" / "input.txt").read_bytes()
         text = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-    wanted = 6 if setting.small else STEPS
     places = window_places(text, redundant, setting.seed, wanted * setting.batch, length, 4 if setting.small else 1)
     windows = Windows(places[0].to(setting.device), places[1], length)
-    held_out = Windows(text.to(setting.device), places[2], length)
+    return windows, Windows(text.to(setting.device), places[2], length)
 
-    def fit(callbacks: list[Any], steps: int, loaders: tuple[DataLoader, ...], **more: Any) -> None:
-        torch.manual_seed(setting.seed)
-        net = GPT(256, length, 32, 1) if setting.small else GPT(256, length)
-        options = setting.trainer_options(max_steps=steps, max_epochs=-1, log_every_n_steps=1000, **more)
-        Trainer(callbacks=callbacks, **options).fit(LanguageModel(net), *loaders)
 
+def fit(callbacks: list[Any], steps: int, loaders: tuple[DataLoader, ...], setting: Setting, **more: Any) -> None:
+    """From the same weights each time."""
+    torch.manual_seed(setting.seed)
+    net = GPT(256, SMALL[1], 32, 1) if setting.small else GPT(256, LENGTH)
+    options = setting.trainer_options(max_steps=steps, max_epochs=-1, log_every_n_steps=1000, **more)
+    Trainer(callbacks=callbacks, **options).fit(LanguageModel(net), *loaders)
+
+
+def compare(redundant: bool, setting: Setting) -> dict[str, Any]:
+    """Uniform weights and linupper, r = 0.4."""
+    wanted, length = SMALL if setting.small else (STEPS, LENGTH)
+    windows, held_out = data_of(redundant, wanted, length, setting)
     loader = DataLoader(windows, setting.batch, collate_fn=as_it_is)
     steps = wanted
     if not setting.small:
         clock = Clock(WARM, TIMED)
-        fit([clock], WARM + TIMED, (loader,))
+        fit([clock], WARM + TIMED, (loader,), setting)
         steps = max(100, min(wanted, int(0.8 * setting.left() / 2 / clock.seconds)))
     curves = {}
     for arm in ("uniform", "linupper"):
@@ -97,7 +103,7 @@ def compare(redundant: bool, setting: Setting) -> dict[str, Any]:
         validation = Validation()
         loaders = (loader, DataLoader(held_out, setting.batch, collate_fn=as_it_is))
         every = {"val_check_interval": max(1, steps // 20), "check_val_every_n_epoch": None}
-        fit([*technique, validation], steps, loaders, **every)
+        fit([*technique, validation], steps, loaders, setting, **every)
         curves[arm] = validation.curve
     best = {arm: min(loss for _, loss in curve) for arm, curve in curves.items()}
     tokens = share_of_tokens(curves["linupper"], best["uniform"])

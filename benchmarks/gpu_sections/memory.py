@@ -11,7 +11,7 @@ from gpu_sections.setting import NO_GPU, Part, Setting, free_memory
 
 __all__ = ["SECONDS", "parts"]
 
-SECONDS = 150
+SECONDS = 120
 STEPS = 5
 
 

@@ -20,7 +20,7 @@ from lightning_reg import CutMix, ELRCallback, Mixup, NMSparsity
 
 __all__ = ["SECONDS", "parts"]
 
-SECONDS = 480
+SECONDS = 450
 SIDE_BY_SIDE = True  # a small network does not fill a large GPU
 EPOCHS = {"elr": 120, "mixing": 60, "nm": 60}
 START_EPOCHS, TUNE_EPOCHS = 15, 10

@@ -113,6 +113,25 @@ def epochs_that_fit(
     return max(1, min(wanted, int((setting.left() - 5) / epoch))), clock.seconds
 
 
+def planned(
+    module: Classifier, technique: list[Any], loader: DataLoader, wanted: int, setting: Setting
+) -> tuple[int, float, list[str]]:
+    """Epochs, seconds of a step, notes; the module is compiled if it can be and the setting says so."""
+    given = (module, technique, loader, wanted, setting)
+    if setting.compile:
+        backend = "inductor" if setting.on_gpu else "eager"
+        try:
+            found = epochs_that_fit(*given, backend)
+            compile_(module.net, backend)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 # whatever the compiler raises
+            notes = [f"not compiled: {type(error).__name__}: {first_line(error)}"]
+            return *epochs_that_fit(*given, ""), notes
+        return *found, []
+    return *epochs_that_fit(*given, ""), []
+
+
 def train(
     module: Classifier,
     technique: list[Any],
@@ -130,19 +149,7 @@ def train(
         collate_fn=as_it_is,
     )
     wanted = 1 if setting.small else wanted
-    notes, backend = [], "inductor" if setting.on_gpu else "eager"
-    given = (module, technique, loader, wanted, setting)
-    try:
-        epochs, seconds = epochs_that_fit(*given, backend if setting.compile else "")
-        if setting.compile:
-            compile_(module.net, backend)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever the compiler raises
-        if not setting.compile:
-            raise
-        notes.append(f"not compiled: {type(error).__name__}: {first_line(error)}")
-        epochs, seconds = epochs_that_fit(*given, "")
+    epochs, seconds, notes = planned(module, technique, loader, wanted, setting)
     deadline = Deadline(setting)
     options = setting.trainer_options(max_epochs=epochs, log_every_n_steps=1000)
     Trainer(callbacks=[*technique, deadline], **options).fit(module, loader)
