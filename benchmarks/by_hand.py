@@ -172,14 +172,18 @@ class Mixed(Plain):
 
 
 class Numbers(Plain):
-    """Regression, with an augmentation for the views."""
+    """Regression on ``y / scale``, with an augmentation for the views."""
+
+    def __init__(self, net, scale=10):
+        super().__init__(net)
+        self.scale = scale
 
     def augment(self, x):
         return x.roll(1, dims=1)
 
     def training_step(self, batch, batch_idx):
         x, y, _ = batch
-        return F.mse_loss(self.net(x)[:, 0], y / 10)
+        return F.mse_loss(self.net(x)[:, 0], y / self.scale)
 
 
 class Contrasted(Numbers):
@@ -189,7 +193,7 @@ class Contrasted(Numbers):
         x, y, _ = batch
         features = self.net.body(torch.cat([x, self.augment(x), self.augment(x)]))
         predictions, views = self.net.top(features)[:, 0], slice(len(x), None)
-        y = y / 10
+        y = y / self.scale
         term = conr_loss(features[views], y.repeat(2), predictions[views], 0.1)
         return F.mse_loss(predictions[: len(x)], y) + term
 

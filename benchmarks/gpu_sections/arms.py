@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -99,8 +100,8 @@ class Model:
 
 
 MODELS = {
-    "resnet50": Model(ResNet, lambda: ResNet((1, 1), 8, 10), 256, ((3, 224, 224), (3, 32, 32)), (1000, 10), OF_IMAGES),
-    "vit": Model(ViT, lambda: ViT(32, 8, 32, 2, 10), 128, ((3, 224, 224), (3, 32, 32)), (1000, 10), OF_IMAGES),
+    "resnet50": Model(ResNet, lambda: ResNet((1, 1), 8, 12), 256, ((3, 224, 224), (3, 32, 32)), (1000, 12), OF_IMAGES),
+    "vit": Model(ViT, lambda: ViT(32, 8, 32, 2, 12), 128, ((3, 224, 224), (3, 32, 32)), (1000, 12), OF_IMAGES),
     "gpt": Model(GPT, lambda: GPT(64, 16, 32, 2), 16, ((1024,), (16,)), (50257, 64), OF_ANY),
 }
 
@@ -151,7 +152,7 @@ def loader_of(model: Model, setting: Setting) -> tuple[Callable[[], DataLoader],
 
 def arms_of(key: str, net: Net, samples: int) -> dict[str, tuple[Plain, list[Any]]]:
     """Plain, by hand and by the engine, each a module and its callbacks; only "plain" for the key "plain"."""
-    plain = Numbers if key == "conr" else Plain
+    plain = partial(Numbers, scale=net.head.out_features) if key == "conr" else Plain
     arms: dict[str, tuple[Plain, list[Any]]] = {"plain": (plain(copy.deepcopy(net)), [])}
     if key != "plain":
         hand, technique = MAKERS[key](net, samples)
@@ -188,7 +189,7 @@ MAKERS: dict[str, Callable[[Net, int], tuple[Plain, Any]]] = {
     "mixup": lambda net, n: (Mixed(copy.deepcopy(net)), Mixup(prob=1.0)),
     "prediction_distillation": lambda net, n: (
         Outputs(copy.deepcopy(net)),
-        after_one_task(PredictionDistillation(new_classes=[5, 5]), teacher={}),
+        after_one_task(PredictionDistillation(new_classes=[5, net.head.out_features - 5]), teacher={}),
     ),
     "feature_distillation": lambda net, n: (
         Features(copy.deepcopy(net)),
@@ -198,7 +199,10 @@ MAKERS: dict[str, Callable[[Net, int], tuple[Plain, Any]]] = {
         Copies(copy.deepcopy(net), SAMPLES),
         MultiSampleDropout("net.drop", num_samples=SAMPLES),
     ),
-    "conr": lambda net, n: (Contrasted(copy.deepcopy(net)), ConR("net.body", window=0.1, augment="augment")),
+    "conr": lambda net, n: (
+        Contrasted(copy.deepcopy(net), scale=net.head.out_features),
+        ConR("net.body", window=0.1, augment="augment"),
+    ),
     "loss_reweighting": lambda net, n: (Reweighted(copy.deepcopy(net)), LossReweighting(warmup_steps=0)),
     "nm_sparsity": _sparse,
     "model_soups": lambda net, n: (
