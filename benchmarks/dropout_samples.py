@@ -10,11 +10,11 @@ import argparse
 from pathlib import Path
 
 import torch.nn.functional as F
-from overhead import CLASSES, Plain, ResNet18, SmallTransformer, data, in_turns, quiet, show
+from by_hand import Copies, Plain
+from overhead import CLASSES, ResNet18, SmallTransformer, data, in_turns, quiet, show
 from torch import nn
 
 from lightning_reg import MultiSampleDropout
-from lightning_reg.functional import multi_sample_loss
 
 
 class Net(nn.Module):
@@ -34,19 +34,7 @@ class Net(nn.Module):
         return self.head(self.drop(self.body(x)))
 
 
-class ByHand(Plain):
-    """The head on M copies, as a user would write it with the functional core."""
-
-    def __init__(self, net, samples):
-        super().__init__(net)
-        self.samples = samples
-
-    def training_step(self, batch, batch_idx):
-        x, y, _ = batch
-        return multi_sample_loss(self.net.head, self.net.body(x), y, F.cross_entropy, 0.5, self.samples)
-
-
-class FullPasses(ByHand):
+class FullPasses(Copies):
     """M passes through the whole network."""
 
     def training_step(self, batch, batch_idx):
@@ -59,7 +47,7 @@ def measure(model, samples, batch, steps):
     arms = {
         "plain": (Plain(Net(model)), []),
         "callback": (Plain(Net(model)), [MultiSampleDropout("net.drop", num_samples=samples)]),
-        "by hand": (ByHand(Net(model), samples), []),
+        "by hand": (Copies(Net(model), samples), []),
         "full passes": (FullPasses(Net(model), samples), []),
     }
     return in_turns(arms, data(model, batch, steps), batch, steps)

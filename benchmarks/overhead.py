@@ -1,8 +1,6 @@
 """What a step costs: the plain step, ELR written by hand in ``training_step``, and ELR attached by the engine.
 
-All arms train in one process and take turns step by step, so that whatever else the machine does hits them alike. A
-round is one step of every arm in a fresh random order; the figures are medians over rounds of the ratio within a round,
-with a 95 % bootstrap interval.
+All arms train in one process and take turns step by step (see turns.py); the steps by hand are in by_hand.py.
 
     python benchmarks/overhead.py --model resnet18 --steps 150
     python benchmarks/overhead.py --model transformer --steps 600
@@ -12,20 +10,18 @@ The bars: engine / by hand <= 1.02; all techniques inactive / plain <= 1.01.
 
 import argparse
 import logging
-import random
 import statistics
-import threading
-import time
 import warnings
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningModule, Trainer
+from by_hand import ByHand, Plain
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from turns import Turns, fit_in_turns, ratio
 
 from lightning_reg import ELRCallback
 from lightning_reg.functional import elr_loss
@@ -73,74 +69,13 @@ class SmallTransformer(nn.Module):
         self.head = nn.Linear(64, CLASSES)
 
     def forward(self, x):
-        return self.head(self.layers(self.embedding(x)).mean(1))
+        return self.top(self.body(x))
 
+    def body(self, x):
+        return self.layers(self.embedding(x))
 
-class Plain(LightningModule):
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def training_step(self, batch, batch_idx):
-        x, y, _ = batch
-        return F.cross_entropy(self.net(x), y)
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 1e-3)
-
-
-class ByHand(Plain):
-    def __init__(self, net, num_samples):
-        super().__init__(net)
-        self.targets = torch.zeros(num_samples, CLASSES)
-
-    def training_step(self, batch, batch_idx):
-        x, y, index = batch
-        return by_hand_loss(self.net(x), y, index, self.targets)
-
-
-def by_hand_loss(logits, labels, index, targets, lam=3.0, beta=0.7):
-    """The authors' formulas in five lines, as a user would write them."""
-    p = logits.softmax(1).clamp(1e-4, 1 - 1e-4)
-    p_hat = p.detach()
-    targets[index] = beta * targets[index] + (1 - beta) * p_hat / p_hat.sum(1, keepdim=True)
-    return F.cross_entropy(logits, labels) + lam * (1 - (targets[index] * p).sum(1)).log().mean()
-
-
-class Turns:
-    """Lets the arms step one at a time, in a random order per round."""
-
-    def __init__(self, arms, rounds):
-        self.go = {arm: threading.Semaphore(0) for arm in arms}
-        self.done = threading.Semaphore(0)
-        self.times = {arm: [] for arm in arms}
-        self.rounds = rounds
-
-    def run(self):
-        order = list(self.go)
-        for _ in range(self.rounds):
-            random.shuffle(order)
-            for arm in order:
-                self.go[arm].release()
-                self.done.acquire()
-
-
-class TakeTurns(Callback):
-    """A step is timed from one batch's end to the next one's, so loading the batch counts."""
-
-    def __init__(self, turns, arm):
-        self.turns, self.arm = turns, arm
-
-    def on_train_start(self, trainer, pl_module):
-        self.turns.go[self.arm].acquire()
-        self.start = time.perf_counter()
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.turns.times[self.arm].append(time.perf_counter() - self.start)
-        self.turns.done.release()
-        if not trainer.should_stop and len(self.turns.times[self.arm]) < self.turns.rounds:
-            self.turns.go[self.arm].acquire()
-        self.start = time.perf_counter()
+    def top(self, features):
+        return self.head(features.mean(1))
 
 
 def data(model, batch, steps):
@@ -151,26 +86,7 @@ def data(model, batch, steps):
 
 def in_turns(arms, dataset, batch, steps):
     """Step times in seconds of arms ``name: (module, callbacks)`` that train in turns."""
-    turns = Turns(arms, steps)
-    threads = []
-    for arm, (module, callbacks) in arms.items():
-        trainer = Trainer(
-            max_steps=steps,
-            callbacks=[*callbacks, TakeTurns(turns, arm)],
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        loader = DataLoader(dataset, batch, shuffle=True, drop_last=True)
-        threads.append(threading.Thread(target=trainer.fit, args=(module, loader), daemon=True))
-    for thread in threads:
-        thread.start()
-    turns.run()
-    for thread in threads:
-        thread.join()
-    return turns.times
+    return fit_in_turns(arms, lambda: DataLoader(dataset, batch, shuffle=True, drop_last=True), Turns(arms, steps))
 
 
 def measure(model, batch, steps, chosen):
@@ -193,13 +109,6 @@ class Core(ByHand):
     def training_step(self, batch, batch_idx):
         x, y, index = batch
         return elr_loss(self.net(x), y, index, self.targets, lam=3.0, beta=0.7)
-
-
-def ratio(times, over, under, skip=10, draws=2000):
-    """Median over rounds of the ratio within a round, and its 95 % bootstrap interval."""
-    ratios = [a / b for a, b in zip(times[over][skip:], times[under][skip:], strict=True)]
-    medians = sorted(statistics.median(random.choices(ratios, k=len(ratios))) for _ in range(draws))
-    return statistics.median(ratios), medians[int(0.025 * draws)], medians[int(0.975 * draws)]
 
 
 def show(times, pairs, title, save=None, skip=10):

@@ -12,26 +12,24 @@ step, in turns within one process (``--size gpt2`` is the 124M configuration in 
 """
 
 import argparse
-import ast
-import itertools
 import logging
 import math
 import random
 import statistics
 import sys
-import sysconfig
-import threading
 import warnings
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from by_hand import linupper_loss
 from lightning.pytorch import Callback, LightningModule, Trainer
-from overhead import TakeTurns, Turns, ratio
+from redundant_text import Validation, share_of_tokens, window_places
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from turns import Turns, fit_in_turns, ratio
 
 from lightning_reg import LossReweighting
 
@@ -120,45 +118,12 @@ def toy(options):
 # -- language models --------------------------------------------------------------------------------------------------
 
 
-def boilerplate(generator, size):
-    """Licence and docstrings of the running Python, over and over, one byte in two hundred changed."""
-    library = Path(sysconfig.get_paths()["stdlib"])
-    pieces = [(library / "LICENSE.txt").read_text()] if (library / "LICENSE.txt").exists() else []
-    pieces += [str(license)]
-    for name in ("argparse", "collections/__init__", "dataclasses", "pathlib", "subprocess", "threading", "typing"):
-        tree = ast.parse((library / f"{name}.py").read_text())
-        nodes = (n for n in ast.walk(tree) if isinstance(n, ast.ClassDef | ast.FunctionDef | ast.Module))
-        pieces += [docstring for n in nodes if (docstring := ast.get_docstring(n))]
-    once = torch.frombuffer(bytearray("\n\n".join(pieces).encode()), dtype=torch.uint8)
-    text = once.repeat(math.ceil(size / len(once)))[:size]
-    changed = torch.rand(size, generator=generator) < 0.005
-    return torch.where(changed, torch.randint(32, 127, (size,), generator=generator).to(torch.uint8), text)
-
-
 def lm_windows(text, redundant, seed, options):
     """Training windows: of the text alone, or four in five from boilerplate; the last tenth of the text is held out."""
-    generator = torch.Generator().manual_seed(seed)
-    cut, count = len(text) * 9 // 10, options.steps * options.batch
-    starts = torch.randint(cut - options.length - 1, (count,), generator=generator)
-    if redundant:
-        more = boilerplate(generator, 1_000_000)
-        elsewhere = len(text) + torch.randint(len(more) - options.length - 1, (count,), generator=generator)
-        starts = torch.where(torch.rand(count, generator=generator) < 0.8, elsewhere, starts)
-        train_text = torch.cat([text, more])
-    else:
-        train_text = text
-    held_out = torch.arange(cut, len(text) - options.length - 1, options.length)[:: options.thin]
+    train_text, starts, held_out = window_places(
+        text, redundant, seed, options.steps * options.batch, options.length, options.thin
+    )
     return Windows(train_text, starts, options.length), Windows(text, held_out, options.length)
-
-
-class Validation(Callback):
-    """Validation losses by step."""
-
-    def __init__(self):
-        self.curve = []
-
-    def on_validation_end(self, trainer, pl_module):
-        self.curve.append((trainer.global_step, float(trainer.callback_metrics["val_loss"])))
 
 
 def lm_run(arm, text, redundant, seed, options):
@@ -178,14 +143,6 @@ def lm_run(arm, text, redundant, seed, options):
     model = LanguageModel(ByteGPT(4, 128, options.length))
     trainer.fit(model, DataLoader(train, options.batch), DataLoader(val, 64))
     return validation.curve
-
-
-def share_of_tokens(curve, target):
-    """Share of the run after which a curve is at ``target``, between two validations by a straight line."""
-    for (step, loss), (next_step, next_loss) in itertools.pairwise(curve):
-        if next_loss <= target:
-            return (step + (loss - target) / (loss - next_loss) * (next_step - step)) / curve[-1][0]
-    return math.inf
 
 
 def lm(options):
@@ -244,11 +201,7 @@ class ByHand(LanguageModel):
         logits, labels = self.net(tokens[:, :-1]), tokens[:, 1:]
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
         losses = losses.reshape(labels.shape).mean(1)
-        with torch.no_grad():
-            low, high = losses.min(), losses.max()
-            h = (2 * losses - (high + low)) / (high - low).clamp(min=1e-6)
-            weights = torch.softmax((h + 1).clamp(max=1) / 0.4, dim=0)
-        return (weights * losses).sum()
+        return linupper_loss(losses)
 
 
 class Logits(nn.Module):
@@ -281,41 +234,24 @@ def cost(options):
         "engine": (LanguageModel, [LossReweighting(warmup_steps=0)]),
         "warm-up": (LanguageModel, [LossReweighting(warmup_steps=options.steps, warmup="plain")]),
     }
-    turns = Turns(arms, options.steps)
-    threads = []
-    for arm, (cls, callbacks) in arms.items():
-        trainer = Trainer(
-            accelerator="cpu" if small else "cuda",
-            precision="32-true" if small else "bf16-mixed",
-            max_steps=options.steps,
-            max_epochs=-1,
-            callbacks=[*callbacks, Synchronize(), TakeTurns(turns, arm)],
-            **QUIET,
-        )
-        loader = DataLoader(data, shape[0], drop_last=True)
-        threads.append(threading.Thread(target=trainer.fit, args=(cls(cost_net(options.size)), loader), daemon=True))
-    for thread in threads:
-        thread.start()
-    turns.run()
-    for thread in threads:
-        thread.join()
+    modules = {arm: (cls(cost_net(options.size)), callbacks) for arm, (cls, callbacks) in arms.items()}
+    times = fit_in_turns(
+        modules,
+        lambda: DataLoader(data, shape[0], drop_last=True),
+        Turns(arms, options.steps),
+        accelerator="cpu" if small else "cuda",
+        precision="32-true" if small else "bf16-mixed",
+        max_epochs=-1,
+    )
     table = Table("ratio", "median", "95 % interval")
     where = "CPU" if small else torch.cuda.get_device_name()
     tokens = f"{shape[0]} x {shape[1] - 1} tokens"
     table.title = f"{options.size}, {tokens}, {options.steps} rounds, torch {torch.__version__}, {where}"
     for over, under in (("engine", "plain"), ("engine", "by hand"), ("by hand", "plain"), ("warm-up", "plain")):
-        middle, low, high = ratio(turns.times, over, under)
+        middle, low, high = ratio(times, over, under)
         table.add_row(f"{over} / {under}", f"{middle:.4f}", f"{low:.4f} to {high:.4f}")
-    table.caption = f"plain step: median {statistics.median(turns.times['plain']) * 1e3:.1f} ms"
+    table.caption = f"plain step: median {statistics.median(times['plain']) * 1e3:.1f} ms"
     yield table
-
-
-class Synchronize(Callback):
-    """On a GPU a step has ended when the device has done it."""
-
-    def on_train_batch_end(self, *_):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
 
 
 def main(argv=None):

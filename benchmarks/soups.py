@@ -72,19 +72,31 @@ def updates(options: argparse.Namespace) -> Table:
     return table
 
 
-def update_ways(module: Tensors, timm_ema: Path | None) -> dict[str, Callable[[], object]]:
-    parameters = [p.detach() for p in module.parameters()]
-    averages = [p.clone() for p in parameters]
+def stand_in() -> Any:
+    """What the callbacks ask a Trainer for."""
     epoch_loop = SimpleNamespace(_batches_that_stepped=0)
-    trainer: Any = SimpleNamespace(
+    return SimpleNamespace(
         is_global_zero=True,
+        sanity_checking=False,
         global_step=0,
         current_epoch=0,
         log_every_n_steps=50,
         fit_loop=SimpleNamespace(epoch_loop=epoch_loop),
     )
-    soup = SoupAverager(method="ema", decay=DECAY)
+
+
+def averager(module: LightningModule, method: Any, decay: float | None = None, **given: Any) -> SoupAverager:
+    """As it is when a fit has begun."""
+    soup = SoupAverager(method=method, decay=decay, **given)
     soup._live = LiveWeights(module, averaged_tensors(module))
+    return soup
+
+
+def update_ways(module: Tensors, timm_ema: Path | None) -> dict[str, Callable[[], object]]:
+    parameters = [p.detach() for p in module.parameters()]
+    averages = [p.clone() for p in parameters]
+    trainer = stand_in()
+    soup = averager(module, "ema", DECAY)
     theirs = EMAWeightAveraging(decay=DECAY)
     theirs.setup(trainer, module, "fit")
     swa = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(DECAY), use_buffers=False)

@@ -4,6 +4,7 @@ import argparse
 import copy
 import io
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def sweep(options: argparse.Namespace) -> Table:
     x, y = images(options.data / "train.parquet", 13_000)
     test = images(options.data / "test.parquet", 4_000)
     start, tune, val = (x[:5_000], y[:5_000]), (x[5_000:11_000], y[5_000:11_000]), (x[11_000:], y[11_000:])
-    runs = [once(start, tune, val, test, options, seed) for seed in range(options.repeats)]
+    runs = [once(start, tune, val, test, options, seed, network) for seed in range(options.repeats)]
     table = Table("way", "validation", "test", "of which", title="CIFAR-10, 8 fine-tunings from one start")
     for name in runs[0]:
         columns = [[run[name][column] for run in runs] for column in range(3)]
@@ -45,9 +46,10 @@ def once(
     test: tuple[Tensor, Tensor],
     options: argparse.Namespace,
     seed: int,
+    network: Callable[[], nn.Module],
 ) -> dict[str, tuple[float | None, float, int | None]]:
     torch.manual_seed(1000 * seed)
-    net = network()
+    net = network().to(start[0].device)
     train(net, *start, 0.05, options.start_epochs, 5e-4)
     at_start = accuracy(net, *test)
     members = []
@@ -81,7 +83,7 @@ def once(
         "greedy": (*scores(greedy.state_dict, new_statistics=len(greedy.ingredients) > 1), len(greedy.ingredients)),
     }
     for per in ("tensor", "model"):
-        learned = LearnedSoup(network().eval(), members, per)
+        learned = LearnedSoup(network().to(start[0].device).eval(), members, per)
         learned.fit(list(zip(val[0].split(256), val[1].split(256), strict=True)))
         result[f"learned per {per}"] = (*scores(learned.soup()), None)
     result["ensemble of 8 (logits)"] = (ensemble[val], ensemble[test], None)
@@ -114,7 +116,7 @@ def train(net: nn.Module, x: Tensor, y: Tensor, lr: float, epochs: int, decay: f
     net.train()
     for _ in range(epochs):
         for rows in torch.randperm(len(x)).split(100):
-            flipped = torch.where(torch.rand(len(rows), 1, 1, 1) < 0.5, x[rows], x[rows].flip(3))
+            flipped = torch.where(torch.rand(len(rows), 1, 1, 1, device=x.device) < 0.5, x[rows], x[rows].flip(3))
             optimizer.zero_grad()
             F.cross_entropy(net(flipped), y[rows]).backward()
             optimizer.step()

@@ -20,7 +20,6 @@ import random
 import shlex
 import statistics
 import sys
-import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -29,12 +28,12 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from noisy_labels import load, quiet_lightning
-from overhead import TakeTurns, Turns, ratio
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from turns import Turns, fit_in_turns, ratio
 
 from lightning_reg import NMSparsity
 from lightning_reg.functional import nm_mask
@@ -293,33 +292,19 @@ def step(options):
         "1:8 SR-STE": [NMSparsity(1, 8, recipe="srste", layers="*.linear[12]", dense_steps=0)],
         "1:8 STE": [NMSparsity(1, 8, recipe="ste", layers="*.linear[12]", dense_steps=0)],
     }
-    turns, threads = Turns(arms, options.rounds), []
     dataset = TensorDataset(
         torch.randint(0, 256, (options.batch * 50, 64)), torch.randint(0, 10, (options.batch * 50,))
     )
+    modules = {}
     for arm, callbacks in arms.items():
-        trainer = Trainer(
-            max_steps=options.rounds,
-            callbacks=[*callbacks, TakeTurns(turns, arm)],
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
         torch.manual_seed(0)
-        module = Classifier(Tokens(), 1e-4, 0.01, options.rounds)
-        loader = DataLoader(dataset, options.batch, shuffle=True, drop_last=True)
-        threads.append(threading.Thread(target=trainer.fit, args=(module, loader), daemon=True))
-    for thread in threads:
-        thread.start()
-    turns.run()
-    for thread in threads:
-        thread.join()
+        modules[arm] = (Classifier(Tokens(), 1e-4, 0.01, options.rounds), callbacks)
+    loader_of = partial(DataLoader, dataset, options.batch, shuffle=True, drop_last=True)
+    times = fit_in_turns(modules, loader_of, Turns(arms, options.rounds))
     for arm in list(arms)[1:]:
-        middle, low, high = ratio(turns.times, arm, "dense")
+        middle, low, high = ratio(times, arm, "dense")
         rows.append([arm, f"{middle:.3f}", f"{low:.3f} to {high:.3f}"])
-    dense = 1e3 * statistics.median(turns.times["dense"])
+    dense = 1e3 * statistics.median(times["dense"])
     title = f"Transformer, 4 layers, d = 256, batch {options.batch} x 64 tokens, dense step {dense:.0f} ms, CPU"
     return rows, title
 

@@ -16,96 +16,25 @@ import copy
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from overhead import CLASSES, Plain, ResNet18, SmallTransformer, data, in_turns, quiet, show
+from by_hand import (
+    LAM,
+    Averaged,
+    Contrasted,
+    Cut,
+    Features,
+    FirmlyTied,
+    Numbers,
+    Outputs,
+    Plain,
+    Tied,
+    after_one_task,
+    ewc,
+)
+from overhead import ResNet18, SmallTransformer, data, in_turns, quiet, show
 
-from lightning_reg import EWC, ConR, CutMix, ELRPlusCallback, FeatureDistillation, L2ToStart, PredictionDistillation
-from lightning_reg.functional import conr_loss, fisher_diagonal, fisher_losses
-
-LAM, RANDOM = 0.1, np.random.default_rng(0)
-
-
-class WithTeacher(Plain):
-    """Has a frozen copy of its network."""
-
-    def __init__(self, net):
-        super().__init__(net)
-        self.teacher = copy.deepcopy(net).eval().requires_grad_(False)
-
-
-class Outputs(WithTeacher):
-    def training_step(self, batch, batch_idx):
-        x, y, _ = batch
-        with torch.no_grad():
-            old = self.teacher(x).sigmoid()
-        wanted = F.one_hot(y, CLASSES).float()
-        wanted[:, :5] = old[:, :5]
-        return F.binary_cross_entropy_with_logits(self.net(x), wanted, reduction="none").sum(1).mean()
-
-
-class Features(WithTeacher):
-    def training_step(self, batch, batch_idx):
-        x, y, _ = batch
-        with torch.no_grad():
-            old = self.teacher.layers(self.teacher.embedding(x))
-        features = self.net.layers(self.net.embedding(x))
-        loss = F.cross_entropy(self.net.head(features.mean(1)), y)
-        return loss + LAM * (features - old).square().flatten(1).sum(1).mean()
-
-
-class Tied(Plain):
-    """One term per parameter, as users write it."""
-
-    def __init__(self, net):
-        super().__init__(net)
-        self.anchors = [p.detach().clone() for p in net.parameters()]
-
-    def training_step(self, batch, batch_idx):
-        pairs = zip(self.net.parameters(), self.anchors, strict=True)
-        return super().training_step(batch, batch_idx) + LAM * sum((p - a).square().sum() for p, a in pairs)
-
-
-class FirmlyTied(Tied):
-    def training_step(self, batch, batch_idx):
-        pairs = zip(self.net.parameters(), self.anchors, strict=True)
-        term = sum((a.abs() * (p - a).square()).sum() for p, a in pairs)
-        return Plain.training_step(self, batch, batch_idx) + LAM * term
-
-
-class Cut(Plain):
-    def training_step(self, batch, batch_idx):
-        x, y, _ = batch
-        lam, permutation = RANDOM.beta(1.0, 1.0), torch.randperm(len(x))
-        half, (cy, cx) = int(32 * (1 - lam) ** 0.5) // 2, RANDOM.integers(32, size=2)
-        y1, y2, x1, x2 = (int(np.clip(value, 0, 32)) for value in (cy - half, cy + half, cx - half, cx + half))
-        mixed = x.clone()
-        mixed[:, :, y1:y2, x1:x2] = x[permutation][:, :, y1:y2, x1:x2]
-        lam, logits = 1 - (y2 - y1) * (x2 - x1) / 32**2, self.net(mixed)
-        return lam * F.cross_entropy(logits, y) + (1 - lam) * F.cross_entropy(logits, y[permutation])
-
-
-class Numbers(Plain):
-    """Regression, with an augmentation for the views."""
-
-    def augment(self, x):
-        return x.roll(1, dims=1)
-
-    def training_step(self, batch, batch_idx):
-        x, y, _ = batch
-        return F.mse_loss(self.net(x)[:, 0], y / CLASSES)
-
-
-class Contrasted(Numbers):
-    def training_step(self, batch, batch_idx):
-        x, y, _ = batch
-        features = self.net.layers(self.net.embedding(torch.cat([x, self.augment(x), self.augment(x)])))
-        features = features.mean(1)
-        predictions, views = self.net.head(features)[:, 0], slice(len(x), None)
-        y = y / CLASSES
-        term = conr_loss(features[views], y.repeat(2), predictions[views], 0.1)
-        return F.mse_loss(predictions[: len(x)], y) + term
+from lightning_reg import ConR, CutMix, ELRPlusCallback, FeatureDistillation, L2ToStart, PredictionDistillation
+from lightning_reg.functional import fisher_diagonal, fisher_losses
 
 
 class Pooled(SmallTransformer):
@@ -115,46 +44,11 @@ class Pooled(SmallTransformer):
         super().__init__()
         self.pool = torch.nn.Identity()
 
-    def forward(self, x):
-        return self.head(self.pool(self.layers(self.embedding(x)).mean(1)))
+    def body(self, x):
+        return self.pool(super().body(x).mean(1))
 
-
-class Averaged(WithTeacher):
-    """ELR with the average of its own weights as the teacher."""
-
-    def __init__(self, net, samples):
-        super().__init__(net)
-        self.teacher.train()
-        self.targets = torch.zeros(samples, CLASSES)
-
-    def training_step(self, batch, batch_idx):
-        x, y, index = batch
-        with torch.no_grad():
-            seen = self.teacher(x).softmax(1)
-        self.targets[index] = q = 0.7 * self.targets[index] + 0.3 * seen
-        logits = self.net(x)
-        p = logits.softmax(1).clamp(1e-4, 1 - 1e-4)
-        return F.cross_entropy(logits, y) + 3.0 * (1 - (q * p).sum(1)).log().mean()
-
-    def on_train_batch_end(self, outputs, batch, batch_idx):
-        with torch.no_grad():
-            for old, new in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
-                old.lerp_(new, 1 - 0.997)
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.net.parameters(), 1e-3)
-
-
-def after_one_task(technique, **state):
-    """As it is when one task is over."""
-    technique.load_state_dict({"finished": 1, "in_task": False, **state})
-    return technique
-
-
-def ewc(net):
-    anchors = {f"net.{name}": p.detach().clone() for name, p in net.named_parameters()}
-    fisher = {name: anchor.abs() for name, anchor in anchors.items()}
-    return after_one_task(EWC(LAM, fisher_batches=1), slots=[{"anchors": anchors, "weights": fisher}])
+    def top(self, features):
+        return self.head(features)
 
 
 def arms(key, samples):
