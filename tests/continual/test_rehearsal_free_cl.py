@@ -121,7 +121,7 @@ CASE = (
             "bce; tasks before: 1",
             "weight=0: inactive",
             "bce; no old classes in the first task",
-            "softmax, weight=1, temperature=2, your loss over all outputs; no old classes in the first task",
+            "softmax, weight=1, temperature=2, your loss over the classes so far; no old classes in the first task",
             "bce; no old classes in the first task",
         ),
         variants=[
