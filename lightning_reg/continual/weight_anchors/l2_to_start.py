@@ -111,7 +111,7 @@ class L2ToStart(TaskTechnique, PenaltyTechnique):
         to = f"to the {self.anchor.replace('_', ' ')}"
         if self.anchor == "end_of_task" and not self.tasks:
             to = "nothing to tie to in the first task"
-        free = ", ".join(as_patterns(self.exclude)) or "nothing, rows of classes to come are tied as well"
+        free = ", ".join(as_patterns(self.exclude)) or "nothing, not classes to come"
         return f"weight={self.weight:g}, {self.mode}; {to}; {self._tasks.so_far}; free: {free}"
 
     @override
