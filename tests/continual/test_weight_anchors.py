@@ -68,7 +68,8 @@ CASE = (
             "weight=0: inactive",
             "weight=0.5, gradient; to the start of fit; tasks before: 0; free: net.head.*",
             "weight=0.5, decoupled; to the start of fit; tasks before: 0; free: nothing, not classes to come",
-            "weight=0.1, gradient; nothing to tie to in the first task; tasks before: 0; free: nothing, not classes to come",
+            "weight=0.1, gradient; nothing to tie to in the first task; tasks before: 0; free: nothing, not classes to"
+            " come",
         ),
         also=["regression"],
         neutral=partial(L2ToStart, weight=0.0),
