@@ -30,6 +30,7 @@ from lightning_reg.functional import (
     tree_distances,
     tree_locus,
 )
+from lightning_reg.metric_learning.loki import core
 from lightning_reg.metric_learning.loki._rule import own_distances
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
@@ -37,7 +38,7 @@ from tests.conformance.harness import difference
 from tests.conformance.kinds import MetricCase
 from tests.conformance.laws import LAWS
 from tests.conformance.problems import KINDS, Problem
-from tests.toys import CLASSES, QUIET, Classifier, make_loader, make_tensors, make_trainer, weights_of
+from tests.toys import CLASSES, QUIET, Classifier, fit, make_loader, make_tensors, make_trainer, weights_of
 
 pytestmark = QUIET
 
@@ -198,8 +199,9 @@ def test_scale_and_names_do_not_matter_and_ties_go_to_the_first():
     thirds = torch.tensor([[0.0, 1 / 3, 1 / 3, 1 / 3], [0.5, 0.0, 0.1, 0.4]])
     assert frechet_predict(thirds, star).tolist() == [0, 0]
     line = torch.tensor([[0.0, 1.0, 2.0, 3.0], [3.0, 2.0, 1.0, 0.0]])  # between the middle two
-    assert frechet_predict(torch.tensor([[0.5, 0.5], [0.1 + 0.2, 0.3]]), line).tolist() == [1, 1]
-    assert frechet_scores(torch.tensor([0.1 + 0.2, 0.3]), line).tolist()[1:3] == [0.0, 0.0]
+    halves = torch.tensor([[0.5, 0.5], [0.3, 0.1 + 0.2]], dtype=torch.float64)  # the last is 0.30000000000000004
+    assert frechet_predict(halves, line).tolist() == [1, 1]
+    assert frechet_scores(halves[1], line).tolist()[1:3] == [0.0, 0.0]
 
 
 def test_close_labels_of_a_large_tree_are_told_apart_in_any_precision():
@@ -215,6 +217,15 @@ def test_close_labels_of_a_large_tree_are_told_apart_in_any_precision():
         assert frechet_scores(p, distances).to(dtype).argmax().item() == 599
     bytes_each = distances.to(torch.int16)
     assert torch.equal(expected_distances(p, bytes_each, chunk=7), expected)
+
+
+def test_on_a_device_without_float64_autocast_is_kept_out(monkeypatch):
+    monkeypatch.setattr(core, "_working_dtype", lambda tensor: torch.float32)
+    distances, p = tree_distances([(k, k + 1) for k in range(300)]), torch.full((301,), 1 / 301)
+    expected = expected_distances(p, distances)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(expected_distances(p, distances), expected)
+    assert expected.dtype is torch.float32
 
 
 def test_scores_are_logits_with_the_gradient_of_the_expected_distance():
@@ -294,6 +305,7 @@ def test_in_a_complete_graph_only_the_classes_themselves_can_be_predicted():
     assert not is_complete(torch.ones(2, 2))
     assert not is_complete(complete[:3])
     assert is_complete(torch.zeros(1, 1))
+    assert pairwise_locus(complete, [3]).tolist() == [False, False, False, True, False]
 
 
 def test_two_classes_reach_a_part_of_what_three_reach_in_other_spaces():
@@ -562,10 +574,11 @@ def test_other_probabilities(kind):
 def test_without_distances_those_of_the_weights_present_when_an_evaluation_starts():
     model, trainer = Seen(), make_trainer(callbacks=[Loki(LAST)], max_epochs=2)
     trainer.fit(model, make_loader(), make_loader())
-    for entry, got in (("validate", model.outputs["validate"][-4:]), ("test", model.outputs["test"])):
-        if entry == "test":
+    for entry in ("validate", "test", "predict"):
+        if entry != "validate":
             model.net[3].weight.data.mul_(2.0)
-            trainer.test(model, make_loader(), verbose=False)
+            getattr(trainer, entry)(model, make_loader())
+        got = model.outputs[entry][-4:]
         weight = model.net[3].weight.detach().double()
         distances = torch.tensor([[(a - b).norm().item() for b in weight] for a in weight])
         expected = scores_by_hand(logits_of(model), distances)
@@ -704,6 +717,13 @@ class Probabilities(Seen):
 def test_setups_that_cannot_work_are_refused_in_the_first_step(loki, model, words):
     with pytest.raises(MisconfigurationException, match=words):
         run("test", loki, model())
+
+
+def test_another_network_is_looked_at_anew():
+    loki = Loki(LAST, SMALL, modes=["train"])
+    fit(Classifier(), loki)
+    with pytest.raises(MisconfigurationException, match=r"'net\.3' returned 4 columns"):
+        make_trainer(callbacks=[loki], num_sanity_val_steps=0).fit(Seen(width=4), make_loader(), make_loader())
 
 
 def test_a_layer_that_returns_no_tensor_is_refused():
