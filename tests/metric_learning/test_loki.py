@@ -723,7 +723,9 @@ def test_another_network_is_looked_at_anew():
     loki = Loki(LAST, SMALL, modes=["train"])
     fit(Classifier(), loki)
     with pytest.raises(MisconfigurationException, match=r"'net\.3' returned 4 columns"):
-        make_trainer(callbacks=[loki], num_sanity_val_steps=0).fit(Seen(width=4), make_loader(), make_loader())
+        make_trainer(callbacks=[loki], num_sanity_val_steps=0, max_epochs=1).fit(
+            Seen(width=4), make_loader(), make_loader()
+        )
 
 
 def test_a_layer_that_returns_no_tensor_is_refused():

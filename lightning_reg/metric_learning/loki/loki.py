@@ -46,7 +46,9 @@ class Loki(LayerTechnique):
     Use it where errors are counted by distance (:class:`MeanSquaredDistance`), or where most labels have no training
     samples. Leave it where the exact label alone counts: accuracy usually falls a little, because mass on two siblings
     gives what lies between them. Probabilities must mean something: an over-confident network gives back ``argmax``;
-    raise ``temperature`` on validation data. Logged: ``validate_moved`` and ``test_moved``, the share of predictions
+    raise ``temperature`` on validation data. On steps of a scale of which a third had training samples the squared
+    distance fell from 13.9 to 7.8; on CIFAR-10 in a tree, with all classes known or six of ten, no effect was shown
+    (``benchmarks/effects/loki.py``). Logged: ``validate_moved`` and ``test_moved``, the share of predictions
     that are no longer the most probable class.
 
     Source:
