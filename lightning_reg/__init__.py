@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from lightning_reg.engine.technique import WeightMapTechnique as WeightMapTechnique
     from lightning_reg.engine.technique import WeightTechnique as WeightTechnique
     from lightning_reg.metric_learning.conr.conr import ConR as ConR
+    from lightning_reg.metric_learning.loki.loki import Loki as Loki
+    from lightning_reg.metric_learning.loki.metrics import MeanSquaredDistance as MeanSquaredDistance
     from lightning_reg.noisy_labels.elr.elr import ELRCallback as ELRCallback
     from lightning_reg.noisy_labels.elr_plus.elr_plus import ELRPlusCallback as ELRPlusCallback
     from lightning_reg.noisy_labels.label_errors import LabelErrors as LabelErrors
@@ -76,6 +78,8 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "WeightMapTechnique": "lightning_reg.engine.technique",
         "WeightTechnique": "lightning_reg.engine.technique",
         "ConR": "lightning_reg.metric_learning.conr.conr",
+        "Loki": "lightning_reg.metric_learning.loki.loki",
+        "MeanSquaredDistance": "lightning_reg.metric_learning.loki.metrics",
         "ELRCallback": "lightning_reg.noisy_labels.elr.elr",
         "ELRPlusCallback": "lightning_reg.noisy_labels.elr_plus.elr_plus",
         "LabelErrors": "lightning_reg.noisy_labels.label_errors",

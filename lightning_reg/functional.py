@@ -44,6 +44,16 @@ if TYPE_CHECKING:
     from lightning_reg.metric_learning.conr.core import inverse_density_weights as inverse_density_weights
     from lightning_reg.metric_learning.conr.core import label_distance as label_distance
     from lightning_reg.metric_learning.conr.core import pair_masks as pair_masks
+    from lightning_reg.metric_learning.loki.core import embedding_distances as embedding_distances
+    from lightning_reg.metric_learning.loki.core import expected_distances as expected_distances
+    from lightning_reg.metric_learning.loki.core import frechet_predict as frechet_predict
+    from lightning_reg.metric_learning.loki.core import frechet_scores as frechet_scores
+    from lightning_reg.metric_learning.loki.core import is_complete as is_complete
+    from lightning_reg.metric_learning.loki.core import pairwise_locus as pairwise_locus
+    from lightning_reg.metric_learning.loki.trees import next_class as next_class
+    from lightning_reg.metric_learning.loki.trees import tree_cover as tree_cover
+    from lightning_reg.metric_learning.loki.trees import tree_distances as tree_distances
+    from lightning_reg.metric_learning.loki.trees import tree_locus as tree_locus
     from lightning_reg.noisy_labels.elr.core import elr_loss as elr_loss
     from lightning_reg.noisy_labels.elr.core import elr_regularizer as elr_regularizer
     from lightning_reg.noisy_labels.elr.core import elr_targets as elr_targets
@@ -117,6 +127,16 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "inverse_density_weights": "lightning_reg.metric_learning.conr.core",
         "label_distance": "lightning_reg.metric_learning.conr.core",
         "pair_masks": "lightning_reg.metric_learning.conr.core",
+        "embedding_distances": "lightning_reg.metric_learning.loki.core",
+        "expected_distances": "lightning_reg.metric_learning.loki.core",
+        "frechet_predict": "lightning_reg.metric_learning.loki.core",
+        "frechet_scores": "lightning_reg.metric_learning.loki.core",
+        "is_complete": "lightning_reg.metric_learning.loki.core",
+        "pairwise_locus": "lightning_reg.metric_learning.loki.core",
+        "next_class": "lightning_reg.metric_learning.loki.trees",
+        "tree_cover": "lightning_reg.metric_learning.loki.trees",
+        "tree_distances": "lightning_reg.metric_learning.loki.trees",
+        "tree_locus": "lightning_reg.metric_learning.loki.trees",
         "elr_loss": "lightning_reg.noisy_labels.elr.core",
         "elr_regularizer": "lightning_reg.noisy_labels.elr.core",
         "elr_targets": "lightning_reg.noisy_labels.elr.core",

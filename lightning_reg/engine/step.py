@@ -241,6 +241,18 @@ class EvaluationStep(Step):
         super().__init__(trainer, module, arguments[0] if arguments else None, {}, False, arguments[1:])
         self.stage = stage
 
+    @cached_property
+    @override
+    def is_logging(self) -> bool:
+        """Whether Lightning takes scalars there: in validation and test, of every batch."""
+        return self.stage != "predict"
+
+    @override
+    def log(self, technique: "Owner", name: str, value: Tensor) -> None:
+        """Logs a scalar, whose mean over the samples stands behind ``reg/<key>/<stage>_``."""
+        if self.is_logging:
+            super().log(technique, f"{self.stage}_{name}", value)
+
     @property
     @override
     def stream(self) -> str:

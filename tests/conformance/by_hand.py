@@ -17,7 +17,17 @@ from torch.func import functional_call
 
 from tests.conformance.problems import BATCH, SIZE, Part, Problem, seeded
 
-__all__ = ["EPOCHS", "LEARNING_RATE", "MOMENTUM", "Hand", "Loop", "Moment", "View", "train_by_hand"]
+__all__ = [
+    "EPOCHS",
+    "LEARNING_RATE",
+    "MOMENTUM",
+    "Hand",
+    "Loop",
+    "Moment",
+    "View",
+    "evaluate_by_hand",
+    "train_by_hand",
+]
 
 EPOCHS, LEARNING_RATE, MOMENTUM = 2, 0.05, 0.9  # those of the harness
 
@@ -110,6 +120,10 @@ class Hand:
 
     def edit(self, name: str, rows: Tensor, moment: Moment, copy: int) -> Tensor:
         """Output of a layer in one of the copies."""
+        return rows
+
+    def edit_evaluation(self, name: str, rows: Tensor) -> Tensor:
+        """Output of a layer in evaluation."""
         return rows
 
     def change_targets(self, y: Tensor) -> Tensor | None:
@@ -347,3 +361,21 @@ def train_by_hand(problem: Problem, hands: Sequence[Hand], random: Sequence[Tens
         loop = Loop(problem, hands, random)
         loop.train()
     return loop.result()
+
+
+def evaluate_by_hand(problem: Problem, weights: dict[str, Tensor], hand: Hand | None = None) -> float:
+    """The loss of all samples, as a validation after a fit of the harness logs it.
+
+    Args:
+        problem: What was trained on what.
+        weights: By the module's names.
+        hand: A technique's part, if it acts in evaluation.
+
+    Returns:
+        The loss.
+
+    """
+    loop = Loop(problem, [])
+    edit = (lambda _, rows: rows) if hand is None else hand.edit_evaluation
+    with torch.no_grad():
+        return float(problem.loss(loop.run(weights, loop.x, edit)[0], loop.y))

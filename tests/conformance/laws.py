@@ -33,13 +33,14 @@ __all__ = ["LAWS", "NEED_TWO_PROCESSES"]
 
 
 def neutral_is_nothing(case: Case) -> None:
-    """The neutral instance trains as the plain run does, to the last bit; the active one does not."""
+    """The neutral instance trains and is validated as the plain run, to the last bit; the active one is not."""
     assert case.neutral is not None, f"{case.cls.__name__}: CASE has no neutral instance."
     plain, neutral, active = (fit(t, case.problem) for t in ([], [case.neutral()], [case.make()]))
     _same("the weights of the plain run and of the neutral instance", plain.weights, neutral.weights)
     _same("the gradients of the plain run and of the neutral instance", plain.gradients, neutral.gradients)
     _same("what the module logs, plain and neutral", _users(plain), _users(neutral))
     changed = difference(plain.weights, active.weights) or active.own_scalars or any(_state(active).values())
+    changed = changed or difference(_users(plain), _users(active))  # of one that acts in evaluation alone
     assert changed, f"{case.cls.__name__}: `make()` changes nothing, so no law would test anything."
 
 

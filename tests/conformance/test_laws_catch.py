@@ -1,12 +1,16 @@
 """Every law fails on techniques that break it in one place, and passes on the sound one."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
+import torch
 
+from lightning_reg.engine.technique import LayerTechnique
 from lightning_reg.noisy_labels.elr.elr import ELRCallback
 from tests.conformance import discovery, test_laws
 from tests.conformance.broken import BROKEN, SOUND
+from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
 from tests.conformance.discovery import MissingCaseError, case_of, technique_classes
 from tests.conformance.harness import difference, fit
@@ -36,6 +40,52 @@ def test_broken(law, case, sentence, pool, monkeypatch):
     monkeypatch.setenv("CONFORMANCE_TOY", "as it was")
     with pytest.raises(AssertionError, match=sentence):
         LAWS[law](case, *pool(law))
+
+
+class Outside(LayerTechnique):
+    """Multiplies the logits of validations."""
+
+    def __init__(self, factor=2.0, **options):
+        super().__init__(**options)
+        self.factor, self.stages = factor, frozenset({"validate"})
+
+    def features_to_edit(self, module):
+        return ["net.head"]
+
+    def is_active(self, step):
+        return self.factor != 1.0
+
+    def edit_features(self, call):
+        call.step.log(self, "rows", torch.ones(()))
+        return self.factor * call.output
+
+
+class OutsideByHand(Hand):
+    def edit_evaluation(self, name, rows):
+        return 2.0 * rows if name == "net.head" else rows
+
+
+def outside(factor=2.0, hand=OutsideByHand):
+    return Case(partial(Outside, factor), neutral=partial(Outside, 1.0), by_hand=hand)
+
+
+@pytest.mark.parametrize("law", ["neutral_is_nothing", "as_by_hand", "order"])
+def test_one_that_acts_in_evaluation_alone_is_sound(law):
+    LAWS[law](outside())
+
+
+@pytest.mark.parametrize(
+    ("law", "case", "sentence"),
+    [
+        ("as_by_hand", outside(3.0), "the validation by hand and that of the fit differ"),
+        ("as_by_hand", outside(1.0, Hand), "trains as one without the technique"),
+        ("neutral_is_nothing", outside(1.0), r"`make\(\)` changes nothing"),
+        ("neutral_is_nothing", replace(outside(), neutral=Outside), "what the module logs, plain and neutral"),
+    ],
+)
+def test_one_that_acts_in_evaluation_alone_is_caught(law, case, sentence):
+    with pytest.raises(AssertionError, match=sentence):
+        LAWS[law](case)
 
 
 @pytest.mark.parametrize("kind", KINDS)

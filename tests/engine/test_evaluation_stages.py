@@ -90,6 +90,10 @@ def test_without_a_fit_each_stage_is_edited_if_it_is_named(entry):
 
 def test_two_of_them_act_in_order_each_in_its_stages():
     class Doubles(Shifts):
+        def __init__(self, *stages):
+            super().__init__(*stages)
+            self.name = "doubles"
+
         def edit_features(self, call):
             return 2.0 * call.output
 
@@ -132,6 +136,44 @@ def test_an_exception_in_a_test_takes_all_of_it_off():
     assert "test_step" not in vars(trainer.strategy)
     assert not any(layer._forward_hooks for layer in model.modules())
     assert len(trainer.callbacks) == len([c for c in trainer.callbacks if type(c).__name__ != "AroundEvaluation"])
+
+
+class Counts(Shifts):
+    """Logs the size of each batch that it edits."""
+
+    def edit_features(self, call):
+        call.step.log(self, "rows", torch.tensor(float(len(call.output))))
+        return super().edit_features(call)
+
+
+@pytest.mark.parametrize("entry", ["validate", "test"])
+def test_what_is_logged_in_evaluation_is_the_mean_over_its_samples(entry):
+    _, trainer = run(Counts(entry), entry=entry)
+    x, _ = make_tensors()
+    sizes = [len(batch[0]) for batch in make_loader()]
+    mean = sum(size * size for size in sizes) / len(x)
+    assert {name: value.item() for name, value in trainer.callback_metrics.items()} == {
+        f"{Counts().log_key}/{entry}_rows": pytest.approx(mean)
+    }
+
+
+def test_a_prediction_has_no_log_and_a_fit_logs_its_validation_apart():
+    run(Counts("predict"), entry="predict")
+    _, trainer = run(Counts("train", "validate"))
+    logged = {name for name in trainer.callback_metrics if name.endswith("rows")}
+    assert logged == {f"{Counts().log_key}/rows", f"{Counts().log_key}/validate_rows"}
+
+
+def test_two_that_cannot_stand_together_are_refused_without_a_fit_as_well():
+    class Alone(Shifts):
+        def conflict_with(self, other):
+            return "one is enough."
+
+    one, two = Alone("test"), Shifts("test")
+    one.name = "one"
+    trainer = make_trainer(callbacks=[one, two])
+    with pytest.raises(MisconfigurationException, match=r"^Alone and Shifts cannot stand together: one is enough"):
+        trainer.test(Seen(), make_loader(), verbose=False)
 
 
 @pytest.mark.parametrize(("stage", "entry"), [("train", "fit"), ("test", "test")])

@@ -12,7 +12,7 @@ from lightning_reg.engine.run.phases import Member, phases_of
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["check_composition", "conflict_between"]
+__all__ = ["check_composition", "check_pairs", "conflict_between"]
 
 # Phases that look at single samples, and those in which the work of a second technique would undo that of the first.
 _OF_SAMPLES = frozenset({"change_targets", "change_losses", "step_term"})
@@ -31,10 +31,7 @@ def check_composition(techniques: Sequence[Member], trainer: "Trainer", module: 
         MisconfigurationException: Naming the two techniques, or the technique and the setup, and what to do instead.
 
     """
-    for one, two in combinations(techniques, 2):
-        sentence = conflict_between(one, two)
-        if sentence is not None:
-            raise MisconfigurationException(f"{type(one).__name__} and {type(two).__name__} {sentence}")
+    check_pairs(techniques)
     fetches_itself = "dataloader_iter" in inspect.signature(module.training_step).parameters
     for technique in techniques:
         if fetches_itself:
@@ -42,6 +39,22 @@ def check_composition(techniques: Sequence[Member], trainer: "Trainer", module: 
         if not module.automatic_optimization:
             _check_manual(technique, module)
         technique.check(trainer, module)
+
+
+def check_pairs(techniques: Sequence[Member]) -> None:
+    """Refuses two techniques that cannot stand in one Trainer.
+
+    Args:
+        techniques: In the order of the Trainer's callbacks.
+
+    Raises:
+        MisconfigurationException: Naming the two, and what to do instead.
+
+    """
+    for one, two in combinations(techniques, 2):
+        sentence = conflict_between(one, two)
+        if sentence is not None:
+            raise MisconfigurationException(f"{type(one).__name__} and {type(two).__name__} {sentence}")
 
 
 def conflict_between(one: Member, two: Member) -> str | None:

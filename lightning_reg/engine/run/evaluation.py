@@ -8,6 +8,8 @@ from typing_extensions import override
 
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.layers.edits import LayerEdit, LayerEdits
+from lightning_reg.engine.run import report
+from lightning_reg.engine.run.composition import check_pairs
 from lightning_reg.engine.run.phases import Member, OnLayers, taking_part
 from lightning_reg.engine.step import EvaluationStep, Stage
 
@@ -43,10 +45,16 @@ class AroundEvaluation(host.Callback):
 
     @classmethod
     def attach(cls, trainer: "Trainer", module: "LightningModule", techniques: Sequence[Member]) -> None:
-        """Attaches it if a technique acts outside training, unless it is there."""
+        """Attaches it if a technique acts outside training, unless it is there.
+
+        Raises:
+            MisconfigurationException: If two of them cannot stand together.
+
+        """
         acting = [technique for technique in taking_part(techniques, OnLayers) if technique.stages - {"train"}]
         callbacks = host.callbacks(trainer)
         if acting and not any(isinstance(callback, cls) for callback in callbacks):
+            check_pairs(acting)
             host.set_callbacks(trainer, [cls(trainer, module, acting), *callbacks])
 
     def _run(self, trainer: "Trainer", original: Callable[..., Any], stage: Stage, *args: Any, **kwargs: Any) -> Any:
@@ -63,6 +71,8 @@ class AroundEvaluation(host.Callback):
         finally:
             self._edits.shut()
         self._edits.check(step)
+        if step.scalars:
+            report.log_scalars(self._module, step.scalars, sum(step.batch_sizes), by_epoch=True)
         return output
 
     @override

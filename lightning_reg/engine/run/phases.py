@@ -258,8 +258,9 @@ class OnLayers(Member):
     """The phase on the outputs of named layers."""
 
     # In which steps outputs are changed. In evaluation they are without gradient as a rule, and there is no fit if the
-    # user calls `trainer.test` alone: what the technique needs then it has in its arguments or its state.
-    stages: ClassVar[frozenset[Stage]] = frozenset({"train"})
+    # user calls `trainer.test` alone: what the technique needs then it has in its arguments or its state. Instances
+    # may have their own, which stay as they are.
+    stages: frozenset[Stage] = frozenset({"train"})
 
     def features_to_edit(self, module: nn.Module) -> "Sequence[str]":
         """Names of the layers whose outputs :meth:`edit_features` changes, as in ``named_modules()``."""

@@ -95,12 +95,22 @@ def warn_of_missing_states(techniques: Sequence[Member], checkpoint: Mapping[str
         )
 
 
-def log_scalars(module: "LightningModule", values: Mapping[str, Tensor], batch_size: int) -> None:
-    """Hands scalars to the user's loggers through the module's own ``log``, as means over the ranks."""
+def log_scalars(
+    module: "LightningModule", values: Mapping[str, Tensor], batch_size: int, *, by_epoch: bool = False
+) -> None:
+    """Hands scalars to the user's loggers through the module's own ``log``, as means over the ranks.
+
+    Args:
+        module: The user's module.
+        values: Scalars by name.
+        batch_size: Number of samples, which a mean over an epoch weighs by.
+        by_epoch: Whether an epoch's mean is logged, in place of each step's value.
+
+    """
     module.log_dict(
         dict(values),
-        on_step=True,
-        on_epoch=False,
+        on_step=not by_epoch,
+        on_epoch=by_epoch,
         batch_size=batch_size or 1,
         sync_dist=distributed.world_size() > 1,
     )

@@ -1,0 +1,1 @@
+"""Loki: predictions by the least expected squared distance in a metric space of labels."""
