@@ -96,6 +96,14 @@ CASE = (
         make=partial(Loki, "net.head", LINE, modes=ALL),
         neutral=partial(Loki, "net.head", COMPLETE, modes=ALL),
         by_hand=ScoredByHand,
+        says=(
+            "net.head, 4 of 4 labels, power=2, temperature=1; in train, validate, test, predict",
+            "net.head, all labels equally far apart: inactive",
+            "net.head, 4 of 4 labels, power=2, temperature=1; in validate, test, predict",
+            "net.head, distances between rows of its weight, power=2; in validate, test, predict",
+            "net.head, 4 of 6 labels, power=1, temperature=2; in validate, test, predict",
+            "net.head, 4 of 6 labels, power=2, temperature=1; in train, validate, test, predict",
+        ),
         data=PROBLEM,
         also=["images"],
         variants=[
