@@ -43,11 +43,16 @@ def backwards(y):
 
 
 class KeptByHand(Hand):
+    names = ("net.body.bias", "net.body.0.bias", "net.head.bias")
+
+    def latent(self, name, weight):
+        return (weight.relu(), lambda kept: kept) if name in self.names else None  # when the fit starts
+
     def follow(self, loop):
-        for name in ("net.body.bias", "net.body.0.bias", "net.head.bias"):
+        for name in self.names:
             if name in loop.leaves:
                 with torch.no_grad():
-                    loop.leaves[name].copy_(torch.relu(loop.leaves[name]))
+                    loop.leaves[name].copy_(loop.leaves[name].relu())
 
 
 def made(*args, negative=False, **options):
@@ -400,6 +405,7 @@ def by_hand(every=1, epochs=2):
     model = Decayed()
     optimizer = model.configure_optimizers()
     x, y = make_tensors()
+    model.net[0].weight.data[model.net[0].weight < 0] = 0.0
     for _ in range(epochs):
         batches = list(zip(x.split(8), y.split(8), strict=True))
         for position, (inputs, labels) in enumerate(batches, 1):

@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from typing_extensions import override
 
 from lightning_reg.engine.host import lightning as host
@@ -29,7 +28,8 @@ class NonNegative(GradientTechnique):
 
     It follows real steps alone: once however many batches are accumulated, not where the scaler of half precision skips
     a step, and before anybody else looks at the weights (averages, checkpoints, validation). So input-convex and
-    monotone networks stay so. Weights that are negative when the training begins are put up by its first step.
+    monotone networks stay so. It projects once when the fit starts, too, so that the first step is one of such a
+    network already.
 
     Leave these weights out of weight decay: it pulls them to the bound, where depth is lost. Under ``fully_shard`` each
     process projects its own part.
@@ -39,7 +39,7 @@ class NonNegative(GradientTechnique):
         2310.14344; ``wclip`` of the released code.
 
     Differs:
-        Nothing; the bound can be another one.
+        It projects at the start as well; the bound can be another one.
 
     Args:
         params: Patterns of parameter names as in ``named_parameters()``, each of which must match: those of a
@@ -84,13 +84,15 @@ class NonNegative(GradientTechnique):
                     " step. Take it out of one of them."
                 )
 
+        self._project_(pl_module)
+
+    def _project_(self, module: "LightningModule") -> None:
+        here = [shards.local(module.get_parameter(name)) for name in self._names]  # without gradient
+        torch._foreach_clamp_min_(here, self.minimum)
+
     @override
     def after_step(self, module: "LightningModule", optimizer: "Optimizer") -> None:
-        torch._foreach_clamp_min_(self._here(module), self.minimum)
-
-    def _here(self, module: "LightningModule") -> list[Tensor]:
-        """Of the chosen weights what lies in this process."""
-        return [shards.local(module.get_parameter(name)) for name in self._names]
+        self._project_(module)
 
     @override
     def on_train_batch_end(
