@@ -1,11 +1,11 @@
 """Laplace numbers with Gaussian noise: does proximal matching learn the soft threshold, and its prior |x|?
 
 Clean numbers of Laplace(0, 1), noise of standard deviation 1, drawn anew for each batch of 500. The proximal operator
-of the prior is the soft threshold at 1, the MAP estimate; the mean is another function. A LPN of 2 x 32 units, Adam:
-800 steps on the mean squared error, or 800 on the mean absolute one, or these and then 1,200 of proximal matching in
-three stages of widths 0.5, 0.25 and 0.125, weights kept at zero or above; "without projection" without the callback.
-Root mean squared distance to the soft threshold on [-3, 3]; f(1), which is 0 for the threshold; and how far the
-learned regularizer, zero at 0, is from |x| on [-2, 2], root mean square.
+of the prior is the soft threshold at 1, the MAP estimate; the mean is another function. A LPN of 2 x 32 units, Adam,
+1,250 steps at 1e-2, 3e-3 and 1e-3: on the mean absolute error, on the mean squared one, or 500 on the mean absolute
+one and then proximal matching in three stages of widths 0.5, 0.25 and 0.125. Weights are kept at zero or above by
+NonNegative, in the last arm by nobody. Root mean squared distance to the soft threshold on [-3, 3]; f(1), which is 0
+for the threshold; and how far the learned regularizer, zero at 0, is from |x| on [-2, 2], root mean square.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_reg import LPN, NonNegative, ProximalMatchingLoss
 from lightning_reg.functional import learned_regularizer
 
-FIRST, SECOND, BATCH = 800, 1_200, 500
+FIRST, SECOND, BATCH = 500, 750, 500
 PROJECTION = ["net.inner.*", "net.last.*"]
 MATCHING = {"gamma_min": 0.125, "stages": 3, "steps": FIRST + SECOND, "pretrain_steps": FIRST, "elementwise": True}
 
@@ -76,20 +76,19 @@ def figures(network: LPN) -> dict[str, float]:
 
 
 def run(seeds: Sequence[int]) -> list[Arm]:
-    arms: dict[str, tuple[Any, int, bool]] = {
-        "mean absolute error": (magnitudes, FIRST, True),
-        "mean squared error": (squares, FIRST, True),
-        "mean absolute error, as long": (magnitudes, FIRST + SECOND, True),
-        "proximal matching": (ProximalMatchingLoss(**MATCHING), FIRST + SECOND, True),
-        "without projection": (ProximalMatchingLoss(**MATCHING), FIRST + SECOND, False),
+    arms: dict[str, tuple[Any, bool]] = {
+        "mean absolute error": (magnitudes, True),
+        "mean squared error": (squares, True),
+        "proximal matching": (ProximalMatchingLoss(**MATCHING), True),
+        "matching, no projection": (ProximalMatchingLoss(**MATCHING), False),
     }
     results = [Arm(name) for name in arms]
     for seed in seeds:
         for arm in results:
-            loss, steps, projected = arms[arm.name]
+            loss, projected = arms[arm.name]
             torch.manual_seed(seed)
             module = Denoiser(loss)
             loader = DataLoader(Pairs(seed), batch_size=None)
-            fit(module, [NonNegative(PROJECTION)] if projected else [], loader, max_steps=steps, max_epochs=1)
+            fit(module, [NonNegative(PROJECTION)] if projected else [], loader, max_epochs=1)
             arm.add(**figures(module.net))
     return results
