@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_reg import LPN, NonNegative, ProximalMatchingLoss, WeightCompander
 from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.host.names import matches
 from lightning_reg.functional import (
     inverse_prox,
     largest_eigenvalues,
@@ -42,17 +43,20 @@ def backwards(y):
     return y @ MATRIX.to(y)
 
 
-class KeptByHand(Hand):
-    names = ("net.body.bias", "net.body.0.bias", "net.head.bias")
+def kept(name=None, **options):
+    """Two in one Trainer keep different weights: a second projection of the same would change nothing."""
+    return NonNegative(**{"params": BIASES[:1] if name == "two" else BIASES[1:], "name": name, **options})
 
+
+class KeptByHand(Hand):
     def latent(self, name, weight):
-        return (weight.relu(), lambda kept: kept) if name in self.names else None  # when the fit starts
+        return (weight.relu(), lambda here: here) if matches(name, self.technique.params) else None  # at the start
 
     def follow(self, loop):
-        for name in self.names:
-            if name in loop.leaves:
-                with torch.no_grad():
-                    loop.leaves[name].copy_(loop.leaves[name].relu())
+        with torch.no_grad():
+            for name, leaf in loop.leaves.items():
+                if matches(name, self.technique.params):
+                    leaf.copy_(leaf.relu())
 
 
 def made(*args, negative=False, **options):
@@ -72,8 +76,8 @@ def steep():
 
 CASE = (
     Case(
-        make=partial(NonNegative, BIASES),
-        neutral=partial(NonNegative, BIASES, minimum=-100.0),
+        make=kept,
+        neutral=partial(kept, minimum=-100.0),
         by_hand=KeptByHand,
         also=["regression", "images"],
         variants=[partial(NonNegative, "net.*.weight", minimum=-0.05)],
