@@ -43,6 +43,11 @@ if TYPE_CHECKING:
     from lightning_reg.noisy_labels.elr.elr import ELRCallback as ELRCallback
     from lightning_reg.noisy_labels.elr_plus.elr_plus import ELRPlusCallback as ELRPlusCallback
     from lightning_reg.noisy_labels.label_errors import LabelErrors as LabelErrors
+    from lightning_reg.proximal.learned_proximal.lpn import LPN as LPN
+    from lightning_reg.proximal.learned_proximal.non_negative import NonNegative as NonNegative
+    from lightning_reg.proximal.learned_proximal.proximal_matching_loss import (
+        ProximalMatchingLoss as ProximalMatchingLoss,
+    )
     from lightning_reg.regularization.weight_compander.core import Compander as Compander
     from lightning_reg.regularization.weight_compander.core import Companding as Companding
     from lightning_reg.regularization.weight_compander.weight_compander import WeightCompander as WeightCompander
@@ -83,6 +88,9 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "ELRCallback": "lightning_reg.noisy_labels.elr.elr",
         "ELRPlusCallback": "lightning_reg.noisy_labels.elr_plus.elr_plus",
         "LabelErrors": "lightning_reg.noisy_labels.label_errors",
+        "LPN": "lightning_reg.proximal.learned_proximal.lpn",
+        "NonNegative": "lightning_reg.proximal.learned_proximal.non_negative",
+        "ProximalMatchingLoss": "lightning_reg.proximal.learned_proximal.proximal_matching_loss",
         "Compander": "lightning_reg.regularization.weight_compander.core",
         "Companding": "lightning_reg.regularization.weight_compander.core",
         "WeightCompander": "lightning_reg.regularization.weight_compander.weight_compander",

@@ -63,6 +63,13 @@ if TYPE_CHECKING:
     from lightning_reg.noisy_labels.elr_plus.core import elr_plus_targets as elr_plus_targets
     from lightning_reg.noisy_labels.elr_plus.core import refine_labels as refine_labels
     from lightning_reg.noisy_labels.elr_plus.core import sigmoid_rampup as sigmoid_rampup
+    from lightning_reg.proximal.learned_proximal.core import largest_eigenvalues as largest_eigenvalues
+    from lightning_reg.proximal.learned_proximal.core import proximal_matching_gamma as proximal_matching_gamma
+    from lightning_reg.proximal.learned_proximal.core import proximal_matching_loss as proximal_matching_loss
+    from lightning_reg.proximal.learned_proximal.inversion import inverse_prox as inverse_prox
+    from lightning_reg.proximal.learned_proximal.inversion import learned_regularizer as learned_regularizer
+    from lightning_reg.proximal.learned_proximal.plug_and_play import pgd as pgd
+    from lightning_reg.proximal.learned_proximal.plug_and_play import pnp_admm as pnp_admm
     from lightning_reg.regularization.weight_compander.core import Compander as Compander
     from lightning_reg.regularization.weight_compander.core import Companding as Companding
     from lightning_reg.regularization.weight_compander.core import bake_companders as bake_companders
@@ -146,6 +153,13 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "elr_plus_targets": "lightning_reg.noisy_labels.elr_plus.core",
         "refine_labels": "lightning_reg.noisy_labels.elr_plus.core",
         "sigmoid_rampup": "lightning_reg.noisy_labels.elr_plus.core",
+        "largest_eigenvalues": "lightning_reg.proximal.learned_proximal.core",
+        "proximal_matching_gamma": "lightning_reg.proximal.learned_proximal.core",
+        "proximal_matching_loss": "lightning_reg.proximal.learned_proximal.core",
+        "inverse_prox": "lightning_reg.proximal.learned_proximal.inversion",
+        "learned_regularizer": "lightning_reg.proximal.learned_proximal.inversion",
+        "pgd": "lightning_reg.proximal.learned_proximal.plug_and_play",
+        "pnp_admm": "lightning_reg.proximal.learned_proximal.plug_and_play",
         "Compander": "lightning_reg.regularization.weight_compander.core",
         "Companding": "lightning_reg.regularization.weight_compander.core",
         "bake_companders": "lightning_reg.regularization.weight_compander.core",
