@@ -241,7 +241,13 @@ class _SafetensorsFile(CheckpointFile):
 
     @override
     def fault(self, key: str) -> str:
-        return "" if self._known[key].get_dtype() in _DTYPES else fault_of(self._file.get_tensor(key))
+        dtype = self._known[key].get_dtype()
+        if dtype in _DTYPES:
+            return ""
+        try:
+            return fault_of(self._file.get_tensor(key))
+        except AttributeError:  # safetensors asks torch for a type that an older one has not
+            return f"is quantised or of another type that this version of torch does not know ({dtype}, float4 say)"
 
     @override
     def read(self, key: str, start: int, buffer: Tensor) -> Tensor:

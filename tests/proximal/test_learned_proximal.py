@@ -79,6 +79,7 @@ CASE = (
         make=kept,
         neutral=partial(kept, minimum=-100.0),
         by_hand=KeptByHand,
+        says=("['net.head.bias'] at least 0", "['net.head.bias'] at least -100", "net.*.weight at least -0.05"),
         also=["regression", "images"],
         variants=[partial(NonNegative, "net.*.weight", minimum=-0.05)],
         invalid=[({"minimum": math.inf}, "minimum")],

@@ -463,6 +463,7 @@ def schedule(kind, optimizer):
     }[kind]()
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter in")  # of torch's own SequentialLR, up to 2.7
 @pytest.mark.parametrize("kind", ["step", "lambdas", "one cycle", "cosine", "plateau", "sequence"])
 def test_schedules_are_followed_and_never_meet_the_group(kind):
     def configure(module):

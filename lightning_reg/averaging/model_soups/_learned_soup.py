@@ -104,7 +104,7 @@ class LearnedSoup(nn.Module):
     @override
     def forward(self, *args: object, **kwargs: object) -> Tensor:
         """The module's output under the mixed parameters, times ``beta``; arguments go to the module."""
-        output: Tensor = functional_call(self._module[0], self._mixed() | self._rest_of_soup(), args, kwargs)
+        output: Tensor = functional_call(self._module[0], {**self._mixed(), **self._rest_of_soup()}, args, kwargs)
         return self.beta * output
 
     def fit(
