@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from lightning_reg.engine.technique import WeightMapTechnique as WeightMapTechnique
     from lightning_reg.engine.technique import WeightTechnique as WeightTechnique
     from lightning_reg.metric_learning.conr.conr import ConR as ConR
+    from lightning_reg.metric_learning.tcm_loss.opis import Consistency as Consistency
+    from lightning_reg.metric_learning.tcm_loss.opis import OPIS as OPIS
+    from lightning_reg.metric_learning.tcm_loss.tcm_loss import TCM as TCM
     from lightning_reg.noisy_labels.elr.elr import ELRCallback as ELRCallback
     from lightning_reg.noisy_labels.elr_plus.elr_plus import ELRPlusCallback as ELRPlusCallback
     from lightning_reg.noisy_labels.label_errors import LabelErrors as LabelErrors
@@ -74,6 +77,9 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "WeightMapTechnique": "lightning_reg.engine.technique",
         "WeightTechnique": "lightning_reg.engine.technique",
         "ConR": "lightning_reg.metric_learning.conr.conr",
+        "Consistency": "lightning_reg.metric_learning.tcm_loss.opis",
+        "OPIS": "lightning_reg.metric_learning.tcm_loss.opis",
+        "TCM": "lightning_reg.metric_learning.tcm_loss.tcm_loss",
         "ELRCallback": "lightning_reg.noisy_labels.elr.elr",
         "ELRPlusCallback": "lightning_reg.noisy_labels.elr_plus.elr_plus",
         "LabelErrors": "lightning_reg.noisy_labels.label_errors",
