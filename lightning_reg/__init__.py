@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from lightning_reg.engine.technique import WeightMapTechnique as WeightMapTechnique
     from lightning_reg.engine.technique import WeightTechnique as WeightTechnique
     from lightning_reg.metric_learning.conr.conr import ConR as ConR
-    from lightning_reg.metric_learning.tcm_loss.opis import Consistency as Consistency
+    from lightning_reg.metric_learning.tcm_loss.core import Consistency as Consistency
     from lightning_reg.metric_learning.tcm_loss.opis import OPIS as OPIS
     from lightning_reg.metric_learning.tcm_loss.tcm_loss import TCM as TCM
     from lightning_reg.noisy_labels.elr.elr import ELRCallback as ELRCallback
@@ -77,7 +77,7 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "WeightMapTechnique": "lightning_reg.engine.technique",
         "WeightTechnique": "lightning_reg.engine.technique",
         "ConR": "lightning_reg.metric_learning.conr.conr",
-        "Consistency": "lightning_reg.metric_learning.tcm_loss.opis",
+        "Consistency": "lightning_reg.metric_learning.tcm_loss.core",
         "OPIS": "lightning_reg.metric_learning.tcm_loss.opis",
         "TCM": "lightning_reg.metric_learning.tcm_loss.tcm_loss",
         "ELRCallback": "lightning_reg.noisy_labels.elr.elr",

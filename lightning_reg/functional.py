@@ -43,8 +43,9 @@ if TYPE_CHECKING:
     from lightning_reg.metric_learning.conr.core import inverse_density_weights as inverse_density_weights
     from lightning_reg.metric_learning.conr.core import label_distance as label_distance
     from lightning_reg.metric_learning.conr.core import pair_masks as pair_masks
+    from lightning_reg.metric_learning.tcm_loss.core import Consistency as Consistency
+    from lightning_reg.metric_learning.tcm_loss.core import opis as opis
     from lightning_reg.metric_learning.tcm_loss.core import tcm_loss as tcm_loss
-    from lightning_reg.metric_learning.tcm_loss.opis import opis as opis
     from lightning_reg.noisy_labels.elr.core import elr_loss as elr_loss
     from lightning_reg.noisy_labels.elr.core import elr_regularizer as elr_regularizer
     from lightning_reg.noisy_labels.elr.core import elr_targets as elr_targets
@@ -116,8 +117,9 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "inverse_density_weights": "lightning_reg.metric_learning.conr.core",
         "label_distance": "lightning_reg.metric_learning.conr.core",
         "pair_masks": "lightning_reg.metric_learning.conr.core",
+        "Consistency": "lightning_reg.metric_learning.tcm_loss.core",
+        "opis": "lightning_reg.metric_learning.tcm_loss.core",
         "tcm_loss": "lightning_reg.metric_learning.tcm_loss.core",
-        "opis": "lightning_reg.metric_learning.tcm_loss.opis",
         "elr_loss": "lightning_reg.noisy_labels.elr.core",
         "elr_regularizer": "lightning_reg.noisy_labels.elr.core",
         "elr_targets": "lightning_reg.noisy_labels.elr.core",

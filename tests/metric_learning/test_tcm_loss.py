@@ -86,8 +86,12 @@ def inconsistency(batches, low=0.01, high=0.1, count=101, c=1.0, least=2):
     }
 
 
+def labelled(size):
+    x = torch.randn(size, 8)
+    return x, (x[:, :4] + torch.randn(size, 4)).argmax(1)
+
+
 SMALL = {"layer": "net.body", "margin_plus": 0.8, "margin_minus": -0.1, "lambda_plus": 2.0}
-VECTORS = KINDS["classification"]
 BATCHES = [dict(zip(("embeddings", "labels"), clusters(seed, 24, 4), strict=True)) for seed in range(4)]
 CASE = (
     Case(
@@ -95,7 +99,7 @@ CASE = (
         neutral=partial(TCM, "net.body", lambda_plus=0.0, lambda_minus=0.0),
         by_hand=MarginsByHand,
         # A problem of its own: where there are several losses, the batch's entry is no class number.
-        data=Problem(VECTORS.net, VECTORS.data, VECTORS.loss, serves=["classification"]),
+        data=Problem(KINDS["classification"].net, labelled, F.cross_entropy, serves=["classification"]),
         also=["images"],
         variants=[
             partial(TCM, "net.head", 0.95, 0.3, label_key="1", gather=False, start_step=3),

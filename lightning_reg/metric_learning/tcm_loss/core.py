@@ -1,5 +1,6 @@
-"""The two hinges of the threshold-consistent margin, as means over the pairs that violate them."""
+"""Threshold-consistent margins over the pairs that violate them, and the inconsistency of classes under a threshold."""
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -7,11 +8,12 @@ from torch import Tensor
 
 from lightning_reg.engine.host.distributed import all_gather_rows, all_reduce_sum, world_size
 from lightning_reg.metric_learning._unit_rows import unit_rows
+from lightning_reg.metric_learning.tcm_loss._pairs import Rows, accepted, first_pass, negatives_at
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["tcm_loss"]
+__all__ = ["Consistency", "opis", "tcm_loss"]
 
 
 def tcm_loss(
@@ -121,3 +123,96 @@ def _all_rows(
     own = torch.arange(len(z), device=z.device)[:, None] + first
     others = own != torch.arange(len(keys), device=z.device)
     return keys, key_labels, others if real is None else others & real
+
+
+class Consistency(NamedTuple):
+    """What :func:`opis` has found.
+
+    Attributes:
+        opis: The inconsistency, ``()`` float64.
+        recall_at_1: Share of rows whose most similar other row is of their class, ``()``.
+        thresholds: Distances ``(K,)``, float64.
+        utilities: Utility of each class at each threshold, ``(T, K)``, float64.
+        classes: Class numbers of the T classes that count.
+        excluded: Number of classes that do not.
+
+    """
+
+    opis: Tensor
+    recall_at_1: Tensor
+    thresholds: Tensor
+    utilities: Tensor
+    classes: Tensor
+    excluded: int
+
+
+@torch.no_grad()
+def opis(
+    embeddings: Tensor,
+    labels: Tensor,
+    far_low: float = 0.01,
+    far_high: float = 0.1,
+    num_thresholds: int = 101,
+    sensitivity_weight: float = 1.0,
+    min_per_class: int = 2,
+) -> Consistency:
+    """Operating-point inconsistency, with the curve of each class; the formula is that of the metric ``OPIS``.
+
+    Args:
+        embeddings: ``(n, ...)``, flattened and normalised.
+        labels: Class numbers ``(n,)``.
+        far_low: Share of the pairs of two classes that the tightest threshold accepts, in (0, far_high).
+        far_high: Share that the loosest accepts, at most 1.
+        num_thresholds: Thresholds in the range, both ends included.
+        sensitivity_weight: Weight of the sensitivity in the mean (c).
+        min_per_class: Rows that a class must have to count, at least 2.
+
+    Returns:
+        The numbers; NaN where there is no class that counts, or too few pairs for the range.
+
+    Example:
+        >>> angles = torch.tensor([0.0, 0.1, 3.0, 3.1])
+        >>> found = opis(torch.stack([angles.cos(), angles.sin()], 1), torch.tensor([0, 0, 1, 1]), far_low=0.25)
+        >>> found.recall_at_1
+        tensor(1.)
+
+    """
+    with torch.autocast(embeddings.device.type, enabled=False):
+        order = labels.argsort(stable=True)
+        runs = labels[order].unique_consecutive(return_inverse=True, return_counts=True)  # type: ignore[no-untyped-call]  # torch's
+        classes, codes, sizes = runs
+        rows = Rows(unit_rows(embeddings)[order].float(), codes, sizes)
+        enough = sizes >= min_per_class
+        hits, counts = first_pass(rows)
+        recall = hits[enough[codes]].float().mean()
+        low, high = (_distance(rows, counts, far) for far in (far_low, far_high))
+        thresholds = (
+            torch.linspace(0, 1, num_thresholds, dtype=torch.float64, device=rows.z.device) * (high - low) + low
+        )
+        utilities = _utilities(rows, thresholds, sensitivity_weight)[enough]
+        value = (utilities - utilities.mean(0)).square().mean()
+        return Consistency(value, recall, thresholds, utilities, classes[enough], int((~enough).sum()))
+
+
+def _distance(rows: Rows, counts: Tensor, far: float) -> Tensor:
+    """Quantile of the distances of negatives, linear between two of them."""
+    total = int(counts.sum())
+    if far * total < 1:
+        return torch.tensor(math.nan, dtype=torch.float64, device=counts.device)
+    place = far * (total - 1)
+    first = min(math.floor(place), total - 2) if total > 1 else 0
+    ranks = [total - 1 - first, max(total - 2 - first, 0)]  # the smallest distance has the largest cosine
+    near, far_away = (2 - 2 * negatives_at(rows, ranks, counts)).clamp(min=0).sqrt()
+    return torch.lerp(near, far_away, place - first)
+
+
+def _utilities(rows: Rows, thresholds: Tensor, sensitivity_weight: float) -> Tensor:
+    if thresholds.isnan().any():
+        return thresholds.expand(len(rows.sizes), -1)
+    inside, across = accepted(rows, 1 - thresholds.square() / 2)
+    sensitivity = inside.double() / rows.positives[:, None]
+    specificity = 1 - across.double() / rows.negatives[:, None]
+    weight = sensitivity_weight**2
+    total = weight * specificity + sensitivity
+    utilities = (1 + weight) * specificity * sensitivity / total
+    return torch.where(total > 0, utilities, 0.0)  # a class of one row has none: 0 / 0
