@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     from lightning_reg.metric_learning.conr.conr import ConR as ConR
     from lightning_reg.metric_learning.loki.loki import Loki as Loki
     from lightning_reg.metric_learning.loki.metrics import MeanSquaredDistance as MeanSquaredDistance
+    from lightning_reg.metric_learning.tcm_loss.core import Consistency as Consistency
+    from lightning_reg.metric_learning.tcm_loss.opis import OPIS as OPIS
+    from lightning_reg.metric_learning.tcm_loss.tcm_loss import TCM as TCM
     from lightning_reg.noisy_labels.elr.elr import ELRCallback as ELRCallback
     from lightning_reg.noisy_labels.elr_plus.elr_plus import ELRPlusCallback as ELRPlusCallback
     from lightning_reg.noisy_labels.label_errors import LabelErrors as LabelErrors
@@ -85,6 +88,9 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "ConR": "lightning_reg.metric_learning.conr.conr",
         "Loki": "lightning_reg.metric_learning.loki.loki",
         "MeanSquaredDistance": "lightning_reg.metric_learning.loki.metrics",
+        "Consistency": "lightning_reg.metric_learning.tcm_loss.core",
+        "OPIS": "lightning_reg.metric_learning.tcm_loss.opis",
+        "TCM": "lightning_reg.metric_learning.tcm_loss.tcm_loss",
         "ELRCallback": "lightning_reg.noisy_labels.elr.elr",
         "ELRPlusCallback": "lightning_reg.noisy_labels.elr_plus.elr_plus",
         "LabelErrors": "lightning_reg.noisy_labels.label_errors",

@@ -54,6 +54,9 @@ if TYPE_CHECKING:
     from lightning_reg.metric_learning.loki.trees import tree_cover as tree_cover
     from lightning_reg.metric_learning.loki.trees import tree_distances as tree_distances
     from lightning_reg.metric_learning.loki.trees import tree_locus as tree_locus
+    from lightning_reg.metric_learning.tcm_loss.core import Consistency as Consistency
+    from lightning_reg.metric_learning.tcm_loss.core import opis as opis
+    from lightning_reg.metric_learning.tcm_loss.core import tcm_loss as tcm_loss
     from lightning_reg.noisy_labels.elr.core import elr_loss as elr_loss
     from lightning_reg.noisy_labels.elr.core import elr_regularizer as elr_regularizer
     from lightning_reg.noisy_labels.elr.core import elr_targets as elr_targets
@@ -144,6 +147,9 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "tree_cover": "lightning_reg.metric_learning.loki.trees",
         "tree_distances": "lightning_reg.metric_learning.loki.trees",
         "tree_locus": "lightning_reg.metric_learning.loki.trees",
+        "Consistency": "lightning_reg.metric_learning.tcm_loss.core",
+        "opis": "lightning_reg.metric_learning.tcm_loss.core",
+        "tcm_loss": "lightning_reg.metric_learning.tcm_loss.core",
         "elr_loss": "lightning_reg.noisy_labels.elr.core",
         "elr_regularizer": "lightning_reg.noisy_labels.elr.core",
         "elr_targets": "lightning_reg.noisy_labels.elr.core",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_reg.engine.data.numbers import numbers
 from lightning_reg.engine.host.distributed import all_gather_rows, world_size
+from lightning_reg.metric_learning._unit_rows import unit_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -117,7 +118,7 @@ def conr_rows(
 ) -> Rows:
     """The parts of :func:`conr_loss`, row by row; the arguments are the same."""
     with torch.autocast(features.device.type, enabled=False):  # exp(1 / 0.07) is beyond float16
-        z = _unit_rows(features)
+        z = unit_rows(features)
         y, p = (numbers(values).detach().to(z.dtype) for values in (targets, predictions))
         q = z.new_ones(len(z)) if weights is None else weights.detach().reshape(-1).to(z.dtype)
         sent = torch.cat([z, y, p], dim=1)
@@ -154,14 +155,6 @@ def _row_losses(
     logits = torch.where(anchors[:, None], logits, 0.0)
     attraction = torch.where(positive, s, 0.0).sum(1) / positives.clamp(min=1)
     return torch.where(anchors, logits.logsumexp(1) - attraction, 0.0), anchors
-
-
-def _unit_rows(features: Tensor) -> Tensor:
-    flat = features.flatten(1).to(torch.promote_types(features.dtype, torch.float32))
-    norms = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
-    # A row of zeros has no direction: it stays 0 and gets no gradient, where dividing by a floor would give 1e12 of it.
-    there = norms > 1e-12
-    return torch.where(there, flat, 0.0) / torch.where(there, norms, 1.0)
 
 
 def pair_masks(
