@@ -59,7 +59,7 @@ def make_parts(trainer: "Trainer", module: "LightningModule", techniques: Sequen
         parts.append(OwnPart(trainer, module, owning))
     if on_gradients := taking_part(techniques, OnGradients):
         parts.append(GradientPart(trainer, module, on_gradients))
-    if on_batch := taking_part(techniques, OnBatch):
+    if on_batch := [technique for technique in taking_part(techniques, OnBatch) if "train" in technique.stages]:
         parts.append(BatchPart(on_batch))
     if penalized := taking_part(techniques, OnParameters):
         parts.append(PenaltyPart(trainer, module, penalized))
@@ -348,6 +348,10 @@ class EditPart(Part):
         finally:
             self._edits.shut()
         self._edits.check(step)
+
+    @override
+    def rest(self) -> None:
+        self._edits.rest()
 
     @override
     def close(self) -> None:

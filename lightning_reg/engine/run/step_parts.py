@@ -187,6 +187,7 @@ class OwnPart(Part):
             with own_randomness(technique.derived_seed("own modules")):
                 modules = technique.own_modules(self._module) if fresh else technique.own.modules
             technique.own.begin(modules, self._module.device, type(technique).__name__, fresh=fresh)
+        self._techniques = [technique for technique in self._techniques if technique.own.modules]
 
     @override
     def start(self) -> None:
