@@ -24,7 +24,7 @@ from lightning_reg.functional import (
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
 from tests.conformance.kinds.metric import MetricCase
-from tests.toys import QUIET, Callback, Classifier, fit, make_loader, make_trainer, same_weights
+from tests.toys import CLASSES, INPUTS, QUIET, Callback, Classifier, fit, make_loader, make_trainer, same_weights
 
 # The fits here need no validation: the modules define one for evaluations afterwards.
 pytestmark = [*QUIET, pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")]
@@ -232,8 +232,8 @@ class TwoInputs(Classifier):
         super().__init__(lr=lr)
         with torch.random.fork_rng():
             torch.manual_seed(5)
-            self.text, self.video = nn.Linear(4, 6), nn.Linear(4, 6)
-            self.fuse = nn.Linear(12, 3)
+            self.text, self.video = nn.Linear(INPUTS, 6), nn.Linear(INPUTS, 6)
+            self.fuse = nn.Linear(12, CLASSES)
         self.seen, self.outputs = [], []
 
     def fused(self, batch):
@@ -456,7 +456,7 @@ def test_outputs_that_have_no_row_for_each_sample_and_wrong_shapes_are_refused()
     class Recurrent(TwoInputs):
         def __init__(self):
             super().__init__()
-            self.text = nn.GRU(4, 6, batch_first=True)
+            self.text = nn.GRU(INPUTS, 6, batch_first=True)
 
         def fused(self, batch):
             return self.fuse(torch.cat([self.text(batch[0][:, None])[0][:, 0], self.video(batch[0])], 1))

@@ -27,7 +27,7 @@ class LayerCall:
         name: Name of the layer, as in ``named_modules()``.
         layer: The layer; in a training step it is in training mode and gradients are recorded, in others neither need
             be so.
-        input: Its first argument, untouched by a layer that works in place.
+        input: Its first argument, by position or else by name, untouched by a layer that works in place.
         output: What it returned, already changed if an earlier technique has changed it.
         step: The step that it happened in; ``step.stage`` tells training from evaluation.
         number: How many outputs were changed before in this pass through the step; where a checkpointed layer runs once
@@ -87,7 +87,7 @@ class LayerEdits:
         self._number = 0
         self._handles: list[RemovableHandle] = []
         for name in dict.fromkeys(name for edit in edits for name in edit.layers):
-            self._handles.append(named[name].register_forward_pre_hook(_Before(self, name)))
+            self._handles.append(named[name].register_forward_pre_hook(_Before(self, name), with_kwargs=True))
             self._handles.append(named[name].register_forward_hook(_After(self, name)))
 
     def open(self, step: "Step") -> None:
@@ -133,10 +133,12 @@ class LayerEdits:
             handle.remove()
         self._handles.clear()
 
-    def before(self, name: str, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def before(
+        self, name: str, layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Keeps the input of a layer, and says what the layer gets in its place; ``None`` for the same."""
         again = self._last is not None and runs_backward()
-        if (self._step is None and not again) or not args:
+        if self._step is None and not again:
             return None
         if self._unseen:
             self._seen.add(name)
@@ -144,9 +146,9 @@ class LayerEdits:
             return None
         if again and name not in self._numbers:
             self._refuse_reentrant(name)
-        given = self._inputs[name] = args[0]
-        if getattr(layer, "inplace", False) and isinstance(given, Tensor):
-            return (given.clone(), *args[1:])
+        given = self._inputs[name] = args[0] if args else next(iter(named.values()), None)
+        if args and getattr(layer, "inplace", False) and isinstance(given, Tensor):
+            return (given.clone(), *args[1:]), named
         return None
 
     def after(self, name: str, layer: nn.Module, output: Any) -> Any:
@@ -186,8 +188,8 @@ class _Hook(LayerHook):
 
 class _Before(_Hook):
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> Any:
-        return self.edits.before(self.name, layer, args)
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        return self.edits.before(self.name, layer, args, named)
 
 
 class _After(_Hook):
