@@ -59,9 +59,8 @@ class DroppedByHand(Hand):
         if name != "net.body":
             return rows
         keep = kept_by_hand(self.technique, moment.count, len(rows), 0.4)
-        return torch.stack(
-            [row if kept else self.state.expand(row.shape) for row, kept in zip(rows, keep, strict=True)]
-        )
+        # The state is in the graph where nothing is dropped as well: ranks have the same gradients, some of them 0.
+        return torch.where(keep.reshape(-1, *(1 for _ in rows.shape[1:])), rows, self.state)
 
 
 def embeddings(seed, rows):

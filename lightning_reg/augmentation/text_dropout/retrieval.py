@@ -32,6 +32,7 @@ class RetrievalScores(Metric):
         ValueError: If a rank is below 1, or there is none.
 
     Example:
+        >>> import torch
         >>> scores = RetrievalScores([1])
         >>> scores.update(torch.eye(2), torch.eye(2))
         >>> scores.compute()

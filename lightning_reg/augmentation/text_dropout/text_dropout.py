@@ -118,6 +118,8 @@ class ModalityDropout(ModuleTechnique, LayerTechnique, BatchTechnique):
         self.layer, self.batch_key, self.p, self.null, self.null_shape = layer, batch_key, p, null, null_shape
         self.exclusive, self.per_sample, self.fill, self.attention_masks = exclusive, per_sample, fill, attention_masks
         self.start_epoch, self.ramp_epochs, self.own_optimizer = start_epoch, ramp_epochs, own_optimizer
+        for value in p.values() if isinstance(p, dict) else [p]:
+            check_number(self, "p", value, low=0, high=1)
         check_choice(self, "null", null, ("learned", "zero"))
         check_bool(self, "exclusive", exclusive)
         check_bool(self, "per_sample", per_sample)
@@ -136,7 +138,7 @@ class ModalityDropout(ModuleTechnique, LayerTechnique, BatchTechnique):
     def _check_names(self) -> None:
         names = self._layers + self._keys
         if not names or len(set(names)) < len(names):
-            self._refuse("layer", "and `batch_key` name at least one modality, and none twice", names)
+            self._refuse("layer", "name modalities, or `batch_key`, at least one and none twice", names)
         for argument, known in (("p", names), ("attention_masks", names), ("fill", self._keys)):
             given = getattr(self, argument)
             if isinstance(given, dict) and (
@@ -151,8 +153,6 @@ class ModalityDropout(ModuleTechnique, LayerTechnique, BatchTechnique):
             self._refuse("null_shape", f"{advice} (by the names {self._layers}, where they differ)", self.null_shape)
 
     def _check_values(self) -> None:
-        for value in self._probs.values():
-            check_number(self, "p", value, low=0, high=1)
         if self.exclusive and sum(self._probs.values()) > 1 + 1e-6:
             advice = (
                 "add up to at most 1 where one modality of a sample is dropped at most (`exclusive=False` lifts that)"
