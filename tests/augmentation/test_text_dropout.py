@@ -439,6 +439,7 @@ def test_evaluation_with_and_without(null, tmp_path):
     fresh = ModalityDropout(0.5, layer=["text", "video"], null=null, null_shape=[6], exclusive=False)
     other = make_trainer(callbacks=[fresh])
     assert torch.equal(seen(["text"], other.test, fresh, ckpt_path=tmp_path / "end.ckpt"), without)
+    assert not any(parameter.is_inference() for parameter in fresh.own.parameters.values())  # a fit may go on
     with pytest.raises(ValueError, match=r"^ModalityDropout\.absent: `names` must be among \['text', 'video'\]"):
         seen(["audio"])
     with pytest.raises(ValueError, match=r"`names` must be among"), drop.absent():

@@ -47,7 +47,8 @@ def drop_rows(
     if keep is None:
         keep = _draws(len(x), generator).to(x.device) >= p
     mask = keep.reshape(-1, *(1 for _ in x.shape[1:]))
-    return torch.where(mask, x, torch.as_tensor(null, device=x.device).to(x.dtype)), keep
+    state = null.to(x) if isinstance(null, Tensor) else x.new_full((), null)
+    return torch.where(mask, x, state), keep
 
 
 def exclusive_keep_masks(

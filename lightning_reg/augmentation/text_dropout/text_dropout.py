@@ -220,7 +220,7 @@ class ModalityDropout(ModuleTechnique, LayerTechnique, BatchTechnique):
                     f"ModalityDropout: `fill` has {len(given)} numbers for the entry {name!r}, whose rows have shape"
                     f" {tuple(rows.shape[1:])}. Give one number, or as many as a row has last."
                 )
-            fill = torch.tensor(given[0] if len(given) == 1 else given, device=rows.device)
+            fill = given[0] if len(given) == 1 else torch.tensor(given).to(rows.device, non_blocking=True)
             batch = replace_entry(batch, name, drop_rows(rows, 1, fill, keep=self._keep(step, name, rows))[0])
         for name in [name for name in masks if self._drops(name, step)]:
             mask = self._entry(batch, masks[name], "attention_masks")
@@ -266,7 +266,8 @@ class ModalityDropout(ModuleTechnique, LayerTechnique, BatchTechnique):
         if self.null == "zero":
             return 0.0
         if self.own.is_loaded:  # a test from a checkpoint, without a fit
-            self.own.begin(self.own_modules(call.step.module), rows.device, "ModalityDropout")
+            with torch.inference_mode(mode=False):  # a fit may go on with them
+                self.own.begin(self.own_modules(call.step.module), rows.device, "ModalityDropout")
         if name not in self.own.modules:
             raise MisconfigurationException(
                 f"ModalityDropout: the state that stands for an absent {name!r} was not trained. Fit with"
@@ -280,7 +281,7 @@ class ModalityDropout(ModuleTechnique, LayerTechnique, BatchTechnique):
                 f"ModalityDropout: `null_shape` is {list(state.shape)} for {name!r}, whose rows have shape"
                 f" {list(rows.shape[1:])}. Give a shape that broadcasts to it, [{rows.shape[-1]}] for one."
             )
-        return state.to(rows.device)
+        return state
 
     def _drops(self, name: str, step: "Step") -> bool:
         return name in self._absent if step.stage != "train" else self._probs[name] > 0

@@ -72,13 +72,11 @@ def make_parts(trainer: "Trainer", module: "LightningModule", techniques: Sequen
 
 def _parts_on_layers(trainer: "Trainer", module: "LightningModule", techniques: Sequence[Member]) -> "list[Part]":
     parts: list[Part] = []
-    on_layers = [technique for technique in taking_part(techniques, OnLayers) if "train" in technique.stages]
-    if on_layers:
+    if on_layers := [technique for technique in taking_part(techniques, OnLayers) if "train" in technique.stages]:
         parts.append(EditPart(module, on_layers))
     for technique in taking_part(techniques, Member, "parts"):
         parts += technique.parts(trainer, module)
-    observers = [technique for technique in techniques if isinstance(technique, Observer)]
-    if layers := [layer for technique in observers for layer in technique.feature_layers]:
+    if layers := [layer for t in techniques if isinstance(t, Observer) for layer in t.feature_layers]:
         parts.append(TapPart(module, layers))
     if on_step := taking_part(techniques, OnStep):
         parts.append(TermPart(on_step))
