@@ -58,7 +58,7 @@ class DroppedByHand(Hand):
     def edit(self, name, rows, moment, copy):
         if name != "net.body":
             return rows
-        keep = kept_by_hand(self.technique, moment.count, len(rows), 0.4)
+        keep = kept_by_hand(self.technique, moment.count, len(moment.x), 0.4).repeat(len(rows) // len(moment.x))
         # The state is in the graph where nothing is dropped as well: ranks have the same gradients, some of them 0.
         return torch.where(keep.reshape(-1, *(1 for _ in rows.shape[1:])), rows, self.state)
 
@@ -115,7 +115,7 @@ CASE = (
         ],
     ),
     MetricCase(
-        make=partial(RetrievalScores, [1, 3]),
+        make=partial(RetrievalScores, ks=[1, 3]),
         batches=[embeddings(seed, rows) for seed, rows in enumerate((5, 4, 6, 3))],
         expected=scores_by_loops,
         invalid=[({"ks": [0]}, "ks"), ({"ks": []}, "ks")],
