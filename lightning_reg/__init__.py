@@ -11,6 +11,8 @@ from lightning_reg.version import __version__ as __version__
 if TYPE_CHECKING:
     from lightning_reg.augmentation.cutmix.cutmix import CutMix as CutMix
     from lightning_reg.augmentation.cutmix.mixup import Mixup as Mixup
+    from lightning_reg.augmentation.text_dropout.retrieval import RetrievalScores as RetrievalScores
+    from lightning_reg.augmentation.text_dropout.text_dropout import ModalityDropout as ModalityDropout
     from lightning_reg.averaging.model_soups.core import LearnedSoup as LearnedSoup
     from lightning_reg.averaging.model_soups.core import SoupResult as SoupResult
     from lightning_reg.averaging.model_soups.evaluation import TrainerEvaluation as TrainerEvaluation
@@ -63,6 +65,8 @@ __getattr__, __dir__, __all__ = lazy_attributes(
     {
         "CutMix": "lightning_reg.augmentation.cutmix.cutmix",
         "Mixup": "lightning_reg.augmentation.cutmix.mixup",
+        "RetrievalScores": "lightning_reg.augmentation.text_dropout.retrieval",
+        "ModalityDropout": "lightning_reg.augmentation.text_dropout.text_dropout",
         "LearnedSoup": "lightning_reg.averaging.model_soups.core",
         "SoupResult": "lightning_reg.averaging.model_soups.core",
         "TrainerEvaluation": "lightning_reg.averaging.model_soups.evaluation",

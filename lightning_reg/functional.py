@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from lightning_reg.augmentation.cutmix.core import mixup as mixup
     from lightning_reg.augmentation.cutmix.core import paste_box as paste_box
     from lightning_reg.augmentation.cutmix.core import rand_box as rand_box
+    from lightning_reg.augmentation.text_dropout.core import analogy_prompt as analogy_prompt
+    from lightning_reg.augmentation.text_dropout.core import drop_rows as drop_rows
+    from lightning_reg.augmentation.text_dropout.core import exclusive_keep_masks as exclusive_keep_masks
+    from lightning_reg.augmentation.text_dropout.core import retrieval_scores as retrieval_scores
+    from lightning_reg.augmentation.text_dropout.core import symmetric_infonce as symmetric_infonce
     from lightning_reg.averaging.model_soups.ancestry import ancestry as ancestry
     from lightning_reg.averaging.model_soups.core import LearnedSoup as LearnedSoup
     from lightning_reg.averaging.model_soups.core import SoupResult as SoupResult
@@ -107,6 +112,11 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "mixup": "lightning_reg.augmentation.cutmix.core",
         "paste_box": "lightning_reg.augmentation.cutmix.core",
         "rand_box": "lightning_reg.augmentation.cutmix.core",
+        "analogy_prompt": "lightning_reg.augmentation.text_dropout.core",
+        "drop_rows": "lightning_reg.augmentation.text_dropout.core",
+        "exclusive_keep_masks": "lightning_reg.augmentation.text_dropout.core",
+        "retrieval_scores": "lightning_reg.augmentation.text_dropout.core",
+        "symmetric_infonce": "lightning_reg.augmentation.text_dropout.core",
         "ancestry": "lightning_reg.averaging.model_soups.ancestry",
         "LearnedSoup": "lightning_reg.averaging.model_soups.core",
         "SoupResult": "lightning_reg.averaging.model_soups.core",

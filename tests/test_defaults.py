@@ -14,6 +14,7 @@ DEFAULTS = {
     "Compander": {"fn": "arctan", "learn": False},
     "LearnedSoup": {"per": "tensor", "exclude": None},
     "MultiSampleDropoutLayer": {"p": 0.5, "num_samples": 8},
+    "analogy_prompt": {"generate": None},
     "ancestry": {"start": None, "names": None, "max_distance": 0.5, "min_cosine": 0.5, "warn": True, "exclude": None},
     "apply_strategy": {"delta": 1.0},
     "average_state_dicts": {
@@ -52,11 +53,13 @@ DEFAULTS = {
         "masks": None,
         "exclude": None,
     },
+    "drop_rows": {"null": 0.0, "generator": None, "keep": None},
     "dropout_copies": {"layer": "Dropout", "copied": False},
     "elr_loss": {"clamp": 0.0001},
     "elr_plus_loss": {"clamp": 0.0001, "ramp": 1.0},
     "elr_regularizer": {"clamp": 0.0001, "reduction": "mean"},
     "elr_update_targets": {"clamp": 0.0001},
+    "exclusive_keep_masks": {"generator": None, "draws": None},
     "expand": {"fn": "arctan"},
     "expected_distances": {"power": 2.0, "chunk": None},
     "feature_distillation_loss": {"reduction": "mean", "elements": "sum"},
@@ -119,6 +122,7 @@ DEFAULTS = {
     "quadratic_penalty": {"weights": None},
     "rand_box": {"generator": None},
     "reestimate_batchnorm": {"n": None, "forward": None},
+    "retrieval_scores": {"ks": (1, 5, 10)},
     "reweight": {
         "strategy": "linupper",
         "r": 0.4,
@@ -133,6 +137,7 @@ DEFAULTS = {
     "slerp_merge": {"threshold": 0.9995, "exclude": None},
     "softmax_distillation_loss": {"temperature": 2.0, "reduction": "mean"},
     "sparsify_weight": {"factor": 0.0, "lambda_w": 0.0},
+    "symmetric_infonce": {"tau": 0.1, "group": None, "capacity": None},
     "tcm_loss": {
         "margin_plus": 0.9,
         "margin_minus": 0.5,

@@ -80,10 +80,10 @@ def test_the_limits_are_those_of_the_page(modules):
     assert {name: float(number) * {"min": 60, "s": 1}[unit] for name, number, unit in told} == seconds
 
 
-def test_every_technique_is_measured(modules):
+def test_what_is_measured_are_techniques(modules):
     arms = modules("gpu_sections.arms")
     known = {cls.key() for unit in registry.units() for cls in unit.techniques()}
-    assert set(arms.OF_IMAGES) == set(arms.MAKERS) == known
+    assert set(arms.OF_IMAGES) == set(arms.MAKERS) <= known  # those for models of other kinds have no arm
     assert set(arms.OF_ANY) < known
 
 

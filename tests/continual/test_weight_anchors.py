@@ -518,7 +518,10 @@ def test_what_is_no_task():
     ewc, l2 = "weight=4, Fisher by samples at argmax labels, separate", "weight=0.3, gradient"
     lines = [
         (f"{ewc}; nothing to tie to in the first task", f"{ewc}; tasks before: 1"),
-        (f"{l2}; nothing to tie to in the first task; tasks before: 0", f"{l2}; to the end of task; tasks before: 1"),
+        (
+            f"{l2}; nothing to tie to in the first task; tasks before: 0; free: nothing, not classes to come",
+            f"{l2}; to the end of task; tasks before: 1; free: nothing, not classes to come",
+        ),
     ]
     for technique, (first, second) in zip((EWC(4.0), L2ToStart(0.3, anchor="end_of_task")), lines, strict=True):
         with pytest.raises(BoomError):

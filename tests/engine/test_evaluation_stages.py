@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.technique import LayerTechnique, Technique
-from tests.toys import QUIET, Boom, BoomError, Classifier, fit, make_loader, make_tensors, make_trainer
+from lightning_reg.engine.technique import BatchTechnique, LayerTechnique, Technique
+from tests.toys import QUIET, Boom, BoomError, Classifier, fit, make_loader, make_tensors, make_trainer, same_weights
 
 pytestmark = QUIET
 ALL = ("train", "validate", "test", "predict")
@@ -205,6 +206,93 @@ def test_a_network_that_was_compiled_before_is_refused_and_a_new_one_edited(stag
     model.outputs[stage].clear()
     run(Shifts(stage), model, entry)
     torch.testing.assert_close(torch.cat(model.outputs[stage]), expected() + 1.0)
+
+
+class Adds(BatchTechnique):
+    """Adds one to the inputs, in the stages that it is told."""
+
+    def __init__(self, *stages):
+        super().__init__()
+        self.stages = frozenset(stages)
+
+    def transform_batch(self, batch, step):
+        assert step.stage in self.stages
+        return batch[0] + 1.0, batch[1]
+
+
+@pytest.mark.parametrize("entry", ["validate", "test", "predict"])
+def test_a_batch_is_changed_in_the_stages_that_are_named(entry):
+    x = make_tensors()[0]
+    for stages, shift in (((entry,), 1.0), ({"train", "validate", "test", "predict"} - {entry}, 0.0)):
+        model, trainer = run(Adds(*stages), entry=entry)
+        torch.testing.assert_close(torch.cat(model.outputs[entry]), Seen().net(x + shift).detach())
+        assert "validation_step" not in vars(trainer.strategy)
+
+
+def test_a_batch_of_training_is_left_alone_by_one_that_names_others():
+    model, _ = run(Adds("validate"))
+    x = make_tensors()[0]
+    torch.testing.assert_close(torch.cat(model.outputs["train"]), Seen().net(x).detach())
+    torch.testing.assert_close(torch.cat(model.outputs["validate"])[-32:], Seen().net(x + 1.0).detach())
+
+
+# -- layers that run again in the backward pass, and what they are given ----------------------------------------------
+
+
+class Noise(LayerTechnique):
+    """Multiplies what the first layer returns by draws of its own; nothing of it needs to be kept."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def features_to_edit(self, module):
+        return ["net.0"]
+
+    def edit_features(self, call):
+        self.calls.append((call.step.batches_so_far, call.number, call.input.shape))
+        return call.output * torch.rand(call.output.shape, generator=self.generator(call.step))
+
+
+def through(how, manual=False):
+    def step(module, batch):
+        loss = F.cross_entropy(module.net[1:](how(module.net[0], batch[0])), batch[1])
+        if manual:
+            module.optimizers().zero_grad()
+            module.manual_backward(loss)
+            module.optimizers().step()
+        return loss
+
+    model = Classifier(step)
+    model.automatic_optimization = not manual
+    return model
+
+
+@pytest.mark.parametrize("manual", [False, True])
+def test_a_checkpointed_layer_is_changed_in_the_same_way_when_it_runs_again(manual):
+    plain, again, techniques = through(lambda f, x: f(x), manual), through(checkpointed, manual), (Noise(), Noise())
+    for model, technique in zip((plain, again), techniques, strict=True):
+        fit(model, technique)
+    assert same_weights(plain, again)
+    assert techniques[1].calls == [call for call in techniques[0].calls for _ in range(2)]
+
+
+def checkpointed(layer, x):
+    return checkpoint(layer, x, use_reentrant=False)
+
+
+def test_a_reentrant_checkpoint_is_refused():
+    model = through(lambda f, x: checkpoint(f, x.requires_grad_(), use_reentrant=True))
+    with pytest.raises(MisconfigurationException, match=r"^Noise changes what 'net\.0' returns.*`use_reentrant=False`"):
+        fit(model, Noise())
+
+
+def test_a_layer_that_is_called_with_names_alone_is_changed():
+    plain, named, techniques = through(lambda f, x: f(x)), through(lambda f, x: f(input=x)), (Noise(), Noise())
+    for model, technique in zip((plain, named), techniques, strict=True):
+        fit(model, technique)
+    assert same_weights(plain, named)
+    assert techniques[0].calls == techniques[1].calls
 
 
 # -- the module before a fit ------------------------------------------------------------------------------------------

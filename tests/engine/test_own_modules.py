@@ -217,6 +217,23 @@ def test_what_takes_no_group_a_state_of_others_and_wrong_arguments_are_refused(t
             OwnModules(**wrong)
 
 
+def test_one_that_trains_no_modules_asks_nothing_of_the_optimizer():
+    class Idle(Projects):
+        def own_modules(self, module):
+            return {}
+
+        def step_term(self, step):
+            return None
+
+    class Quasi(Classifier):
+        def configure_optimizers(self):
+            return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=1)
+
+    technique = Idle(own_optimizer=3)
+    fit(Quasi(), technique, max_epochs=1)
+    assert technique.state_dict() == {"modules": {}, "moments": {}}
+
+
 def test_the_table_says_how_much_is_trained():
     technique = Projects()
     fit(Classifier(), technique, max_epochs=1)

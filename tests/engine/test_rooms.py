@@ -89,6 +89,8 @@ def owners_of_private_names():
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     rows = torch.zeros(2, 3, requires_grad=True)
     return [
+        torch,
+        torch._C,
         trainer,
         trainer.fit_loop,
         trainer.fit_loop.epoch_loop,

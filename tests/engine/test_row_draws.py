@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_reg.engine.host.row_bits import global_rows, keep_mask
+from lightning_reg.engine.host.row_bits import global_rows, keep_mask, uniforms
 
 WORD = 2**64
 
@@ -42,6 +42,18 @@ def test_masks_are_those_of_the_integers(seed, count):
     mask = keep_mask(seed, rows, range(0, 3, 2), (count,), 0.3)
     expected = [[by_hand(seed, int(row), copy, count, 0.3) for row in rows] for copy in (0, 2)]
     assert mask.tolist() == expected
+
+
+@pytest.mark.parametrize("seed", [0, 12345678901234567, 2**63 - 1])
+def test_numbers_of_rows_are_those_of_the_integers(seed):
+    golden, rows = 0x9E3779B97F4A7C15, torch.tensor([0, 3, 1_000_000])
+    words = [splitmix((splitmix((int(row) * golden + seed) % WORD) + golden) % WORD) for row in rows]
+    assert uniforms(seed, rows).tolist() == [(word >> 40) / 2**24 for word in words]
+
+
+def test_numbers_of_rows_are_uniform():
+    shares = torch.histc(uniforms(3, torch.arange(40_000)), 10, 0, 1) / 40_000
+    assert (shares - 0.1).abs().max() < 4 * (0.1 * 0.9 / 40_000) ** 0.5  # four standard deviations
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9])

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-__all__ = ["bends", "derivative", "descends", "is_fixed", "lies_by_row", "rows_of_output", "version_of"]
+__all__ = [
+    "bends",
+    "derivative",
+    "descends",
+    "is_fixed",
+    "lies_by_row",
+    "rows_of_output",
+    "runs_backward",
+    "version_of",
+]
 
 
 def derivative(total: Tensor, part: Tensor) -> Tensor | None:
@@ -151,6 +160,11 @@ def descends(value: Tensor, node: Any, but_through: Sequence[Any] = ()) -> bool:
             seen.add(current)
             stack.extend(following for following, _ in current.next_functions)
     return False
+
+
+def runs_backward() -> bool:
+    """Whether a backward pass is under way, in which checkpointed layers run once more."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def version_of(tensor: Tensor) -> int:

@@ -16,7 +16,7 @@ from lightning_reg.engine.host import distributed
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["global_rows", "keep_mask"]
+__all__ = ["global_rows", "keep_mask", "uniforms"]
 
 _GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
@@ -51,6 +51,21 @@ def keep_mask(seed: int, rows: Tensor, copies: range, shape: Sequence[int], p: f
     bits = _mixed(keys[:, None] + counters[:, None, :] * _signed(_GOLDEN)).view(torch.int32)[..., :count]
     threshold = min(round(p * 2**32) - 2**31, 2**31 - 1)
     return (bits >= threshold).reshape(len(copies), len(rows), *shape)
+
+
+def uniforms(seed: int, rows: Tensor) -> Tensor:
+    """One number for each row, uniform over the multiples of 2^-24 in [0, 1).
+
+    Args:
+        seed: Of the step and of what is drawn.
+        rows: Numbers of the rows ``(B,)`` int64.
+
+    Returns:
+        float32 ``(B,)`` on the device of ``rows``.
+
+    """
+    bits = _mixed(_mixed(rows * _signed(_GOLDEN) + _signed(seed)) + _signed(_GOLDEN))
+    return ((bits >> 40) & (2**24 - 1)).float() * 2**-24
 
 
 def _mixed(z: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What techniques do outside training: layers edited in validation, test and prediction."""
+"""What techniques do outside training: batches and layers changed in validation, test and prediction."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,7 +10,7 @@ from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.layers.edits import LayerEdit, LayerEdits
 from lightning_reg.engine.run import report
 from lightning_reg.engine.run.composition import check_pairs
-from lightning_reg.engine.run.phases import Member, OnLayers, taking_part
+from lightning_reg.engine.run.phases import Member, OnBatch, OnLayers, phases_of, taking_part
 from lightning_reg.engine.step import EvaluationStep, Stage
 
 if TYPE_CHECKING:
@@ -33,8 +33,9 @@ class AroundEvaluation(host.Callback):
 
     """
 
-    def __init__(self, trainer: "Trainer", module: "LightningModule", techniques: Sequence[OnLayers]) -> None:
+    def __init__(self, trainer: "Trainer", module: "LightningModule", techniques: Sequence[Member]) -> None:
         self._module, self._techniques = module, techniques
+        self._on_layers = taking_part(techniques, OnLayers)
         self._edits: LayerEdits | None = None
         self._replaced = []
         for method, stage in _STEPS.items():
@@ -51,7 +52,8 @@ class AroundEvaluation(host.Callback):
             MisconfigurationException: If two of them cannot stand together.
 
         """
-        acting = [technique for technique in taking_part(techniques, OnLayers) if technique.stages - {"train"}]
+        elsewhere = [technique for technique in techniques if technique.stages - {"train"}]
+        acting = [t for t in elsewhere if {"edit_features", "transform_batch"}.intersection(phases_of(t))]
         callbacks = host.callbacks(trainer)
         if acting and not any(isinstance(callback, cls) for callback in callbacks):
             check_pairs(acting)
@@ -62,8 +64,11 @@ class AroundEvaluation(host.Callback):
         step.active = [t for t in self._techniques if stage in t.stages and t.is_active(step)]
         if not step.active:
             return original(*args, **kwargs)
+        for technique in taking_part([t for t in self._techniques if t in step.active], OnBatch, "transform_batch"):
+            step.batch = technique.transform_batch(step.batch, step)
+        args = (step.batch, *args[1:]) if args else args
         if self._edits is None:
-            edits = [LayerEdit(t, t.features_to_edit(self._module), t.edit_features) for t in self._techniques]
+            edits = [LayerEdit(t, t.features_to_edit(self._module), t.edit_features) for t in self._on_layers]
             self._edits = LayerEdits(self._module, edits, training=False)
         self._edits.open(step)
         try:

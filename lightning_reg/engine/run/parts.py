@@ -59,7 +59,7 @@ def make_parts(trainer: "Trainer", module: "LightningModule", techniques: Sequen
         parts.append(OwnPart(trainer, module, owning))
     if on_gradients := taking_part(techniques, OnGradients):
         parts.append(GradientPart(trainer, module, on_gradients))
-    if on_batch := taking_part(techniques, OnBatch):
+    if on_batch := [technique for technique in taking_part(techniques, OnBatch) if "train" in technique.stages]:
         parts.append(BatchPart(on_batch))
     if penalized := taking_part(techniques, OnParameters):
         parts.append(PenaltyPart(trainer, module, penalized))
@@ -72,13 +72,11 @@ def make_parts(trainer: "Trainer", module: "LightningModule", techniques: Sequen
 
 def _parts_on_layers(trainer: "Trainer", module: "LightningModule", techniques: Sequence[Member]) -> "list[Part]":
     parts: list[Part] = []
-    on_layers = [technique for technique in taking_part(techniques, OnLayers) if "train" in technique.stages]
-    if on_layers:
+    if on_layers := [technique for technique in taking_part(techniques, OnLayers) if "train" in technique.stages]:
         parts.append(EditPart(module, on_layers))
     for technique in taking_part(techniques, Member, "parts"):
         parts += technique.parts(trainer, module)
-    observers = [technique for technique in techniques if isinstance(technique, Observer)]
-    if layers := [layer for technique in observers for layer in technique.feature_layers]:
+    if layers := [layer for t in techniques if isinstance(t, Observer) for layer in t.feature_layers]:
         parts.append(TapPart(module, layers))
     if on_step := taking_part(techniques, OnStep):
         parts.append(TermPart(on_step))
@@ -348,6 +346,10 @@ class EditPart(Part):
         finally:
             self._edits.shut()
         self._edits.check(step)
+
+    @override
+    def rest(self) -> None:
+        self._edits.rest()
 
     @override
     def close(self) -> None:

@@ -48,6 +48,9 @@ class Member:
     # Whether it knows what to make of a batch whose samples were mixed (`step.mixing`); asked of those that look at
     # single samples: by their indices, by their targets, by a term of the step.
     takes_mixed: ClassVar[bool] = False
+    # In which steps it changes batches and outputs of layers. In evaluation these are without gradient as a rule, and
+    # there is no fit if the user calls `trainer.test` alone: what it needs then it has in its arguments or its state.
+    stages: frozenset[Stage] = frozenset({"train"})  # instances may have their own, which stay as they are
 
     loss: int | str | None
     index_key: str | None
@@ -114,7 +117,10 @@ class OnBatch(Member):
     """Phases on the batch, before the user's ``training_step`` gets it."""
 
     def transform_batch(self, batch: Any, step: "Step") -> Any:
-        """Returns the batch that the user's ``training_step`` gets; the given one stays as it is."""
+        """Returns the batch that the user's ``training_step`` gets; the given one stays as it is.
+
+        Called before ``validation_step``, ``test_step`` and ``predict_step`` as well, if :attr:`stages` says so.
+        """
         raise NotImplementedError
 
     def rehearse(self, step: "Step") -> "Mixing | None":
@@ -246,7 +252,7 @@ class OnModules(Member):
     own_optimizer: int | None = None  # position of the optimizer that trains them, if there are several
 
     def own_modules(self, module: "LightningModule") -> "Mapping[str, nn.Module]":
-        """Returns new modules for a training that begins, by name; weights are drawn from the technique's seed.
+        """Returns new modules for a training that begins, by name, if any; weights are drawn from its seed.
 
         They are float32, on the module's device, and take part in the loss by a term or an edited layer. They are in
         no key of the module's and in no average of its weights; :attr:`own` has them, after the fit as well.
@@ -256,11 +262,6 @@ class OnModules(Member):
 
 class OnLayers(Member):
     """The phase on the outputs of named layers."""
-
-    # In which steps outputs are changed. In evaluation they are without gradient as a rule, and there is no fit if the
-    # user calls `trainer.test` alone: what the technique needs then it has in its arguments or its state. Instances
-    # may have their own, which stay as they are.
-    stages: frozenset[Stage] = frozenset({"train"})
 
     def features_to_edit(self, module: nn.Module) -> "Sequence[str]":
         """Names of the layers whose outputs :meth:`edit_features` changes, as in ``named_modules()``."""

@@ -187,6 +187,7 @@ class OwnPart(Part):
             with own_randomness(technique.derived_seed("own modules")):
                 modules = technique.own_modules(self._module) if fresh else technique.own.modules
             technique.own.begin(modules, self._module.device, type(technique).__name__, fresh=fresh)
+        self._techniques = [technique for technique in self._techniques if technique.own.modules]
 
     @override
     def start(self) -> None:
@@ -195,7 +196,7 @@ class OwnPart(Part):
             if (position is None and count > 1) or not -1 < (position or 0) < count:
                 raise MisconfigurationException(
                     f"{type(technique).__name__} trains modules of its own with the user's optimizer, of which there"
-                    f" are {count}. Say which one by its position: `own_optimizer=0` for the first."
+                    f" are {count}. Say which one in `own_optimizer`, by its position: 0 for the first."
                 )
 
     @override
