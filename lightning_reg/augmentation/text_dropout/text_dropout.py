@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +95,7 @@ class ModalityDropout(ModuleTechnique, LayerTechnique, BatchTechnique):
 
     """
 
-    stages: ClassVar["frozenset[Stage]"] = frozenset({"train", "validate", "test", "predict"})
+    stages: frozenset["Stage"] = frozenset({"train", "validate", "test", "predict"})
 
     def __init__(
         self,
