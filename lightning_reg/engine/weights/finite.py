@@ -8,6 +8,9 @@ from torch import Tensor
 __all__ = ["all_finite", "chosen_if"]
 
 
+_LARGE = 1 << 14
+
+
 @torch.no_grad()
 def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     """Whether all numbers are finite, and so is the sum of each tensor's squares; no host sync.
@@ -25,20 +28,24 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
             groups.setdefault(tensor.dtype, []).append(tensor)
     answers = []
     for dtype, group in groups.items():
-        sizes = [size.to(tensors[0].device) for size in _sizes(group, dtype)]
+        device = tensors[0].device
+        sizes = [size if size.device == device else size.to(device) for size in _sizes(group, dtype)]
         answers.append(torch.stack(sizes).isfinite().all())
     if not answers:
         return torch.ones((), dtype=torch.bool)
     return answers[0] if len(answers) == 1 else torch.stack(answers).all()
 
 
-def _sizes(tensors: list[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+def _sizes(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """A number for each tensor that is finite if the sum of its squares is."""
-    plain = dtype in (torch.float32, torch.float64)
-    if plain and all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors):
-        return [torch.dot(flat, flat) for flat in (tensor.view(-1) for tensor in tensors)]  # half of a norm's time
+    sizes, rest = [], tensors
+    if dtype in (torch.float32, torch.float64):
+        # On the CPU a scalar product takes half of a norm's time, and a call for each tensor, which small ones feel.
+        large = [t for t in tensors if t.numel() >= _LARGE and t.device.type == "cpu" and t.is_contiguous()]
+        sizes = [torch.dot(flat, flat) for flat in (tensor.view(-1) for tensor in large)]
+        rest = [t for t in tensors if t.numel() < _LARGE or t.device.type != "cpu" or not t.is_contiguous()]
     wide = torch.float32 if dtype.itemsize < 4 else None  # in their own type the norms may overflow
-    return torch._foreach_norm(tensors, 2, dtype=wide)
+    return [*sizes, *torch._foreach_norm(rest, 2, dtype=wide)] if rest else sizes
 
 
 def chosen_if(condition: Tensor, values: Sequence[Tensor], others: Sequence[Tensor] | None = None) -> list[Tensor]:
