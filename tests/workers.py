@@ -8,7 +8,7 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["WorkerPool"]
+__all__ = ["WorkerPool", "plain_sharded_gradient"]
 
 WORLD_SIZE = 2
 _ROOT = str(Path(__file__).resolve().parents[1])
@@ -90,6 +90,18 @@ class WorkerPool:
             self._processes[rank].join(5)
             problem = f"rank {rank} ended with exit code {self._processes[rank].exitcode}"
         return "lost", RuntimeError(problem), "(no traceback)"
+
+
+def plain_sharded_gradient():
+    """Gradient of ``w x`` at x = 1 on all ranks, of a weight whose rows are split; 1 if ranks are averaged."""
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    net = torch.nn.Linear(1, WORLD_SIZE, bias=False)
+    fully_shard(net, mesh=init_device_mesh("cpu", (WORLD_SIZE,)))
+    net(torch.ones(1, 1)).sum().backward()
+    return net.weight.grad.full_tensor().mean().item()
 
 
 def _serve(rank, port, pipe):

@@ -113,6 +113,7 @@ def sharded(method, folder):
     return split, whole(dict(module.named_parameters())), soup.ingredients, soup.score, state["raw"], module.val_losses
 
 
+@pytest.mark.usefixtures("sharded_means")
 @pytest.mark.parametrize("method", METHODS)
 def test_shards_are_averaged_as_whole_tensors_are(two_processes, tmp_path, method):
     module, soup = Net(), SoupAverager(**METHODS[method])

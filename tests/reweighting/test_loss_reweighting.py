@@ -775,6 +775,7 @@ def on_mesh(data_parallel):
     return module.ranks, {name: weight.detach() for name, weight in whole.items()}, returned.losses
 
 
+@pytest.mark.usefixtures("sharded_means")
 @pytest.mark.parametrize("data_parallel", [1, 2])  # tensor parallelism: both ranks hold the same samples; FSDP
 def test_tensor_parallel_and_sharded_ranks(two_processes, data_parallel):
     module, returned = Classifier(lr=1.0), StepLosses()

@@ -165,6 +165,7 @@ RECIPES = {
 }
 
 
+@pytest.mark.usefixtures("sharded_means")
 @pytest.mark.parametrize(
     ("how", "recipe"),
     [
@@ -227,6 +228,7 @@ def stopped_and_resumed(folder, kwargs, step, whole_files):
     return *results, whole.logged, resumed.logged
 
 
+@pytest.mark.usefixtures("sharded_means")
 @pytest.mark.parametrize("whole_files", [True, False], ids=["one file", "a file per rank"])
 @pytest.mark.parametrize(("recipe", "step"), [("one shot", 11), ("frames", 9), ("mdgf", 20)])
 def test_resume_of_split_rows_is_exact(two_processes, tmp_path, recipe, step, whole_files):
