@@ -558,6 +558,7 @@ def lbfgs(params):
     return torch.optim.LBFGS(params, lr=0.1, max_iter=3)
 
 
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True")  # of torch's own LBFGS, in 2.8
 def test_an_optimizer_that_calls_its_closure_several_times():
     module = Module(lbfgs)
     fit(module, WeightCompander(a=A, b=B))
