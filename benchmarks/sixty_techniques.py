@@ -37,7 +37,7 @@ def main():
     parser.add_argument("today", type=float, help="seconds that `make test` takes today")
     parser.add_argument("--own", type=float, default=0.0, help="seconds of a technique's own tests, on one worker")
     parser.add_argument("--save", type=Path, help="file for what is printed")
-    parser.add_argument("--ranks", type=float, default=2.0, help="seconds of the law on two processes, in a warm pool")
+    parser.add_argument("--ranks", type=float, default=0.5, help="seconds of the law on two processes, in a warm pool")
     options = parser.parse_args()
     techniques = list(technique_classes())
     pairs = pairs_with_references(CASE)
