@@ -1,5 +1,7 @@
 """Techniques outside training: layers edited in validation, test and prediction; the module prepared for a fit."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -114,6 +116,19 @@ def test_draws_differ_by_batch_and_stage_and_are_the_same_again():
     other = Shifts("predict")
     run(other, entry="predict")
     assert not torch.equal(other.draws[0], one.draws[0])
+
+
+def test_a_step_and_its_batch_are_let_go_when_it_is_over():
+    class Watches(Shifts):
+        def edit_features(self, call):
+            self.step = weakref.ref(call.step)
+
+        def on_test_batch_end(self, *_):
+            self.draws.append(self.step())
+
+    technique = Watches("test")
+    run(technique, entry="test")
+    assert technique.draws == [None] * 4
 
 
 def test_an_inactive_one_leaves_evaluation_alone():

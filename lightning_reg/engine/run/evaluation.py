@@ -75,6 +75,7 @@ class AroundEvaluation(host.Callback):
             output = original(*args, **kwargs)
         finally:
             self._edits.shut()
+            self._edits.rest()  # no backward pass follows, and the step holds its batch
         self._edits.check(step)
         if step.scalars:
             report.log_scalars(self._module, step.scalars, sum(step.batch_sizes), by_epoch=True)
