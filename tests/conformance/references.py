@@ -38,8 +38,8 @@ class MixesNeighbours(_Reference, BatchTechnique):
 
     @property
     def turn(self):
-        """Which of three batches it mixes; two instances are to mix different ones."""
-        return 1 if self.name == "two" else 2
+        """Which of two batches it mixes; two instances are to mix different ones."""
+        return 1 if self.name == "two" else 0
 
     @property
     @override
@@ -48,7 +48,7 @@ class MixesNeighbours(_Reference, BatchTechnique):
 
     @override
     def is_active(self, step):
-        return step.mixing is None and step.batches_so_far % 3 == self.turn
+        return step.mixing is None and step.batches_so_far % 2 == self.turn
 
     @override
     def transform_batch(self, batch, step):
@@ -62,7 +62,7 @@ class MixesNeighbours(_Reference, BatchTechnique):
 
 class MixedByHand(Hand):
     def mix(self, moment):
-        if moment.count % 3 != self.technique.turn:
+        if moment.count % 2 != self.technique.turn:
             return None
         partners = torch.arange(len(moment.x)).roll(1)
         return 0.75 * moment.x + 0.25 * moment.x[partners], partners, 0.75

@@ -85,7 +85,7 @@ CASE = Case(
     also=["regression"],
     variants=[
         partial(NMSparsity, 2, 4, recipe="mdgf_exp"),
-        partial(NMSparsity, 1, 4, recipe="mdgf_linear", beta=0.04, dense_steps=1, finetune_steps=14, layers=["*.body"]),
+        partial(NMSparsity, 1, 4, recipe="mdgf_linear", beta=0.04, dense_steps=1, finetune_steps=8, layers=["*.body"]),
         partial(NMSparsity, 1, 4, recipe="sdgf_stepwise", refresh_every=3, exclude="*.head"),
         partial(NMSparsity, 1, 2, recipe="sdgf_geometric", geometric_k=4, dense_steps=4, dim="out"),
         partial(NMSparsity, 1, 8, recipe="one_shot", dense_fraction=0.4, harden_at_end=False),
