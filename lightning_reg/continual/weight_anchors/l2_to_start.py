@@ -7,12 +7,13 @@ from torch.optim import LBFGS
 from typing_extensions import override
 
 from lightning_reg.continual._tasks import TaskTechnique
-from lightning_reg.continual.weight_anchors._ties import Ties, weights_to_tie
+from lightning_reg.continual.weight_anchors._ties import Ties
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.names import as_patterns
 from lightning_reg.engine.technique import PenaltyTechnique
+from lightning_reg.engine.weights.chosen import chosen_weights
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -169,4 +170,4 @@ class L2ToStart(TaskTechnique, PenaltyTechnique):
 
     def _chosen(self, module: nn.Module) -> dict[str, nn.Parameter]:
         # Frozen ones too: they may be trained later.
-        return weights_to_tie(self, module, self.params, self.exclude, frozen=True)
+        return chosen_weights(self, module, self.params, self.exclude, frozen=True)

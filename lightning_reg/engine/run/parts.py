@@ -131,6 +131,16 @@ class PenaltyPart(Part):
         self._active: Sequence[OnParameters] = techniques
 
     @override
+    def start(self) -> None:
+        count = len(self._trainer.optimizers)
+        for technique in self._techniques:
+            if technique.optimizer is not None and not -1 < technique.optimizer < count:
+                raise MisconfigurationException(
+                    f"{type(technique).__name__}: `optimizer` must be the position of one of the {count} that"
+                    f" `configure_optimizers` returns, 0 for the first, got {technique.optimizer}."
+                )
+
+    @override
     def begin_step(self) -> None:
         self._active = ()  # in a step in which no technique is active the part is not entered
 
@@ -150,9 +160,10 @@ class PenaltyPart(Part):
 
     @override
     def before_optimizer(self, optimizer: Any) -> None:
-        if self._active:
-            penalties = [technique.penalty for technique in self._active]
-            add_penalties_(penalties, self._module, self._trainer, optimizer, type(self._active[0]).__name__)
+        asked = [t for t in self._active if t.optimizer is None or self._trainer.optimizers[t.optimizer] is optimizer]
+        if asked:
+            penalties = [technique.penalty for technique in asked]
+            add_penalties_(penalties, self._module, self._trainer, optimizer, type(asked[0]).__name__)
 
 
 class SwapPart(Part):
