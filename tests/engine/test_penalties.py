@@ -119,7 +119,14 @@ def test_a_line_search_is_refused():
 
 
 class Both(Halves):
-    """Two optimizers with the same weights."""
+    """Two optimizers with the same weights, stepped one after the other."""
+
+    def training_step(self, batch, batch_idx):
+        one, two = self.optimizers()
+        self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+        one.step()
+        two.step()
+        two.zero_grad()
 
     def configure_optimizers(self):
         one, two = (torch.optim.SGD(self.parameters(), lr=0.3, weight_decay=decay) for decay in (0.0, self.decay))
