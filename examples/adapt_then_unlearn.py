@@ -206,7 +206,7 @@ def plot(gans: dict[str, GAN], output: Path) -> None:
     figure = Figure(figsize=(6, 3.4), layout="constrained")
     for axes, (name, gan) in zip(figure.subplots(2, 2).flat, gans.items(), strict=True):
         torch.manual_seed(2)
-        grid = gan.sample(48).view(4, 12, 8, 8).permute(0, 2, 1, 3).reshape(32, 96)
+        grid = F.pad(gan.sample(48), (1, 1, 1, 1)).view(4, 12, 10, 10).permute(0, 2, 1, 3).reshape(40, 120)
         axes.imshow(grid.numpy(), cmap="gray_r", vmin=0, vmax=1)
         axes.set_title(name, fontsize=9)
         axes.axis("off")

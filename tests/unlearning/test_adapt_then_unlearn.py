@@ -417,8 +417,8 @@ def test_in_the_first_step_the_discriminator_gets_what_it_got(precision, files):
 
 
 def test_several_sets_and_all_settings(files):
-    ours, theirs = DCGAN(), DCGAN(term_by_hand(files, "nl2", alpha=0.25, names="generator.1"))
-    away = WeightRepulsion(files, "nl2", 3.0, 0.25, ["generator.*"], ["generator.[2-9].*"], max_ratio=1e6)
+    ours, theirs = DCGAN(), DCGAN(term_by_hand(files, alpha=0.25, names="generator.1"))
+    away = WeightRepulsion(files, "el2", 3.0, 0.25, ["generator.*"], ["generator.[2-9].*"], max_ratio=1e6)
     train(ours, away)
     train(theirs)
     assert same_weights(ours, theirs, atol=1e-10)  # float64, 6 steps of Adam
@@ -468,6 +468,25 @@ def test_resumed_runs_go_on_without_the_files(files, tmp_path):
     one, two = away.state_dict(), again.state_dict()
     assert (one["unit"], one["spread"]) == (two["unit"], two["spread"])
     assert same_weights(one["anchors"], two["anchors"])
+
+
+def test_weights_that_are_frozen_at_first(files):
+    """They count in the distance, and are repelled from the step on that trains them."""
+
+    class Thaws(DCGAN):
+        def on_train_epoch_start(self):
+            self.generator[1].requires_grad_(self.current_epoch > 0)
+
+    ours, theirs = Thaws(), Thaws(term_by_hand(files[:1]))
+    train(ours, WeightRepulsion(files[0], weight=3.0, params="generator.*"))
+    train(theirs)
+    assert same_weights(ours, theirs, atol=1e-10)  # float64, 6 steps of Adam
+
+
+def test_files_hold_channels_in_their_order(files):
+    assert WeightRepulsion(files[0]).remembers_channels
+    assert not WeightRepulsion(files[0], weight=0.0).remembers_channels
+    assert not WeightRepulsion().remembers_channels
 
 
 def test_a_further_fit_begins_anew(files, tmp_path):
@@ -524,6 +543,9 @@ def test_files_that_cannot_be_used(files, tmp_path):
     own = DCGAN().generator.state_dict()
     torch.save(own, tmp_path / "own.pt")
     refused(r"'generator.1.weight' is not there, .* has '1.weight', '1.bias'", str(tmp_path / "own.pt"))
+    renamed = {f"_orig_mod.{name}": value for name, value in torch.load(files[0], weights_only=True).items()}
+    torch.save(renamed, tmp_path / "compiled.pt")  # of `torch.compile`, which is as good
+    train(DCGAN(), WeightRepulsion(str(tmp_path / "compiled.pt"), params="generator.*"), max_epochs=1)
     other = torch.load(files[0], weights_only=True) | {"generator.1.bias": torch.zeros(3)}
     torch.save(other, tmp_path / "other.pt")
     refused(r"'generator.1.bias' has shape \(3,\), and is of shape \(8,\)", str(tmp_path / "other.pt"))
