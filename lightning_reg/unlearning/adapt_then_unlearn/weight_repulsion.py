@@ -44,6 +44,9 @@ class WeightRepulsion(PenaltyTechnique):
     its own. Leave it where there are wanted data and time enough: training on these alone may do most of the work. It
     gives no guarantee of privacy. Statistics of batch norm are not repelled.
 
+    On digits of 8 x 8 pixels (three seeds) the share of sevens fell from 7.7 % to 0.7 % with EL2, to 2.7 % on wanted
+    samples alone: no effect is shown between these. Extrapolation as far led to 0.2 %, at twice the Fréchet distance.
+
     Source:
         Tiwary et al., "Adapt then Unlearn: Exploring Parameter Space Semantics for Unlearning in Generative Adversarial
         Networks", TMLR 2025, arXiv 2309.14054.
