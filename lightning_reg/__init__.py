@@ -59,6 +59,8 @@ if TYPE_CHECKING:
     from lightning_reg.reweighting.loss_reweighting.loss_reweighting import LossReweighting as LossReweighting
     from lightning_reg.sparsity.nm_sparsity.nm_sparsity import NMSparsity as NMSparsity
     from lightning_reg.sparsity.nm_sparsity.report import SparsityReport as SparsityReport
+    from lightning_reg.unlearning.adapt_then_unlearn.scores import Pool as Pool
+    from lightning_reg.unlearning.adapt_then_unlearn.weight_repulsion import WeightRepulsion as WeightRepulsion
 
 __getattr__, __dir__, __all__ = lazy_attributes(
     __name__,
@@ -107,5 +109,7 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "LossReweighting": "lightning_reg.reweighting.loss_reweighting.loss_reweighting",
         "NMSparsity": "lightning_reg.sparsity.nm_sparsity.nm_sparsity",
         "SparsityReport": "lightning_reg.sparsity.nm_sparsity.report",
+        "Pool": "lightning_reg.unlearning.adapt_then_unlearn.scores",
+        "WeightRepulsion": "lightning_reg.unlearning.adapt_then_unlearn.weight_repulsion",
     },
 )

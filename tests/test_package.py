@@ -141,6 +141,20 @@ def test_soup_example_runs_in_a_short_mode(tmp_path, capsys):
     assert "greedy soup: candidate" in capsys.readouterr().out
 
 
+def test_unlearning_example_runs_in_a_short_mode(tmp_path, capsys):
+    sys.path.insert(0, str(ROOT / "examples"))
+    try:
+        import adapt_then_unlearn
+    finally:
+        sys.path.pop(0)
+    short = ["--steps", "300", "--adapt-steps", "60", "--unlearn-steps", "30", "--unwanted", "30"]
+    results = adapt_then_unlearn.main([*short, "--output", str(tmp_path / "plot.png")])
+    shares = [results[name]["share"] for name in ("adapted copy", "original", "away from the copy")]
+    assert shares[0] > 2 * shares[1] > 2 * shares[2]
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert "unlearned (PUL)" in capsys.readouterr().out
+
+
 def test_generate_writes_what_was_rendered_in_a_checkout_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("lightning_reg.__main__.render", lambda: {tmp_path / "docs" / "page.md": "new"})
     monkeypatch.setattr("lightning_reg.__main__._ROOT", tmp_path)

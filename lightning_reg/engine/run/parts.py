@@ -1,11 +1,10 @@
-"""The engine's own parts, in the order of the step: the batch, penalties, weights, layers, the loss."""
+"""The engine's own parts, in the order of the step: the batch, weights, layers, the loss."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -15,7 +14,6 @@ from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.layers.edits import LayerEdit, LayerEdits
 from lightning_reg.engine.layers.named import FeatureTap
 from lightning_reg.engine.loss.mixin import LossMixin
-from lightning_reg.engine.loss.result import loss_of
 from lightning_reg.engine.loss.watch import Interception
 from lightning_reg.engine.run.loss_path import LossPath, Sightings
 from lightning_reg.engine.run.part import Part
@@ -36,9 +34,8 @@ from lightning_reg.engine.run.phases import (
     taking_part,
 )
 from lightning_reg.engine.run.rehearsal import rehearsals
-from lightning_reg.engine.run.step_parts import GradientPart, OwnPart, TermPart, log_joined
+from lightning_reg.engine.run.step_parts import GradientPart, OwnPart, PenaltyPart, TermPart
 from lightning_reg.engine.weights.maps import WeightMaps, check_mappable
-from lightning_reg.engine.weights.penalties import add_penalties_
 from lightning_reg.engine.weights.strategies import check_editable, check_split
 from lightning_reg.engine.weights.swap import Surgery, named_weights
 
@@ -114,45 +111,6 @@ def _size_for_views(views: "dict[OnBatch, Sequence[Any]]", step: "Step") -> int:
         name = type(next(iter(views))).__name__
         raise MisconfigurationException(f"{name} adds views to the batch, but the batch {why}.")
     return step.batch_sizes[0]
-
-
-class PenaltyPart(Part):
-    """Penalties on parameters: their gradients, and their values for the log.
-
-    Args:
-        trainer: The Trainer.
-        module: The user's module.
-        techniques: Those that take part.
-
-    """
-
-    def __init__(self, trainer: "Trainer", module: "LightningModule", techniques: Sequence[OnParameters]) -> None:
-        self._trainer, self._module, self._techniques = trainer, module, techniques
-        self._active: Sequence[OnParameters] = techniques
-
-    @override
-    def begin_step(self) -> None:
-        self._active = ()  # in a step in which no technique is active the part is not entered
-
-    @override
-    @contextmanager
-    def around(self, step: "Step") -> Iterator[None]:
-        self._active = [technique for technique in self._techniques if technique in step.active]
-        with torch.no_grad():
-            found = [(t, t.penalty(self._module)) for t in self._active] if step.is_logging else []
-        yield
-        self._log({technique: value for technique, value in found if value is not None}, step)
-
-    def _log(self, penalties: dict[OnParameters, Tensor], step: "Step") -> None:
-        loss = loss_of(step.output)
-        for technique, penalty in penalties.items():
-            log_joined(step, technique, "penalty", penalty, loss)  # by hand no loss need be returned
-
-    @override
-    def before_optimizer(self, optimizer: Any) -> None:
-        if self._active:
-            penalties = [technique.penalty for technique in self._active]
-            add_penalties_(penalties, self._module, self._trainer, optimizer, type(self._active[0]).__name__)
 
 
 class SwapPart(Part):

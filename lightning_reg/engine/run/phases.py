@@ -302,6 +302,8 @@ class OnWeights(Member):
 class OnParameters(Member):
     """The phase on the parameters alone, before the optimizer's step."""
 
+    optimizer: int | None = None  # position of the one in whose steps it counts; ``None`` for all
+
     def penalty(self, module: "LightningModule") -> Tensor | None:
         """Returns a scalar that depends on parameters only; ``None`` for none.
 

@@ -15,7 +15,8 @@ from lightning_reg.engine.host.generators import own_randomness
 from lightning_reg.engine.host.names import plain_name
 from lightning_reg.engine.loss.result import loss_of, with_loss
 from lightning_reg.engine.run.part import Part
-from lightning_reg.engine.run.phases import OnGradients, OnModules, OnStep, taking_part
+from lightning_reg.engine.run.phases import OnGradients, OnModules, OnParameters, OnStep, taking_part
+from lightning_reg.engine.weights.penalties import add_penalties_
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from lightning_reg.engine.step import Step
 
-__all__ = ["GradientPart", "OwnPart", "TermPart", "log_joined"]
+__all__ = ["GradientPart", "OwnPart", "PenaltyPart", "TermPart", "log_joined"]
 
 
 def log_joined(step: "Step", technique: Any, name: str, value: Tensor, loss: Tensor | None) -> None:
@@ -163,6 +164,56 @@ class GradientPart(Part):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+
+class PenaltyPart(Part):
+    """Penalties on parameters: their gradients, and their values for the log.
+
+    Args:
+        trainer: The Trainer.
+        module: The user's module.
+        techniques: Those that take part.
+
+    """
+
+    def __init__(self, trainer: "Trainer", module: "LightningModule", techniques: Sequence[OnParameters]) -> None:
+        self._trainer, self._module, self._techniques = trainer, module, techniques
+        self._active: Sequence[OnParameters] = techniques
+
+    @override
+    def start(self) -> None:
+        count = len(self._trainer.optimizers)
+        for technique in self._techniques:
+            if technique.optimizer is not None and not -1 < technique.optimizer < count:
+                raise MisconfigurationException(
+                    f"{type(technique).__name__}: `optimizer` must be the position of one of the {count} that"
+                    f" `configure_optimizers` returns, 0 for the first, got {technique.optimizer}."
+                )
+
+    @override
+    def begin_step(self) -> None:
+        self._active = ()  # in a step in which no technique is active the part is not entered
+
+    @override
+    @contextmanager
+    def around(self, step: "Step") -> Iterator[None]:
+        self._active = [technique for technique in self._techniques if technique in step.active]
+        with torch.no_grad():
+            found = [(t, t.penalty(self._module)) for t in self._active] if step.is_logging else []
+        yield
+        self._log({technique: value for technique, value in found if value is not None}, step)
+
+    def _log(self, penalties: dict[OnParameters, Tensor], step: "Step") -> None:
+        loss = loss_of(step.output)
+        for technique, penalty in penalties.items():
+            log_joined(step, technique, "penalty", penalty, loss)  # by hand no loss need be returned
+
+    @override
+    def before_optimizer(self, optimizer: Any) -> None:
+        asked = [t for t in self._active if t.optimizer is None or self._trainer.optimizers[t.optimizer] is optimizer]
+        if asked:
+            penalties = [technique.penalty for technique in asked]
+            add_penalties_(penalties, self._module, self._trainer, optimizer, type(asked[0]).__name__)
 
 
 class OwnPart(Part):
