@@ -185,7 +185,7 @@ def opis(
         enough = sizes >= min_per_class
         hits, counts = first_pass(rows)
         recall = hits[enough[codes]].float().mean()
-        low, high = (_distance(rows, counts, far) for far in (far_low, far_high))
+        low, high = _distances(rows, counts, far_low, far_high)
         thresholds = (
             torch.linspace(0, 1, num_thresholds, dtype=torch.float64, device=rows.z.device) * (high - low) + low
         )
@@ -194,16 +194,17 @@ def opis(
         return Consistency(value, recall, thresholds, utilities, classes[enough], int((~enough).sum()))
 
 
-def _distance(rows: Rows, counts: Tensor, far: float) -> Tensor:
-    """Quantile of the distances of negatives, linear between two of them."""
+def _distances(rows: Rows, counts: Tensor, *fars: float) -> Tensor:
+    """Quantiles of the distances of negatives, linear between two of them."""
     total = int(counts.sum())
-    if far * total < 1:
-        return torch.tensor(math.nan, dtype=torch.float64, device=counts.device)
-    place = far * (total - 1)
-    first = min(math.floor(place), total - 2) if total > 1 else 0
-    ranks = [total - 1 - first, max(total - 2 - first, 0)]  # the smallest distance has the largest cosine
-    near, far_away = (2 - 2 * negatives_at(rows, ranks, counts)).clamp(min=0).sqrt()
-    return torch.lerp(near, far_away, place - first)
+    if min(fars) * total < 1:
+        return torch.full((len(fars),), math.nan, dtype=torch.float64, device=counts.device)
+    places = [far * (total - 1) for far in fars]
+    firsts = [min(math.floor(place), total - 2) if total > 1 else 0 for place in places]
+    # The smallest distance has the largest cosine.
+    ranks = [max(total - 1 - first - step, 0) for first in firsts for step in (0, 1)]
+    near, far_away = (2 - 2 * negatives_at(rows, ranks, counts)).clamp(min=0).sqrt().reshape(-1, 2).T
+    return torch.lerp(near, far_away, near.new_tensor(places) - near.new_tensor(firsts))
 
 
 def _utilities(rows: Rows, thresholds: Tensor, sensitivity_weight: float) -> Tensor:
