@@ -6,7 +6,7 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_reg.engine.host.arguments import check_number
-from lightning_reg.metric_learning._unit_rows import unit_rows
+from lightning_reg.engine.loss.contrastive import unit_rows
 from lightning_reg.metric_learning.tcm_loss.core import opis
 
 __all__ = ["OPIS"]
