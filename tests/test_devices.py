@@ -86,6 +86,7 @@ CALLS = {
     "inverse_density_weights": lambda: f.inverse_density_weights(NUMBERS[:, 0], 4, lds_sigma=1.0),
     "label_distance": lambda: f.label_distance(NUMBERS, NUMBERS.flip(0)),
     "pair_masks": lambda: f.pair_masks(NUMBERS, NUMBERS.flip(0), 0.5),
+    "supervised_contrastive_loss": lambda: f.supervised_contrastive_loss(FEATURES, LABELS),
     "elr_loss": lambda: f.elr_loss(LOGITS, LABELS, INDEX, TABLE.clone(), 3.0, 0.7),
     "elr_regularizer": lambda: f.elr_regularizer(LOGITS, TABLE[:6]),
     "elr_targets": lambda: f.elr_targets(TABLE[:6], TABLE[3:], 0.7),
