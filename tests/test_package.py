@@ -151,7 +151,7 @@ def test_metric_learning_example_runs_in_a_short_mode(tmp_path, capsys):
     assert [len(found) for found in results.values()] == [1, 1]
     assert all(0 < scores["opis"] < 1 for found in results.values() for scores in found)
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-    assert "with TCM: sensitivity" in capsys.readouterr().out
+    assert "digits that training has not seen" in capsys.readouterr().out
 
 
 def test_generate_writes_what_was_rendered_in_a_checkout_alone(tmp_path, monkeypatch, capsys):
