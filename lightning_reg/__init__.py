@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from lightning_reg.metric_learning.conr.conr import ConR as ConR
     from lightning_reg.metric_learning.loki.loki import Loki as Loki
     from lightning_reg.metric_learning.loki.metrics import MeanSquaredDistance as MeanSquaredDistance
+    from lightning_reg.metric_learning.metric_loss.metric_loss import MetricLoss as MetricLoss
     from lightning_reg.metric_learning.tcm_loss.core import Consistency as Consistency
     from lightning_reg.metric_learning.tcm_loss.opis import OPIS as OPIS
     from lightning_reg.metric_learning.tcm_loss.tcm_loss import TCM as TCM
@@ -94,6 +95,7 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "ConR": "lightning_reg.metric_learning.conr.conr",
         "Loki": "lightning_reg.metric_learning.loki.loki",
         "MeanSquaredDistance": "lightning_reg.metric_learning.loki.metrics",
+        "MetricLoss": "lightning_reg.metric_learning.metric_loss.metric_loss",
         "Consistency": "lightning_reg.metric_learning.tcm_loss.core",
         "OPIS": "lightning_reg.metric_learning.tcm_loss.opis",
         "TCM": "lightning_reg.metric_learning.tcm_loss.tcm_loss",

@@ -59,6 +59,9 @@ if TYPE_CHECKING:
     from lightning_reg.metric_learning.loki.trees import tree_cover as tree_cover
     from lightning_reg.metric_learning.loki.trees import tree_distances as tree_distances
     from lightning_reg.metric_learning.loki.trees import tree_locus as tree_locus
+    from lightning_reg.metric_learning.metric_loss.core import (
+        supervised_contrastive_loss as supervised_contrastive_loss,
+    )
     from lightning_reg.metric_learning.tcm_loss.core import Consistency as Consistency
     from lightning_reg.metric_learning.tcm_loss.core import opis as opis
     from lightning_reg.metric_learning.tcm_loss.core import tcm_loss as tcm_loss
@@ -164,6 +167,7 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "tree_cover": "lightning_reg.metric_learning.loki.trees",
         "tree_distances": "lightning_reg.metric_learning.loki.trees",
         "tree_locus": "lightning_reg.metric_learning.loki.trees",
+        "supervised_contrastive_loss": "lightning_reg.metric_learning.metric_loss.core",
         "Consistency": "lightning_reg.metric_learning.tcm_loss.core",
         "opis": "lightning_reg.metric_learning.tcm_loss.core",
         "tcm_loss": "lightning_reg.metric_learning.tcm_loss.core",

@@ -155,6 +155,19 @@ def test_unlearning_example_runs_in_a_short_mode(tmp_path, capsys):
     assert "unlearned (PUL)" in capsys.readouterr().out
 
 
+def test_metric_learning_example_runs_in_a_short_mode(tmp_path, capsys):
+    sys.path.insert(0, str(ROOT / "examples"))
+    try:
+        import metric_learning
+    finally:
+        sys.path.pop(0)
+    results = metric_learning.main(["--seeds", "1", "--steps", "10", "--output", str(tmp_path / "plot.png")])
+    assert [len(found) for found in results.values()] == [1, 1]
+    assert all(0 < scores["opis"] < 1 for found in results.values() for scores in found)
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert "digits that training has not seen" in capsys.readouterr().out
+
+
 def test_generate_writes_what_was_rendered_in_a_checkout_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("lightning_reg.__main__.render", lambda: {tmp_path / "docs" / "page.md": "new"})
     monkeypatch.setattr("lightning_reg.__main__._ROOT", tmp_path)

@@ -242,7 +242,7 @@ class OwnPart(Part):
 
     @override
     def start(self) -> None:
-        for technique in self._techniques:
+        for technique in [technique for technique in self._techniques if technique.own.parameters]:
             count, position = len(self._trainer.optimizers), technique.own_optimizer
             if (position is None and count > 1) or not -1 < (position or 0) < count:
                 raise MisconfigurationException(

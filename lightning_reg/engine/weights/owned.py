@@ -118,12 +118,15 @@ class OwnModules:
             MisconfigurationException: If it takes no further group.
 
         """
+        parameters = self.parameters
+        if not parameters:
+            yield
+            return
         if isinstance(optimizer, LBFGS) or hasattr(optimizer, "consolidate_state_dict"):
             raise MisconfigurationException(
                 f"{owner}: {type(optimizer).__name__} takes no further group of parameters, so what {owner} trains"
                 " cannot be trained with it. Choose another optimizer."
             )
-        parameters = self.parameters
         group = self._group(optimizer.param_groups[0], parameters)
         for name, parameter in parameters.items():
             if self._moments.get(name):
