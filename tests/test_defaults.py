@@ -140,11 +140,8 @@ DEFAULTS = {
     "slerp_merge": {"threshold": 0.9995, "exclude": None},
     "softmax_distillation_loss": {"temperature": 2.0, "reduction": "mean"},
     "sparsify_weight": {"factor": 0.0, "lambda_w": 0.0},
-<<<<<<< HEAD
     "split_pool": {"batch": 256, "most": 100000},
-=======
     "supervised_contrastive_loss": {"temperature": 0.1, "group": None, "capacity": None},
->>>>>>> contrast
     "symmetric_infonce": {"tau": 0.1, "group": None, "capacity": None},
     "tcm_loss": {
         "margin_plus": 0.9,
