@@ -175,7 +175,8 @@ class MetricLoss(ModuleTechnique, StepTechnique):
     def step_term(self, step: "Step") -> Tensor | None:
         labels = class_numbers(self, step, self.label_key)
         passes = embeddings(self, step, self.layer, len(labels), self.pooling)
-        rows, labels = torch.cat(passes).float(), labels.repeat(len(passes))
+        rows, labels = torch.cat(passes), labels.repeat(len(passes))
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         with torch.autocast(rows.device.type, enabled=False):  # centres and cosines in float32
             if self.gather:
                 group = host.data_parallel_group(step.trainer)
