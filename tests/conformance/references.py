@@ -137,6 +137,23 @@ class HalvedByHand(Hand):
         return 0.5 * rows if name == "net.body" else rows
 
 
+class StretchesInputs(_Reference, LayerTechnique):
+    """The layer in the middle gets one and a half of its input."""
+
+    @override
+    def inputs_to_edit(self, module):
+        return ["net.body"]
+
+    @override
+    def edit_inputs(self, call):
+        return call.with_input(1.5 * call.input)
+
+
+class StretchedByHand(Hand):
+    def edit_input(self, name, rows, moment):
+        return 1.5 * rows if name == "net.body" else rows
+
+
 class RunsWithLess(_Reference, WeightTechnique):
     """The network runs with nine tenths of the head's bias; what is trained stays as it is."""
 
@@ -290,6 +307,7 @@ REFERENCES = [
     _case(WeighsByLoss, WeighedByHand, "images", "regression"),
     _case(ShrinksOutputs, ShrunkByHand, "images", "regression"),
     _case(HalvesFeatures, HalvedByHand, "images", "regression"),
+    _case(StretchesInputs, StretchedByHand, "images", "regression"),
     _case(RunsWithLess, LessByHand, "images", "regression"),
     _case(ShrinksFeatures, FeaturesShrunkByHand, "images", "regression"),
     _case(ProjectsFeatures, FeaturesProjectedByHand, "images", "regression"),
