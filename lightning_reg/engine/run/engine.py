@@ -93,7 +93,7 @@ class Engine:
         """Finds the named layers and parameters, once ``configure_model`` has made them."""
         for part in self.parts:
             part.prepare()
-        if self._around_optimizer:
+        if self._around_optimizer or self._after_closure:
             stepping = host.Replacement(self.trainer.strategy, "optimizer_step", self.optimizer_step)
             self._replaced["optimizer_step"] = stepping
 
@@ -101,7 +101,7 @@ class Engine:
         """Says what is attached to what, once the loaders are there; optimizers are there as well."""
         for part in self.parts:
             part.start()
-        report.show_table(self.trainer, self.techniques, self._loaders.sizes())
+        report.show_table(self.trainer, self.module, self.techniques, self._loaders.sizes())
 
     # -- the step -----------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from lightning_reg.engine.loss.watch import Interception
 from lightning_reg.engine.run.layer_parts import EditPart, TapPart
 from lightning_reg.engine.run.loss_path import LossPath, Sightings
 from lightning_reg.engine.run.part import Part
+from lightning_reg.engine.run.periods import PeriodPart
 from lightning_reg.engine.run.phases import (
     LOSS_PHASES,
     Member,
@@ -75,6 +76,8 @@ def _parts_on_layers(trainer: "Trainer", module: "LightningModule", techniques: 
         parts.append(EditPart(module, on_layers))
     for technique in taking_part(techniques, Member, "parts"):
         parts += technique.parts(trainer, module)
+    if any(technique.periods for technique in techniques):
+        parts.append(PeriodPart(trainer, module, techniques))
     if layers := [layer for t in techniques if isinstance(t, Observer) for layer in t.feature_layers]:
         parts.append(TapPart(module, layers))
     if on_step := taking_part(techniques, OnStep):
@@ -337,7 +340,8 @@ class LossPart(Part):
     @override
     def around(self, step: "Step") -> AbstractContextManager[Any]:
         mixer = step.mixer
-        on_loss = [t for t in self._techniques if t in step.active and (t in self._on_loss or t is mixer)]
+        acting = [t for t in self._techniques if t in step.active and t not in step.resting and not step.alone]
+        on_loss = [t for t in acting if t in self._on_loss or t is mixer]
         rehearsed = rehearsals(step, self._techniques, self._on_loss) if self._sightings.is_first else ()
         return LossPath(step, on_loss, self._sightings, rehearsed)
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lightning_reg.engine.layers.edits import InputCall, LayerCall
     from lightning_reg.engine.loss.call import LossCall
     from lightning_reg.engine.run.part import Part
+    from lightning_reg.engine.run.periods import Period
     from lightning_reg.engine.step import Step
     from lightning_reg.engine.weights.maps import Latents
     from lightning_reg.engine.weights.owned import OwnModules
@@ -92,6 +93,11 @@ class Member:
     def remembers_channels(self) -> bool:
         """Whether it holds, from an earlier fit, numbers that belong to single channels of the module's layers."""
         return False
+
+    @property
+    def periods(self) -> "Sequence[Period]":
+        """Parts of the fit in which it freezes weights, or in which its own loss or the user's is alone."""
+        return ()
 
     def prepare_model(self, module: "LightningModule") -> None:
         """Prepares the module before it is wrapped for several processes and before its optimizers are made.
