@@ -150,6 +150,10 @@ class Hand:
         """The gradient of a weight, with those of penalties, that the optimizer gets."""
         return gradient
 
+    def rests(self, name: str, moment: Moment) -> bool:
+        """Whether a weight is left alone by the optimizer in this step."""
+        return False
+
     def follow(self, loop: "View") -> None:
         """After the optimizer's step, before anybody looks at the new weights."""
 
@@ -244,6 +248,9 @@ class Loop:
                 loss = self._loss(moment)
                 optimizer.zero_grad()
                 loss.backward()
+                for name, leaf in self.leaves.items():
+                    if any(hand.rests(name, moment) for hand in self.hands):
+                        leaf.grad = None
                 optimizer.step()
                 for hand in self.hands:
                     hand.follow(self.views[hand.kind])

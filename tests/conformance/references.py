@@ -7,6 +7,7 @@ from typing_extensions import override
 
 from lightning_reg.engine.data.entries import replace_entry
 from lightning_reg.engine.data.mixing import Mixing
+from lightning_reg.engine.run.periods import Period
 from lightning_reg.engine.technique import (
     BatchTechnique,
     GradientTechnique,
@@ -296,6 +297,22 @@ class HalfByHand(Hand):
         return (weight / 2, lambda half: 2 * half) if name == "net.first.bias" else None
 
 
+class RestsAWhile(_Reference, Technique):
+    """The head's bias is left alone for six steps; two instances leave it alone at different times."""
+
+    @property
+    @override
+    def periods(self):
+        start = 2 if self.name == "two" else 5
+        return (Period(start, start + 6, "steps", frozen="net.head.bias"),)
+
+
+class RestedByHand(Hand):
+    def rests(self, name, moment):
+        (period,) = self.technique.periods
+        return name == "net.head.bias" and period.start < moment.count <= period.end
+
+
 def _case(cls, hand, *also):
     return Case(make=cls, neutral=None, by_hand=hand, also=also, exempt={"says_what_it_does": "it says nothing at all"})
 
@@ -314,5 +331,6 @@ REFERENCES = [
     _case(PullsToZero, PulledByHand, "images", "regression"),
     _case(BoundsGradients, GradientsBoundByHand, "images", "regression"),
     _case(ShrinksBias, BiasShrunkByHand, "images", "regression"),
+    _case(RestsAWhile, RestedByHand, "images", "regression"),
     _case(TrainsHalf, HalfByHand, "images", "regression"),
 ]

@@ -359,6 +359,9 @@ def test_what_cannot_hold_is_refused_in_a_sentence():
     ):
         with pytest.raises(MisconfigurationException, match=sentence):
             fit(model, *techniques)
+    twice = Classifier(lambda module, batch: sum(F.cross_entropy(module(batch[0]), batch[1]) for _ in range(2)))
+    with pytest.raises(MisconfigurationException, match=r"^WeightsByLabel"):  # in the first step, in which it rests
+        fit(twice, WeightsByLabel(), Norms(alone), max_epochs=1)
     fit(Classifier(), Norms(alone), Norms(Period(1, loss="own"), name="b"))
     with pytest.raises(MisconfigurationException, match=r"^Freezes has periods in shares of the training, whose"):
         fit(Classifier(), Freezes(Period(0.5, unit="share", frozen="net.0")), max_epochs=-1)

@@ -220,9 +220,11 @@ class PeriodPart(Part):
 
     def _may_switch_off(self, frozen: Collection[int]) -> bool:
         """Whether gradients need not be computed: where nobody waits for them, and some are left for the loss."""
+        if not frozen:
+            return False
         trained = any(p.requires_grad and id(p) not in frozen for p in self._module.parameters())
         alone = distributed.world_size() == 1 and not host.reaches_step_through_call(self._trainer, self._module)
-        return bool(frozen) and trained and alone
+        return trained and alone
 
     def _steps_so_far(self) -> int:
         if self._module.automatic_optimization:
