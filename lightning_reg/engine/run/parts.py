@@ -18,7 +18,7 @@ from lightning_reg.engine.loss.watch import Interception
 from lightning_reg.engine.run.layer_parts import EditPart, TapPart
 from lightning_reg.engine.run.loss_path import LossPath, Sightings
 from lightning_reg.engine.run.part import Part
-from lightning_reg.engine.run.periods import PeriodPart
+from lightning_reg.engine.run.period_part import PeriodPart
 from lightning_reg.engine.run.phases import (
     LOSS_PHASES,
     Member,

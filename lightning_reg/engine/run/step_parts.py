@@ -15,7 +15,7 @@ from lightning_reg.engine.host.generators import own_randomness
 from lightning_reg.engine.host.names import plain_name
 from lightning_reg.engine.loss.result import loss_of, with_loss
 from lightning_reg.engine.run.part import Part
-from lightning_reg.engine.run.periods import resting
+from lightning_reg.engine.run.period_part import resting
 from lightning_reg.engine.run.phases import OnGradients, OnModules, OnStep, taking_part
 
 if TYPE_CHECKING:
