@@ -12,7 +12,7 @@ from torch.utils.data import DistributedSampler, TensorDataset
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.run.periods import Period
 from lightning_reg.engine.run.report import techniques_table, what_is_trained
-from lightning_reg.engine.technique import ModuleTechnique, StepTechnique, Technique
+from lightning_reg.engine.technique import LossTechnique, ModuleTechnique, StepTechnique, Technique
 from lightning_reg.engine.weights.owned import OwnModules
 from tests.conformance.problems import Loader, Resumable
 from tests.toys import (
@@ -237,6 +237,19 @@ def test_own_loss_alone_and_the_users_with_others_beside_it():
     fit(model, WeightsByLabel(), Norms(Period(0, 1, loss="own"), Period(2, loss="user")), max_epochs=3)
     fit(hand, max_epochs=3)
     assert same_weights(model, hand, atol=1e-6)
+
+
+def test_its_own_work_on_a_loss_call_rests_too():
+    class Both(Norms, LossTechnique):
+        epochs = ()
+
+        def loss_term(self, call):
+            self.epochs = (*self.epochs, call.step.epoch)
+            return call.losses
+
+    technique = Both(Period(1, 2, loss="own"))
+    fit(Classifier(), technique, max_epochs=3)
+    assert set(technique.epochs) == {0, 2}
 
 
 class Projects(Freezes, ModuleTechnique, StepTechnique):
