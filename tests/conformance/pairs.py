@@ -170,7 +170,7 @@ def stages_of(technique: Technique) -> frozenset[str]:
 
 def _acts_in_training(case: Case) -> bool:
     technique = case.make()
-    return "train" in stages_of(technique) or phases_of(technique) != ("edit_features",)
+    return "train" in stages_of(technique) or not {"edit_inputs", "edit_features"}.issuperset(phases_of(technique))
 
 
 def need_other_layers(one: Case, two: Case) -> bool:

@@ -930,6 +930,15 @@ def test_logged_values_by_hand():
     assert [row["flips"] for row in rows[14:]] == flips
 
 
+# Between an epoch's last batch and the next one stands a validation, and in the second case a new pattern.
+@pytest.mark.parametrize(("every", "options"), [(3, {}), (2, {"recipe": "sdgf_geometric", "geometric_k": 4})])
+def test_flips_after_a_resume_are_those_of_the_whole_run(tmp_path, every, options):
+    make, setup = partial(NMSparsity, 1, 4, dense_steps=4, dim="out", **options), {"log_every_n_steps": every}
+    whole = fit([make()], CASE.problem, folder=tmp_path, max_epochs=3, **setup)
+    resumed = fit([make()], CASE.problem, ckpt=tmp_path / "last_batch.ckpt", seed=1, max_epochs=3, **setup)
+    assert not difference(resumed.logged, whole.logged[-len(resumed.logged) :])
+
+
 def test_settings_in_one_line():
     sparse = NMSparsity(1, 8, recipe="mdgf_linear", beta=0.05, dense_steps=3, finetune_steps=4)
     assert sparse.describe() == "1:8 mdgf_linear, layers auto, dim=in"

@@ -11,12 +11,12 @@ from typing_extensions import override
 from lightning_reg.engine.data.views import Views
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.layers.edits import LayerEdit, LayerEdits
-from lightning_reg.engine.layers.named import FeatureTap
 from lightning_reg.engine.loss.mixin import LossMixin
 from lightning_reg.engine.loss.watch import Interception
+from lightning_reg.engine.run.layer_parts import EditPart, TapPart
 from lightning_reg.engine.run.loss_path import LossPath, Sightings
 from lightning_reg.engine.run.part import Part
+from lightning_reg.engine.run.period_part import PeriodPart
 from lightning_reg.engine.run.phases import (
     LOSS_PHASES,
     Member,
@@ -73,6 +73,8 @@ def _parts_on_layers(trainer: "Trainer", module: "LightningModule", techniques: 
         parts.append(EditPart(module, on_layers))
     for technique in taking_part(techniques, Member, "parts"):
         parts += technique.parts(trainer, module)
+    if any(technique.periods for technique in techniques):
+        parts.append(PeriodPart(trainer, module, techniques))
     if layers := [layer for t in techniques if isinstance(t, Observer) for layer in t.feature_layers]:
         parts.append(TapPart(module, layers))
     if on_step := taking_part(techniques, OnStep):
@@ -277,79 +279,6 @@ class MapPart(Part):
         self._maps.close()
 
 
-class EditPart(Part):
-    """Outputs of named layers, changed.
-
-    Args:
-        module: The user's module.
-        techniques: Those that take part.
-
-    """
-
-    def __init__(self, module: "LightningModule", techniques: Sequence[OnLayers]) -> None:
-        self._module, self._techniques = module, techniques
-        self._edits = LayerEdits(module, ())
-
-    @override
-    def prepare(self) -> None:
-        edits = [LayerEdit(t, t.features_to_edit(self._module), t.edit_features) for t in self._techniques]
-        self._edits = LayerEdits(self._module, edits)
-
-    @override
-    @contextmanager
-    def around(self, step: "Step") -> Iterator[None]:
-        self._edits.open(step)
-        try:
-            yield
-        finally:
-            self._edits.shut()
-        self._edits.check(step)
-
-    @override
-    def rest(self) -> None:
-        self._edits.rest()
-
-    @override
-    def close(self) -> None:
-        self._edits.close()
-
-
-class TapPart(Part):
-    """Outputs of named layers, observed.
-
-    Args:
-        module: The user's module.
-        layers: Names of the layers.
-
-    """
-
-    def __init__(self, module: "LightningModule", layers: Sequence[str]) -> None:
-        self._module, self._layers = module, layers
-        self._tap = FeatureTap(module, ())
-
-    @override
-    def prepare(self) -> None:
-        self._tap = FeatureTap(self._module, self._layers)
-
-    @override
-    @contextmanager
-    def around(self, step: "Step") -> Iterator[None]:
-        tap = self._tap
-        tap.open, step.features, step.passes = True, tap.outputs, tap.passes
-        if step.feature_view is not None:
-            tap.view = step.feature_view
-        if step.views is not None:
-            tap.own = step.views.own
-        try:
-            yield
-        finally:
-            tap.shut()
-
-    @override
-    def close(self) -> None:
-        self._tap.close()
-
-
 class LossPart(Part):
     """The loss.
 
@@ -369,7 +298,8 @@ class LossPart(Part):
     @override
     def around(self, step: "Step") -> AbstractContextManager[Any]:
         mixer = step.mixer
-        on_loss = [t for t in self._techniques if t in step.active and (t in self._on_loss or t is mixer)]
+        acting = [t for t in self._techniques if t in step.active and t not in step.resting and not step.alone]
+        on_loss = [t for t in acting if t in self._on_loss or t is mixer]
         rehearsed = rehearsals(step, self._techniques, self._on_loss) if self._sightings.is_first else ()
         return LossPath(step, on_loss, self._sightings, rehearsed)
 

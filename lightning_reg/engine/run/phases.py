@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from lightning_reg.engine.data.mixing import Mixing
-    from lightning_reg.engine.layers.edits import LayerCall
+    from lightning_reg.engine.layers.edits import InputCall, LayerCall
     from lightning_reg.engine.loss.call import LossCall
     from lightning_reg.engine.run.part import Part
+    from lightning_reg.engine.run.periods import Period
     from lightning_reg.engine.step import Step
     from lightning_reg.engine.weights.maps import Latents
     from lightning_reg.engine.weights.owned import OwnModules
@@ -92,6 +93,11 @@ class Member:
     def remembers_channels(self) -> bool:
         """Whether it holds, from an earlier fit, numbers that belong to single channels of the module's layers."""
         return False
+
+    @property
+    def periods(self) -> "Sequence[Period]":
+        """Parts of the fit in which it freezes weights, or in which its own loss or the user's is alone."""
+        return ()
 
     def prepare_model(self, module: "LightningModule") -> None:
         """Prepares the module before it is wrapped for several processes and before its optimizers are made.
@@ -261,18 +267,29 @@ class OnModules(Member):
 
 
 class OnLayers(Member):
-    """The phase on the outputs of named layers."""
+    """The phases on what named layers are given and what they return.
+
+    Called when a layer runs inside the user's ``training_step``, in training mode and with gradients recorded; and in
+    evaluation mode inside ``validation_step``, ``test_step`` and ``predict_step``, if :attr:`stages` says so.
+    """
+
+    def inputs_to_edit(self, module: nn.Module) -> "Sequence[str]":
+        """Names of the layers whose inputs :meth:`edit_inputs` changes, as in ``named_modules()``."""
+        return ()
+
+    def edit_inputs(self, call: "InputCall") -> "tuple[tuple[Any, ...], Mapping[str, Any]] | None":
+        """Returns what a layer gets in place of its arguments, by position and by name; ``None`` for the same.
+
+        ``call.with_input(x)`` has another first argument and all others as they are. What is given stays as it is.
+        """
+        raise NotImplementedError
 
     def features_to_edit(self, module: nn.Module) -> "Sequence[str]":
         """Names of the layers whose outputs :meth:`edit_features` changes, as in ``named_modules()``."""
         return ()
 
     def edit_features(self, call: "LayerCall") -> Any:
-        """Returns what a layer returns in its place, ``None`` for its own output.
-
-        Called when the layer ran inside the user's ``training_step``, in training mode and with gradients recorded; and
-        in evaluation mode inside ``validation_step``, ``test_step`` and ``predict_step``, if :attr:`stages` says so.
-        """
+        """Returns what a layer returns in its place, ``None`` for its own output."""
         raise NotImplementedError
 
 
@@ -348,6 +365,7 @@ PHASES: dict[str, type[Member]] = {
     "observe_batch": OnBatch,
     "extra_views": OnBatch,
     "edit_weights": OnWeights,
+    "edit_inputs": OnLayers,
     "edit_features": OnLayers,
     "parts": Member,
     "change_targets": OnLoss,

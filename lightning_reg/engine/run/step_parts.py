@@ -15,6 +15,7 @@ from lightning_reg.engine.host.generators import own_randomness
 from lightning_reg.engine.host.names import plain_name
 from lightning_reg.engine.loss.result import loss_of, with_loss
 from lightning_reg.engine.run.part import Part
+from lightning_reg.engine.run.period_part import resting
 from lightning_reg.engine.run.phases import OnGradients, OnModules, OnParameters, OnStep, taking_part
 from lightning_reg.engine.weights.penalties import add_penalties_
 
@@ -59,7 +60,7 @@ class TermPart(Part):
     @override
     @contextmanager
     def around(self, step: "Step") -> Iterator[None]:
-        active = [technique for technique in self._techniques if technique in step.active]
+        active = [t for t in self._techniques if t in step.active and t not in step.resting]
         by_hand = not step.module.automatic_optimization
         if by_hand:
             positions = count()
@@ -80,7 +81,7 @@ class TermPart(Part):
         return [technique for technique in active if technique.loss in (position, None)]
 
     def _joined(self, loss: Tensor, step: "Step", techniques: list[OnStep]) -> Tensor:
-        total = loss
+        total = loss = resting(loss) if step.alone else loss
         with step.trainer.precision_plugin.train_step_context():
             for technique in techniques:
                 term = technique.step_term(step)
@@ -228,8 +229,9 @@ class OwnPart(Part):
 
     def __init__(self, trainer: "Trainer", module: "LightningModule", techniques: Sequence[OnModules]) -> None:
         self._trainer, self._module, self._techniques = trainer, module, techniques
-        self._active: Sequence[Any] = ()
+        self._step: Step | None = None
         self._stepping: list[OnModules] = []
+        self._unasked = list(techniques)
 
     @override
     def prepare(self) -> None:
@@ -252,7 +254,7 @@ class OwnPart(Part):
 
     @override
     def begin_step(self) -> None:
-        self._active = ()  # in a step in which no technique is active the part is not entered
+        self._step = None  # in a step in which no technique is active the part is not entered
         for technique in self._techniques:
             if technique.own.is_loaded:  # the learning-rate finder puts states back
                 technique.own.begin(technique.own.modules, self._module.device, type(technique).__name__)
@@ -260,7 +262,7 @@ class OwnPart(Part):
     @override
     @contextmanager
     def around(self, step: "Step") -> Iterator[None]:
-        self._active = step.active
+        self._step = step
         yield
 
     @override
@@ -276,11 +278,36 @@ class OwnPart(Part):
     @override
     def after_closure(self) -> None:
         # While they are still scaled: what is not finite on one rank is so on all, and all skip the step.
-        for technique in [technique for technique in self._stepping if technique in self._active]:
-            technique.own.average_gradients()
+        step = self._step
+        if step is None:
+            return
+        for technique in self._stepping:
+            if technique in step.resting:
+                technique.own.drop_gradients()
+            elif technique in step.active:
+                self._ask(technique)
+                technique.own.average_gradients()
+
+    def _ask(self, technique: OnModules) -> None:
+        """Says, in the first step of each, which of its parameters get no gradient on any rank: one collective."""
+        if technique not in self._unasked:
+            return
+        self._unasked.remove(technique)
+        missing = technique.own.without_gradient()
+        if missing:
+            host.rank_zero_warn(
+                f"{type(technique).__name__} trains {', '.join(map(repr, missing))} of its own, and in its first step"
+                " no gradient reached them on any rank: they are not used there, or detached from the loss. If nothing"
+                " reaches them later either, they stay as they are."
+            )
+
+    @override
+    def rest(self) -> None:
+        self._step = None  # which holds its batch
 
     @override
     def close(self) -> None:
+        self.rest()
         for technique in self._techniques:
             technique.own.end()
 
