@@ -55,7 +55,7 @@ def resume_is_exact(case: Case) -> None:
 
 
 def _check_resume(case: Case, make: Callable[..., Any], folder: Path) -> None:
-    options = {"max_epochs": 3, "mid_epoch": BATCHES + 3, "log_every_n_steps": 1}
+    options = {"max_epochs": 3, "mid_epoch": BATCHES + 3, "log_every_n_steps": 2}
     whole = fit([make()], case.problem, folder=folder, **options)
     for stop in ("epoch_end", "last_batch", "mid_epoch"):
         checkpoint = folder / f"{stop}.ckpt"
