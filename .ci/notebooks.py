@@ -2,7 +2,7 @@
 
 A cell begins with a line ``# %%``, one of text with ``# %% [markdown]``; what stands before the first cell says how to
 run the script and is left out. ``python .ci/notebooks.py`` makes those anew whose cells have changed, ``--all`` all of
-them, and names choose some.
+them, and names choose some. Where nothing but text has changed the outputs are kept.
 """
 
 import argparse
@@ -67,6 +67,20 @@ def make(script: Path) -> nbformat.NotebookNode:
     return notebook
 
 
+def with_outputs_kept(script: Path) -> nbformat.NotebookNode | None:
+    """The notebook with new text and the outputs that it has; ``None`` if its code has changed."""
+    notebook, path = make(script), notebook_of(script)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    old = (
+        [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"] if path.exists() else []
+    )
+    if [cell.source for cell in code] != [cell.source for cell in old]:
+        return None
+    for cell, known in zip(code, old, strict=True):
+        cell.outputs, cell.execution_count = known.outputs, known.execution_count
+    return notebook
+
+
 def run(script: Path) -> Path:
     """Runs a notebook in a kernel of its own, where nothing is written beside it, and keeps it with its outputs."""
     from nbclient import NotebookClient
@@ -100,7 +114,11 @@ def main() -> None:
         parser.error(f"there is no script with cells of the name {', '.join(sorted(unknown))}")
     chosen = [s for s in scripts() if s.stem in options.names] if options.names else list(stale())
     for script in scripts() if options.all else chosen:
-        run(script)
+        kept = None if options.all or options.names else with_outputs_kept(script)
+        if kept is None:
+            run(script)
+        else:
+            nbformat.write(kept, notebook_of(script))
 
 
 if __name__ == "__main__":

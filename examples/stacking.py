@@ -140,8 +140,8 @@ axes.spines[["top", "right"]].set_visible(False)
 plt.show()
 
 # %% [markdown]
-# What acts on the trouble itself, the wrong labels, does the work here. The others add little or nothing to it: a stack
-# is not better because it is higher. Add one technique at a time, and keep what your validation shows.
+# What acts on the trouble itself, the wrong labels, does most of the work. The two others, which help little alone, add
+# to it here. That is no law: add one technique at a time, and keep what your validation shows.
 
 # %% [markdown]
 # ## What cannot stand together

@@ -48,6 +48,23 @@ def test_a_change_of_a_script_is_noticed(tmp_path, monkeypatch):
         assert list(notebooks.stale()) == [script]
 
 
+def test_outputs_are_kept_while_the_code_is_the_same(tmp_path, monkeypatch):
+    script = tmp_path / "one.py"
+    script.write_text("# %% [markdown]\n# # Title\n# %%\nx = 1\n")
+    monkeypatch.setattr(notebooks, "FOLDER", tmp_path)
+    assert notebooks.with_outputs_kept(script) is None
+    notebook = notebooks.make(script)
+    notebook.cells[1].execution_count = 1
+    notebook.cells[1].outputs = [nbformat.v4.new_output("stream", text="one")]
+    nbformat.write(notebook, tmp_path / "one.ipynb")
+    script.write_text("# %% [markdown]\n# # Other title\n# %%\nx = 1\n")
+    kept = notebooks.with_outputs_kept(script)
+    assert kept.cells[0].source == "# Other title"
+    assert kept.cells[1].outputs == notebook.cells[1].outputs
+    script.write_text("# %% [markdown]\n# # Title\n# %%\nx = 2\n")
+    assert notebooks.with_outputs_kept(script) is None
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_is_kept_with_its_outputs_and_pictures(path):
     assert path.stat().st_size < notebooks.LIMIT
