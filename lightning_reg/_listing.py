@@ -45,7 +45,8 @@ def _list(options: Options) -> None:
             what = escape(_plain(registry.summary(member.value)))
             table.add_row(member.name, _words(member.kind or ""), _words(folder), what)
     if not table.row_count:
-        raise ValueError(f"there is no {_words(options['kind'])} for {_words(options['for'])}.")
+        purpose = "" if options["for"] is None else f" for {_words(options['for'])}"
+        raise ValueError(f"there is no {_words(options['kind'] or 'unit')}{purpose}.")
     Console().print(table)
 
 

@@ -96,7 +96,13 @@ def test_list_shows_one_purpose(capsys):
     assert "ELRPlusCallback" in printed
     assert "NMSparsity" not in printed
     words = ["list", "--for", "noisy_labels", "--kind", "sampler"]
-    assert "there is no sampler for noisy labels" in refused(capsys, 1, *words)
+    assert "there is no sampler for noisy labels." in refused(capsys, 1, *words)
+
+
+def test_a_list_of_nothing_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(registry, "units", list)
+    assert "there is no sampler." in refused(capsys, 1, "list", "--kind", "sampler")
+    assert "there is no unit." in refused(capsys, 1, "list")
 
 
 def test_show_has_a_card_for_all_techniques_and_one_of_each_other_kind(capsys):
