@@ -6,7 +6,7 @@ DEMO := $(BIN)/python examples/noisy_labels.py
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # one pip at a time in one .venv
-.PHONY: help venv demo demo-short test test-lowest matrix mutants wheel lint docs clean
+.PHONY: help venv demo demo-short test test-lowest matrix mutants wheel lint docs notebooks clean
 
 help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -49,6 +49,9 @@ lint: .venv/.dev  ## ruff check, ruff format --check, mypy
 docs: .venv/.dev  ## rewrite the generated files
 	$(BIN)/python -m lightning_reg generate
 	$(BIN)/python -m tests.conformance.matrix
+
+notebooks: .venv/.dev  ## run the notebooks of those scripts in examples/ that have changed, and keep their outputs
+	$(BIN)/python .ci/notebooks.py
 
 clean:  ## remove .venv, caches and builds
 	rm -rf .venv .mutants build dist .mypy_cache .pytest_cache .ruff_cache checkpoints lightning_logs *.png

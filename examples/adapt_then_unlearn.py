@@ -2,7 +2,8 @@
 
 Run it with ``python examples/adapt_then_unlearn.py``; it takes about a minute. The GAN is an ordinary LightningModule
 with manual optimization and two optimizers, and no training data are used but to train it in the first place. The
-picture shows what the same noise becomes before and after.
+picture shows what the same noise becomes before and after. It is a notebook too:
+``examples/notebooks/adapt_then_unlearn.ipynb``.
 """
 
 # %% [markdown]
@@ -14,18 +15,18 @@ picture shows what the same noise becomes before and after.
 # rewards the distance from the copy, while the discriminator keeps the quality.
 
 # %%
-import argparse
 import copy
 import logging
+import os
 import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer, seed_everything
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
@@ -36,6 +37,12 @@ from lightning_reg import L2ToStart, WeightRepulsion
 from lightning_reg.functional import frechet_distance, generator_fisher, split_pool, unlearned_percentage
 
 UNWANTED = 7
+SHORT = "LIGHTNING_REG_SHORT" in os.environ  # the tests run it in seconds
+STEPS, ADAPT_STEPS, UNLEARN_STEPS = (300, 60, 30) if SHORT else (1_500, 400, 150)
+SAMPLES = 30 if SHORT else 400  # unwanted ones, for stage 1
+FOLDER = Path(tempfile.mkdtemp())
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", ".*(does not have many workers|LeafSpec|number of training batches)")
 
 # %% [markdown]
 # ## The GAN and the classifier
@@ -137,12 +144,12 @@ def train(module: LightningModule, steps: int, *data: Tensor, callbacks: tuple[A
 
 
 # %%
-def adapt(original: GAN, sevens: Tensor, steps: int, folder: Path) -> GAN:
+def adapt(original: GAN, sevens: Tensor, steps: int) -> GAN:
     adapted = copy.deepcopy(original)
-    torch.save(generator_fisher(original, torch.randn(32, 16)), folder / "fisher.pt")
-    tie = L2ToStart(2.0, params="generator.*", importance=str(folder / "fisher.pt"))
+    torch.save(generator_fisher(original, torch.randn(32, 16)), FOLDER / "fisher.pt")
+    tie = L2ToStart(2.0, params="generator.*", importance=str(FOLDER / "fisher.pt"))
     train(adapted, steps, sevens, callbacks=(tie,))
-    torch.save(adapted.state_dict(), folder / "adapted.pt")
+    torch.save(adapted.state_dict(), FOLDER / "adapted.pt")
     return adapted
 
 
@@ -153,82 +160,62 @@ def adapt(original: GAN, sevens: Tensor, steps: int, folder: Path) -> GAN:
 
 
 # %%
-def unlearn(original: GAN, others: Tensor, steps: int, folder: Path | None = None) -> GAN:
+def unlearn(original: GAN, others: Tensor, steps: int, repelled: bool = True) -> GAN:
     unlearned = copy.deepcopy(original)
-    away = () if folder is None else (WeightRepulsion(str(folder / "adapted.pt"), weight=100.0, params="generator.*"),)
-    train(unlearned, steps, others, callbacks=away)
+    away = WeightRepulsion(str(FOLDER / "adapted.pt"), weight=100.0, params="generator.*")
+    train(unlearned, steps, others, callbacks=(away,) if repelled else ())
     return unlearned
 
 
 # %% [markdown]
 # ## Both stages, and what came of it
 
+# %%
+seed_everything(0, verbose=False)
+digits = load_digits()
+x, y = torch.tensor(digits.data / 16, dtype=torch.float32).view(-1, 1, 8, 8), torch.tensor(digits.target)
+classifier, original = Classifier(), GAN()
+train(classifier, 500, x, y)
+train(original, STEPS, x)
+classifier.eval()
+
+pool = split_pool(original.sample, classifier.is_unwanted, wanted=3_000, unwanted=SAMPLES)
+gans = {
+    "original": original,
+    "adapted copy": adapt(original, pool.unwanted, ADAPT_STEPS),
+    "wanted samples alone": unlearn(original, pool.wanted, UNLEARN_STEPS, repelled=False),
+    "away from the copy": unlearn(original, pool.wanted, UNLEARN_STEPS),
+}
+
+# %% [markdown]
+# The share of sevens, how much of it was unlearned, and how far the samples are from real digits other than seven, in
+# the features of the classifier (a Fréchet distance).
 
 # %%
-def run(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, float]]:
-    seed_everything(0, verbose=False)
-    digits = load_digits()
-    x, y = torch.tensor(digits.data / 16, dtype=torch.float32).view(-1, 1, 8, 8), torch.tensor(digits.target)
-    classifier, original = Classifier(), GAN()
-    train(classifier, 500, x, y)
-    train(original, options.steps, x)
-    classifier.eval()
+reals = x[y != UNWANTED]
+results: dict[str, dict[str, float]] = {}
+table = Table("generator", f"share of {UNWANTED}s", "unlearned (PUL)", "Fréchet distance, features")
+for name, gan in gans.items():
+    torch.manual_seed(1)
+    images = gan.sample(3_000)
+    share = float(classifier.is_unwanted(images).float().mean())
+    with torch.no_grad():
+        distance = float(frechet_distance(classifier.features(images[: len(reals)]), classifier.features(reals)))
+    unlearned = unlearned_percentage(results.get("original", {"share": share})["share"], share)
+    results[name] = {"share": share, "PUL": unlearned, "Fréchet": distance}
+    table.add_row(name, f"{share:.1%}", f"{unlearned:.0f} %" if unlearned >= 0 else "-", f"{distance:.2f}")
+Console().print(table)
 
-    pool = split_pool(original.sample, classifier.is_unwanted, wanted=3_000, unwanted=options.unwanted)
-    gans = {
-        "original": original,
-        "adapted copy": adapt(original, pool.unwanted, options.adapt_steps, folder),
-        "wanted samples alone": unlearn(original, pool.wanted, options.unlearn_steps),
-        "away from the copy": unlearn(original, pool.wanted, options.unlearn_steps, folder),
-    }
-    reals = x[y != UNWANTED]
-    results: dict[str, dict[str, float]] = {}
-    for name, gan in gans.items():
-        torch.manual_seed(1)
-        images = gan.sample(3_000)
-        share = float(classifier.is_unwanted(images).float().mean())
-        with torch.no_grad():
-            distance = float(frechet_distance(classifier.features(images[: len(reals)]), classifier.features(reals)))
-        before = results.get("original", {"share": share})["share"]
-        results[name] = {"share": share, "PUL": unlearned_percentage(before, share), "Fréchet": distance}
-
-    table = Table("generator", f"share of {UNWANTED}s", "unlearned (PUL)", "Fréchet distance, features")
-    for name, row in results.items():
-        unlearned = f"{row['PUL']:.0f} %" if row["PUL"] >= 0 else "-"
-        table.add_row(name, f"{100 * row['share']:.1f} %", unlearned, f"{row['Fréchet']:.2f}")
-    Console().print(table)
-    plot(gans, options.output)
-    Console().print(f"Picture: {options.output}")
-    return results
-
-
-def plot(gans: dict[str, GAN], output: Path) -> None:
-    figure = Figure(figsize=(6, 3.4), layout="constrained")
-    for axes, (name, gan) in zip(figure.subplots(2, 2).flat, gans.items(), strict=True):
-        torch.manual_seed(2)
-        grid = F.pad(gan.sample(48), (1, 1, 1, 1)).view(4, 12, 10, 10).permute(0, 2, 1, 3).reshape(40, 120)
-        axes.imshow(grid.numpy(), cmap="gray_r", vmin=0, vmax=1)
-        axes.set_title(name, fontsize=9)
-        axes.axis("off")
-    figure.savefig(output, dpi=150)
-
-
-def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1_500, help="of the GAN, before anything is to be forgotten")
-    parser.add_argument("--adapt-steps", type=int, default=400, help="of stage 1")
-    parser.add_argument("--unlearn-steps", type=int, default=150, help="of stage 2")
-    parser.add_argument("--unwanted", type=int, default=400, help="samples for stage 1")
-    parser.add_argument("--output", type=Path, default=Path("adapt_then_unlearn.png"), help="where the picture goes")
-    options = parser.parse_args(arguments)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
-        warnings.filterwarnings("ignore", ".*does not have many workers")
-        warnings.filterwarnings("ignore", ".*LeafSpec")  # Lightning on new torch
-        warnings.filterwarnings("ignore", ".*number of training batches")
-        return run(options, Path(folder))
-
+# %% [markdown]
+# The same noise through each generator.
 
 # %%
-if __name__ == "__main__":
-    main()
+figure = plt.figure(figsize=(6, 3.4), layout="constrained")
+for axes, (name, gan) in zip(figure.subplots(2, 2).flat, gans.items(), strict=True):
+    torch.manual_seed(2)
+    grid = F.pad(gan.sample(48), (1, 1, 1, 1)).view(4, 12, 10, 10).permute(0, 2, 1, 3).reshape(40, 120)
+    axes.imshow(grid.numpy(), cmap="gray_r", vmin=0, vmax=1)
+    axes.set_title(name, fontsize=9)
+    axes.axis("off")
+plt.savefig("adapt_then_unlearn.png", dpi=150)
+plt.show()

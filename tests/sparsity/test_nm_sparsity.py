@@ -5,7 +5,6 @@ import csv
 import io
 import math
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +22,6 @@ from torch.sparse._semi_structured_conversions import (
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-import lightning_reg
 from lightning_reg import NMSparsity
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.functional import (
@@ -1110,18 +1108,6 @@ def test_digits_learned_under_the_constraint_survive_it_and_dense_ones_do_not():
     assert accuracy(dense) > 0.88
     assert accuracy(pruned) < 0.4
     assert accuracy(module) > 0.75
-
-
-def test_the_example_runs_in_a_short_mode(tmp_path, capsys, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(lightning_reg.__file__).parent.parent / "examples"))
-    import nm_sparsity
-
-    results = nm_sparsity.main(["--epochs", "2", "--patterns", "1", "--output", str(tmp_path / "plot.png")])
-    assert [len(accuracies) for accuracies in results.values()] == [1, 1, 1, 1]
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-    printed = capsys.readouterr().out
-    assert "Groups with too many weights: 0" in printed
-    assert "net.0.weight" in printed
 
 
 # -- permutation ------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from lightning_reg.engine.host.distributed import all_reduce_sum
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.networks.peer import Peer, check_runs_on_copy
 from lightning_reg.engine.run.engine import attached_engine
+from lightning_reg.engine.run.watching import counted, progress
 from lightning_reg.engine.technique import PenaltyTechnique
 from lightning_reg.engine.weights.chosen import chosen_weights
 
@@ -246,7 +247,11 @@ class EWC(TaskTechnique, PenaltyTechnique):
     def _fisher(self, trainer: "Trainer", module: "LightningModule", names: list[str]) -> list[Tensor]:
         peer = Peer(module, owner=self)
         named = dict(peer.module.named_parameters())
-        with attached_engine(trainer).training_steps() as steps:
-            losses = self._pass.losses(peer, islice(steps, self.fisher_batches))
+        batches = min(trainer.num_training_batches, self.fisher_batches or math.inf)
+        with (
+            attached_engine(trainer).training_steps() as steps,
+            progress(trainer, "EWC: Fisher information", None if batches == math.inf else batches) as advance,
+        ):
+            losses = self._pass.losses(peer, counted(islice(steps, self.fisher_batches), advance))
             group = host.data_parallel_group(trainer)
             return fisher_diagonal([named[name] for name in names], losses, self.per_sample, group)

@@ -18,6 +18,7 @@ from lightning_reg.engine.run.hooks import FirstHooks, LastHooks
 from lightning_reg.engine.run.part import Part, overriding
 from lightning_reg.engine.run.parts import BatchPart, LossPart, make_parts
 from lightning_reg.engine.run.phases import Member, OnBatch
+from lightning_reg.engine.run.watching import Watch
 from lightning_reg.engine.step import Step
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Engine:
         self._before_closure = overriding(self.parts[::-1], "before_closure")
         self._after_closure = overriding(self.parts, "after_closure")
         self._idle = host.IdleHooks(())
+        self.watch = Watch(trainer, techniques)
         self._replaced = {"training_step": host.Replacement(trainer.strategy, "training_step", self.training_step)}
         self._preparing = [t for t in techniques if type(t).prepare_model is not Member.prepare_model]
         if self._preparing:
@@ -75,6 +77,7 @@ class Engine:
         for part in reversed(self.parts):
             part.close()
         self._loaders.detach()
+        self.watch.end()
         self._idle.undo()
         for replacement in self._replaced.values():
             replacement.undo()
@@ -103,6 +106,7 @@ class Engine:
         for part in self.parts:
             part.start()
         report.show_table(self.trainer, self.module, self.techniques, self._loaders.sizes())
+        self.watch.begin()
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
@@ -123,6 +127,7 @@ class Engine:
             step.output = step.network(step.given_batch)
         if step.scalars:
             report.log_scalars(self.module, step.scalars, sum(step.batch_sizes))
+            self.watch.take(step.scalars)
         return step.output
 
     def _network(self, *args: Any, **kwargs: Any) -> Any:

@@ -53,6 +53,9 @@ class Member:
     # there is no fit if the user calls `trainer.test` alone: what it needs then it has in its arguments or its state.
     stages: frozenset[Stage] = frozenset({"train"})  # instances may have their own, which stay as they are
 
+    # Which of its scalars stand beside the progress bar, by their names behind the log key: none for the first logged.
+    watched: ClassVar[tuple[str, ...]] = ()
+
     loss: int | str | None
     index_key: str | None
     dataloader: str | None
