@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: generated pages, figures from results, formulas as MathML."""
+"""Hooks of mkdocs: generated pages, links to them, formulas as MathML."""
 
 import re
 from collections.abc import Iterator
@@ -10,10 +10,10 @@ import units
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
-from purposes import rows, title, units_by_folder
+from purposes import path_of, paths, title, units_by_folder
 
-from lightning_reg import registry
-
+_PATHS = paths()
+_NAMES = re.compile(rf"(?<!\[)`({'|'.join(_PATHS)})`")
 _PAGES_OF_THE_REPOSITORY = ("CONTRIBUTING.md", "CHANGELOG.md")
 
 
@@ -22,7 +22,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     folders = units_by_folder()
     by_title: dict[str, Any] = {name: part for entry in config.nav or [] for name, part in entry.items()}
     by_title["Techniques"] += [
-        {title(f): [f"techniques/{f}/index.md", *(units.path_of(u, m) for u in folders[f] for m in u.members())]}
+        {title(f): [f"techniques/{f}/index.md", *(path_of(f, m) for u in folders[f] for m in u.members())]}
         for f in folders
     ]
     by_title["Functions"] += [{title(folder): f"functions/{folder}.md"} for folder in folders]
@@ -38,19 +38,19 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Fills in figures, ``{{ file | section | row | column }}``, and what the registry knows, ``{{ troubles }}``."""
-    markdown = re.sub(r"\{\{ *troubles *\}\}", lambda _: _troubles(), markdown)
-    markdown = re.sub(r"\{\{ *table: ([^|}]*?) *(?:\| *(.*?) *)?\}\}", _table, markdown)
-    markdown = re.sub(r"\{\{ *([^|{}]*?) *\| *([^|{}]*?) *\| *([^|{}]*?) *\| *([^|{}]*?) *\}\}", _cell, markdown)
-    # Files of the repository outside of `docs` have no page here, but for these.
+    """Links names of techniques to their pages, and files of the repository where they have one."""
+    parts = re.split(r"(^```.*?^```|^#.*?$|\[[^\]]*\]\([^)]*\))", markdown, flags=re.MULTILINE | re.DOTALL)
+    parts[::2] = [_NAMES.sub(lambda found: _link(found[1], page), part) for part in parts[::2]]
+    markdown = "".join(parts)
     markdown = re.sub(r"\]\((?:\.\./)+(CONTRIBUTING|CHANGELOG)\.md", r"](/\1.md", markdown)
+    markdown = re.sub(r"\]\((?:\.\./)+benchmarks/results/(\w+)\.(?:md|txt)", r"](/measured/\1.md", markdown)
     return re.sub(
         r"\[`?([^\]`]*)`?\]\((?:\.\./)+(?:benchmarks|lightning_reg|tests|examples|README)[^)]*\)", r"`\1`", markdown
     )
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Formulas, and tables that a phone can push sideways."""
+    """Formulas become MathML."""
     return text.mathml(html)
 
 
@@ -62,25 +62,5 @@ def _generated() -> Iterator[tuple[str, str]]:
         yield name, (results.ROOT / name).read_text()
 
 
-def _troubles() -> str:
-    lines = ["| trouble | what helps |", "|---|---|"]
-    paths = {m.name: units.path_of(u, m) for group in units_by_folder().values() for u in group for m in u.members()}
-    for trouble, members in rows():
-        words = f"[{trouble.words}]({trouble.page})" if trouble.page else trouble.words
-        names = [f"[{member.name}]({paths[member.name]})" for member in members if _helps(member)]
-        lines.append(f"| {words} | {', '.join(names)} |")
-    return "\n".join(lines)
-
-
-def _helps(member: registry.Public) -> bool:
-    return member.kind not in ("metric",)
-
-
-def _cell(found: re.Match[str]) -> str:
-    return results.cell(found[1], found[2], found[3], found[4])
-
-
-def _table(found: re.Match[str]) -> str:
-    tables = results.tables(found[1])
-    words = found[2] or ""
-    return results.markdown_table(next(rows for before, rows in tables if words in " ".join(before.split())))
+def _link(name: str, page: Page) -> str:
+    return f"`{name}`" if page.file.src_uri == _PATHS[name] else f"[`{name}`](/{_PATHS[name]})"

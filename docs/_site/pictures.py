@@ -5,7 +5,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from matplotlib.figure import Figure
@@ -62,7 +61,11 @@ def fit(*techniques: Technique, epochs: int) -> tuple[LightningModule, str]:
 def five_tasks() -> ContinualMetrics:
     """Two digits a task, one after the other."""
     seed_everything(0, verbose=False)
-    metrics, model, technique = ContinualMetrics([2] * 5), noisy_labels.DigitsClassifier(), PredictionDistillation(new_classes=[2] * 5)
+    metrics, model, technique = (
+        ContinualMetrics([2] * 5),
+        noisy_labels.DigitsClassifier(),
+        PredictionDistillation(new_classes=[2] * 5),
+    )
     labels = CLEAN.tensors[1]
     images, truth = TEST.tensors
     for task in range(5):

@@ -70,3 +70,14 @@ def rows() -> list[tuple[Trouble, list[registry.Public]]]:
         (trouble, [member for f in trouble.folders for unit in folders.get(f, ()) for member in unit.members()])
         for trouble in [*TROUBLES, *rest]
     ]
+
+
+def path_of(folder: str, member: registry.Public) -> str:
+    """Where the page of a member stands, below ``docs``; it is made when the site is built."""
+    return f"techniques/{folder}/{member.name}.md"
+
+
+def paths() -> dict[str, str]:
+    """The pages that are made when the site is built, by the member's name."""
+    folders = units_by_folder()
+    return {m.name: path_of(f, m) for f in folders for unit in folders[f] for m in unit.members()}

@@ -97,7 +97,9 @@ def page_of(path: Path) -> str:
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     """Rows of cells as a table, the heading first; rows of the terminal's tables that are short are filled."""
     width = max(map(len, rows))
-    lines = [[*row, *[""] * (width - len(row))] for row in rows]
+    lines = [
+        [*(cell.replace("_", "\\_").replace("*", "\\*") for cell in row), *[""] * (width - len(row))] for row in rows
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], ["---"] * width, *lines[1:]])
 
 
@@ -111,7 +113,8 @@ def excerpt(path: Path) -> str:
     """What a technique's page shows of a file: its tables with the words above, and where the rest stands."""
     link = f"[All of it, every seed](../measured/{path.stem}.md)"
     if path.suffix == ".txt":
-        return f"**{path.stem.replace('_', ' ')}**: {' '.join(path.read_text().split(chr(10) * 2)[0].split())} {link}\n"
+        before, rows = tables(path.name)[0]
+        return f"**{path.stem.replace('_', ' ')}**\n\n{_plain(before)}\n\n{markdown_table(rows)}\n\n{link}\n"
     body = re.sub(r"^# (.*)\n", r"**\1**\n", path.read_text().partition("\nEach seed:")[0], count=1)
     return f"{body.rstrip()}\n\n{link}\n"
 

@@ -1,16 +1,27 @@
 """An extension of griffe: docstrings become Markdown before mkdocstrings reads their sections."""
 
+from functools import cache
 from typing import Any
 
 import griffe
-from text import markdown, without_sections
+from purposes import units_by_folder
+from text import SECTIONS, markdown, without_sections
 
 
 class Docstrings(griffe.Extension):
     """Rewrites every docstring that the site shows."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:  # noqa: ANN401 # what griffe hands on
-        """Rewrites one: a class's source and what differs stand in sections of its page."""
-        if obj.docstring:
-            text = without_sections(obj.docstring.value, "Source", "Differs") if obj.is_class else obj.docstring.value
-            obj.docstring.value = markdown(text)
+        """Rewrites one; of what has a page of its own, description and source stand in sections of that page."""
+        if obj.docstring and obj.path in _with_a_page():
+            sections = SECTIONS.search(obj.docstring.value)
+            text = obj.docstring.value[sections.start() :] if sections else ""
+            obj.docstring.value = markdown(without_sections(text, "Source", "Differs"))
+        elif obj.docstring:
+            obj.docstring.value = markdown(obj.docstring.value)
+
+
+@cache
+def _with_a_page() -> frozenset[str]:
+    units = [unit for group in units_by_folder().values() for unit in group]
+    return frozenset(f"{member.home}.{member.name}" for unit in units for member in unit.members())

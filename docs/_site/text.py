@@ -5,9 +5,7 @@ import inspect
 import re
 from xml.etree import ElementTree
 
-from latex2mathml.converter import convert
-
-LONE_LETTERS = re.compile(r"\\text\{?\\?_\}?")
+SECTIONS = re.compile(r"^(Source|Differs|Args|Raises|Returns|Example|Yields):$", re.MULTILINE)
 
 
 def markdown(text: str) -> str:
@@ -31,11 +29,13 @@ def mathml(page: str) -> str:
 
 def paragraphs(value: object) -> list[str]:
     """The description in a docstring: what stands between its first line and its first section, by paragraph."""
-    lines = (inspect.getdoc(value) or "").splitlines()[1:]
-    ends = [
-        i for i, line in enumerate(lines) if re.fullmatch(r"(Source|Differs|Args|Raises|Returns|Example|Yields):", line)
-    ]
-    return [part for part in "\n".join(lines[: ends[0] if ends else None]).split("\n\n") if part.strip()]
+    text = (inspect.getdoc(value) or "").partition("\n")[2]
+    return [part for part in SECTIONS.split(text)[0].split("\n\n") if part.strip()] + _memory(text)
+
+
+def _memory(text: str) -> list[str]:
+    """Paragraphs between the sections, which say what it costs."""
+    return [part.strip("\n") for part in text.split("\n\n") if re.match(r"\n?(Memory|Cost|Time): ", part)]
 
 
 def without_sections(text: str, *names: str) -> str:
@@ -57,6 +57,8 @@ def _table(found: re.Match[str]) -> str:
 
 
 def _formula(tex: str, display: str) -> str:
+    from latex2mathml.converter import convert  # of the extra `docs`; the rest is needed without it
+
     tex = html.unescape(tex).strip()
     tex = re.sub(r"\\bigl|\\bigr|\\Bigl|\\Bigr|\\Big(?=[^l-r])|\\big(?=[^l-r])", "", tex)  # sizes are the browser's
     tex = tex.replace(r"\tfrac", r"\frac").replace(r"\textstyle", "")

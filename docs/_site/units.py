@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import results
+from purposes import path_of, title, units_by_folder
 from purposes import summary as purpose_summary
-from purposes import title, units_by_folder
 from text import markdown, paragraphs
 
 from lightning_reg import registry
@@ -48,18 +48,12 @@ _USE = re.compile(r"\b(Use it|Leave it|Not for|Use this|Tune)\b")
 
 def pages() -> Iterator[tuple[str, str]]:
     """Paths below ``docs`` and texts of all generated pages about techniques."""
-    yield "techniques/index.md", _gallery()
     for folder, units in units_by_folder().items():
         yield f"techniques/{folder}/index.md", _purpose(folder, units)
         yield f"functions/{folder}.md", _functions(folder, units)
         for unit in units:
             for member in unit.members():
-                yield path_of(unit, member), _page(unit, member)
-
-
-def path_of(unit: registry.Unit, member: registry.Public) -> str:
-    """Where a member's page stands, below ``docs``."""
-    return f"techniques/{unit.folder}/{member.name}.md"
+                yield path_of(folder, member), _page(unit, member)
 
 
 def needs(member: registry.Public) -> str:
@@ -127,7 +121,7 @@ def _needs_in_full(member: registry.Public) -> str:
             " [`index_key`](../../arguments.md#index_key)."
         )
     if _data(member):
-        lines.append(f"- Its tests train it on {_data(member)}.")
+        lines.append(f"- Tried on {_data(member)}.")
     lines += [f"- {law}: {reason}" for law, reason in (_case(member).exempt if _case(member) else {}).items()]
     guessed = [name for name in names if name in _explained()]
     links = ", ".join(f"[`{name}`](../../arguments.md#{name})" for name in guessed)
@@ -138,7 +132,8 @@ def _needs_in_full(member: registry.Public) -> str:
 def _data(member: registry.Public) -> str:
     case = _case(member)
     kinds = [case.data, *case.also] if case and isinstance(case.data, str) else []
-    return " or ".join(dict.fromkeys(_DATA[kind] for kind in kinds if kind in _DATA))
+    words = list(dict.fromkeys(_DATA[kind] for kind in kinds if kind in _DATA))
+    return " or ".join(words) if len(words) < 3 else "any kind of data"
 
 
 @cache
@@ -168,7 +163,7 @@ def _parameters(member: registry.Public) -> list[tuple[str, inspect.Parameter]]:
 def _reference(member: registry.Public) -> str:
     options = {"members": str(_own_methods(member.value)).replace("'", '"')}
     lines = [f"::: {member.home}.{member.name}", "    options:", *(f"      {k}: {v}" for k, v in options.items())]
-    return "\n".join([*lines, "      show_docstring_description: false"])
+    return "\n".join(lines)
 
 
 def _own_methods(value: Any) -> list[str]:  # noqa: ANN401 # a class or function
@@ -193,22 +188,15 @@ def _cores(unit: registry.Unit) -> str:
     return f"In any training loop: {', '.join(names)}." if names else ""
 
 
-def _gallery() -> str:
-    lines = ["# All techniques", "", "By purpose; [by trouble](../troubles.md) is another way in.", ""]
-    for folder, units in units_by_folder().items():
-        lines += [f"## [{title(folder)}]({folder}/index.md)", "", *_rows(units, f"{folder}/"), ""]
-    return "\n".join(lines)
-
-
 def _purpose(folder: str, units: Sequence[registry.Unit]) -> str:
     head = [f"# {title(folder)}", "", purpose_summary(folder), ""]
     link = f"[The functions](../../functions/{folder}.md) work in any training loop."
     return "\n".join([*head, *_rows(units), "", link, ""])
 
 
-def _rows(units: Sequence[registry.Unit], place: str = "") -> list[str]:
+def _rows(units: Sequence[registry.Unit]) -> list[str]:
     rows = [
-        f"| [{member.name}]({place}{member.name}.md) | {markdown(registry.summary(member.value))} | {needs(member)} |"
+        f"| [{member.name}]({member.name}.md) | {markdown(registry.summary(member.value))} | {needs(member)} |"
         for unit in units
         for member in unit.members()
     ]
