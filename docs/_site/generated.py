@@ -59,7 +59,8 @@ def _troubles(up: str) -> str:
         words = f"[{trouble.words}]({up}{trouble.page})" if trouble.page else trouble.words
         counts = ", ".join(_counted(kind, kinds[kind]) for kind in sorted(kinds, key=lambda kind: kind != "technique"))
         lines.append([words, ", ".join(names[:4] if up else names) + more, counts])
-    return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], ["---"] * 3, *lines[1:]])
+    columns = 3 if up else 2
+    return "\n".join(f"| {' | '.join(line[:columns])} |" for line in [lines[0], ["---"] * 3, *lines[1:]])
 
 
 def _counted(kind: str, number: int) -> str:

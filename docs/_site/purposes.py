@@ -33,11 +33,8 @@ TROUBLES = (
         "how-to/reweight.md",
     ),
     Trouble("The next task makes it forget the last one", ["continual"], "how-to/tasks.md"),
-    Trouble(
-        "Many checkpoints of which I want one good one; a network that is too big to run",
-        ["averaging", "sparsity"],
-        "how-to/average-checkpoints.md",
-    ),
+    Trouble("Many checkpoints, of which I want one good one", ["averaging"], "how-to/average-checkpoints.md"),
+    Trouble("The network is too big to run", ["sparsity"], "how-to/sparsify.md"),
     Trouble("An inverse problem: denoise, deblur, reconstruct", ["proximal"]),
 )
 

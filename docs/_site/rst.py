@@ -1,11 +1,12 @@
 """An extension of griffe: docstrings become Markdown before mkdocstrings reads their sections."""
 
+import re
 from functools import cache
 from typing import Any
 
 import griffe
 from purposes import units_by_folder
-from text import SECTIONS, markdown, without_sections
+from text import markdown
 
 
 class Docstrings(griffe.Extension):
@@ -14,9 +15,8 @@ class Docstrings(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:  # noqa: ANN401 # what griffe hands on
         """Rewrites one; of what has a page of its own, description and source stand in sections of that page."""
         if obj.docstring and obj.path in _with_a_page():
-            sections = SECTIONS.search(obj.docstring.value)
-            text = obj.docstring.value[sections.start() :] if sections else ""
-            obj.docstring.value = markdown(without_sections(text, "Source", "Differs"))
+            arguments = re.search(r"^(Args|Raises|Returns|Example):$", obj.docstring.value, re.MULTILINE)
+            obj.docstring.value = markdown(obj.docstring.value[arguments.start() :] if arguments else "")
         elif obj.docstring:
             obj.docstring.value = markdown(obj.docstring.value)
 

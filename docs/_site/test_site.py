@@ -65,9 +65,8 @@ def browser():
 
 
 def show(browser, address, screen, scheme):
-    browser.get(f"{address}/404.html")
-    browser.execute_script("localStorage.clear()")  # a choice of light or dark by hand is kept there
-    browser.get_log("browser")
+    browser.get("about:blank")  # where no script of the site writes down again what was chosen, light or dark
+    browser.execute_cdp_cmd("Storage.clearDataForOrigin", {"origin": address, "storageTypes": "local_storage"})
     width, height = SCREENS[screen]
     metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": screen == "phone"}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
@@ -113,7 +112,8 @@ def test_all_pages_load_ask_nobody_else_and_draw_their_formulas(browser, address
             copy.querySelectorAll('math, code, pre').forEach(node => node.remove());
             return [
                 performance.getEntriesByType('resource').map(entry => entry.name),
-                [...document.querySelectorAll('math')].map(m => m.getBoundingClientRect()).map(b => [b.width, b.height]),
+                [...document.querySelectorAll('math')].map(m => m.getBoundingClientRect())
+                    .map(box => [box.width, box.height]),
                 copy.textContent,
             ]
             """

@@ -38,13 +38,6 @@ def _memory(text: str) -> list[str]:
     return [part.strip("\n") for part in text.split("\n\n") if re.match(r"\n?(Memory|Cost|Time): ", part)]
 
 
-def without_sections(text: str, *names: str) -> str:
-    """A docstring without some of its sections."""
-    for name in names:
-        text = re.sub(rf"^{name}:\n((?:[ ]+.*\n|\n)+)", "", text + "\n", flags=re.MULTILINE).rstrip()
-    return text
-
-
 def _display(found: re.Match[str]) -> str:
     formula = " ".join(found[2].split())
     return f"{found[1]}$$\n{found[1]}{formula}\n{found[1]}$$\n"
