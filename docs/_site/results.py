@@ -129,3 +129,21 @@ def cost_of(key: str) -> str:
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in found[2].splitlines() if line.startswith("│")]
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([f"A step ({setting}):", "", "| ratio | median | 95 % interval |", "|---|---|---|", *lines, ""])
+
+
+def models_of(name: str) -> str:
+    """What a technique did on models that people have, and what it said where it was refused."""
+    rows = tables("models.md")[0][1]
+    row = next((row for row in rows[1:] if row[0] == name), None)
+    if row is None:
+        return ""
+    trains = [model for model, said in zip(rows[0][1:], row[1:], strict=True) if said == "trains"]
+    lines = [f"It trains on: {', '.join(trains) or 'none of them'}."]
+    found = re.findall(rf"^- `{name}` on (.*?): (.*)$", (RESULTS / "models.md").read_text(), re.MULTILINE)
+    lines += ["", "Refused, with what it says:", ""] if found else []
+    return "\n".join([*lines, *(f"- {model}: {_literal(said)}" for model, said in found)])
+
+
+def _literal(words: str) -> str:
+    """A sentence in which nothing is Markdown."""
+    return re.sub(r"([_*<>$|\[\]])", r"\\\1", words)

@@ -84,6 +84,7 @@ def _page(unit: registry.Unit, member: registry.Public) -> str:
         ("What it does", _joined(what)),
         ("When to use it, and when not", _joined(when)),
         ("What it needs of your module", _needs_in_full(member)),
+        ("On models that people have", results.models_of(member.name)),
         ("Arguments and methods", _reference(member)),
         ("What it costs", "\n\n".join([_joined(cost), results.cost_of(member.home.rpartition(".")[2])]).strip()),
         ("What it goes with", compositions(member.name)),
