@@ -145,5 +145,7 @@ def models_of(name: str) -> str:
 
 
 def _literal(words: str) -> str:
-    """A sentence in which nothing is Markdown."""
-    return re.sub(r"([_*<>$|\[\]])", r"\\\1", words)
+    """A sentence in which nothing is Markdown but its code."""
+    parts = re.split(r"(`[^`]*`)", words)
+    parts[::2] = [re.sub(r"([_*<>$|\[\]])", r"\\\1", part) for part in parts[::2]]
+    return "".join(parts)

@@ -123,7 +123,8 @@ def _needs_in_full(member: registry.Public) -> str:
         )
     if _data(member):
         lines.append(f"- Tried on {_data(member)}.")
-    lines += [f"- {law}: {reason}" for law, reason in (_case(member).exempt if _case(member) else {}).items()]
+    reasons = _case(member).exempt.values() if _case(member) else ()
+    lines += [f"- Not as elsewhere: {reason}." for reason in reasons]
     guessed = [name for name in names if name in _explained()]
     links = ", ".join(f"[`{name}`](../../arguments.md#{name})" for name in guessed)
     lines += [f"- Arguments that are explained at length: {links}."] if links else []
