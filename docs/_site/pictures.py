@@ -1,4 +1,7 @@
-"""Draws the pictures on the page about them: ``python docs/_site/pictures.py``, half a minute on digits."""
+"""Draws the pictures on the page about them: ``python docs/_site/pictures.py``, half a minute on digits.
+
+That of ``make demo`` is taken along where it lies in the repository's root.
+"""
 
 import io
 import sys
