@@ -14,10 +14,10 @@ from lightning_reg.averaging.model_soups.files import make_soup
 from lightning_reg.engine.run import watching
 from tests.conformance.discovery import case_of
 from tests.conformance.harness import fit
-from tests.conformance.problems import KINDS
+from tests.conformance.problems import BATCHES, KINDS
 
 BARS = [RichProgressBar, TQDMProgressBar]
-SHOWN = {"enable_progress_bar": True, "enable_model_summary": True}
+SHOWN = {"enable_progress_bar": True, "enable_model_summary": True, "log_every_n_steps": 1}
 
 
 class Columns(Callback):
@@ -52,14 +52,14 @@ def test_values_stand_beside_lightnings_bar_and_are_those_in_the_log(bar, capsys
 def test_a_value_stays_between_steps_that_log_and_is_read_once(monkeypatch, capsys):
     columns, reads = Columns(), []
     monkeypatch.setattr(watching, "float", lambda value: reads.append(value) or float(value), raising=False)
-    bar = {"enable_progress_bar": True, "log_every_n_steps": 4, "max_epochs": 1}
+    bar = {"enable_progress_bar": True, "log_every_n_steps": 3, "max_epochs": 1}
     fit([ELRCallback(lam=3.0), columns, TQDMProgressBar()], KINDS["classification"], **bar)
     (name,) = {key for seen, _ in columns.seen for key in seen if key.startswith("elr")}
     values = [seen.get(name) for seen, _ in columns.seen]
-    assert len(values) == 8
-    assert values[:3] == [None] * 3
-    assert values[3:7] == [values[3]] * 4 != [None] * 4
-    assert values[7] != values[3]
+    assert len(values) == BATCHES
+    assert values[:2] == [None] * 2
+    assert values[2:5] == [values[2]] * 3 != [None] * 3
+    assert values[5] != values[2]
     assert len(reads) == 2
     capsys.readouterr()
 
@@ -92,7 +92,7 @@ def test_long_work_is_shown_in_the_bar_that_is_there(bar, monkeypatch, capsys):
     techniques = [EWC(5.0), SoupAverager(method="greedy", monitor="val_loss", mode="min"), *([bar()] if bar else [])]
     options = {"enable_progress_bar": bar is not None}
     fit(techniques, KINDS["classification"], max_epochs=2, **options)
-    assert sorted(row[:2] for row in seen) == [["EWC: Fisher information", 8], ["SoupAverager: candidates", 4]]
+    assert sorted(row[:2] for row in seen) == [["EWC: Fisher information", BATCHES], ["SoupAverager: candidates", 4]]
     capsys.readouterr()
 
 

@@ -261,17 +261,6 @@ def test_what_is_no_loss_of_embeddings_is_refused(criterion, arguments, message)
         fit(Classifier(), MetricLoss("net.0", criterion, arguments), max_epochs=1)
 
 
-def test_it_is_made_from_yaml():
-    jsonargparse = pytest.importorskip("jsonargparse")
-    parser = jsonargparse.ArgumentParser()
-    parser.add_subclass_arguments(MetricLoss, "callback")
-    arguments = {"layer": "net.0", "criterion": f"{HERE}.Centres", "criterion_args": {"size": 8, "temperature": 0.25}}
-    given = {"callback": {"class_path": "lightning_reg.MetricLoss", "init_args": arguments}}
-    technique = parser.instantiate(parser.parse_object(given)).callback
-    fit(Classifier(), technique, max_epochs=1)
-    assert technique.own["criterion"].temperature == 0.25
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_model_with_its_own_loss_takes_terms_of_several_techniques():
     transformers = pytest.importorskip("transformers")
