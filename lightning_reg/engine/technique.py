@@ -221,6 +221,10 @@ class PenaltyTechnique(OnParameters, Technique):
 class WeightMapTechnique(ThroughMap, Technique):
     """A technique that trains weights through a map."""
 
+    @override
+    def is_active(self, step: "Step") -> bool:
+        return self.latents.is_watched  # nothing happens in the forward pass, but the first one may be watched
+
 
 _OF_A_FIT = ("log", "log_dict", *host.STEP_HOOKS)
 _BASES = (

@@ -54,7 +54,8 @@ def make_parts(trainer: "Trainer", module: "LightningModule", techniques: Sequen
     """The parts that these techniques need, in the order of the step; the loss comes behind these."""
     parts: list[Part] = []
     mapped = taking_part(techniques, ThroughMap)
-    maps = MapPart(trainer, module, mapped)
+    seeing = [technique for technique in techniques if _sees_weights(technique)]
+    maps = MapPart(trainer, module, mapped, type(seeing[0]).__name__ if seeing else "")
     if owning := taking_part(techniques, OnModules):
         parts.append(OwnPart(trainer, module, owning))
     if on_gradients := taking_part(techniques, OnGradients):
@@ -68,6 +69,12 @@ def make_parts(trainer: "Trainer", module: "LightningModule", techniques: Sequen
     if mapped:
         parts.append(maps)
     return parts + _parts_on_layers(trainer, module, techniques)
+
+
+def _sees_weights(technique: Member) -> bool:
+    return bool(taking_part([technique], OnParameters) or taking_part([technique], OnWeights)) or (
+        "change_gradients" in phases_of(technique)
+    )
 
 
 def _parts_on_layers(trainer: "Trainer", module: "LightningModule", techniques: Sequence[Member]) -> "list[Part]":
@@ -279,17 +286,25 @@ class MapPart(Part):
         trainer: The Trainer.
         module: The user's module.
         techniques: Those that take part.
+        seen_by: Who else acts on weights or their gradients, a class's name; "" for nobody.
 
     """
 
-    def __init__(self, trainer: "Trainer", module: "LightningModule", techniques: Sequence[ThroughMap]) -> None:
-        self._trainer, self._module, self._techniques = trainer, module, techniques
+    def __init__(
+        self, trainer: "Trainer", module: "LightningModule", techniques: Sequence[ThroughMap], seen_by: str
+    ) -> None:
+        self._trainer, self._module, self._techniques, self._seen_by = trainer, module, techniques, seen_by
         self._maps = WeightMaps(module, ())
 
     @override
-    def prepare(self) -> None:
+    def prepare_model(self) -> None:
         check_mappable(self._techniques[0], self._trainer)
-        self._maps = WeightMaps(self._module, self._techniques)
+        self._maps = WeightMaps(self._module, self._techniques, self._seen_by)
+        self._maps.freeze(needs_one="DDP" in type(self._trainer.strategy).__name__)
+
+    @override
+    def prepare(self) -> None:
+        self._maps.attach()
 
     def own_writes(self) -> AbstractContextManager[None]:
         """What is written meanwhile is no news."""
@@ -298,6 +313,16 @@ class MapPart(Part):
     @override
     def begin_step(self) -> None:
         self._maps.begin(self._trainer.optimizers, fresh=host.batches_so_far(self._trainer) <= 1)
+
+    @override
+    @contextmanager
+    def around(self, step: "Step") -> Iterator[None]:
+        with self._maps.watching():
+            yield
+
+    @override
+    def after_closure(self) -> None:
+        self._maps.average_gradients()
 
     @override
     def gradients_are_final(self, optimizer: Any) -> None:
@@ -312,7 +337,7 @@ class MapPart(Part):
 
     @override
     def before_closure(self) -> None:
-        self._maps.put_weights()
+        self._maps.before_evaluation()
 
     @override
     def close(self) -> None:

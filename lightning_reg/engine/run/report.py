@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lightning_reg.engine.host import distributed
 from lightning_reg.engine.host import lightning as host
-from lightning_reg.engine.run.phases import Member, OnModules, phases_of
+from lightning_reg.engine.run.phases import Member, OnModules, ThroughMap, phases_of
+from lightning_reg.engine.weights.chosen import names_said
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -44,9 +45,19 @@ def techniques_table(techniques: Sequence[Member], samples: Mapping[Any, int]) -
 
 
 def _settings(technique: Member) -> str:
-    if not isinstance(technique, OnModules):
-        return technique.describe()
-    return f"{technique.describe()}; trains {technique.own.size:,} numbers of its own"
+    told = technique.describe()
+    if isinstance(technique, OnModules):
+        told += f"; trains {technique.own.size:,} numbers of its own"
+    if isinstance(technique, ThroughMap) and technique.latents.ways:
+        told += f"; gradients of {_ways(technique.latents.ways)}"
+    return told
+
+
+def _ways(ways: Mapping[str, str]) -> str:
+    by_way: dict[str, list[str]] = {}
+    for name, way in ways.items():
+        by_way.setdefault(way, []).append(name)
+    return ", ".join(f"{len(names)} weights {way}: {names_said(names)}" for way, names in by_way.items())
 
 
 def show_table(trainer: "Trainer", techniques: Sequence[Member], samples: Mapping[Any, int]) -> None:
