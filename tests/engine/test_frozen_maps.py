@@ -1,6 +1,7 @@
 """Maps with frozen latents: what is trained are the factors, wherever their gradients come from."""
 
 import copy
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -12,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.run.report import techniques_table
+from tests.conformance.laws import LAWS, NEED_TWO_PROCESSES
+from tests.conformance.references import REFERENCES, TrainsFactors
 from tests.toys import (
     QUIET,
     TWO_RANKS,
@@ -536,6 +539,62 @@ def test_a_copy_of_the_technique_is_plain_data():
     again = copy.deepcopy(technique)
     assert torch.equal(again.latents.own[HEAD]["B"], technique.latents.own[HEAD]["B"])
     assert again.latents.own[HEAD]["B"].is_leaf
+
+
+# -- the laws ---------------------------------------------------------------------------------------------------------
+
+CASE = next(case for case in REFERENCES if case.cls.__name__ == "TrainsFactors")
+TRIED = ["resume_is_exact", "leaves_no_trace", "ranks_agree", "precision", "works_or_is_refused", "plain_data",
+         "as_by_hand"]  # fmt: skip
+
+
+@pytest.mark.parametrize("law", TRIED)
+def test_the_least_technique_with_factors_keeps_the_laws(law, request):
+    LAWS[law](CASE, *([request.getfixturevalue("two_processes")] if law in NEED_TWO_PROCESSES else []))
+
+
+class ForgetsMoments(TrainsFactors):
+    @classmethod
+    def key(cls):
+        return "forgetsmoments"
+
+    def state_dict(self):
+        return {**super().state_dict(), "moments": {}}
+
+
+class ForgetsTheFrozen(TrainsFactors):
+    """Goes on from the weights that the module has, as if they were those that it began with."""
+
+    @classmethod
+    def key(cls):
+        return "forgetsthefrozen"
+
+    def state_dict(self):
+        return {**super().state_dict(), "values": {}}
+
+
+class AddsTwice(TrainsFactors):
+    """Hands each gradient on twice where it is that of the weight."""
+
+    @classmethod
+    def key(cls):
+        return "addstwice"
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.is_product = False
+
+    def pull_back(self, latents, weights, gradients):
+        super().pull_back(latents, weights, {name: 2 * gradient for name, gradient in gradients.items()})
+
+
+@pytest.mark.parametrize(
+    ("cls", "law"),
+    [(ForgetsMoments, "resume_is_exact"), (ForgetsTheFrozen, "resume_is_exact"), (AddsTwice, "as_by_hand")],
+)
+def test_what_breaks_a_law_is_found(cls, law):
+    with pytest.raises(AssertionError):
+        LAWS[law](replace(CASE, make=cls))
 
 
 # -- two processes ----------------------------------------------------------------------------------------------------

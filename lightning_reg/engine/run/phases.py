@@ -323,6 +323,11 @@ class ThroughMap(Member):
 
     latents: "Latents"  # what is trained in place of the weights
 
+    @property
+    def saves_delta(self) -> bool:
+        """Whether checkpoints leave out what was not trained, and hold its hash; where latents are frozen."""
+        return False
+
     def weights_to_map(self, module: nn.Module) -> "Sequence[str]":
         """Names of the parameters that are trained through :meth:`map_weights`, as in ``named_parameters()``."""
         return ()

@@ -114,19 +114,10 @@ class Latents:
         """Lets the optimizer begin anew with the own parts of a weight."""
         self._moments.pop(name, None)
 
-    def state_dict(self, *, values: bool = True) -> dict[str, Any]:
-        """Tensors and plain values.
-
-        Args:
-            values: Whether latents are in it. Frozen ones are the weights that the training began with: without them
-                it goes on from a module that has these.
-
-        Returns:
-            The state.
-
-        """
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values."""
         return {
-            "values": {name: value.detach() for name, value in self.values.items()} if values else {},
+            "values": {name: value.detach() for name, value in self.values.items()},
             "own": {name: {part: t.detach() for part, t in parts.items()} for name, parts in self.own.items()},
             "moments": {
                 name: {part: dict(state) for part, state in parts.items() if state}

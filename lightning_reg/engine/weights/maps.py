@@ -20,6 +20,7 @@ from torch.optim import LBFGS, Optimizer
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.autograd import version_of
 from lightning_reg.engine.host.errors import MisconfigurationException, refuse_parameter
+from lightning_reg.engine.weights.deltas import frozen_names
 from lightning_reg.engine.weights.guard import StepGuard
 from lightning_reg.engine.weights.latents import Latents
 from lightning_reg.engine.weights.routes import Mapper, Routes, home_of
@@ -141,8 +142,7 @@ class WeightMaps:
         if not self._routed:
             return
         mapped = {name for one in self._maps for name in one.weights}
-        left = [set(one.technique.weights_to_freeze(self._module)) - mapped for one, _ in self._routed]
-        frozen = set.intersection(*left)
+        frozen = frozen_names(self._module, [one.technique for one, _ in self._routed], mapped)
         for one, routes in self._routed:
             frozen |= one.weights.keys() - routes.kept
         if needs_one and not any(p.requires_grad for name, p in self._parameters.items() if name not in frozen):
@@ -190,10 +190,6 @@ class WeightMaps:
 
     def _begin(self, one: _Map, *, fresh: bool) -> None:
         latents, weights = one.technique.latents, {name: p.detach() for name, p in one.weights.items()}
-        if latents.frozen and latents.own and not latents.values and not fresh:
-            latents.to({name: weight.device for name, weight in weights.items()})
-            latents.values = {name: weight.clone() for name, weight in weights.items()}  # the module has the base
-            one.technique.map_weights(latents.values, weights)
         if latents.values and not fresh and not latents.fit(weights):
             raise MisconfigurationException(
                 f"{type(one.technique).__name__}: the state that it goes on from is of other weights:"

@@ -1,0 +1,220 @@
+"""Adapters in PEFT's files: what was trained written as one, and one to go on from. PEFT itself is not needed."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lightning_reg.engine.host.modules import Convolution, TransposedConvolution
+from lightning_reg.engine.weights.factors import Layout
+from lightning_reg.engine.weights.layer_products import layout_in
+from lightning_reg.engine.weights.ways import Place, places_of
+
+if TYPE_CHECKING:
+    from lightning_reg.finetuning.allora.allora import ALLoRA
+
+__all__ = ["export_peft", "from_peft"]
+
+_ROOT = "base_model.model."
+
+
+class _Adapted(NamedTuple):
+    layer: nn.Module
+    left: Tensor
+    right: Tensor
+
+
+def export_peft(technique: "ALLoRA", model: nn.Module, folder: str | Path) -> list[str]:
+    """Writes what was trained as an adapter that ``PeftModel.from_pretrained(base, folder)`` loads.
+
+    Args:
+        technique: After its fit.
+        model: What PEFT is to wrap, in the fit the module or a part of it (``module.bert``).
+        folder: Gets ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Returns:
+        Names of the tensors written.
+
+    Raises:
+        ValueError: If something trained has no place in such files: stacks of experts, grouped and transposed
+            convolutions, attention's joined projections, shared weights; or is no part of ``model``.
+
+    """
+    places, own = places_of(model), technique.latents.own
+    if not own:
+        raise ValueError("export_peft: nothing was trained yet. Export after the fit.")
+    prefix = _prefix(list(own), places)
+    factor = technique.product_factor
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    names = {id(layer): name for name, layer in model.named_modules()}
+    for weight, parts in own.items():
+        place = _only_place(weight, places[weight[len(prefix) :]])
+        layer = names[id(place.layer)]
+        ranks[layer] = len(parts["A"])
+        tensors |= _named(layer, _Adapted(place.layer, parts["B"].detach(), parts["A"].detach()))
+    saved = _saved_layers(technique, model, prefix, set(ranks))
+    for layer in saved:
+        named = model.get_submodule(layer).state_dict()
+        tensors |= {f"{_ROOT}{layer}.{key}": value for key, value in named.items()}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, folder / _TENSORS)
+    layers = [model.get_submodule(name) for name in ranks]
+    turned = any(layout_in(layer, "weight") == Layout(turned=True) for layer in layers if not _is_table(layer))
+    config = _config(ranks, factor, saved, fan_in_fan_out=turned)
+    (folder / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    return sorted(tensors)
+
+
+_TENSORS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def _prefix(weights: list[str], places: Mapping[str, Any]) -> str:
+    """What the names of weights have in the fit before those in the model."""
+    first = weights[0]
+    starts = ["", *(first[: match.end()] for match in re.finditer(r"\.", first))]
+    for start in starts:
+        if all(name.startswith(start) and name[len(start) :] in places for name in weights):
+            return start
+    raise ValueError(
+        f"export_peft: {first!r} was trained, and is not in the given {len(places)} parameters. Give the module of the"
+        " fit, or the part of it that has all layers that were trained."
+    )
+
+
+def _only_place(weight: str, places: list[Place]) -> Place:
+    place = places[0]
+    grouped = isinstance(place.layer, TransposedConvolution) or getattr(place.layer, "groups", 1) != 1
+    unknown = place.key != "weight" or layout_in(place.layer, "weight") is None
+    if len(places) > 1 or place.in_attention or grouped or unknown:
+        _refuse(weight, place.layer)
+    return place
+
+
+def _refuse(weight: str, layer: nn.Module) -> NoReturn:
+    raise ValueError(
+        f"export_peft: {weight!r} of {type(layer).__name__} has no place in an adapter of PEFT (shared weights, grouped"
+        " and transposed convolutions, joined projections, stacks). The module has it: save that, or exclude it."
+    )
+
+
+def _is_table(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Embedding)
+
+
+def _named(layer: str, adapted: _Adapted) -> dict[str, Tensor]:
+    left, right = adapted.left, adapted.right
+    if _is_table(adapted.layer):
+        return {f"{_ROOT}{layer}.lora_embedding_A": right, f"{_ROOT}{layer}.lora_embedding_B": left}
+    if isinstance(adapted.layer, Convolution):
+        kernel = adapted.layer.weight.shape[1:]
+        left, right = left.reshape(*left.shape, *[1] * (len(kernel) - 1)), right.reshape(-1, *kernel)
+    return {f"{_ROOT}{layer}.lora_A.weight": right, f"{_ROOT}{layer}.lora_B.weight": left}
+
+
+def _saved_layers(technique: "ALLoRA", model: nn.Module, prefix: str, adapted: set[str]) -> list[str]:
+    """Layers with parameters that were trained as they are."""
+    found = []
+    for name in technique.trained_beside:
+        if not name.startswith(prefix):
+            raise ValueError(f"export_peft: {name!r} was trained, and is not in the given model.")
+        layer, _, key = name[len(prefix) :].rpartition(".")
+        if not layer or layer in adapted or key not in model.get_submodule(layer).state_dict():
+            _refuse(name, model.get_submodule(layer))
+        found.append(layer)
+    return list(dict.fromkeys(found))
+
+
+def _config(ranks: Mapping[str, int], factor: float, saved: list[str], *, fan_in_fan_out: bool) -> dict[str, Any]:
+    most = max(ranks.values())
+    others = {name: rank for name, rank in ranks.items() if rank != most}
+    return {
+        "peft_type": "LORA",
+        "r": most,
+        "lora_alpha": factor * most,
+        "rank_pattern": {f"^{re.escape(name)}": rank for name, rank in others.items()},
+        "alpha_pattern": {f"^{re.escape(name)}": factor * rank for name, rank in others.items()},
+        "target_modules": "|".join(re.escape(name) for name in ranks),
+        "modules_to_save": saved or None,
+        "fan_in_fan_out": fan_in_fan_out,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "inference_mode": True,
+        "task_type": None,
+    }
+
+
+def from_peft(folder: str | Path, model: nn.Module, prefix: str = "") -> "ALLoRA":
+    """A technique that goes on from an adapter of PEFT's; its other trained layers are written into the model.
+
+    Args:
+        folder: With ``adapter_config.json`` and ``adapter_model.safetensors``.
+        model: The base that PEFT would wrap; layers that the adapter has whole get its values, in place.
+        prefix: Name of the model in the LightningModule that will be trained (``"bert"``); "" if it is that.
+
+    Returns:
+        ``ALLoRA(scale="fixed", start=folder)`` on the same layers, with the same factors, ranks and scaling.
+
+    Raises:
+        ValueError: If the adapter is of another kind than plain LoRA, or of another model.
+
+    """
+    from lightning_reg.finetuning.allora.allora import ALLoRA
+
+    factors, others, config = read_peft(folder)
+    state = dict(model.named_parameters()) | dict(model.named_buffers())
+    for key, value in others.items():
+        if key not in state or state[key].shape != value.shape:
+            raise ValueError(f"from_peft: the adapter has {key!r} {tuple(value.shape)}, and the model has none.")
+        with torch.no_grad():
+            state[key].copy_(value)
+    start = f"{prefix}." if prefix else ""
+    return ALLoRA(
+        layers=[f"{start}{layer}" for layer in factors],
+        rank=config["r"],
+        scale="rank" if config.get("use_rslora") else "fixed",
+        alpha=float(config["lora_alpha"]),
+        train=sorted({f"{start}{key}" for key in others}) or None,
+        start=str(folder),
+    )
+
+
+def read_peft(folder: str | Path) -> tuple[dict[str, tuple[Tensor, Tensor, float]], dict[str, Tensor], dict[str, Any]]:
+    """Reads an adapter.
+
+    Args:
+        folder: With the two files.
+
+    Returns:
+        By layer B, A (both as matrices) and their product's factor; other tensors by name; the configuration.
+
+    Raises:
+        ValueError: If it is no plain LoRA.
+
+    """
+    config = json.loads((Path(folder) / _CONFIG).read_text(encoding="utf-8"))
+    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("bias", "none") != "none":
+        raise ValueError(f"{str(folder)!r} is no plain LoRA: without DoRA, with bias='none', peft_type='LORA'.")
+    tensors = {key.removeprefix(_ROOT): value for key, value in load_file(Path(folder) / _TENSORS).items()}
+    factors = {}
+    for key in [key for key in tensors if re.search(r"\.lora_(embedding_)?A(\.weight)?$", key)]:
+        layer, other = re.sub(r"\.lora_(embedding_)?A(\.weight)?$", "", key), re.sub(r"A(\.weight)?$", r"B\1", key)
+        right, left = tensors.pop(key).flatten(1), tensors.pop(other).flatten(1)
+        alpha = _by_pattern(config.get("alpha_pattern"), layer, config["lora_alpha"])
+        factors[layer] = (left, right, alpha / (len(right) ** 0.5 if config.get("use_rslora") else len(right)))
+    if any("lora_" in key for key in tensors):
+        raise ValueError(f"{str(folder)!r} has tensors of another kind of LoRA: {sorted(tensors)[:3]}.")
+    return factors, tensors, config
+
+
+def _by_pattern(patterns: Mapping[str, float] | None, layer: str, usual: float) -> float:
+    found = [value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key.lstrip('^')})$", layer)]
+    return float(found[0] if found else usual)
