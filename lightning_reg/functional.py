@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from lightning_reg.finetuning.allora.core import allora_linear as allora_linear
     from lightning_reg.finetuning.allora.core import allora_row_scale as allora_row_scale
     from lightning_reg.finetuning.allora.core import low_rank_factor as low_rank_factor
+    from lightning_reg.finetuning.allora.core import low_rank_norm as low_rank_norm
     from lightning_reg.finetuning.allora.core import new_low_rank as new_low_rank
     from lightning_reg.finetuning.allora.export import export_peft as export_peft
     from lightning_reg.finetuning.allora.export import from_peft as from_peft
@@ -152,6 +153,7 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "allora_linear": "lightning_reg.finetuning.allora.core",
         "allora_row_scale": "lightning_reg.finetuning.allora.core",
         "low_rank_factor": "lightning_reg.finetuning.allora.core",
+        "low_rank_norm": "lightning_reg.finetuning.allora.core",
         "new_low_rank": "lightning_reg.finetuning.allora.core",
         "export_peft": "lightning_reg.finetuning.allora.export",
         "from_peft": "lightning_reg.finetuning.allora.export",

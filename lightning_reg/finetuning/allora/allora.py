@@ -14,8 +14,9 @@ from lightning_reg.engine.technique import WeightMapTechnique
 from lightning_reg.engine.weights.chosen import chosen_weights, names_said
 from lightning_reg.engine.weights.factors import Factors, Layout, product, pulled_back, write_product_
 from lightning_reg.engine.weights.latents import Latents
+from lightning_reg.engine.weights.swap import named_weights
 from lightning_reg.finetuning.allora._choice import layouts_for, starting_factors, trained_as_they_are
-from lightning_reg.finetuning.allora.core import allora_row_scale, low_rank_factor, new_low_rank
+from lightning_reg.finetuning.allora.core import allora_row_scale, low_rank_factor, low_rank_norm, new_low_rank
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -181,7 +182,7 @@ class ALLoRA(WeightMapTechnique):
     @override
     def weights_to_freeze(self, module: nn.Module) -> Sequence[str]:
         trained = trained_as_they_are(self, module, self.train)
-        return [name for name, _ in module.named_parameters() if name.replace("_orig_mod.", "") not in trained]
+        return [name for name in named_weights(module) if name not in trained]
 
     @override
     def begin_map(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -243,7 +244,20 @@ class ALLoRA(WeightMapTechnique):
             left, before = self.latents.own[name]["B"], self._before[name]
             left.sub_(before).mul_(self._scales[name].unsqueeze(-1)).add_(before)
 
-    # -- state --------------------------------------------------------------------------------------------------------
+    # -- what is logged, and state ------------------------------------------------------------------------------------
+
+    @override
+    def on_train_batch_end(
+        self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not host.is_logging_step(trainer) or not self.latents.own:
+            return
+        norms = [low_rank_norm(parts["B"], parts["A"]) for parts in self.latents.own.values()]
+        scalars = {"norm": self.product_factor * torch.stack(norms).square().sum().sqrt()}
+        if self._scales:
+            scalars["scale"] = torch.stack([scale.mean() for scale in self._scales.values()]).mean()
+        # The same on all ranks, so there is nothing to reduce.
+        pl_module.log_dict({f"{self.log_key}/{k}": v for k, v in scalars.items()}, on_step=True, on_epoch=False)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-__all__ = ["allora_linear", "allora_row_scale", "low_rank_factor", "new_low_rank"]
+__all__ = ["allora_linear", "allora_row_scale", "low_rank_factor", "low_rank_norm", "new_low_rank"]
 
 
 def allora_row_scale(left: Tensor, right: Tensor, eta: float) -> Tensor:
@@ -51,6 +51,25 @@ def low_rank_factor(scale: Literal["row", "fixed", "rank"], rank: int, alpha: fl
     if scale == "row":
         return 1.0
     return (rank if alpha is None else alpha) / (rank if scale == "fixed" else sqrt(rank))
+
+
+def low_rank_norm(left: Tensor, right: Tensor) -> Tensor:
+    """The Frobenius norm of ``B A``, which is never made: the root of the trace of ``(B'B)(AA')``.
+
+    Args:
+        left: B, ``(..., n1, r)``.
+        right: A, ``(..., r, n2)``.
+
+    Returns:
+        A scalar, without gradient; over all matrices of a stack.
+
+    Example:
+        >>> low_rank_norm(torch.tensor([[1.0], [2.0]]), torch.tensor([[2.0, 4.0]]))
+        tensor(10.)
+
+    """
+    b, a = left.detach(), right.detach()
+    return ((b.mT @ b) * (a @ a.mT)).sum().clamp(min=0.0).sqrt()
 
 
 def new_low_rank(
