@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from lightning_reg.finetuning.allora.core import low_rank_factor as low_rank_factor
     from lightning_reg.finetuning.allora.core import low_rank_norm as low_rank_norm
     from lightning_reg.finetuning.allora.core import new_low_rank as new_low_rank
+    from lightning_reg.finetuning.allora.export import applied as applied
     from lightning_reg.finetuning.allora.export import export_peft as export_peft
     from lightning_reg.finetuning.allora.export import from_peft as from_peft
     from lightning_reg.metric_learning.conr.core import conr_loss as conr_loss
@@ -155,6 +156,7 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "low_rank_factor": "lightning_reg.finetuning.allora.core",
         "low_rank_norm": "lightning_reg.finetuning.allora.core",
         "new_low_rank": "lightning_reg.finetuning.allora.core",
+        "applied": "lightning_reg.finetuning.allora.export",
         "export_peft": "lightning_reg.finetuning.allora.export",
         "from_peft": "lightning_reg.finetuning.allora.export",
         "conr_loss": "lightning_reg.metric_learning.conr.core",

@@ -25,6 +25,7 @@ from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.functional import (
     allora_linear,
     allora_row_scale,
+    applied,
     export_peft,
     from_peft,
     low_rank_factor,
@@ -42,11 +43,11 @@ class ALLoRAByHand(Hand):
     def latent(self, name, weight):
         if name.startswith("net.head."):
             return None
-        if name != "net.body.weight":
+        if not (name.startswith("net.body") and name.endswith("weight")):
             return weight, torch.Tensor.detach
-        technique, rank = self.technique, min(self.technique.rank, *weight.shape)
+        technique, rank = self.technique, min(self.technique.rank, *weight.flatten(1).shape)
         draw = torch.Generator().manual_seed(technique.derived_seed(f"factors of {name}"))
-        rows, columns = weight.shape
+        rows, columns = weight.flatten(1).shape
         right = (2 * torch.rand(rank, columns, generator=draw) - 1) / columns**0.5
         leaf = torch.cat([torch.zeros(rows * rank), right.flatten()])
         eta = technique.eta
@@ -55,27 +56,27 @@ class ALLoRAByHand(Hand):
             left, right = leaf[: rows * rank].reshape(rows, rank), leaf[rows * rank :].reshape(rank, columns)
             delta = left @ right
             scaled = delta / (delta.detach().norm(dim=1, keepdim=True) + 1 / eta**2).sqrt()
-            return weight + delta.detach() + scaled - scaled.detach()
+            return weight + (delta.detach() + scaled - scaled.detach()).reshape(weight.shape)
 
         return leaf, mapped
 
 
-SCALED = "rank 3, row scale, eta=2, in the gradient, layers net.body"
+SCALED = "rank 3, row scale, eta=2, in the gradient, layers net.body*"
 CASE = Case(
-    make=partial(ALLoRA, layers="net.body", rank=3, train="net.head"),
+    make=partial(ALLoRA, layers="net.body*", rank=3, train="net.head"),
     neutral=None,
     by_hand=ALLoRAByHand,
     says=(
         SCALED,
-        "rank 3, row scale, eta=1.5, in the update, layers net.body",
+        "rank 3, row scale, eta=1.5, in the update, layers net.body*",
         "rank 2, LoRA, alpha=4, B at 8 of the learning rate, layers auto",
         "rank 2, rsLoRA, alpha=2, layers auto",
     ),
-    also=["regression"],
+    also=["images", "regression"],
     variants=[
-        partial(ALLoRA, layers="net.body", rank=3, eta=1.5, mode="update", train="net.head"),
+        partial(ALLoRA, layers="net.body*", rank=3, eta=1.5, mode="update", train="net.head"),
         partial(ALLoRA, rank=2, scale="fixed", alpha=4.0, b_lr_factor=8.0),
-        partial(ALLoRA, rank=2, scale="rank", exclude="net.body", train="*.bias"),
+        partial(ALLoRA, rank=2, scale="rank", exclude="net.body*", train="*.bias"),
     ],
     invalid=[
         ({"rank": 0}, "rank"),
@@ -488,6 +489,29 @@ def test_gradient_checkpointing_of_transformers(reentrant, tmp_path):
     module.model.enable_input_require_grads()
     fit(module, ALLoRA(layers=layers, rank=3), loader=texts(), max_epochs=1)
     assert same_weights(module, plain, atol=1e-6)
+
+
+def test_adapters_applied_for_a_time_and_in_sums(tmp_path):
+    module, technique = trained("BERT", tmp_path, scale="fixed", alpha=6.0)
+    export_peft(technique, module.model, tmp_path / "one")
+    other, second = trained("BERT", tmp_path, scale="row", seed=5)
+    export_peft(second, other.model, tmp_path / "two")
+    base = made(bert)
+    before = weights_of(base)
+    with applied(base, tmp_path / "one") as model:
+        torch.testing.assert_close(logits_of(model), logits_of(module.model), rtol=0, atol=1e-6)
+    assert same_weights(base, before)
+    name = "bert.encoder.layer.0.attention.self.query.weight"
+    with applied(base, tmp_path / "one", 0.25), applied(base, tmp_path / "two", -1.0):
+        one, two = (m.model.get_parameter(name).detach() - before[name] for m in (module, other))
+        torch.testing.assert_close(base.get_parameter(name).detach(), before[name] + 0.25 * one - two)
+        head = base.classifier.weight.detach()
+        own = [m.model.classifier.weight.detach() for m in (module, other)]
+        first = before["classifier.weight"].lerp(own[0], 0.25)
+        torch.testing.assert_close(head, first.lerp(own[1], -1.0))
+    assert same_weights(base, before)
+    with pytest.raises(ValueError, match="applied: the adapter in"), applied(made(llama), tmp_path / "one"):
+        pass
 
 
 # -- files that hold what was trained alone ---------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -11,14 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_reg.engine.host.modules import Convolution, TransposedConvolution
-from lightning_reg.engine.weights.factors import Layout
+from lightning_reg.engine.weights.factors import Factors, Layout, write_product_
 from lightning_reg.engine.weights.layer_products import layout_in
 from lightning_reg.engine.weights.ways import Place, places_of
 
 if TYPE_CHECKING:
     from lightning_reg.finetuning.allora.allora import ALLoRA
 
-__all__ = ["export_peft", "from_peft"]
+__all__ = ["applied", "export_peft", "from_peft"]
 
 _ROOT = "base_model.model."
 
@@ -185,6 +186,46 @@ def from_peft(folder: str | Path, model: nn.Module, prefix: str = "") -> "ALLoRA
         train=sorted({f"{start}{key}" for key in others}) or None,
         start=str(folder),
     )
+
+
+@contextmanager
+@torch.no_grad()
+def applied(model: nn.Module, folder: str | Path, alpha: float = 1.0) -> Iterator[nn.Module]:
+    """While an adapter is added to a model's weights; one inside another gives the sum of both.
+
+    Args:
+        model: The base that PEFT would wrap.
+        folder: An adapter that :func:`export_peft` or PEFT wrote.
+        alpha: How much of it: ``W + alpha c B A``, and layers that it has whole go so far from the base's to its own. 0
+            is the base, 1 the trained network.
+
+    Yields:
+        The model. Its weights are put back to the last bit.
+
+    Raises:
+        ValueError: If the adapter is of another kind than plain LoRA, or of another model.
+
+    """
+    factors, others, _ = read_peft(folder)
+    state = dict(model.named_parameters()) | dict(model.named_buffers())
+    names = {**{f"{layer}.weight": layer for layer in factors}, **{key: key for key in others}}
+    for name in names:
+        if name not in state:
+            raise ValueError(f"applied: the adapter in {str(folder)!r} has {name!r}, and the model has none such.")
+    kept = {name: state[name].detach().clone() for name in names}
+    try:
+        for layer, (left, right, factor) in factors.items():
+            weight = state[f"{layer}.weight"]
+            layout = layout_in(model.get_submodule(layer), "weight") or Layout()
+            both = Factors(left.to(weight.device), right.to(weight.device), alpha * factor)
+            write_product_(weight.detach(), kept[f"{layer}.weight"], both, layout)
+        for key, value in others.items():
+            if value.is_floating_point():
+                state[key].lerp_(value.to(state[key]), alpha)
+        yield model
+    finally:
+        for name, value in kept.items():
+            state[name].copy_(value)
 
 
 def read_peft(folder: str | Path) -> tuple[dict[str, tuple[Tensor, Tensor, float]], dict[str, Tensor], dict[str, Any]]:
