@@ -26,7 +26,7 @@ from lightning_reg.engine.technique import (
 )
 from lightning_reg.engine.weights.factors import Factors, product, pulled_back, write_product_
 from lightning_reg.engine.weights.latents import Latents
-from lightning_reg.engine.weights.ways import layouts_of
+from lightning_reg.engine.weights.places import layouts_of
 
 __all__ = [
     "BATCH",

@@ -1,7 +1,7 @@
-"""Digits turned by 90 degrees: a network trained on upright ones is fine-tuned for two epochs in each way.
+"""Digits turned by 90 degrees: a network trained on upright ones is fine-tuned for six epochs in each way.
 
-MLP 64-128-128-10, trained on 1,000 upright digits for 40 epochs; then two epochs of batch 20 on 400 others, turned. The
-head is trained as well, factors have rank 4. SGD 0.1 with momentum 0.9 and AdamW 2e-3, the same rates for all. Tested
+MLP 64-128-128-10, trained on 1,000 upright digits for 10 epochs; then six epochs of batch 20 on 400 others, turned. The
+head is trained as well, factors have rank 4. SGD 0.01 with momentum 0.9 and AdamW 2e-3, the same rates for all. Tested
 on 397 others, turned, and upright: what is forgotten. The point is that a row's scale acts under SGD as a learning
 rate does, and under Adam only in the update.
 """
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_reg import ALLoRA
 
-RATES = {"SGD": 0.1, "AdamW": 2e-3}
+RATES = {"SGD": 0.01, "AdamW": 2e-3}
 WAYS: dict[str, dict[str, Any] | None] = {
     "full": None,
     "LoRA": {"scale": "fixed"},
@@ -36,9 +36,9 @@ WAYS: dict[str, dict[str, Any] | None] = {
 class Classifier(LightningModule):
     """An ordinary classifier: nothing in it knows about lightning_reg."""
 
-    def __init__(self, optimizer: str = "SGD") -> None:
+    def __init__(self, optimizer: str = "SGD", rate: float = 0.1) -> None:
         super().__init__()
-        self.optimizer = optimizer
+        self.optimizer, self.rate = optimizer, rate
         self.net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
@@ -47,8 +47,8 @@ class Classifier(LightningModule):
 
     def configure_optimizers(self) -> Any:
         if self.optimizer == "SGD":
-            return torch.optim.SGD(self.parameters(), RATES["SGD"], momentum=0.9)
-        return torch.optim.AdamW(self.parameters(), RATES["AdamW"], weight_decay=0.0)
+            return torch.optim.SGD(self.parameters(), self.rate, momentum=0.9)
+        return torch.optim.AdamW(self.parameters(), self.rate, weight_decay=0.0)
 
 
 def digits(seed: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -81,18 +81,18 @@ def run(seeds: Sequence[int]) -> list[Arm]:
         (old, new, test), (of_old, of_new, of_test) = digits(seed)
         torch.manual_seed(seed)
         base = Classifier()
-        fit(base, [], DataLoader(TensorDataset(old.flatten(1), of_old), 20, shuffle=True), max_epochs=40)
+        fit(base, [], DataLoader(TensorDataset(old.flatten(1), of_old), 20, shuffle=True), max_epochs=10)
         turned, tested = (x.rot90(1, (1, 2)).flatten(1) for x in (new, test))
         before.add(turned_accuracy=accuracy(base, tested, of_test), upright_accuracy=accuracy(base, test, of_test))
         for optimizer in RATES:
             for name, options in WAYS.items():
                 torch.manual_seed(seed)
                 module = copy.deepcopy(base)
-                module.optimizer = optimizer
+                module.optimizer, module.rate = optimizer, RATES[optimizer]
                 callbacks = [] if options is None else [ALLoRA(rank=4, exclude="net.4", train="net.4", **options)]
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", "ALLoRA.*divides")
-                    fit(module, callbacks, DataLoader(TensorDataset(turned, of_new), 20, shuffle=True), max_epochs=2)
+                    fit(module, callbacks, DataLoader(TensorDataset(turned, of_new), 20, shuffle=True), max_epochs=6)
                 arms[f"{name}, {optimizer}"].add(
                     turned_accuracy=accuracy(module, tested, of_test), upright_accuracy=accuracy(module, test, of_test)
                 )

@@ -7,8 +7,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_reg.engine.weights.factors import Factors, Layout, product, pulled_back, write_product_
-from lightning_reg.engine.weights.layer_products import LayerTap, layer_gradients, layout_in, use_of
-from lightning_reg.engine.weights.ways import layouts_of
+from lightning_reg.engine.weights.layer_products import LayerTap, layer_gradients, use_of
+from lightning_reg.engine.weights.places import layout_in, layouts_of
 
 ROWS = {
     "linear": (lambda: nn.Linear(5, 4), (3, 2, 5)),

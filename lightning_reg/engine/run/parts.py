@@ -18,6 +18,7 @@ from lightning_reg.engine.loss.mixin import LossMixin
 from lightning_reg.engine.loss.result import loss_of
 from lightning_reg.engine.loss.watch import Interception
 from lightning_reg.engine.run.loss_path import LossPath, Sightings
+from lightning_reg.engine.run.map_part import MapPart
 from lightning_reg.engine.run.part import Part
 from lightning_reg.engine.run.phases import (
     LOSS_PHASES,
@@ -37,7 +38,6 @@ from lightning_reg.engine.run.phases import (
 )
 from lightning_reg.engine.run.rehearsal import rehearsals
 from lightning_reg.engine.run.step_parts import GradientPart, OwnPart, TermPart, log_joined
-from lightning_reg.engine.weights.maps import WeightMaps, check_mappable
 from lightning_reg.engine.weights.penalties import add_penalties_
 from lightning_reg.engine.weights.strategies import check_editable, check_split
 from lightning_reg.engine.weights.swap import Surgery, named_weights
@@ -277,71 +277,6 @@ def _entered(contexts: "Sequence[AbstractContextManager[None] | None]") -> Itera
             if context is not None:
                 stack.enter_context(context)
         yield
-
-
-class MapPart(Part):
-    """Weights that are trained through a map.
-
-    Args:
-        trainer: The Trainer.
-        module: The user's module.
-        techniques: Those that take part.
-        seen_by: Who else acts on weights or their gradients, a class's name; "" for nobody.
-
-    """
-
-    def __init__(
-        self, trainer: "Trainer", module: "LightningModule", techniques: Sequence[ThroughMap], seen_by: str
-    ) -> None:
-        self._trainer, self._module, self._techniques, self._seen_by = trainer, module, techniques, seen_by
-        self._maps = WeightMaps(module, ())
-
-    @override
-    def prepare_model(self) -> None:
-        check_mappable(self._techniques[0], self._trainer)
-        self._maps = WeightMaps(self._module, self._techniques, self._seen_by)
-        self._maps.freeze(needs_one="DDP" in type(self._trainer.strategy).__name__)
-
-    @override
-    def prepare(self) -> None:
-        self._maps.attach()
-
-    def own_writes(self) -> AbstractContextManager[None]:
-        """What is written meanwhile is no news."""
-        return self._maps.own_writes()
-
-    @override
-    def begin_step(self) -> None:
-        self._maps.begin(self._trainer.optimizers, fresh=host.batches_so_far(self._trainer) <= 1)
-
-    @override
-    @contextmanager
-    def around(self, step: "Step") -> Iterator[None]:
-        with self._maps.watching():
-            yield
-
-    @override
-    def after_closure(self) -> None:
-        self._maps.average_gradients()
-
-    @override
-    def gradients_are_final(self, optimizer: Any) -> None:
-        self._maps.open(optimizer, check=host.is_logging_step(self._trainer))
-
-    @override
-    @contextmanager
-    def around_optimizer(self, optimizer: Any) -> Iterator[None]:
-        self.begin_step()
-        with self._maps.stepping(optimizer):
-            yield
-
-    @override
-    def before_closure(self) -> None:
-        self._maps.before_evaluation()
-
-    @override
-    def close(self) -> None:
-        self._maps.close()
 
 
 class EditPart(Part):

@@ -20,10 +20,10 @@ from typing_extensions import override
 from lightning_reg.engine.host.generators import isolated_randomness
 from lightning_reg.engine.host.modules import Convolution, TransposedConvolution, own_parameters
 from lightning_reg.engine.layers.named import LayerHook
-from lightning_reg.engine.weights.factors import Factors, Layout
+from lightning_reg.engine.weights.factors import Factors
 from lightning_reg.engine.weights.multiplied import multiplied_weights
 
-__all__ = ["LayerTap", "Use", "layout_in", "use_of"]
+__all__ = ["LayerTap", "Use", "layer_gradients", "use_of"]
 
 
 class Use(NamedTuple):
@@ -49,23 +49,6 @@ class Use(NamedTuple):
     dilation: tuple[int, ...] = ()
     groups: int = 1
     padding_row: int = -1
-
-
-def layout_in(layer: nn.Module, key: str) -> Layout | None:
-    """How a layer's own parameter lies as a matrix of outputs by inputs.
-
-    Args:
-        layer: Any layer.
-        key: Name of its own parameter.
-
-    Returns:
-        The layout; ``None`` if the layer is not known to multiply by it.
-
-    """
-    if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and key == "weight":
-        return Layout(turned=True)
-    summed = multiplied_weights(layer).get(key)
-    return None if summed is None else Layout(turned=summed == 0)
 
 
 def use_of(layer: nn.Module, key: str) -> Use | None:

@@ -14,53 +14,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
-from lightning_reg.engine.host.modules import own_parameters
-from lightning_reg.engine.host.names import plain_name
 from lightning_reg.engine.layers.named import LayerHook
-from lightning_reg.engine.weights.factors import Layout
-from lightning_reg.engine.weights.layer_products import Use, layout_in, use_of
+from lightning_reg.engine.weights.layer_products import Use, use_of
+from lightning_reg.engine.weights.places import Place, places_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Frozen", "Place", "Way", "layouts_of", "outside_readings", "places_of", "ways_of"]
-
-
-class Place(NamedTuple):
-    """Where a parameter is: a layer, and its name there."""
-
-    layer: nn.Module
-    key: str
-    in_attention: bool
-
-
-def places_of(module: nn.Module) -> dict[str, list[Place]]:
-    """All places of each parameter, by its name as in ``named_parameters()``."""
-    names = {id(p): plain_name(name) for name, p in module.named_parameters()}
-    places: dict[str, list[Place]] = {name: [] for name in names.values()}
-    inside = {id(child) for layer in module.modules() if _reads_its_children(layer) for child in layer.children()}
-    for layer in module.modules():
-        for key, parameter in own_parameters(layer).items():
-            if parameter is not None:
-                places[names[id(parameter)]].append(Place(layer, key, id(layer) in inside))
-    return places
-
-
-def _reads_its_children(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.MultiheadAttention)  # it gives the weight of its last layer to a function
-
-
-def layouts_of(module: nn.Module) -> dict[str, Layout]:
-    """How each weight that a known layer multiplies by lies, by name; a shared one as in a layer that sums over it."""
-    found: dict[str, Layout] = {}
-    for name, places in places_of(module).items():
-        layouts = [layout for place in places if (layout := layout_in(place.layer, place.key)) is not None]
-        tables = [isinstance(place.layer, nn.Embedding | nn.EmbeddingBag) for place in places]
-        if layouts:
-            found[name] = layouts[0] if all(tables) else next((at for at in layouts if not at.turned), layouts[0])
-    return found
+__all__ = ["Frozen", "Way", "outside_readings", "ways_of"]
 
 
 class Way(NamedTuple):

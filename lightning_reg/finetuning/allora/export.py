@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from lightning_reg.engine.host.modules import Convolution, TransposedConvolution
 from lightning_reg.engine.weights.factors import Factors, Layout, write_product_
-from lightning_reg.engine.weights.layer_products import layout_in
-from lightning_reg.engine.weights.ways import Place, places_of
+from lightning_reg.engine.weights.places import Place, layout_in, places_of
 
 if TYPE_CHECKING:
     from lightning_reg.finetuning.allora.allora import ALLoRA
