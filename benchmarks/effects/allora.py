@@ -2,8 +2,8 @@
 
 MLP 64-128-128-10, trained on 1,000 upright digits for 10 epochs; then six epochs of batch 20 on 400 others, turned. The
 head is trained as well, factors have rank 4. SGD 0.01 with momentum 0.9 and AdamW 2e-3, the same rates for all. Tested
-on 397 others, turned, and upright: what is forgotten. The point is that a row's scale acts under SGD as a learning
-rate does, and under Adam only in the update.
+on 397 others, turned, and upright: what is forgotten. Compared is a row's scale in the gradient and in the
+update, under both.
 """
 
 import copy

@@ -359,11 +359,16 @@ def test_what_is_not_trained_needs_no_gradient_for_the_time_of_the_fit():
     assert [p.requires_grad for p in module.parameters()] == [True, False, True, True]
     changed = [name for name, value in weights_of(module).items() if not torch.equal(value, start[name])]
     assert changed == [HEAD]
-    # Of two, what the other trains is not frozen.
+    # What another technique maps is not frozen, nor what one of two that freeze leaves.
     module = Classifier()
-    fit(module, FreezesAll(), Doubled([FIRST]), LowRank(["net.3.bias"][:0], name="none"), max_epochs=1)
+    fit(module, FreezesAll(), Doubled([FIRST]), max_epochs=1)
     changed = [name for name, value in weights_of(module).items() if not torch.equal(value, start[name])]
-    assert changed == [FIRST, "net.0.bias", HEAD, "net.3.bias"]
+    assert changed == [FIRST, HEAD]
+    module, other = Classifier(), FreezesAll([FIRST], name="other")
+    other.weights_to_freeze = lambda module: ["net.0.bias"]
+    fit(module, FreezesAll(), other, max_epochs=1)
+    changed = [name for name, value in weights_of(module).items() if not torch.equal(value, start[name])]
+    assert changed == [FIRST, HEAD, "net.3.bias"]
 
 
 # -- around it --------------------------------------------------------------------------------------------------------
@@ -474,6 +479,17 @@ def test_layers_that_do_not_run_are_refused_if_none_runs():
     fit(module, technique, max_steps=1)
     with pytest.raises(MisconfigurationException, match="LowRank: no gradient came to what is trained in place of"):
         fit(module, LowRank([HEAD]), max_steps=1)
+
+
+def test_a_first_step_without_a_loss():
+    def skips(module, batch):
+        module.count = getattr(module, "count", 0) + 1
+        return None if module.count == 1 else F.cross_entropy(module(batch[0]), batch[1])
+
+    module = Classifier(skips)
+    fit(module, LowRank(), max_epochs=1)
+    assert module.count == 4
+    assert not torch.equal(module.net[3].weight, Classifier().net[3].weight)
 
 
 def test_compiled_as_one_graph_and_not_again_after_the_second_step():

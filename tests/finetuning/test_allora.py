@@ -38,13 +38,14 @@ from tests.toys import QUIET, Classifier, fit, make_trainer, same_weights, weigh
 
 
 class ALLoRAByHand(Hand):
-    """The factors of the layer in the middle as one leaf; the head trains, all else stays."""
+    """The factors of the layer in the middle as one leaf; first layer and head train."""
+
+    def freezes(self, name):
+        return name.startswith("net.body")
 
     def latent(self, name, weight):
-        if name.startswith("net.head."):
-            return None
         if not (name.startswith("net.body") and name.endswith("weight")):
-            return weight, torch.Tensor.detach
+            return None
         technique, rank = self.technique, min(self.technique.rank, *weight.flatten(1).shape)
         draw = torch.Generator().manual_seed(technique.derived_seed(f"factors of {name}"))
         rows, columns = weight.flatten(1).shape
@@ -63,7 +64,7 @@ class ALLoRAByHand(Hand):
 
 SCALED = "rank 3, row scale, eta=2, in the gradient, layers net.body*"
 CASE = Case(
-    make=partial(ALLoRA, layers="net.body*", rank=3, train="net.head"),
+    make=partial(ALLoRA, layers="net.body*", rank=3, train=["net.first", "net.head"]),
     neutral=None,
     by_hand=ALLoRAByHand,
     says=(
@@ -74,7 +75,7 @@ CASE = Case(
     ),
     also=["images", "regression"],
     variants=[
-        partial(ALLoRA, layers="net.body*", rank=3, eta=1.5, mode="update", train="net.head"),
+        partial(ALLoRA, layers="net.body*", rank=3, eta=1.5, mode="update", train=["net.first", "net.head"]),
         partial(ALLoRA, rank=2, scale="fixed", alpha=4.0, b_lr_factor=8.0),
         partial(ALLoRA, rank=2, scale="rank", exclude="net.body*", train="*.bias"),
     ],
@@ -245,7 +246,7 @@ def test_what_is_chosen_and_what_is_said():
     fit(module, technique, max_epochs=1)
     changed = [name for name, value in weights_of(module).items() if not torch.equal(value, start[name])]
     assert changed == ["net.0.weight", "net.3.weight", "net.3.bias"]
-    assert technique.describe().endswith("layers net.0; 1 weights")
+    assert technique.describe().endswith("layers net.0; 1 weights by 28 numbers; 2 parameters as they are, 1 frozen")
     for options, words in (
         (
             {"layers": "net.7"},
@@ -440,7 +441,14 @@ def test_weights_of_any_layer_are_trained_and_not_all_exported(tmp_path):
     assert {name: way.split(" (")[0] for name, way in technique.latents.ways.items()} == {
         odd[0]: "at the layer", odd[1]: "released", odd[2]: "released", odd[3]: "released",
     }  # fmt: skip
+    first = {}  # at zero a row learns eta times faster, whichever way its gradient comes
+    for eta in (1.0, 3.0):
+        technique = ALLoRA(layers=odd, rank=2, eta=eta)
+        fit(Wraps(made(Odd), labels=True), technique, loader=texts(), max_steps=1)
+        first[eta] = {name: technique.latents.own[name]["B"].detach() for name in odd}
     for name in odd:
+        assert first[1.0][name].abs().max() > 1e-6
+        torch.testing.assert_close(first[3.0][name], 3 * first[1.0][name])
         technique = ALLoRA(layers=name, rank=2)
         fit(module, technique, loader=texts(), max_epochs=1)
         with pytest.raises(ValueError, match=f"export_peft: '{name}' of .* has no place in an adapter of PEFT"):

@@ -333,7 +333,10 @@ class ThroughMap(Member):
         return ()
 
     def weights_to_freeze(self, module: nn.Module) -> "Sequence[str]":
-        """Names of further parameters that are not trained meanwhile; asked where latents are frozen."""
+        """Returns names of further parameters that are not trained meanwhile; asked where latents are frozen.
+
+        Of several techniques that name any, all must name a parameter, and none may map it.
+        """
         return ()
 
     def begin_map(self, weights: "Mapping[str, Tensor]") -> "Mapping[str, Tensor]":

@@ -44,7 +44,7 @@ class Saving(Freezing, Protocol):
 
 
 def frozen_names(module: nn.Module, frozen: Sequence[Freezing], mapped: set[str]) -> set[str]:
-    """Names of the parameters that none of several techniques trains.
+    """Names of the parameters that are not trained: those that all techniques leave out which leave out any.
 
     Args:
         module: The user's module.
@@ -52,11 +52,11 @@ def frozen_names(module: nn.Module, frozen: Sequence[Freezing], mapped: set[str]
         mapped: Names of the weights that any technique trains through a map.
 
     Returns:
-        Those that all of them leave out; of one that is mapped somebody else decides.
+        Without those that are mapped.
 
     """
-    left = [set(technique.weights_to_freeze(module)) - mapped for technique in frozen]
-    return set.intersection(*left) if left else set()
+    left = [names for technique in frozen if (names := set(technique.weights_to_freeze(module)))]
+    return set.intersection(*left) - mapped if left else set()
 
 
 def is_delta(checkpoint: Mapping[str, Any]) -> bool:

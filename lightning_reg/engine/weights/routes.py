@@ -67,7 +67,7 @@ class Routes:
     """
 
     def __init__(self, technique: Mapper, module: nn.Module, weights: Mapping[str, nn.Parameter], seen_by: str) -> None:
-        self._technique, self._weights = technique, weights
+        self._technique, self._module, self._weights = technique, module, weights
         self.ways = ways_of(module, list(weights), seen_by, has_factors=technique.is_product)
         self._taps: dict[str, LayerTap] = {}
         self._handles: list[RemovableHandle] = []
@@ -105,9 +105,11 @@ class Routes:
         self._technique.latents.ways = ways
 
     def refresh(self) -> None:
-        """The parts were made anew, or moved."""
-        for name, tap in self._taps.items():
-            tap.factors = self._technique.factors_of(name)
+        """The parts were made anew, moved, or stepped."""
+        for name in self._weights if self._technique.is_product else ():
+            factors = self._technique.factors_of(name)
+            if name in self._taps:
+                self._taps[name].factors = factors
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
@@ -131,7 +133,8 @@ class Routes:
 
     def average_gradients(self, names: Sequence[str]) -> None:
         """Averages gradients of the parts over the ranks, in one collective, and looks at them in the first step."""
-        if self._unchecked:
+        # A step without a loss has none to look at.
+        if self._unchecked and any(p.grad is not None for p in self._module.parameters()):
             self._check_first([name for name in names if name in self._unchecked])
             self._unchecked -= set(names)
         kept = self.kept

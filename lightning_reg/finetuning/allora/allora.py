@@ -1,6 +1,7 @@
 """ALLoRA: low-rank fine-tuning whose rows learn fast at zero and slow down as they grow; and LoRA, rsLoRA, LoRA+."""
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -127,6 +128,7 @@ class ALLoRA(WeightMapTechnique):
         self._tables: set[str] = set()
         self._left: dict[str, list[str]] = {}
         self._trained: list[str] = []
+        self._sizes = ""
         self._scales: dict[str, Tensor] = {}
         self._before: dict[str, Tensor] = {}
 
@@ -138,7 +140,7 @@ class ALLoRA(WeightMapTechnique):
             "rank": f"rsLoRA, alpha={self.rank if self.alpha is None else self.alpha:g}",
         }
         plus = f", B at {self.b_lr_factor:g} of the learning rate" if self.b_lr_factor != 1 else ""
-        weights = f"; {len(self._layouts)} weights" if self._layouts else ""
+        weights = f"; {self._sizes}" if self._layouts else ""
         left = "".join(f"; left alone, {why}: {names_said(names)}" for why, names in self._left.items())
         return f"rank {self.rank}, {scales[self.scale]}{plus}, layers {self.layers}{weights}{left}"
 
@@ -177,6 +179,11 @@ class ALLoRA(WeightMapTechnique):
         names, self._left = chosen_weights(self, module, self.layers, self.exclude, "adapt", any_matrix=True)
         chosen = [name for name in names if name not in trained]
         self._layouts, self._tables = layouts_for(self, module, chosen)
+        weights = named_weights(module)
+        shapes = [self._layouts[name].matrix(weights[name]).shape for name in chosen]
+        size = sum(prod(s[:-2]) * min(self.rank, *s[-2:]) * (s[-2] + s[-1]) for s in shapes)
+        beside, frozen = len(trained - set(chosen)), len(weights.keys() - trained - set(chosen))
+        self._sizes = f"{len(chosen)} weights by {size:,} numbers; {beside} parameters as they are, {frozen} frozen"
         return chosen
 
     @override
