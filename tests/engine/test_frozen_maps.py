@@ -359,6 +359,12 @@ def test_what_is_not_trained_needs_no_gradient_for_the_time_of_the_fit():
     assert [p.requires_grad for p in module.parameters()] == [True, False, True, True]
     changed = [name for name, value in weights_of(module).items() if not torch.equal(value, start[name])]
     assert changed == [HEAD]
+    module = Classifier().requires_grad_(False)  # whatever the way
+    module.net[0].bias.requires_grad_()
+    for technique in (LowRank(), LowRank(dense=True)):
+        fit(module, technique, Penalty(), max_steps=1)
+        fit(module, technique, max_steps=1)
+        assert [p.requires_grad for p in module.parameters()] == [False, True, False, False]
     # What another technique maps is not frozen, nor what one of two that freeze leaves.
     module = Classifier()
     fit(module, FreezesAll(), Doubled([FIRST]), max_epochs=1)
@@ -395,8 +401,15 @@ class Several(Classifier):
 def test_an_optimizer_that_got_trainable_parameters_alone():
     module, whole = Filtered(lr=0.1), Classifier(lr=0.1)
     for one in (module, whole):
-        fit(one, LowRank())
+        fit(one, FreezesAll())
     assert same_weights(module, whole)
+    module = Filtered(lr=0.1)  # by the user's own doing
+    module.net[3].weight.requires_grad_(False)
+    whole = Classifier(lr=0.1)
+    for one in (module, whole):
+        trainer = fit(one, LowRank())
+    assert same_weights(module, whole)
+    assert "setup_optimizers" not in vars(trainer.strategy)
     with pytest.raises(MisconfigurationException) as raised:
         fit(Several(), LowRank())
     assert str(raised.value) == (

@@ -35,12 +35,20 @@ class MapPart(Part):
     ) -> None:
         self._trainer, self._module, self._techniques, self._seen_by = trainer, module, techniques, seen_by
         self._maps = WeightMaps(module, ())
+        self._making: list[host.Replacement] = []
 
     @override
     def prepare_model(self) -> None:
         check_mappable(self._techniques[0], self._trainer)
         self._maps = WeightMaps(self._module, self._techniques, self._seen_by)
         self._maps.freeze(needs_one="DDP" in type(self._trainer.strategy).__name__)
+        strategy = self._trainer.strategy
+        self._making = [host.Replacement(strategy, "setup_optimizers", self._setup_optimizers)]
+
+    def _setup_optimizers(self, trainer: "Trainer") -> None:
+        # `configure_optimizers` often takes what needs a gradient: it is to find what it would without us.
+        with self._maps.unfrozen():
+            self._making[0].original(trainer)
 
     @override
     def prepare(self) -> None:
@@ -81,4 +89,7 @@ class MapPart(Part):
 
     @override
     def close(self) -> None:
+        for replaced in self._making:
+            replaced.undo()
+        self._making = []
         self._maps.close()

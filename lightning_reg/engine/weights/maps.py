@@ -10,7 +10,7 @@ memory. Where latents are frozen the parts alone are trained, and the parameter 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -143,14 +143,22 @@ class WeightMaps:
             return
         mapped = {name for one in self._maps for name in one.weights}
         frozen = frozen_names(self._module, [one.technique for one, _ in self._routed], mapped)
-        for one, routes in self._routed:
-            frozen |= one.weights.keys() - routes.kept
-        if needs_one and not any(p.requires_grad for name, p in self._parameters.items() if name not in frozen):
-            one, routes = self._routed[0]
+        for one, _ in self._routed:
+            frozen |= one.weights.keys()
+        left = [p for name, p in self._parameters.items() if name not in frozen and p.requires_grad]
+        self._frozen = Frozen([self._parameters[name] for name in self._parameters if name in frozen])
+        with_weights = [(one, routes) for one, routes in self._routed if one.weights]
+        if needs_one and not left and with_weights and not with_weights[0][1].kept:
+            one, routes = with_weights[0]
             smallest = min(one.weights, key=lambda name: one.weights[name].numel())
             routes.keep(smallest, "DDP wants a parameter with a gradient")
-            frozen.discard(smallest)
-        self._frozen = Frozen([self._parameters[name] for name in self._parameters if name in frozen])
+        for one, routes in self._routed:
+            for name in one.weights:
+                one.weights[name].requires_grad_(name in routes.kept)
+
+    def unfrozen(self) -> AbstractContextManager[None]:
+        """While parameters need gradients as they did: code that asks which do finds the user's own."""
+        return self._frozen.lifted()
 
     def attach(self) -> None:
         """Puts hooks where frozen weights get their gradients."""

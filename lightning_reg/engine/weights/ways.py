@@ -87,6 +87,16 @@ class Frozen:
         for parameter in parameters:
             parameter.requires_grad_(False)
 
+    @contextmanager
+    def lifted(self) -> "Iterator[None]":
+        """While they are as they were."""
+        now = [parameter.requires_grad for parameter, _ in self._were]
+        for parameter, needed in self._were:
+            parameter.requires_grad_(needed)
+        yield
+        for (parameter, _), needed in zip(self._were, now, strict=True):
+            parameter.requires_grad_(needed)
+
     def undo(self) -> None:
         """Lets them be as they were."""
         for parameter, needed in self._were:
