@@ -282,8 +282,8 @@ class HalfByHand(Hand):
 class TrainsFactors(_Reference, LowRank):
     """A product of two factors joins the first layer's weight, and they are trained in its place."""
 
-    def __init__(self, **options):
-        super().__init__(["net.first.weight"], rank=2, row_scale=2.0, **options)
+    def __init__(self, name=None):
+        super().__init__(["net.first.weight"], rank=2, row_scale=2.0, name=name)
 
 
 class FactorsByHand(Hand):

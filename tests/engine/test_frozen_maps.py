@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.networks.peer import copy_of
 from lightning_reg.engine.run.report import techniques_table
 from tests.conformance.laws import LAWS, NEED_TWO_PROCESSES
 from tests.conformance.references import REFERENCES, TrainsFactors
@@ -494,6 +495,7 @@ def test_layers_that_do_not_run_are_refused_if_none_runs():
         fit(module, LowRank([HEAD]), max_steps=1)
 
 
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 def test_a_first_step_without_a_loss():
     def skips(module, batch):
         module.count = getattr(module, "count", 0) + 1
@@ -562,6 +564,21 @@ def test_what_others_write_into_a_weight_moves_its_latent():
     torch.testing.assert_close(module.net[3].weight, made, rtol=0, atol=1e-6)
 
 
+def test_a_copy_of_the_module_is_trained_as_if_nothing_were_frozen():
+    class Copies(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            twin = copy_of(pl_module)
+            self.needed = [p.requires_grad for p in twin.parameters()]
+            self.hooks = [len(layer._forward_hooks) for layer in twin.modules()]
+
+    module, copies = Classifier(), Copies()
+    module.net[0].bias.requires_grad_(False)
+    fit(module, FreezesAll([FIRST, HEAD]), copies, max_steps=1)
+    assert copies.needed == [True, False, True, True]
+    assert not any(copies.hooks)
+    assert not any(vars(p) for p in module.parameters())
+
+
 def test_a_copy_of_the_technique_is_plain_data():
     technique = LowRank()
     fit(Classifier(), technique)
@@ -573,8 +590,7 @@ def test_a_copy_of_the_technique_is_plain_data():
 # -- the laws ---------------------------------------------------------------------------------------------------------
 
 CASE = next(case for case in REFERENCES if case.cls.__name__ == "TrainsFactors")
-TRIED = ["resume_is_exact", "leaves_no_trace", "ranks_agree", "precision", "works_or_is_refused", "plain_data",
-         "as_by_hand"]  # fmt: skip
+TRIED = ["resume_is_exact", "leaves_no_trace", "ranks_agree", "precision", "works_or_is_refused", "as_by_hand"]
 
 
 @pytest.mark.parametrize("law", TRIED)
@@ -609,8 +625,8 @@ class AddsTwice(TrainsFactors):
     def key(cls):
         return "addstwice"
 
-    def __init__(self, **options):
-        super().__init__(**options)
+    def __init__(self, name=None):
+        super().__init__(name)
         self.is_product = False
 
     def pull_back(self, latents, weights, gradients):

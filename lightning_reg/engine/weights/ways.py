@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Frozen", "Way", "outside_readings", "ways_of"]
+__all__ = ["Frozen", "Way", "needs_gradient", "outside_readings", "ways_of"]
 
 
 class Way(NamedTuple):
@@ -84,7 +84,8 @@ class Frozen:
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self._were = [(parameter, parameter.requires_grad) for parameter in parameters]
-        for parameter in parameters:
+        for parameter, needed in self._were:
+            vars(parameter)[_NOTE] = needed
             parameter.requires_grad_(False)
 
     @contextmanager
@@ -100,8 +101,19 @@ class Frozen:
     def undo(self) -> None:
         """Lets them be as they were."""
         for parameter, needed in self._were:
+            vars(parameter).pop(_NOTE, None)
             parameter.requires_grad_(needed)
         self._were = []
+
+
+# A parameter that is frozen for a time has in here whether it needed a gradient before.
+_NOTE = "needed_a_gradient"
+
+
+def needs_gradient(parameter: nn.Parameter) -> bool:
+    """Whether a parameter needs a gradient when it is not frozen for a time."""
+    needed: bool = vars(parameter).get(_NOTE, parameter.requires_grad)
+    return needed
 
 
 @contextmanager
