@@ -101,10 +101,6 @@ class Hand:
     def latent(self, name: str, weight: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
         """What is trained in place of a weight, and the weight as a function of it."""
 
-    def freezes(self, name: str) -> bool:
-        """Whether a weight is not trained, unless another technique trains something in its place."""
-        return False
-
     def begin(self, loop: "View") -> None:
         """Before the first step."""
 
@@ -191,8 +187,6 @@ class Loop:
             latent = hand.latent(name, weight)
             if latent is not None:
                 weight, self.maps[name] = latent
-        if name not in self.maps and any(hand.freezes(name) for hand in self.hands):
-            self.maps[name] = torch.Tensor.detach
         self.leaves[name] = weight.requires_grad_()
 
     def weights(self) -> dict[str, Tensor]:
@@ -203,7 +197,7 @@ class Loop:
             # Of a leaf the hook would stay from step to step.
             named = {name: weight.view_as(weight) for name, weight in named.items()}
             for name, weight in named.items():
-                for hand in changing if weight.requires_grad else ():
+                for hand in changing:
                     weight.register_hook(lambda gradient, hand=hand, name=name: hand.gradient(name, gradient))
         return named
 

@@ -38,10 +38,7 @@ from tests.toys import QUIET, Classifier, fit, make_trainer, same_weights, weigh
 
 
 class ALLoRAByHand(Hand):
-    """The factors of the layer in the middle as one leaf; first layer and head train."""
-
-    def freezes(self, name):
-        return name.startswith("net.body")
+    """The factors of the layer in the middle as one leaf; all else trains as it is."""
 
     def latent(self, name, weight):
         if not (name.startswith("net.body") and name.endswith("weight")):
@@ -64,7 +61,7 @@ class ALLoRAByHand(Hand):
 
 SCALED = "rank 3, row scale, eta=2, in the gradient, layers net.body*"
 CASE = Case(
-    make=partial(ALLoRA, layers="net.body*", rank=3, train=["net.first", "net.head"]),
+    make=partial(ALLoRA, layers="net.body*", rank=3, train=["net.first", "net.head", "*.bias"]),
     neutral=None,
     by_hand=ALLoRAByHand,
     says=(
@@ -75,7 +72,7 @@ CASE = Case(
     ),
     also=["images", "regression"],
     variants=[
-        partial(ALLoRA, layers="net.body*", rank=3, eta=1.5, mode="update", train=["net.first", "net.head"]),
+        partial(ALLoRA, layers="net.body*", rank=3, eta=1.5, mode="update", train=["net.first", "net.head", "*.bias"]),
         partial(ALLoRA, rank=2, scale="fixed", alpha=4.0, b_lr_factor=8.0),
         partial(ALLoRA, rank=2, scale="rank", exclude="net.body*", train="*.bias"),
     ],
