@@ -198,8 +198,8 @@ def applied(model: nn.Module, folder: str | Path, alpha: float = 1.0) -> Iterato
         alpha: How much of it: ``W + alpha c B A``, and layers that it has whole go so far from the base's to its own. 0
             is the base, 1 the trained network.
 
-    Yields:
-        The model. Its weights are put back to the last bit.
+    Returns:
+        A context that gives the model; its weights are put back to the last bit.
 
     Raises:
         ValueError: If the adapter is of another kind than plain LoRA, or of another model.
