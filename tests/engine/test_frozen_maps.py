@@ -231,8 +231,9 @@ def reads_outside(module, batch, sign=1.0):
 
 @pytest.mark.parametrize("seen", [reads_outside, partial(reads_outside, sign=-2.0)])
 def test_a_weight_that_is_read_outside_of_its_layer_is_noticed_before_that(seen):
-    module, technique = Classifier(seen, lr=0.1), LowRank([FIRST, HEAD])
-    fit(module, technique, max_epochs=1)
+    module, technique, count = Classifier(seen, lr=0.1), LowRank([FIRST, HEAD]), KeepsCount()
+    fit(module, technique, count, max_epochs=1)
+    assert count.most == 0
     dense, other = Classifier(seen, lr=0.1), LowRank([FIRST, HEAD], dense=True)
     fit(dense, other, max_epochs=1)
     assert same_weights(module, dense, atol=1e-6)
@@ -259,7 +260,9 @@ def test_looking_at_a_weight_is_no_reading():
 
 def test_penalties_on_weights_reach_the_factors():
     module, technique = Adam(), LowRank([FIRST, HEAD])
-    fit(module, technique, Penalty(0.05))
+    trainer = fit(module, technique, Penalty(0.05))
+    held = {id(p) for p in trainer.optimizers[0].state}
+    assert held == {id(module.net[0].bias), id(module.net[3].bias)}
     assert technique.latents.ways == dict.fromkeys((FIRST, HEAD), "kept (Penalty acts on it or its gradient)")
 
     class Penalized(ByHand):

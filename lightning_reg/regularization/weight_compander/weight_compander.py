@@ -228,7 +228,9 @@ class WeightCompander(WeightMapTechnique):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"shapes": {name: list(shape) for name, shape in self._shapes.items()}, **self.latents.state_dict()}
+        state = self.latents.state_dict()
+        learned = {key: {name: parts["shape"] for name, parts in state[key].items()} for key in ("own", "moments")}
+        return {"shapes": {name: list(shape) for name, shape in self._shapes.items()}, **state, **learned}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -238,4 +240,5 @@ class WeightCompander(WeightMapTechnique):
                 " on with that, or train without `ckpt_path` from its weights."
             )
         self._shapes = dict(state_dict["shapes"])
-        self.latents.load_state_dict(state_dict)
+        learned = {key: {name: {"shape": part} for name, part in state_dict[key].items()} for key in ("own", "moments")}
+        self.latents.load_state_dict({**state_dict, **learned})
