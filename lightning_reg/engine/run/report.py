@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_reg.engine.host import distributed
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.run.phases import Member, OnModules, ThroughMap, phases_of
-from lightning_reg.engine.weights.chosen import names_said
+from lightning_reg.engine.weights.summed import names_said
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from lightning_reg.engine.host.errors import MisconfigurationException, check_patterns
 from lightning_reg.engine.host.names import Patterns, matches
-from lightning_reg.engine.weights.chosen import all_names
 from lightning_reg.engine.weights.factors import Layout
 from lightning_reg.engine.weights.places import layouts_of, places_of
+from lightning_reg.engine.weights.summed import all_names
 from lightning_reg.engine.weights.swap import named_weights
 from lightning_reg.finetuning.allora.export import read_peft
 

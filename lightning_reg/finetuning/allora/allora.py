@@ -12,9 +12,9 @@ from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.technique import WeightMapTechnique
-from lightning_reg.engine.weights.chosen import chosen_weights, names_said
 from lightning_reg.engine.weights.factors import Factors, Layout, product, pulled_back, write_product_
 from lightning_reg.engine.weights.latents import Latents
+from lightning_reg.engine.weights.summed import names_said, summed_weights
 from lightning_reg.engine.weights.swap import named_weights
 from lightning_reg.finetuning.allora._choice import layouts_for, starting_factors, trained_as_they_are
 from lightning_reg.finetuning.allora.core import allora_row_scale, low_rank_factor, low_rank_norm, new_low_rank
@@ -176,7 +176,7 @@ class ALLoRA(WeightMapTechnique):
     def weights_to_map(self, module: nn.Module) -> list[str]:
         trained = trained_as_they_are(self, module, self.train)
         self._trained = sorted(trained)
-        names, self._left = chosen_weights(self, module, self.layers, self.exclude, "adapt", any_matrix=True)
+        names, self._left = summed_weights(self, module, self.layers, self.exclude, "adapt", any_matrix=True)
         chosen = [name for name in names if name not in trained]
         self._layouts, self._tables = layouts_for(self, module, chosen)
         weights = named_weights(module)

@@ -11,8 +11,8 @@ from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_bool, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.technique import WeightMapTechnique
-from lightning_reg.engine.weights.chosen import chosen_weights, names_said
 from lightning_reg.engine.weights.latents import Latents
+from lightning_reg.engine.weights.summed import names_said, summed_weights
 from lightning_reg.engine.weights.swap import named_weights
 from lightning_reg.regularization.weight_compander._choice import companding
 from lightning_reg.regularization.weight_compander.core import (
@@ -156,7 +156,7 @@ class WeightCompander(WeightMapTechnique):
     def weights_to_map(self, module: nn.Module) -> list[str]:
         self._chosen, self._left = [], {}
         if self.fn != "identity":
-            self._chosen, self._left = chosen_weights(self, module, self.layers, self.exclude, "compand")
+            self._chosen, self._left = summed_weights(self, module, self.layers, self.exclude, "compand")
         return self._chosen
 
     @override

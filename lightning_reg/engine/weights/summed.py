@@ -8,10 +8,10 @@ from lightning_reg.engine.host.names import Patterns, as_patterns, matches, plai
 from lightning_reg.engine.weights.multiplied import is_router, multiplied_weights, other_matrices
 from lightning_reg.engine.weights.swap import named_weights
 
-__all__ = ["all_names", "chosen_weights", "names_said"]
+__all__ = ["all_names", "names_said", "summed_weights"]
 
 
-def chosen_weights(
+def summed_weights(
     owner: object, module: nn.Module, layers: Patterns, exclude: Patterns, verb: str, *, any_matrix: bool = False
 ) -> tuple[list[str], dict[str, list[str]]]:
     """Names of the weights to act on, and of those that ``"auto"`` leaves alone although they may multiply.
