@@ -6,7 +6,7 @@ DEMO := $(BIN)/python examples/noisy_labels.py
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # one pip at a time in one .venv
-.PHONY: help venv demo demo-short test test-lowest matrix mutants wheel lint docs clean
+.PHONY: help venv demo demo-short test test-lowest matrix mutants wheel lint docs notebooks site docs-test clean
 
 help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -28,9 +28,10 @@ test-lowest:  ## the same with the lowest version of everything that pyproject.t
 	.venv/lowest/bin/python -m pip install -c .venv/lowest/constraints.txt -e '.[dev]'
 	.venv/lowest/bin/python -m pytest -n 2 --dist worksteal
 
-wheel: .venv/.dev  ## build wheel and sdist, install the wheel where nothing is, run the README's first example
+wheel: .venv/.dev  ## build and check wheel and sdist, install the wheel where nothing is, run the README's first example
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m twine check --strict dist/*
 	$(PYTHON) -m venv --clear .venv/wheel
 	.venv/wheel/bin/python -m pip install dist/*.whl
 	cd .venv/wheel && bin/python ../../.ci/first_example.py
@@ -49,6 +50,16 @@ lint: .venv/.dev  ## ruff check, ruff format --check, mypy
 docs: .venv/.dev  ## rewrite the generated files
 	$(BIN)/python -m lightning_reg generate
 	$(BIN)/python -m tests.conformance.matrix
+	$(BIN)/python docs/_site/generated.py
+
+site: .venv/.docs  ## build the documentation into build/site; a link or reference that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
+docs-test: site  ## load the site in a browser (CHROMIUM, CHROMEDRIVER: where it is): no complaint, search, formulas
+	$(BIN)/python -m pytest docs/_site/test_site.py
+
+notebooks: .venv/.dev  ## run the notebooks of those scripts in examples/ that have changed, and keep their outputs
+	$(BIN)/python .ci/notebooks.py
 
 clean:  ## remove .venv, caches and builds
 	rm -rf .venv .mutants build dist .mypy_cache .pytest_cache .ruff_cache checkpoints lightning_logs *.png
@@ -61,7 +72,12 @@ clean:  ## remove .venv, caches and builds
 	touch $@
 
 .venv/.demo: pyproject.toml | .venv/.made
-	$(BIN)/python -m pip install -e '.[examples]'
+	$(BIN)/python -m pip install --no-compile -e '.[examples]'  # what the demo imports is compiled when it is imported
+	touch $@
+
+# The pages are made of the cases in the tests, so that what tests need is needed too.
+.venv/.docs: .venv/.dev
+	$(BIN)/python -m pip install -e '.[docs]'
 	touch $@
 
 # The development set holds the examples' set.

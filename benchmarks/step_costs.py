@@ -31,9 +31,22 @@ from by_hand import (
     after_one_task,
     ewc,
 )
+from by_hand_terms import STEPS_APART, Clamped, Dropped, Margins, Scored, WithCentres
 from overhead import ResNet18, SmallTransformer, data, in_turns, quiet, show
 
-from lightning_reg import ConR, CutMix, ELRPlusCallback, FeatureDistillation, L2ToStart, PredictionDistillation
+from lightning_reg import (
+    TCM,
+    ConR,
+    CutMix,
+    ELRPlusCallback,
+    FeatureDistillation,
+    L2ToStart,
+    Loki,
+    MetricLoss,
+    ModalityDropout,
+    NonNegative,
+    PredictionDistillation,
+)
 from lightning_reg.functional import fisher_diagonal, fisher_losses
 
 
@@ -53,7 +66,7 @@ class Pooled(SmallTransformer):
 
 def arms(key, samples):
     """Plain, by hand, by the engine: each a module and its callbacks."""
-    net = {"cutmix": ResNet18, "conr": Pooled}.get(key, SmallTransformer)()
+    net = {"cutmix": ResNet18, **dict.fromkeys(POOLED, Pooled)}.get(key, SmallTransformer)()
     hand = {
         "l2_to_start": Tied,
         "ewc": FirmlyTied,
@@ -61,6 +74,11 @@ def arms(key, samples):
         "feature_distillation": Features,
         "conr": Contrasted,
         "cutmix": Cut,
+        "tcm_loss": Margins,
+        "metric_loss": WithCentres,
+        "text_dropout": Dropped,
+        "loki": Scored,
+        "non_negative": Clamped,
     }.get(key)
     technique = {
         "l2_to_start": lambda: L2ToStart(LAM),
@@ -70,13 +88,20 @@ def arms(key, samples):
         "conr": lambda: ConR("net.pool", window=0.1, augment="augment"),
         "cutmix": lambda: CutMix(prob=1.0),
         "elr_plus": lambda: ELRPlusCallback(networks=1, mixup_alpha=0.0, decay_rampup_steps=0),
+        "tcm_loss": lambda: TCM("net.pool"),
+        "metric_loss": lambda: MetricLoss("net.pool", "by_hand_terms.Centres"),
+        "text_dropout": lambda: ModalityDropout(0.5, layer="net.pool", null_shape=[64]),
+        "loki": lambda: Loki("net.head", STEPS_APART, modes=["train"]),
+        "non_negative": lambda: NonNegative("net.head.weight"),
     }[key]()
     plain = Numbers if key == "conr" else Plain
     by_hand = Averaged(copy.deepcopy(net), samples) if key == "elr_plus" else hand(copy.deepcopy(net))
     return {"plain": (plain(copy.deepcopy(net)), []), "by hand": (by_hand, []), "engine": (plain(net), [technique])}
 
 
-KEYS = ("l2_to_start", "ewc", "prediction_distillation", "feature_distillation", "conr", "cutmix", "elr_plus")
+POOLED = ("conr", "tcm_loss", "metric_loss", "text_dropout")
+NEW = ("tcm_loss", "metric_loss", "text_dropout", "loki", "non_negative")
+KEYS = ("l2_to_start", "ewc", "prediction_distillation", "feature_distillation", "conr", "cutmix", "elr_plus", *NEW)
 
 
 def fisher_times(rounds, batch=64):

@@ -5,8 +5,19 @@ share the text, the initial weights and the batch order: the callback in the Tra
 scale do not expect a gain; what the run shows is how the callback is attached and what it does to the weights.
 """
 
+# %% [markdown]
+# # Reweight the samples of a language model
+#
+# In pretraining many sequences are learned early, and go on taking their share of each batch. `LossReweighting` gives
+# each sequence a weight by its present loss: here (`linupper`) those with a small loss count less. Nothing in the
+# model or its loss changes.
+#
+# The text is the standard library of the Python that runs this, the model a small GPT over bytes.
+
+# %%
 import argparse
 import logging
+import os
 import statistics
 import sysconfig
 import warnings
@@ -15,10 +26,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -29,8 +40,15 @@ from lightning_reg import LossReweighting
 
 ARMS = {"uniform": "uniform weights", "linupper": "LossReweighting, linupper"}
 COLORS = {"uniform": "#c44e52", "linupper": "#2a6fbb"}
+# A notebook has no command line; the tests ask for a short run.
+SHORT = ["--steps", "10", "--batch", "4", "--length", "16"]
+NOTEBOOK = SHORT if "LIGHTNING_REG_SHORT" in os.environ else ["--steps", "100"]
+
+# %% [markdown]
+# ## A small GPT
 
 
+# %%
 class Block(nn.Module):
     """Causal self-attention and an MLP, each after a LayerNorm and beside a residual path."""
 
@@ -64,6 +82,11 @@ class ByteGPT(nn.Module):
         return self.head(self.norm(self.blocks(self.tokens(tokens) + self.positions)))
 
 
+# %% [markdown]
+# ## An ordinary LightningModule
+
+
+# %%
 class LanguageModel(LightningModule):
     """An ordinary language model: nothing in it knows about lightning_reg."""
 
@@ -133,6 +156,11 @@ def standard_library(size: int) -> Tensor:
     return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
+# %% [markdown]
+# ## Two runs that differ in one callback
+
+
+# %%
 def train(
     loaders: tuple[DataLoader, DataLoader], net: nn.Module, callbacks: list[Callback], steps: int, every: int
 ) -> None:
@@ -171,6 +199,11 @@ def run(arm: str, args: argparse.Namespace, text: Tensor, seed: int, progress: P
     return {"steps": curve.steps, "losses": curve.losses, "effective": weights.effective}
 
 
+# %% [markdown]
+# ## Tables and pictures
+
+
+# %%
 def results_table(results: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -> Table:
     spread = f"mean ± sd of {args.seeds} seeds" if args.seeds > 1 else "one seed"
     table = Table(title="Byte-level GPT on the standard library", title_style="bold", caption=spread)
@@ -191,7 +224,7 @@ def mean_sd(values: list[float]) -> str:
 
 
 def plot_curves(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    figure = Figure(figsize=(10, 4), dpi=150, layout="constrained")
+    figure = plt.figure(figsize=(10, 4), dpi=80, layout="constrained")
     left, right = figure.subplots(1, 2)
     for arm, runs in results.items():
         for position, one in enumerate(runs):
@@ -205,7 +238,7 @@ def plot_curves(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     left.legend(frameon=False)
-    figure.savefig(path)
+    figure.savefig(path, dpi=150)
 
 
 @contextmanager
@@ -244,10 +277,11 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
     text = standard_library(2_000_000)
     results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
     with (
         quiet_lightning(),
         torch.random.fork_rng(devices=[]),
-        Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress,
+        Progress(*columns, *times, console=console, disable=console.is_jupyter) as progress,
     ):
         task = progress.add_task("", total=args.seeds * len(ARMS) * args.steps)
         for seed in range(args.seeds):
@@ -261,5 +295,19 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
     return results
 
 
+# %% [markdown]
+# ## The run
+#
+# Both runs see the same batches in the same order, from the same weights.
+
+# %%
 if __name__ == "__main__":
-    main()
+    in_notebook = "__file__" not in globals()
+    results = main(NOTEBOOK if in_notebook else None)
+
+# %% [markdown]
+# ## When not to
+#
+# At this scale do not expect a gain: on clean text a small model was slightly worse with it, and on text of which
+# four fifths are near duplicates slightly better. The gains that the paper reports are for models from 124 million
+# weights on.

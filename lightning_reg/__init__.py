@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from lightning_reg.metric_learning.conr.conr import ConR as ConR
     from lightning_reg.metric_learning.loki.loki import Loki as Loki
     from lightning_reg.metric_learning.loki.metrics import MeanSquaredDistance as MeanSquaredDistance
+    from lightning_reg.metric_learning.metric_loss.metric_loss import MetricLoss as MetricLoss
     from lightning_reg.metric_learning.tcm_loss.core import Consistency as Consistency
     from lightning_reg.metric_learning.tcm_loss.opis import OPIS as OPIS
     from lightning_reg.metric_learning.tcm_loss.tcm_loss import TCM as TCM
@@ -60,6 +61,8 @@ if TYPE_CHECKING:
     from lightning_reg.reweighting.loss_reweighting.loss_reweighting import LossReweighting as LossReweighting
     from lightning_reg.sparsity.nm_sparsity.nm_sparsity import NMSparsity as NMSparsity
     from lightning_reg.sparsity.nm_sparsity.report import SparsityReport as SparsityReport
+    from lightning_reg.unlearning.adapt_then_unlearn.scores import Pool as Pool
+    from lightning_reg.unlearning.adapt_then_unlearn.weight_repulsion import WeightRepulsion as WeightRepulsion
 
 __getattr__, __dir__, __all__ = lazy_attributes(
     __name__,
@@ -94,6 +97,7 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "ConR": "lightning_reg.metric_learning.conr.conr",
         "Loki": "lightning_reg.metric_learning.loki.loki",
         "MeanSquaredDistance": "lightning_reg.metric_learning.loki.metrics",
+        "MetricLoss": "lightning_reg.metric_learning.metric_loss.metric_loss",
         "Consistency": "lightning_reg.metric_learning.tcm_loss.core",
         "OPIS": "lightning_reg.metric_learning.tcm_loss.opis",
         "TCM": "lightning_reg.metric_learning.tcm_loss.tcm_loss",
@@ -109,5 +113,7 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "LossReweighting": "lightning_reg.reweighting.loss_reweighting.loss_reweighting",
         "NMSparsity": "lightning_reg.sparsity.nm_sparsity.nm_sparsity",
         "SparsityReport": "lightning_reg.sparsity.nm_sparsity.report",
+        "Pool": "lightning_reg.unlearning.adapt_then_unlearn.scores",
+        "WeightRepulsion": "lightning_reg.unlearning.adapt_then_unlearn.weight_repulsion",
     },
 )

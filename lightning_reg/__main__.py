@@ -1,21 +1,18 @@
-"""``lightning-reg list`` shows the techniques; ``lightning-reg generate`` rewrites what is derived from them."""
+"""The command ``lightning-reg``; ``python -m lightning_reg generate``, for contributors, rewrites what is derived."""
 
-import argparse
 import inspect
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-from rich.console import Console
-from rich.table import Table
+from typing import NoReturn
 
 from lightning_reg import registry
 from lightning_reg.engine import technique
 
-__all__ = ["main", "render"]
+__all__ = ["generate", "main", "render"]
 
 _ROOT = Path(__file__).parent.parent
 _PUBLIC_IN_ENGINE = (("loss.mixin", "LossMixin"), *(("technique", name) for name in technique.__all__))
-_MARKS = "<!-- techniques: generated -->", "<!-- techniques: end -->"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -24,23 +21,42 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: Words of the command; ``None`` for those of the process.
 
+    Raises:
+        SystemExit: With 2 for words that are not understood, with 1 for what cannot be done, each said in one sentence.
+
     """
-    parser = argparse.ArgumentParser(prog="lightning-reg", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    listing = commands.add_parser("list", help="show all techniques and what they act on")
-    listing.add_argument("--kind", choices=registry.KINDS, help="show those of one kind, all kinds by default")
-    commands.add_parser("generate", help="rewrite __init__.py, functional.py, docs/techniques.md and README's table")
-    for module in registry.commands():
+    try:
+        from lightning_reg.engine.host.commands import Commands, Parser
+    except ModuleNotFoundError as error:
+        _give_up(f"the command needs {error.name}; install it with `pip install 'lightning-reg[cli]'`.", error)
+    from lightning_reg import _compare, _doctor, _listing
+
+    parser = Parser(prog="lightning-reg", description="Published training techniques for Lightning, and their tools.")
+    commands = Commands(parser)
+    for module in (_listing, *registry.commands(), _compare, _doctor):
         module.add_command(commands)
-    options = parser.parse_args(arguments)
-    if hasattr(options, "run"):
-        options.run(options)
-        return
-    if options.command == "list":
-        Console().print(_table(options.kind))
-        return
+    options = parser.parse_args(None if arguments is None else list(arguments))
+    try:
+        commands.run(options)
+    except (ValueError, OSError) as error:
+        _give_up(" ".join(str(error).split()), error)
+
+
+def _give_up(sentence: str, error: Exception) -> NoReturn:
+    sys.stderr.write(f"lightning-reg: {sentence}\n")
+    raise SystemExit(1) from error
+
+
+def generate() -> None:
+    """Rewrites the generated files of a checkout.
+
+    Raises:
+        SystemExit: If this is none.
+
+    """
     if not (_ROOT / "pyproject.toml").exists():
-        parser.error("generate works in a checkout of the project, with `pip install -e .`")
+        sys.stderr.write("generate works in a checkout of the project, with `pip install -e .`\n")
+        raise SystemExit(2)
     for path, text in render().items():
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
@@ -52,8 +68,6 @@ def render() -> dict[Path, str]:
     return {
         package / "__init__.py": _init(),
         package / "functional.py": _functional(),
-        _ROOT / "docs" / "techniques.md": _gallery(),
-        _ROOT / "README.md": _readme((_ROOT / "README.md").read_text()),
     }
 
 
@@ -93,58 +107,5 @@ def _import(home: str, name: str) -> str:
     return line if len(line) <= 120 else f"    from {home} import (\n        {name} as {name},\n    )"  # as ruff does
 
 
-def _table(kind: str | None) -> Table:
-    table = Table(title="lightning_reg", title_justify="left")
-    for column in ("name", "kind", "for", "acts on"):
-        table.add_column(column, no_wrap=column == "name")
-    for unit in registry.units():
-        for member in unit.members():
-            if kind in (None, member.kind):
-                acts_on = member.acts_on if member.kind == "technique" else ""
-                table.add_row(member.name, _words(member.kind), _words(unit.folder), acts_on)
-    return table
-
-
-def _words(name: str | None) -> str:
-    return (name or "").replace("_", " ")
-
-
-def _readme(text: str) -> str:
-    rows = ["| name | what it does | acts on | source |", "|---|---|---|---|"]
-    for unit in registry.units():
-        rows += [
-            f"| [`{member.name}`](docs/techniques.md#{unit.key}) | {registry.summary(member.value)}"
-            f" | {member.acts_on} | {_paper(registry.section(member.value, 'Source'))} |"
-            for member in unit.members()
-        ]
-    before, _, rest = text.partition(_MARKS[0])
-    _, _, after = rest.partition(_MARKS[1])
-    return "\n".join([before + _MARKS[0], *rows, _MARKS[1] + after])
-
-
-def _gallery() -> str:
-    lines = ["# Techniques", "", "Generated by `python -m lightning_reg generate` from the docstrings.", ""]
-    for unit in registry.units():
-        if not unit.members():
-            continue
-        lines += [f"## {unit.key}", ""]
-        for member in unit.members():
-            what = "Acts on" if member.kind == "technique" else "Kind"
-            lines += [
-                f"**`{member.name}`**: {registry.summary(member.value)}",
-                "",
-                f"- {what}: {member.acts_on}",
-                f"- Source: {registry.section(member.value, 'Source')}",
-                f"- Differs: {registry.section(member.value, 'Differs')}",
-                "",
-            ]
-        lines += [f"Functional core: {', '.join(f'`{public.name}`' for public in unit.cores())}", ""]
-    return "\n".join(lines)
-
-
-def _paper(source: str) -> str:
-    return source.partition(";")[0].rstrip(".")
-
-
 if __name__ == "__main__":
-    main()
+    generate() if sys.argv[1:] == ["generate"] else main()

@@ -67,6 +67,9 @@ if TYPE_CHECKING:
     from lightning_reg.metric_learning.loki.trees import tree_cover as tree_cover
     from lightning_reg.metric_learning.loki.trees import tree_distances as tree_distances
     from lightning_reg.metric_learning.loki.trees import tree_locus as tree_locus
+    from lightning_reg.metric_learning.metric_loss.core import (
+        supervised_contrastive_loss as supervised_contrastive_loss,
+    )
     from lightning_reg.metric_learning.tcm_loss.core import Consistency as Consistency
     from lightning_reg.metric_learning.tcm_loss.core import opis as opis
     from lightning_reg.metric_learning.tcm_loss.core import tcm_loss as tcm_loss
@@ -110,6 +113,13 @@ if TYPE_CHECKING:
     from lightning_reg.sparsity.nm_sparsity.core import unpack_mask as unpack_mask
     from lightning_reg.sparsity.nm_sparsity.export import semi_structured_refusal as semi_structured_refusal
     from lightning_reg.sparsity.nm_sparsity.export import to_semi_structured as to_semi_structured
+    from lightning_reg.unlearning.adapt_then_unlearn.core import joint_reference as joint_reference
+    from lightning_reg.unlearning.adapt_then_unlearn.core import repulsion as repulsion
+    from lightning_reg.unlearning.adapt_then_unlearn.core import weight_distance as weight_distance
+    from lightning_reg.unlearning.adapt_then_unlearn.generator_fisher import generator_fisher as generator_fisher
+    from lightning_reg.unlearning.adapt_then_unlearn.scores import frechet_distance as frechet_distance
+    from lightning_reg.unlearning.adapt_then_unlearn.scores import split_pool as split_pool
+    from lightning_reg.unlearning.adapt_then_unlearn.scores import unlearned_percentage as unlearned_percentage
 
 __getattr__, __dir__, __all__ = lazy_attributes(
     __name__,
@@ -173,6 +183,7 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "tree_cover": "lightning_reg.metric_learning.loki.trees",
         "tree_distances": "lightning_reg.metric_learning.loki.trees",
         "tree_locus": "lightning_reg.metric_learning.loki.trees",
+        "supervised_contrastive_loss": "lightning_reg.metric_learning.metric_loss.core",
         "Consistency": "lightning_reg.metric_learning.tcm_loss.core",
         "opis": "lightning_reg.metric_learning.tcm_loss.core",
         "tcm_loss": "lightning_reg.metric_learning.tcm_loss.core",
@@ -216,5 +227,12 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "unpack_mask": "lightning_reg.sparsity.nm_sparsity.core",
         "semi_structured_refusal": "lightning_reg.sparsity.nm_sparsity.export",
         "to_semi_structured": "lightning_reg.sparsity.nm_sparsity.export",
+        "joint_reference": "lightning_reg.unlearning.adapt_then_unlearn.core",
+        "repulsion": "lightning_reg.unlearning.adapt_then_unlearn.core",
+        "weight_distance": "lightning_reg.unlearning.adapt_then_unlearn.core",
+        "generator_fisher": "lightning_reg.unlearning.adapt_then_unlearn.generator_fisher",
+        "frechet_distance": "lightning_reg.unlearning.adapt_then_unlearn.scores",
+        "split_pool": "lightning_reg.unlearning.adapt_then_unlearn.scores",
+        "unlearned_percentage": "lightning_reg.unlearning.adapt_then_unlearn.scores",
     },
 )

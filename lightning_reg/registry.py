@@ -19,7 +19,19 @@ from lightning_reg.engine.host.procedures import is_procedure
 from lightning_reg.engine.run.phases import phases_of
 from lightning_reg.engine.technique import Technique
 
-__all__ = ["KINDS", "Public", "Unit", "commands", "kind_of", "units"]
+__all__ = [
+    "KINDS",
+    "Public",
+    "Unit",
+    "arguments",
+    "commands",
+    "kind_of",
+    "paragraphs",
+    "purposes",
+    "section",
+    "summary",
+    "units",
+]
 
 KINDS = ("technique", "metric", "loss", "network", "lightning_module", "datamodule", "procedure", "sampler")
 _NOT_A_PURPOSE = ("engine",)
@@ -120,7 +132,7 @@ class Unit:
 
 def units() -> Iterator[Unit]:
     """All units, by folder and key; what begins with an underscore is a part of the techniques of its folder."""
-    for folder in _purposes():
+    for folder in purposes():
         for file in _files(f"lightning_reg.{folder}"):
             if file.name.startswith("_"):
                 continue
@@ -131,15 +143,16 @@ def units() -> Iterator[Unit]:
 
 
 def commands() -> Iterator[ModuleType]:
-    """The files ``_command.py``: each adds commands to ``lightning-reg`` by its ``add_command(subparsers)``."""
-    for folder in _purposes():
+    """The files ``_command.py``: each adds commands to ``lightning-reg`` by its ``add_command(commands)``."""
+    for folder in purposes():
         for file in _files(f"lightning_reg.{folder}"):
             path = f"lightning_reg.{folder}.{file.name}"
             if file.ispkg and any(inner.name == "_command" for inner in _files(path)):
                 yield importlib.import_module(f"{path}._command")
 
 
-def _purposes() -> list[str]:
+def purposes() -> list[str]:
+    """The folders of techniques, by name."""
     found = pkgutil.iter_modules(lightning_reg.__path__)
     return [folder.name for folder in found if folder.ispkg and folder.name not in _NOT_A_PURPOSE]
 
@@ -157,3 +170,17 @@ def section(value: Any, name: str) -> str:  # noqa: ANN401 # a class or function
     """A section of a docstring (``Source``, ``Differs``), on one line; "" if there is none."""
     match = re.search(rf"^{name}:\n((?:[ ]+.*\n|\n)+)", (inspect.getdoc(value) or "") + "\n", re.MULTILINE)
     return " ".join(match[1].split()) if match else ""
+
+
+def paragraphs(value: Any) -> list[str]:  # noqa: ANN401 # a class or function
+    """What a docstring says between its first line and its first section, one line for each paragraph."""
+    text = (inspect.getdoc(value) or "").partition("\n")[2]
+    before = re.split(r"^\w+:\n", text, maxsplit=1, flags=re.MULTILINE)[0]
+    return [" ".join(one.split()) for one in re.split(r"\n\s*\n", before) if one.strip()]
+
+
+def arguments(value: Any) -> dict[str, str]:  # noqa: ANN401 # a class or function
+    """What a docstring says of each argument, on one line, by name."""
+    match = re.search(r"^Args:\n((?:[ ]+.*\n|\n)+)", (inspect.getdoc(value) or "") + "\n", re.MULTILINE)
+    entries = re.split(r"^ {4}(\w+):", match[1] if match else "", flags=re.MULTILINE)[1:]
+    return {name: " ".join(text.split()) for name, text in zip(entries[::2], entries[1::2], strict=True)}

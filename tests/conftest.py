@@ -5,12 +5,18 @@ import os
 # The tests run on two processes, and start more: threads of torch in each of them would wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.fabric.utilities import registry
 from torch.overrides import _get_current_function_mode_stack
 
 from tests.workers import WorkerPool, plain_sharded_gradient
+
+# Every Trainer looks through all installed distributions for callbacks, a tenth of a tiny fit.
+registry.entry_points = functools.cache(registry.entry_points)
 
 _ASKED_BY_TORCH = {name: getattr(F, name) for name in ("has_torch_function_variadic", "handle_torch_function")}
 

@@ -67,6 +67,7 @@ DEFAULTS = {
     "fisher_losses": {"which": "argmax", "generator": None, "outputs": "classes", "variances": None},
     "frechet_predict": {"power": 2.0, "chunk": None},
     "frechet_scores": {"power": 2.0, "chunk": None},
+    "generator_fisher": {"generator": "generator", "discriminator": "discriminator", "params": None},
     "greedy_soup": {
         "strict": True,
         "min_delta": 0.0,
@@ -77,6 +78,7 @@ DEFAULTS = {
     },
     "inverse_density_weights": {"mode": "sqrt_inverse", "lds_sigma": None, "clip": None, "lds_size": None},
     "inverse_prox": {"iterations": 200, "tolerance": 0.0001},
+    "joint_reference": {"per_tensor_mean": False},
     "label_distance": {"kind": "l1"},
     "largest_eigenvalues": {"iterations": 50},
     "learned_regularizer": {"iterations": 200, "tolerance": 0.0001},
@@ -122,6 +124,7 @@ DEFAULTS = {
     "quadratic_penalty": {"weights": None},
     "rand_box": {"generator": None},
     "reestimate_batchnorm": {"n": None, "forward": None},
+    "repulsion": {"kind": "el2", "alpha": 1.0},
     "retrieval_scores": {"ks": (1, 5, 10)},
     "reweight": {
         "strategy": "linupper",
@@ -137,6 +140,8 @@ DEFAULTS = {
     "slerp_merge": {"threshold": 0.9995, "exclude": None},
     "softmax_distillation_loss": {"temperature": 2.0, "reduction": "mean"},
     "sparsify_weight": {"factor": 0.0, "lambda_w": 0.0},
+    "split_pool": {"batch": 256, "most": 100000},
+    "supervised_contrastive_loss": {"temperature": 0.1, "group": None, "capacity": None},
     "symmetric_infonce": {"tau": 0.1, "group": None, "capacity": None},
     "tcm_loss": {
         "margin_plus": 0.9,
@@ -151,6 +156,7 @@ DEFAULTS = {
     "ties_merge": {"density": 0.2, "weights": None, "lam": 1.0, "normalize": True, "exclude": None},
     "to_semi_structured": {"dtype": "bfloat16", "backend": "cusparselt", "rows": 4096, "only_faster": True},
     "tree_distances": {"labels": None},
+    "weight_distance": {"per_tensor_mean": False},
     "weight_stats": {"near_zero": 0.01},
     "weighted_loss": {"counts": None, "world_size": 1},
     "wise_ft": {"extrapolate": False, "exclude": None},

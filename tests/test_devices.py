@@ -49,6 +49,7 @@ def metrics():
 
 METRICS = ContinualMetrics([2, 3])
 NORM, HEAD, NET = nn.BatchNorm1d(7), nn.Linear(7, 5), nn.Sequential(nn.Linear(7, 5))
+GAN = nn.ModuleDict({"generator": nn.Linear(7, 3), "discriminator": nn.Linear(3, 1)})
 SOUP = f.LearnedSoup(NET, [NET.state_dict()] * 2)
 CALLS = {
     "ContinualMetrics": metrics,
@@ -86,6 +87,13 @@ CALLS = {
     "inverse_density_weights": lambda: f.inverse_density_weights(NUMBERS[:, 0], 4, lds_sigma=1.0),
     "label_distance": lambda: f.label_distance(NUMBERS, NUMBERS.flip(0)),
     "pair_masks": lambda: f.pair_masks(NUMBERS, NUMBERS.flip(0), 0.5),
+    "frechet_distance": lambda: f.frechet_distance(FEATURES, 2 * FEATURES),
+    "generator_fisher": lambda: f.generator_fisher(GAN, FEATURES),
+    "joint_reference": lambda: f.joint_reference([[LOGITS], [OTHERS]]),
+    "repulsion": lambda: f.repulsion(f.weight_distance([LOGITS], [OTHERS]), "il2", 0.1),
+    "split_pool": lambda: f.split_pool(lambda n: LOGITS[:n], lambda x: x[:, 0] > 0, 2, 2, 6),
+    "weight_distance by tensor": lambda: f.weight_distance([LOGITS], [OTHERS], per_tensor_mean=True),
+    "supervised_contrastive_loss": lambda: f.supervised_contrastive_loss(FEATURES, LABELS),
     "elr_loss": lambda: f.elr_loss(LOGITS, LABELS, INDEX, TABLE.clone(), 3.0, 0.7),
     "elr_regularizer": lambda: f.elr_regularizer(LOGITS, TABLE[:6]),
     "elr_targets": lambda: f.elr_targets(TABLE[:6], TABLE[3:], 0.7),

@@ -1,15 +1,26 @@
 """The pages: their links lead somewhere, and the files that they name are there."""
 
 import re
+import sys
 
 import pytest
 
 from tests.structure import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-FILES = {path.name for folder in ("lightning_reg", "tests", "examples") for path in (ROOT / folder).rglob("*.py")}
+FILES = {
+    path.name for folder in ("lightning_reg", "tests", "examples", "docs") for path in (ROOT / folder).rglob("*.py")
+}
 INVENTED = {"model.py", "_part.py"}  # a file of the user's, and one of any unit
 WORDS = {"docs/architecture.md": 1150}  # of the other pages on the engine 750
+
+sys.path.insert(0, str(ROOT / "docs" / "_site"))
+try:
+    import generated
+    import results
+    import units
+finally:
+    sys.path.pop(0)
 
 
 def anchors(page):
@@ -36,3 +47,45 @@ def test_files_that_are_named_exist(page):
 def test_a_page_on_the_engine_is_read_in_minutes(page):
     words = [word for word in page.read_text().split() if re.search(r"\w", word)]
     assert len(words) <= WORDS.get(str(page.relative_to(ROOT)), 750)
+
+
+@pytest.mark.parametrize("page", list(generated.pages()), ids=lambda page: str(page.relative_to(ROOT)))
+def test_figures_and_lists_on_pages_are_fresh(page):
+    assert page.read_text() == generated.render(page), "run `make docs`"
+
+
+def test_figures_are_found_by_words_and_not_by_place():
+    assert results.cell("effects_cutmix.md", "Difference to", "CutMix(prob=1)", "test loss") == "-0.336 ± 0.038"
+    assert results.cell("step_costs.txt", "ewc: transformer", "engine / by hand", "median") == "0.9805"
+    for words in (("no such words", "plain", "1"), ("", "no such row", "1"), ("", "plain", "no such column")):
+        with pytest.raises(LookupError):
+            results.cell("effects_cutmix.md", *words)
+
+
+def test_every_technique_has_a_page_with_all_sections():
+    pages = dict(units.pages())
+    for unit in (unit for group in units.units_by_folder().values() for unit in group):
+        for member in unit.members():
+            page = pages[f"techniques/{unit.folder}/{member.name}.md"]
+            sections = re.findall(r"^## (.*)$", page, re.MULTILINE)
+            assert {"Source", "Where it differs from its source", "Arguments and methods"} <= set(sections), member.name
+            if member.kind == "technique":
+                assert {"What it does", "What it needs of your module", "What it goes with"} <= set(sections), (
+                    member.name
+                )
+            assert not re.search(r"^(Memory|Cost): ", page, re.MULTILINE) or "What it costs" in sections
+
+
+def test_arguments_that_depend_on_the_users_code_are_explained():
+    required = {
+        parameter
+        for group in units.units_by_folder().values()
+        for unit in group
+        for technique in unit.techniques()
+        for parameter in re.findall(
+            r"you name `(\w+)`", units.needs(next(m for m in unit.members() if m.value is technique))
+        )
+    }
+    guessed = {"loss", "index_key", "input_key", "head", "views", "augment", "monitor", "dataloader", "name"}
+    assert guessed | required <= anchors(ROOT / "docs" / "arguments.md")
+    assert "](docs/arguments.md)" in (ROOT / "README.md").read_text()

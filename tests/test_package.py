@@ -11,7 +11,7 @@ import pytest
 
 import lightning_reg
 from lightning_reg import functional, registry
-from lightning_reg.__main__ import main, render
+from lightning_reg.__main__ import generate, main, render
 from tests.structure import MODULES, ROOT, SOURCES, imports_of, lines_of_code, name_of, tree_of, unit_of
 
 
@@ -129,27 +129,15 @@ def test_demo_runs_in_a_short_mode(tmp_path, capsys):
     assert "Suspected labels" in capsys.readouterr().out
 
 
-def test_soup_example_runs_in_a_short_mode(tmp_path, capsys):
-    sys.path.insert(0, str(ROOT / "examples"))
-    try:
-        import soups
-    finally:
-        sys.path.pop(0)
-    results = soups.main(["--epochs", "2", "--output", str(tmp_path / "plot.png")])
-    assert len(results) == 6
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-    assert "greedy soup: candidate" in capsys.readouterr().out
-
-
 def test_generate_writes_what_was_rendered_in_a_checkout_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("lightning_reg.__main__.render", lambda: {tmp_path / "docs" / "page.md": "new"})
     monkeypatch.setattr("lightning_reg.__main__._ROOT", tmp_path)
     with pytest.raises(SystemExit):
-        main(["generate"])
+        generate()
     assert "generate works in a checkout of the project" in capsys.readouterr().err
     assert not (tmp_path / "docs").exists()
     (tmp_path / "pyproject.toml").touch()
     for _ in range(2):
-        main(["generate"])
+        generate()
         assert (tmp_path / "docs" / "page.md").read_text() == "new"
         (tmp_path / "docs" / "page.md").write_text("old")

@@ -1,9 +1,9 @@
 """``lightning-reg soup``: what all of its methods share, each method being added by its own unit."""
 
-import argparse
 import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,77 +13,76 @@ from rich.table import Table
 
 from lightning_reg.averaging._checkpoint_files import CheckpointFile, UntrustedFileError, open_checkpoint
 from lightning_reg.averaging._soup_results import SoupResult, own_scores, save_soup
+from lightning_reg.engine.host.commands import Commands, Options, Parser
 
-__all__ = ["Commands", "Evaluate", "add_methods", "function_at", "mix_files"]
+__all__ = ["Evaluate", "add_methods", "function_at", "mix_files"]
 
-Commands = Any  # argparse names the type of its subparsers with a leading underscore
 Evaluate = Callable[[dict[str, Any]], float]
 
 
 def add_methods(
     commands: Commands,
     methods: Mapping[str, str],
-    make: Callable[[argparse.Namespace, Evaluate | None], SoupResult],
-) -> dict[str, argparse.ArgumentParser]:
+    make: Callable[[str, Options, Evaluate | None], SoupResult],
+) -> dict[str, Parser]:
     """Adds methods to ``soup``, and ``soup`` to the command line if it is not there yet.
 
     Args:
-        commands: Subparsers of ``lightning-reg``.
+        commands: Of ``lightning-reg``.
         methods: One line about each method.
-        make: Makes and writes a soup by the options, of which ``method`` is one.
+        make: Makes and writes a soup by the name of the method and its options.
 
     Returns:
         The methods' parsers, for arguments of their own.
 
     """
-    soup: Any = commands.choices.get("soup")
-    if soup is None:
-        soup = commands.add_parser("soup", help="average or mix checkpoints of several runs from one start")
-        soup.methods = soup.add_subparsers(dest="method", required=True)
-    parsers = {name: soup.methods.add_parser(name, help=text, description=text) for name, text in methods.items()}
+    soup = commands.group("soup", "average or mix checkpoints of several runs from one start")
+    parsers = {name: soup.add(name, text, partial(_run, name, make)) for name, text in methods.items()}
     for parser in parsers.values():
         _add_common(parser)
-        parser.set_defaults(run=_run, make=make, parser=parser)
     return parsers
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoints", type=Path, nargs="+", metavar="CKPT")
-    parser.add_argument("--out", type=Path, required=True, help=".safetensors, or .ckpt in Lightning's form")
+def _add_common(parser: Parser) -> None:
+    parser.add_argument("checkpoints", type=str, nargs="+", metavar="CKPT", help="files of weights")
+    parser.add_argument("--out", type=str, required=True, help=".safetensors, or .ckpt in Lightning's form")
     parser.add_argument("--force", action="store_true", help="replace the file --out if it exists")
-    parser.add_argument("--key", help="entry with the weights, in files that hold several things (state.model)")
+    parser.add_argument("--key", type=str, help="entry with the weights, in files that hold several (state.model)")
     parser.add_argument(
         "--exclude",
         action="append",
         metavar="PATTERN",
         help="keys to leave as the first checkpoint has them, as `*.position_ids`; may be given several times",
     )
-    parser.add_argument("--evaluate", help="module:function from a state dict to its held-out score")
+    parser.add_argument("--evaluate", type=str, help="module:function from a state dict to its held-out score")
     parser.add_argument(
-        "--config", type=Path, help="LightningCLI config (class_path of model and data) whose validation scores"
+        "--config", type=str, help="LightningCLI config (class_path of model and data) whose validation scores"
     )
-    parser.add_argument("--monitor", help="metric that the validation of --config logs")
-    parser.add_argument("--mode", choices=("max", "min"), default="max")
+    parser.add_argument("--monitor", type=str, help="metric that the validation of --config logs")
+    parser.add_argument("--mode", choices=("max", "min"), default="max", help="which score is better")
 
 
-def _run(options: argparse.Namespace) -> None:
-    parser: argparse.ArgumentParser = options.parser
+def _run(method: str, make: Callable[[str, Options, Evaluate | None], SoupResult], options: Options) -> None:
+    if Path(options.out).exists() and not options.force:
+        raise ValueError(f"{options.out} exists; give --force to replace it.")
     try:
-        if options.out.exists() and not options.force:
-            raise ValueError(f"{options.out} exists; give --force to replace it.")
-        result: SoupResult = options.make(options, _evaluation(options))
-    except (ValueError, OSError, UntrustedFileError) as error:
-        parser.error(str(error))
-    Console().print(_table(options.method, result))
-    Console().print(f"[bold]{escape(str(options.out))}[/]: {options.method} soup of {len(result.ingredients)}")
+        result = make(method, options, _evaluation(options))
+    except UntrustedFileError as error:
+        raise ValueError(str(error)) from error
+    Console().print(_table(method, result))
+    Console().print(f"[bold]{escape(options.out)}[/]: {method} soup of {len(result.ingredients)}")
 
 
 def mix_files(
-    options: argparse.Namespace, evaluate: Evaluate | None, mix: Callable[[Sequence[CheckpointFile]], dict[str, Any]]
+    method: str,
+    options: Options,
+    evaluate: Evaluate | None,
+    mix: Callable[[Sequence[CheckpointFile]], dict[str, Any]],
 ) -> SoupResult:
     """Mixes all of the files and writes the result, with the scores of the files and of the mix.
 
     Args:
+        method: Its name.
         options: Of the command.
         evaluate: Scores a state dict; ``None`` for no scores.
         mix: From the files to a state dict.
@@ -93,15 +92,15 @@ def mix_files(
 
     """
     files = [open_checkpoint(path, options.key) for path in options.checkpoints]
-    names = [str(path) for path in options.checkpoints]
+    names = list(options.checkpoints)
     scores = own_scores(files, names, evaluate, options.exclude)
     mixed = mix(files)
     result = SoupResult.of_all(mixed, names, scores, None if evaluate is None else float(evaluate(mixed)))
-    save_soup(options.out, result, options.method, files[0].extra)
+    save_soup(Path(options.out), result, method, files[0].extra)
     return result
 
 
-def _evaluation(options: argparse.Namespace) -> Evaluate | None:
+def _evaluation(options: Options) -> Evaluate | None:
     if options.evaluate is not None and options.config is not None:
         raise ValueError("--evaluate and --config exclude each other.")
     if options.evaluate is not None:
@@ -110,7 +109,7 @@ def _evaluation(options: argparse.Namespace) -> Evaluate | None:
         return None
     if options.monitor is None:
         raise ValueError("--config needs --monitor, the metric that its validation logs.")
-    return _from_config(options.config, options.monitor)
+    return _from_config(Path(options.config), options.monitor)
 
 
 def function_at(place: str) -> Callable[..., Any]:

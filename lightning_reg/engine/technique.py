@@ -65,7 +65,7 @@ class Technique(Member, host.Callback):
         transform_batch   observe_batch   extra_views        BatchTechnique
         edit_weights                                         WeightTechnique
            ▼  the user's training_step
-           │    edit_features (`stages`: in others too)      LayerTechnique
+           │    edit_inputs, edit_features (`stages`)        LayerTechnique
            │    change_targets ─► change_losses ─►
            │    sample_weights ─► loss_term                  LossTechnique
         step_term                                            StepTechnique
@@ -205,7 +205,7 @@ class GradientTechnique(OnGradients, Technique):
 
 
 class LayerTechnique(OnLayers, Technique):
-    """A technique on the outputs of named layers."""
+    """A technique on the inputs and outputs of named layers."""
 
 
 class WeightTechnique(OnWeights, Technique):

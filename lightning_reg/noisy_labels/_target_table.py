@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lightning_reg.engine.step import Samples
     from lightning_reg.engine.technique import Technique
 
-__all__ = ["LabelErrors", "TargetTable", "check_arguments", "errors_by_confidence"]
+__all__ = ["LabelErrors", "TargetTable", "check_arguments", "errors_by_confidence", "targets_in_state"]
 
 
 def check_arguments(
@@ -238,3 +238,20 @@ def errors_by_confidence(targets: Tensor, labels: Tensor) -> LabelErrors:
     confidence, suggested = (targets[index] / targets[index].sum(1, keepdim=True)).max(1)
     order = confidence.argsort(descending=True, stable=True)
     return LabelErrors(index[order], labels[index][order], suggested[order], confidence[order])
+
+
+def targets_in_state(state: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Targets and labels from what :meth:`TargetTable.state_dict` gave, without the technique that it belongs to.
+
+    Args:
+        state: Of a checkpoint.
+
+    Returns:
+        Targets ``(N, C)`` float32 and labels ``(N,)``, -1 for a sample never seen.
+
+    """
+    kept = state["targets"]
+    top_k = kept["values"].shape[1] if "columns" in kept else None
+    table = TargetTable("checkpoint", None, None, "float32", on_cpu=True, top_k=top_k)
+    table.load_state_dict(state)
+    return table.all()

@@ -41,11 +41,11 @@ _RANKS = {
 
 
 class MixedByHand(Hand):
-    """With probability 0.75 two images in one, by the technique's own draws."""
+    """With probability 0.5 two images in one, by the technique's own draws."""
 
     def mix(self, moment):
         draws = moment.draws(self.technique)
-        return self.blend(moment.x, draws) if float(torch.rand((), generator=draws)) < 0.75 else None
+        return self.blend(moment.x, draws) if float(torch.rand((), generator=draws)) < 0.5 else None
 
 
 class CutMixByHand(MixedByHand):
@@ -69,11 +69,11 @@ class MixupByHand(MixedByHand):
 
 CASE = (
     Case(
-        make=partial(CutMix, prob=0.75),
+        make=partial(CutMix, prob=0.5),
         neutral=partial(CutMix, prob=0.0),
         by_hand=CutMixByHand,
         says=(
-            "alpha=1, prob=0.75, one draw per batch; labels follow, maps by the box",
+            "alpha=1, prob=0.5, one draw per batch; labels follow, maps by the box",
             "prob=0: inactive",
             "alpha=1, prob=1, one draw per sample; labels follow, maps by the box",
             "alpha=1, prob=0.5, one draw per batch; labels in the batch, maps by the box",
@@ -89,11 +89,11 @@ CASE = (
         exempt=_RANKS,
     ),
     Case(
-        make=partial(Mixup, prob=0.75),
+        make=partial(Mixup, prob=0.5),
         neutral=partial(Mixup, prob=0.0),
         by_hand=MixupByHand,
         says=(
-            "alpha=1, prob=0.75, one draw per batch; labels follow",
+            "alpha=1, prob=0.5, one draw per batch; labels follow",
             "prob=0: inactive",
             "alpha=1, prob=1, one draw per sample; labels follow",
             "alpha=1, prob=0.5, one draw per batch; labels in the batch; epochs 0 to 1",

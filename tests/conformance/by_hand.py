@@ -8,6 +8,7 @@ one of them, and sees targets and outputs of that one.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -122,6 +123,10 @@ class Hand:
         """Output of a layer in one of the copies."""
         return rows
 
+    def edit_input(self, name: str, rows: Tensor, moment: Moment) -> Tensor:
+        """Input of a layer."""
+        return rows
+
     def edit_evaluation(self, name: str, rows: Tensor) -> Tensor:
         """Output of a layer in evaluation."""
         return rows
@@ -144,6 +149,10 @@ class Hand:
     def gradient(self, name: str, gradient: Tensor) -> Tensor:
         """The gradient of a weight, with those of penalties, that the optimizer gets."""
         return gradient
+
+    def rests(self, name: str, moment: Moment) -> bool:
+        """Whether a weight is left alone by the optimizer in this step."""
+        return False
 
     def follow(self, loop: "View") -> None:
         """After the optimizer's step, before anybody looks at the new weights."""
@@ -213,14 +222,18 @@ class Loop:
             yield Moment(self.x[index], self.y[index], index, count, random)
 
     def run(
-        self, weights: dict[str, Tensor], x: Tensor, edit: Callable[[str, Tensor], Tensor] = lambda _, rows: rows
+        self,
+        weights: dict[str, Tensor],
+        x: Tensor,
+        edit: Callable[[str, Tensor], Tensor] = lambda _, rows: rows,
+        given: Callable[[str, Tensor], Tensor] = lambda _, rows: rows,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The network layer by layer: its output, and that of each layer by name."""
         features = {}
         for child, layer in self.net.named_children():
             name = f"net.{child}"
             own = {key[len(name) + 1 :]: w for key, w in weights.items() if key.startswith(f"{name}.")}
-            x = features[name] = edit(name, functional_call(layer, own, x))
+            x = features[name] = edit(name, functional_call(layer, own, given(name, x)))
         return x, features
 
     def train(self) -> None:
@@ -235,6 +248,9 @@ class Loop:
                 loss = self._loss(moment)
                 optimizer.zero_grad()
                 loss.backward()
+                for name, leaf in self.leaves.items():
+                    if any(hand.rests(name, moment) for hand in self.hands):
+                        leaf.grad = None
                 optimizer.step()
                 for hand in self.hands:
                     hand.follow(self.views[hand.kind])
@@ -271,7 +287,8 @@ class Loop:
         weights = self.weights()
         used = self.used(weights)
         for copy in range(max([1, *(hand.copies for hand in self.hands)])):
-            output, features = self.run(used, moment.x, lambda name, rows, c=copy: self.edited(name, rows, moment, c))
+            edit = partial(self.edited, moment=moment, copy=copy)
+            output, features = self.run(used, moment.x, edit, partial(self.given, moment=moment))
             moment.outputs.append(output)
             moment.features = moment.features or features
         own = [
@@ -286,6 +303,12 @@ class Loop:
         """A layer's output as the techniques leave it."""
         for hand in self.hands:
             rows = hand.edit(name, rows, moment, copy)
+        return rows
+
+    def given(self, name: str, rows: Tensor, moment: Moment) -> Tensor:
+        """A layer's input as the techniques leave it."""
+        for hand in self.hands:
+            rows = hand.edit_input(name, rows, moment)
         return rows
 
     def _weighted(self, hands: Sequence[Hand], part: Part, moment: Moment) -> Tensor:
@@ -326,7 +349,9 @@ class View:
         if moment is None:
             output, features = self.whole.run(weights, x)
         else:
-            output, features = self.whole.run(weights, x, lambda name, rows: self.whole.edited(name, rows, moment, 0))
+            whole = self.whole
+            edit = partial(whole.edited, moment=moment, copy=0)
+            output, features = whole.run(weights, x, edit, partial(whole.given, moment=moment))
         return self.read(output), features
 
 

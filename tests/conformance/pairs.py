@@ -100,8 +100,8 @@ def neutral_beside_references(case: Case) -> None:
         if fits and not any(conflict_between(other, one) for other in [case.neutral(), *stack]):
             stack.append(one)
     assert stack, f"{case.cls.__name__}: no reference stands together with it at its neutral setting"
-    plain = fit([copy.deepcopy(one) for one in stack], case.problem, log_every_n_steps=2)
-    beside = fit([*stack, case.neutral()], case.problem, log_every_n_steps=2)
+    plain = fit([copy.deepcopy(one) for one in stack], case.problem)
+    beside = fit([*stack, case.neutral()], case.problem)
     found = difference(plain.weights, beside.weights)
     names = ", ".join(type(one).__name__ for one in stack)
     assert not found, f"{case.cls.__name__}: at its neutral setting it changes the weights beside {names}: {found}"
@@ -122,8 +122,7 @@ def check_pair(case: Case, other: Case) -> str:
     if problem is None:
         return "-"
     first, second = partial(made_for, case, "one", problem), partial(made_for, other, "two", problem)
-    # Logging takes a good part of a tiny fit, and steps that are not logged are to be right too.
-    run = train_pair(first(), second(), problem, log_every_n_steps=2)
+    run = train_pair(first(), second(), problem, log_every_n_steps=3)
     names = f"{case.cls.__name__} before {other.cls.__name__}"
     said = conflict_between(first(), second())
     if run is None:
@@ -171,7 +170,7 @@ def stages_of(technique: Technique) -> frozenset[str]:
 
 def _acts_in_training(case: Case) -> bool:
     technique = case.make()
-    return "train" in stages_of(technique) or phases_of(technique) != ("edit_features",)
+    return "train" in stages_of(technique) or not {"edit_inputs", "edit_features"}.issuperset(phases_of(technique))
 
 
 def need_other_layers(one: Case, two: Case) -> bool:

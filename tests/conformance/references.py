@@ -7,6 +7,7 @@ from typing_extensions import override
 
 from lightning_reg.engine.data.entries import replace_entry
 from lightning_reg.engine.data.mixing import Mixing
+from lightning_reg.engine.run.periods import Period
 from lightning_reg.engine.technique import (
     BatchTechnique,
     GradientTechnique,
@@ -38,8 +39,8 @@ class MixesNeighbours(_Reference, BatchTechnique):
 
     @property
     def turn(self):
-        """Which of three batches it mixes; two instances are to mix different ones."""
-        return 1 if self.name == "two" else 2
+        """Which of two batches it mixes; two instances are to mix different ones."""
+        return 1 if self.name == "two" else 0
 
     @property
     @override
@@ -48,7 +49,7 @@ class MixesNeighbours(_Reference, BatchTechnique):
 
     @override
     def is_active(self, step):
-        return step.mixing is None and step.batches_so_far % 3 == self.turn
+        return step.mixing is None and step.batches_so_far % 2 == self.turn
 
     @override
     def transform_batch(self, batch, step):
@@ -62,7 +63,7 @@ class MixesNeighbours(_Reference, BatchTechnique):
 
 class MixedByHand(Hand):
     def mix(self, moment):
-        if moment.count % 3 != self.technique.turn:
+        if moment.count % 2 != self.technique.turn:
             return None
         partners = torch.arange(len(moment.x)).roll(1)
         return 0.75 * moment.x + 0.25 * moment.x[partners], partners, 0.75
@@ -135,6 +136,23 @@ class HalvesFeatures(_Reference, LayerTechnique):
 class HalvedByHand(Hand):
     def edit(self, name, rows, moment, copy):
         return 0.5 * rows if name == "net.body" else rows
+
+
+class StretchesInputs(_Reference, LayerTechnique):
+    """The layer in the middle gets one and a half of its input."""
+
+    @override
+    def inputs_to_edit(self, module):
+        return ["net.body"]
+
+    @override
+    def edit_inputs(self, call):
+        return call.with_input(1.5 * call.input)
+
+
+class StretchedByHand(Hand):
+    def edit_input(self, name, rows, moment):
+        return 1.5 * rows if name == "net.body" else rows
 
 
 class RunsWithLess(_Reference, WeightTechnique):
@@ -302,6 +320,22 @@ class FactorsByHand(Hand):
         return torch.cat([left.flatten(), right.flatten()]), mapped
 
 
+class RestsAWhile(_Reference, Technique):
+    """The head's bias is left alone for six steps; two instances leave it alone at different times."""
+
+    @property
+    @override
+    def periods(self):
+        start = 2 if self.name == "two" else 5
+        return (Period(start, start + 6, "steps", frozen="net.head.bias"),)
+
+
+class RestedByHand(Hand):
+    def rests(self, name, moment):
+        (period,) = self.technique.periods
+        return name == "net.head.bias" and period.start < moment.count <= period.end
+
+
 def _case(cls, hand, *also):
     return Case(make=cls, neutral=None, by_hand=hand, also=also, exempt={"says_what_it_does": "it says nothing at all"})
 
@@ -313,12 +347,14 @@ REFERENCES = [
     _case(WeighsByLoss, WeighedByHand, "images", "regression"),
     _case(ShrinksOutputs, ShrunkByHand, "images", "regression"),
     _case(HalvesFeatures, HalvedByHand, "images", "regression"),
+    _case(StretchesInputs, StretchedByHand, "images", "regression"),
     _case(RunsWithLess, LessByHand, "images", "regression"),
     _case(ShrinksFeatures, FeaturesShrunkByHand, "images", "regression"),
     _case(ProjectsFeatures, FeaturesProjectedByHand, "images", "regression"),
     _case(PullsToZero, PulledByHand, "images", "regression"),
     _case(BoundsGradients, GradientsBoundByHand, "images", "regression"),
     _case(ShrinksBias, BiasShrunkByHand, "images", "regression"),
+    _case(RestsAWhile, RestedByHand, "images", "regression"),
     _case(TrainsHalf, HalfByHand, "images", "regression"),
     _case(TrainsFactors, FactorsByHand, "images", "regression"),
 ]

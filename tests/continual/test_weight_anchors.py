@@ -78,7 +78,7 @@ CASE = (
             partial(L2ToStart, weight=0.5, mode="decoupled"),
             partial(L2ToStart, anchor="end_of_task"),
         ],
-        invalid=[({"weight": -0.1}, "weight")],
+        invalid=[({"weight": -0.1}, "weight"), ({"importance": "fisher.pt", "mode": "decoupled"}, "importance")],
     ),
     Case(
         make=partial(after_one_task, weight=5.0),
@@ -607,6 +607,48 @@ def test_shapes_that_cannot_be_matched_are_refused():
         module.net[3] = nn.Identity()
         with pytest.raises(MisconfigurationException, match=r"'net.3.weight' had shape .* is not there now"):
             learn(module, 1, technique)
+
+
+def test_importance_of_a_file(tmp_path):
+    """Weights that are in the file are tied, each as firmly as it says; the others are free."""
+    path = tmp_path / "fisher.pt"
+    importance = dict(
+        zip(["net.0.weight", "net.3.bias"], (w.abs() for w in tensors(3, (8, INPUTS), (CLASSES,))), strict=True)
+    )
+    torch.save(importance, path)
+    start = {name: p.detach().clone() for name, p in Classifier().named_parameters()}
+
+    def penalty(module):
+        named = dict(module.named_parameters())
+        return 0.3 * sum((w * (named[name] - start[name]).square()).sum() for name, w in importance.items())
+
+    ours, theirs, plain = Classifier(), Classifier(), Classifier()
+    tie = L2ToStart(0.3, importance=str(path))
+    learn(ours, 0, tie)
+    by_hand(theirs, 0, penalty)
+    by_hand(plain, 0)
+    assert same_weights(ours, theirs, atol=1e-6)  # float32, another order of sums
+    assert not same_weights(ours, plain, atol=1e-4)
+    assert list(tie.state_dict()["rows"]) == list(start)
+
+
+def test_importance_that_cannot_be_used(tmp_path):
+    for options in ({"anchor": "end_of_task"}, {"mode": "decoupled"}):
+        with pytest.raises(ValueError, match="L2ToStart: `importance` must be None unless anchor='start_of_fit' and"):
+            L2ToStart(importance="fisher.pt", **options)
+    path = str(tmp_path / "fisher.pt")
+    for found, match in (
+        (
+            {"1.weight": torch.ones(2)},
+            r"none of the parameters that are tied. It has '1.weight', and the module",
+        ),
+        ({"net.0.bias": torch.ones(3)}, r"'net.0.bias' must be finite numbers of at least 0 in shape \(8,\), got"),
+        ({"net.0.bias": -torch.ones(8)}, "from -1 to -1"),
+        ({"net.0.bias": torch.full((8,), math.inf)}, "from inf to inf"),
+    ):
+        torch.save(found, path)
+        with pytest.raises(MisconfigurationException, match=match):
+            fit(Classifier(), L2ToStart(importance=path))
 
 
 def test_patterns_that_match_nothing_are_refused():

@@ -201,7 +201,7 @@ def test_a_layer_that_does_not_run_is_told_in_the_first_step(stage, entry):
 
     with pytest.raises(
         MisconfigurationException,
-        match=rf"^Shifts changes what 'spare' return, and none of them ran in the first {stage}",
+        match=rf"^Shifts changes what 'spare' returns, and none of them ran in the first {stage}",
     ):
         run(Shifts(stage, layers=["spare"]), Unused(), entry)
     run(Shifts(stage, layers=["spare", "net.3"]), Unused(), entry)  # one of them ran

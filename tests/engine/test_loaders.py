@@ -1,5 +1,7 @@
 """Sample indices through every kind of loader: each sample carries its index in its first input."""
 
+import gc
+import multiprocessing
 from itertools import chain
 
 import pytest
@@ -98,6 +100,18 @@ def test_worker_processes(persistent):
     indices = record(marked(20, shuffle=True, num_workers=2, persistent_workers=persistent))
     assert [sorted(epoch) for epoch in epochs(indices, 3)] == [list(range(20))] * 2
     assert indices[:3] != indices[3:]
+
+
+def test_worker_processes_end_with_the_fit():
+    """Not in a collection of garbage, some time later, which would wait ten seconds for them."""
+    gc.collect()
+    gc.disable()
+    try:
+        record(marked(20, num_workers=1))
+        left = multiprocessing.active_children()
+    finally:
+        gc.enable()
+    assert not left
 
 
 def test_a_sampler_that_repeats_samples():

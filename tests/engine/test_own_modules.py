@@ -18,16 +18,21 @@ from tests.conformance.references import REFERENCES
 from tests.toys import QUIET, TWO_RANKS, Classifier, fit, make_loader, make_trainer, same_weights, weights_of
 
 pytestmark = QUIET
-NEW = ["ShrinksFeatures", "ProjectsFeatures", "BoundsGradients", "ShrinksBias"]
+NEW = ["ShrinksFeatures", "ProjectsFeatures", "BoundsGradients", "ShrinksBias", "StretchesInputs", "RestsAWhile"]
 TRIED = [
     "resume_is_exact", "leaves_no_trace", "ranks_agree", "precision", "works_or_is_refused", "instances", "plain_data",
     "own_randomness", "as_by_hand",
 ]  # fmt: skip
 
 
-# These laws compare gradients over other numbers of steps: they know no rule that is not linear in the gradient, and no
-# weight that changes although the learning rate is 0.
-BY_NATURE = [("BoundsGradients", "precision"), ("ShrinksBias", "precision"), ("ShrinksBias", "works_or_is_refused")]
+# These laws compare gradients over other numbers of steps: they know no rule that is not linear in the gradient, no
+# weight that changes although the learning rate is 0, and none that has no gradient for some steps.
+BY_NATURE = [
+    ("BoundsGradients", "precision"),
+    ("ShrinksBias", "precision"),
+    ("ShrinksBias", "works_or_is_refused"),
+    ("RestsAWhile", "precision"),
+]
 
 
 @pytest.mark.parametrize(("name", "law"), [pair for pair in product(NEW, TRIED) if pair not in BY_NATURE])

@@ -116,3 +116,38 @@ def test_a_line_search_is_refused():
         MisconfigurationException, match=r"Penalty adds .* but the line search of LBFGS compares values"
     ):
         fit(Decays(kind=torch.optim.LBFGS, line_search_fn="strong_wolfe"), Penalty())
+
+
+class Both(Halves):
+    """Two optimizers with the same weights, stepped one after the other."""
+
+    def training_step(self, batch, batch_idx):
+        one, two = self.optimizers()
+        self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+        one.step()
+        two.step()
+        two.zero_grad()
+
+    def configure_optimizers(self):
+        one, two = (torch.optim.SGD(self.parameters(), lr=0.3, weight_decay=decay) for decay in (0.0, self.decay))
+        return [one, two]
+
+
+def test_in_the_steps_of_one_optimizer():
+    class Second(Penalty):
+        optimizer = 1
+
+    ours, theirs, plain = Both(), Both(0.02), Both()
+    fit(ours, Second())
+    fit(theirs)
+    fit(plain)
+    assert same_weights(ours, theirs, atol=1e-6)  # float32, 12 steps
+    assert not same_weights(ours, plain, atol=1e-4)
+
+
+@pytest.mark.parametrize("position", [-1, 2])
+def test_an_optimizer_that_is_not_there_is_refused(position):
+    technique = Penalty()
+    technique.optimizer = position
+    with pytest.raises(MisconfigurationException, match=f"Penalty: `optimizer` must be .* of the 2 .*, got {position}"):
+        fit(Both(), technique)

@@ -5,11 +5,10 @@ import inspect
 import re
 
 import pytest
-import torch
-from torch import nn
 
 from lightning_reg import registry
 from lightning_reg.engine import ROOMS
+from lightning_reg.engine.host import private_names
 from lightning_reg.engine.technique import Technique
 from tests.structure import MODULES, SOURCES, foreign_private_names, imports_of, name_of, tree_of
 
@@ -75,50 +74,9 @@ def private_names_of_the_host():
     return sorted({name for path in HOST for name in foreign_private_names(path)})
 
 
-def owners_of_private_names():
-    """An object of each kind that the host knows private names of."""
-    from lightning.pytorch import LightningModule, Trainer
-    from lightning.pytorch.callbacks import StochasticWeightAveraging
-    from lightning.pytorch.core import optimizer
-    from lightning.pytorch.strategies import ModelParallelStrategy
-    from lightning.pytorch.utilities import CombinedLoader
-    from torch.nn.modules import batchnorm, conv, dropout
-    from torch.sparse import SparseSemiStructuredTensor
-    from torchmetrics import MeanMetric
-
-    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    rows = torch.zeros(2, 3, requires_grad=True)
-    return [
-        torch,
-        torch._C,
-        trainer,
-        trainer.fit_loop,
-        trainer.fit_loop.epoch_loop,
-        trainer.fit_loop.epoch_loop.val_loop,
-        trainer._data_connector,
-        trainer._logger_connector,
-        LightningModule(),
-        StochasticWeightAveraging(1e-3),
-        optimizer,
-        CombinedLoader([]),
-        batchnorm,
-        conv,
-        dropout,
-        SparseSemiStructuredTensor,
-        MeanMetric(),
-        nn.Linear(1, 1),
-        torch.compile(nn.Linear(1, 1)),
-        torch.zeros(1),
-        rows.view(6).grad_fn,
-        rows[:, 1:].grad_fn,
-        torch.amp.GradScaler("cpu"),
-        torch.optim.SGD([rows], fused=True),
-        ModelParallelStrategy(),
-    ]
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_every_private_name_of_the_host_exists():
-    owners = owners_of_private_names()
+    owners = private_names.owners()
     missing = [name for name in private_names_of_the_host() if not any(hasattr(owner, name) for owner in owners)]
-    assert missing == [], "a new release of Lightning or torch has moved these"
+    assert private_names.private_names() == private_names_of_the_host()
+    assert missing == private_names.missing_names() == [], "a new release of Lightning or torch has moved these"

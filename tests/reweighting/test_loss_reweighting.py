@@ -841,21 +841,6 @@ def test_learns_the_rare_digits_sooner_when_most_samples_are_redundant():
     assert accuracy["linupper"] > accuracy["uniform"] + 0.1, accuracy
 
 
-def test_the_example_runs_in_a_short_mode(tmp_path, capsys, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    import llm_reweighting
-
-    options = ["--steps", "10", "--batch", "4", "--length", "16", "--output", str(tmp_path / "plot.png")]
-    results = llm_reweighting.main(options)
-    uniform, linupper = (runs[0] for runs in results.values())
-    assert uniform["steps"] == linupper["steps"] == list(range(1, 11))
-    assert uniform["losses"][0] == linupper["losses"][0]  # the first step is warm-up
-    assert uniform["losses"][-1] != linupper["losses"][-1]
-    assert all(1 <= size <= 4 for size in linupper["effective"])
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-    assert "Effective samples of 4" in capsys.readouterr().out
-
-
 @pytest.mark.filterwarnings("ignore:LossReweighting. nothing is reweighted:UserWarning")  # the run has one step
 def test_rows_that_are_no_sequences_are_told_in_the_first_step_of_the_warm_up():
     def time_first(logits, labels):

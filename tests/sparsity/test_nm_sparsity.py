@@ -5,7 +5,6 @@ import csv
 import io
 import math
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +22,6 @@ from torch.sparse._semi_structured_conversions import (
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-import lightning_reg
 from lightning_reg import NMSparsity
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.functional import (
@@ -85,7 +83,7 @@ CASE = Case(
     also=["regression"],
     variants=[
         partial(NMSparsity, 2, 4, recipe="mdgf_exp"),
-        partial(NMSparsity, 1, 4, recipe="mdgf_linear", beta=0.04, dense_steps=1, finetune_steps=14, layers=["*.body"]),
+        partial(NMSparsity, 1, 4, recipe="mdgf_linear", beta=0.04, dense_steps=1, finetune_steps=8, layers=["*.body"]),
         partial(NMSparsity, 1, 4, recipe="sdgf_stepwise", refresh_every=3, exclude="*.head"),
         partial(NMSparsity, 1, 2, recipe="sdgf_geometric", geometric_k=4, dense_steps=4, dim="out"),
         partial(NMSparsity, 1, 8, recipe="one_shot", dense_fraction=0.4, harden_at_end=False),
@@ -930,6 +928,15 @@ def test_logged_values_by_hand():
     assert [row["flips"] for row in rows[14:]] == flips
 
 
+# Between an epoch's last batch and the next one stands a validation, and in the second case a new pattern.
+@pytest.mark.parametrize(("every", "options"), [(3, {}), (2, {"recipe": "sdgf_geometric", "geometric_k": 4})])
+def test_flips_after_a_resume_are_those_of_the_whole_run(tmp_path, every, options):
+    make, setup = partial(NMSparsity, 1, 4, dense_steps=4, dim="out", **options), {"log_every_n_steps": every}
+    whole = fit([make()], CASE.problem, folder=tmp_path, max_epochs=3, **setup)
+    resumed = fit([make()], CASE.problem, ckpt=tmp_path / "last_batch.ckpt", seed=1, max_epochs=3, **setup)
+    assert not difference(resumed.logged, whole.logged[-len(resumed.logged) :])
+
+
 def test_settings_in_one_line():
     sparse = NMSparsity(1, 8, recipe="mdgf_linear", beta=0.05, dense_steps=3, finetune_steps=4)
     assert sparse.describe() == "1:8 mdgf_linear, layers auto, dim=in"
@@ -1101,18 +1108,6 @@ def test_digits_learned_under_the_constraint_survive_it_and_dense_ones_do_not():
     assert accuracy(dense) > 0.88
     assert accuracy(pruned) < 0.4
     assert accuracy(module) > 0.75
-
-
-def test_the_example_runs_in_a_short_mode(tmp_path, capsys, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(lightning_reg.__file__).parent.parent / "examples"))
-    import nm_sparsity
-
-    results = nm_sparsity.main(["--epochs", "2", "--patterns", "1", "--output", str(tmp_path / "plot.png")])
-    assert [len(accuracies) for accuracies in results.values()] == [1, 1, 1, 1]
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-    printed = capsys.readouterr().out
-    assert "Groups with too many weights: 0" in printed
-    assert "net.0.weight" in printed
 
 
 # -- permutation ------------------------------------------------------------------------------------------------------

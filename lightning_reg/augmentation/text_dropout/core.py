@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_reg.engine.host.distributed import all_gather_rows, world_size
+from lightning_reg.engine.loss.contrastive import info_nce, unit_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -126,18 +126,8 @@ def symmetric_infonce(
     if not tau > 0:
         raise ValueError(f"symmetric_infonce: `tau` must be above 0, got {tau!r}.")
     with torch.autocast(q.device.type, enabled=False):  # exp(1 / tau) can be beyond float16
-        q, b = (F.normalize(rows.double() if rows.dtype == torch.float64 else rows.float(), dim=1) for rows in (q, b))
-        if group is None:
-            pairs = torch.arange(len(q), device=q.device)
-            return (F.cross_entropy(q @ b.T / tau, pairs) + F.cross_entropy(b @ q.T / tau, pairs)) / 2
-        every_q, there, start = all_gather_rows(q, group, capacity)
-        every_b, _, _ = all_gather_rows(b, group, capacity)
-        pairs = start + torch.arange(len(q), device=q.device)
-        losses = [
-            F.cross_entropy((rows @ every.T / tau).masked_fill(~there, -torch.inf), pairs, reduction="sum")
-            for rows, every in ((q, every_b), (b, every_q))
-        ]
-        return (losses[0] + losses[1]) * (world_size(group) / 2) / there.sum()
+        q, b = unit_rows(q), unit_rows(b)
+        return (info_nce(q, b, tau, group, capacity) + info_nce(b, q, tau, group, capacity)) / 2
 
 
 def retrieval_scores(q: Tensor, b: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, Tensor]:

@@ -1,15 +1,15 @@
 """``lightning-reg soup {uniform,greedy,learned}``: averages of checkpoints from the command line."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning_reg.averaging._checkpoint_files import CheckpointFile
-from lightning_reg.averaging._soup_command import Commands, Evaluate, add_methods, function_at, mix_files
+from lightning_reg.averaging._soup_command import Evaluate, add_methods, function_at, mix_files
 from lightning_reg.averaging._soup_results import SoupResult
 from lightning_reg.averaging.model_soups.core import LearnedSoup
 from lightning_reg.averaging.model_soups.files import make_soup
+from lightning_reg.engine.host.commands import Commands, Options
 
 __all__ = ["add_command"]
 
@@ -24,7 +24,7 @@ def add_command(commands: Commands) -> None:
     """Adds the averages to ``lightning-reg soup``.
 
     Args:
-        commands: Subparsers of ``lightning-reg``.
+        commands: Of ``lightning-reg``.
 
     """
     parsers = add_methods(commands, _METHODS, _make)
@@ -37,20 +37,20 @@ def add_command(commands: Commands) -> None:
         help="stack: LoRA factors side by side",
     )
     for parser in (uniform, greedy):
-        parser.add_argument("--start", type=Path, help="the file that all runs started from, to check that")
+        parser.add_argument("--start", type=str, help="the file that all runs started from, to check that")
     greedy.add_argument("--min-delta", type=float, default=0.0, help="least improvement of the score")
     greedy.add_argument("--at-least-as-good", action="store_true", help="accept an equal score too")
-    greedy.add_argument("--max-ingredients", type=int)
+    greedy.add_argument("--max-ingredients", type=int, help="how many to take at most")
     learned.add_argument("--learn-on", required=True, help="module:function that returns (module, batches)")
-    learned.add_argument("--per", choices=("tensor", "model"), default="tensor")
-    learned.add_argument("--lr", type=float, default=0.05)
-    learned.add_argument("--epochs", type=int, default=5)
+    learned.add_argument("--per", choices=("tensor", "model"), default="tensor", help="a mixing weight for each")
+    learned.add_argument("--lr", type=float, default=0.05, help="learning rate of the mixing weights")
+    learned.add_argument("--epochs", type=int, default=5, help="passes over the batches")
 
 
-def _make(options: argparse.Namespace, evaluate: Evaluate | None) -> SoupResult:
-    if options.method == "learned":
-        return mix_files(options, evaluate, lambda files: _learned(options, files))
-    if options.method == "uniform":
+def _make(method: str, options: Options, evaluate: Evaluate | None) -> SoupResult:
+    if method == "learned":
+        return mix_files(method, options, evaluate, lambda files: _learned(options, files))
+    if method == "uniform":
         choices: dict[str, Any] = {"weights": options.weights, "factors": options.factors}
     else:
         if evaluate is None:
@@ -59,9 +59,9 @@ def _make(options: argparse.Namespace, evaluate: Evaluate | None) -> SoupResult:
         choices["max_ingredients"] = options.max_ingredients
     return make_soup(
         options.checkpoints,
-        options.method,
+        "uniform" if method == "uniform" else "greedy",
         evaluate,
-        out=options.out,
+        out=Path(options.out),
         start=options.start,
         key=options.key,
         mode=options.mode,
@@ -71,7 +71,7 @@ def _make(options: argparse.Namespace, evaluate: Evaluate | None) -> SoupResult:
     )
 
 
-def _learned(options: argparse.Namespace, files: Sequence[CheckpointFile]) -> dict[str, Any]:
+def _learned(options: Options, files: Sequence[CheckpointFile]) -> dict[str, Any]:
     module, batches = function_at(options.learn_on)()
     soup = LearnedSoup(module, files, options.per, options.exclude)
     soup.fit(batches, lr=options.lr, epochs=options.epochs)

@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from torch import Tensor
 from typing_extensions import override
 
@@ -25,6 +34,8 @@ from lightning_reg.averaging.model_soups.core import average_state_dicts, greedy
 from lightning_reg.engine.host.names import Patterns
 
 __all__ = ["load_averaged", "make_soup"]
+
+_Evaluate = Callable[[dict[str, Any]], float]
 
 
 def make_soup(
@@ -69,7 +80,7 @@ def make_soup(
         max_ingredients: Largest number in a greedy soup; ``None`` for no limit.
         accumulate_dtype: Type of a uniform soup's sums.
         check_ancestry: Whether to measure, on a sample of each tensor, if the files share a basin, and to warn if not.
-        progress: Whether to show a bar with bytes per second.
+        progress: Whether to show a bar with the time left, of bytes that are averaged or candidates that are scored.
         exclude: Patterns of keys to leave as the first file has them (the best one, in a greedy soup). Those may
             differ, or be in one file alone.
         factors: ``"stack"`` puts factors of low-rank updates (LoRA) side by side in a uniform soup, see
@@ -96,12 +107,14 @@ def make_soup(
     files = [open_checkpoint(path, key) for path in checkpoints]
     if check_ancestry and len(files) > 1:
         ancestry(files, None if start is None else open_checkpoint(start, key), names=names, exclude=exclude)
-    scores = own_scores(files, names, evaluate, exclude)
     if method == "greedy" and evaluate is not None:
-        result = greedy_soup_of_numbers("make_soup", files, scores, evaluate, names=names, exclude=exclude, **rules)
+        with _evaluations(evaluate, 2 * len(files) - 1, shown=progress) as scored:
+            scores = own_scores(files, names, scored, exclude)
+            result = greedy_soup_of_numbers("make_soup", files, scores, scored, names=names, exclude=exclude, **rules)
         if not result.ingredients:
             raise ValueError("make_soup: no file has a score that is a number, so none can be chosen.")
     else:
+        scores = own_scores(files, names, evaluate, exclude)
         with _counted(files, shown=progress) as members:
             mean = average_state_dicts(
                 members, weights, accumulate_dtype, exclude=exclude, names=names, factors=factors
@@ -122,12 +135,30 @@ def _settle(result: SoupResult, evaluate: object) -> None:
 
 
 @contextmanager
+def _evaluations(evaluate: _Evaluate, most: int, *, shown: bool) -> Iterator[_Evaluate]:
+    if not shown:
+        yield evaluate
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    # On a console of its own: the evaluation may have a display of Lightning's on the common one.
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("scoring candidates", total=most)
+
+        def scored(state: dict[str, Any]) -> float:
+            value = evaluate(state)
+            bar.advance(task)
+            return value
+
+        yield scored
+
+
+@contextmanager
 def _counted(files: Sequence[CheckpointFile], *, shown: bool) -> Iterator[Sequence[CheckpointFile]]:
     if not shown:
         yield files
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns) as bar:
+    columns = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(TextColumn("{task.description}"), BarColumn(), *columns) as bar:
         task = bar.add_task(f"averaging {len(files)} files", total=sum(file.nbytes for file in files))
         yield [_CountedFile(file, lambda read: bar.advance(task, read)) for file in files]
 

@@ -24,6 +24,7 @@ from lightning_reg.averaging.model_soups.files import exchange_in_checkpoint
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.run.phases import Member, phases_of
+from lightning_reg.engine.run.watching import progress, told
 from lightning_reg.engine.technique import Technique
 
 if TYPE_CHECKING:
@@ -311,7 +312,10 @@ class SoupAverager(Technique):
         host.rank_zero_warn(f"SoupAverager: {why}: the module keeps its weights.")
 
     def _finish(self, trainer: "Trainer", source: Gathered | Snapshots, validation: Validation) -> None:
-        outcome, average = self._soup.finish(source, validation.own_score, validation.score_of)
+        most = 2 * source.taken if self.method == "greedy" and isinstance(source, Snapshots) else 0
+        with progress(trainer, "SoupAverager: candidates", most) as advance:
+            scores = told(validation.own_score, advance), told(validation.score_of, advance)
+            outcome, average = self._soup.finish(source, *scores)
         if not average:
             self._say_it_keeps(_NO_NUMBER)
             return

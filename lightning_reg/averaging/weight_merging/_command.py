@@ -1,15 +1,15 @@
 """``lightning-reg soup {wise-ft,ties,dare,slerp}``: mixes of few checkpoints from the command line."""
 
-import argparse
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from lightning_reg.averaging._checkpoint_files import CheckpointFile
-from lightning_reg.averaging._soup_command import Commands, Evaluate, add_methods, mix_files
+from lightning_reg.averaging._soup_command import Evaluate, add_methods, mix_files
 from lightning_reg.averaging._soup_results import SoupResult
 from lightning_reg.averaging.weight_merging.core import dare_merge, slerp_merge, ties_merge, wise_ft
+from lightning_reg.engine.host.commands import Commands, Options
 
 __all__ = ["add_command"]
 
@@ -25,33 +25,35 @@ def add_command(commands: Commands) -> None:
     """Adds the mixes to ``lightning-reg soup``.
 
     Args:
-        commands: Subparsers of ``lightning-reg``.
+        commands: Of ``lightning-reg``.
 
     """
     parsers = add_methods(commands, _METHODS, _make)
     parsers["wise-ft"].add_argument("--alpha", type=float, default=0.5, help="0 is the first, 1 the second")
     parsers["slerp"].add_argument("--t", type=float, default=0.5, help="0 is the first, 1 the second")
     for name, density in (("ties", 0.2), ("dare", 0.5)):
-        parsers[name].add_argument("--density", type=float, default=density)
+        parsers[name].add_argument("--density", type=float, default=density, help="share of a task vector that stays")
         parsers[name].add_argument("--weights", type=float, nargs="+", help="a number per model after the first")
         parsers[name].add_argument("--lam", type=float, default=1.0, help="factor of the merged task vector")
-    parsers["dare"].add_argument("--rescale", choices=("density", "norm"), default="density")
-    parsers["dare"].add_argument("--elect-signs", action="store_true")
-    parsers["dare"].add_argument("--seed", type=int, default=0)
+    parsers["dare"].add_argument(
+        "--rescale", choices=("density", "norm"), default="density", help="what keeps its size"
+    )
+    parsers["dare"].add_argument("--elect-signs", action="store_true", help="elect signs as ties does")
+    parsers["dare"].add_argument("--seed", type=int, default=0, help="of what is dropped")
 
 
-def _make(options: argparse.Namespace, evaluate: Evaluate | None) -> SoupResult:
-    return mix_files(options, evaluate, lambda files: _mix(options, files))
+def _make(method: str, options: Options, evaluate: Evaluate | None) -> SoupResult:
+    return mix_files(method, options, evaluate, lambda files: _mix(method, options, files))
 
 
-def _mix(options: argparse.Namespace, files: Sequence[CheckpointFile]) -> dict[str, Any]:
-    if len(files) < 2 or (options.method in ("wise-ft", "slerp") and len(files) != 2):
-        raise ValueError(f"{options.method} takes two checkpoints (ties and dare: two or more), got {len(files)}.")
-    if options.method == "wise-ft":
+def _mix(method: str, options: Options, files: Sequence[CheckpointFile]) -> dict[str, Any]:
+    if len(files) < 2 or (method in ("wise-ft", "slerp") and len(files) != 2):
+        raise ValueError(f"{method} takes two checkpoints (ties and dare: two or more), got {len(files)}.")
+    if method == "wise-ft":
         return wise_ft(files[0], files[1], options.alpha, exclude=options.exclude)
-    if options.method == "slerp":
+    if method == "slerp":
         return slerp_merge(files[0], files[1], options.t, exclude=options.exclude)
-    if options.method == "ties":
+    if method == "ties":
         return ties_merge(files[0], files[1:], options.density, options.weights, options.lam, exclude=options.exclude)
     return dare_merge(
         files[0],

@@ -9,12 +9,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_reg.continual.weight_anchors.core import parts_like, pull_, quadratic_penalty
-from lightning_reg.engine.host.errors import MisconfigurationException, check_patterns
-from lightning_reg.engine.host.names import Patterns, is_selected
+from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.networks.peer import is_grown
 from lightning_reg.engine.weights.swap import named_weights
 
-__all__ = ["Slot", "Ties", "add_earlier_", "free_rows_", "weights_to_tie"]
+__all__ = ["Slot", "Ties", "add_earlier_", "free_rows_"]
 
 
 class Slot(TypedDict):
@@ -135,36 +134,6 @@ def _largest_weights(ties: Sequence[_Tie]) -> dict[int, float]:
     sums = {key: total for key, total in sums.items() if total.numel()}
     largest = torch.stack([total.max().float().cpu() for total in sums.values()]).tolist() if sums else []
     return dict(zip(sums, largest, strict=True))
-
-
-def weights_to_tie(
-    owner: object, module: nn.Module, params: Patterns, exclude: Patterns, *, frozen: bool = False
-) -> dict[str, nn.Parameter]:
-    """Parameters whose names match.
-
-    Args:
-        owner: Who asks; its class is named in messages.
-        module: The user's module.
-        params: Patterns of names as in ``named_parameters()``, one of which must match; ``None`` for all.
-        exclude: Patterns, none of which may match.
-        frozen: Whether parameters count that are not trained at present.
-
-    Returns:
-        Parameters by name.
-
-    Raises:
-        MisconfigurationException: If a pattern matches nothing, or no parameter is left.
-
-    """
-    weights = named_weights(module).items()
-    named = {name: p for name, p in weights if p.requires_grad or (frozen and p.is_floating_point())}
-    kind = "parameter" if frozen else "trainable parameter"
-    check_patterns(owner, "params", params, named, kind)
-    check_patterns(owner, "exclude", exclude, named, kind)
-    chosen = {name: p for name, p in named.items() if is_selected(name, params, exclude)}
-    if not chosen:
-        raise MisconfigurationException(f"{type(owner).__name__}: `params` and `exclude` leave no {kind} to anchor.")
-    return chosen
 
 
 def _partners(owner: object, module: nn.Module, kept: Mapping[str, Tensor]) -> list[nn.Parameter]:

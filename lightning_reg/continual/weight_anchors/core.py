@@ -1,18 +1,16 @@
 """Weights tied to anchors: the penalty, and how much each weight matters."""
 
-import math
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from typing_extensions import override
 
 from lightning_reg.engine.host.distributed import all_reduce_sum
 from lightning_reg.engine.weights.finite import all_finite
+from lightning_reg.engine.weights.squares import add_row_squares_, weighted_squares
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -21,8 +19,6 @@ __all__ = ["fisher_diagonal", "fisher_losses", "quadratic_penalty"]
 
 Labels = Literal["argmax", "sample", "true"]
 Outputs = Literal["classes", "numbers", "several", "counts"]
-
-_NUMBERS_AT_ONCE = 1 << 24  # in the gradients of samples that are computed together
 
 
 def quadratic_penalty(
@@ -47,29 +43,7 @@ def quadratic_penalty(
         tensor(3.)
 
     """
-    value: Tensor = _Quadratic.apply(len(params), *params, *anchors, *(weights or ()))  # type: ignore[no-untyped-call]  # torch's
-    return value
-
-
-class _Quadratic(torch.autograd.Function):
-    @staticmethod
-    @override
-    def forward(ctx: Any, count: int, *tensors: Tensor) -> Tensor:
-        params, anchors, weights = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
-        wide = [p if p.dtype == torch.float64 else p.float() for p in params]
-        deltas = torch._foreach_sub(wide, [a.to(p.dtype) for a, p in zip(anchors, wide, strict=True)])
-        slopes = torch._foreach_mul(deltas, list(weights)) if weights else deltas
-        ctx.slopes, ctx.dtypes = slopes, [p.dtype for p in params]
-        # Products are not negative, so that the sum of magnitudes is their sum: one operation for all tensors.
-        return torch.stack(list(torch._foreach_norm(torch._foreach_mul(slopes, deltas), 1))).sum()
-
-    @staticmethod
-    @once_differentiable
-    @override
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = torch._foreach_mul(ctx.slopes, 2.0 * grad)
-        own = [g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
-        return (None, *own, *[None] * (len(ctx.needs_input_grad) - 1 - len(own)))
+    return weighted_squares(params, anchors, weights)
 
 
 def parts_like(params: Sequence[Tensor], anchors: Sequence[Tensor]) -> list[Tensor]:
@@ -221,7 +195,7 @@ def fisher_diagonal(
     offered = counted = 0
     for losses in batches:
         if per_sample:
-            counted += _add_squares_(sums, losses, params)
+            counted += add_row_squares_(sums, losses, params)
             offered += len(losses)
         elif len(losses):
             gradients = torch.autograd.grad(losses.mean(), params, allow_unused=True)
@@ -240,39 +214,6 @@ def fisher_diagonal(
             f" {'none.' if not offered else f'{offered} without one.'}"
         )
     return [s / total for s in sums]
-
-
-def _add_squares_(sums: Sequence[Tensor], losses: Tensor, params: Sequence[Tensor]) -> int:
-    """Adds the squares of finite gradients, and returns of how many samples they were."""
-    at_once = max(1, _NUMBERS_AT_ONCE // sum(p.numel() for p in params))
-    rows = torch.eye(len(losses), dtype=losses.dtype, device=losses.device)
-    count = 0
-    for start in range(0, len(losses), at_once):
-        now = rows[start : start + at_once]
-        found = [
-            (total, gradient.to(total.dtype))
-            for total, gradient in zip(sums, _gradients_of_rows(losses, params, now), strict=True)
-            if gradient is not None
-        ]
-        finite = torch.ones(len(now), dtype=torch.bool, device=losses.device)
-        for _, gradient in found:
-            largest = math.sqrt(torch.finfo(gradient.dtype).max)  # whose square is finite still
-            finite &= (gradient.abs() <= largest).flatten(1).all(1) if gradient.dim() > 1 else gradient.abs() <= largest
-        for total, gradient in found:
-            total.add_(gradient[finite].square().sum(0))
-        count += int(finite.sum())
-    return count
-
-
-def _gradients_of_rows(losses: Tensor, params: Sequence[Tensor], rows: Tensor) -> list[Tensor | None]:
-    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
-    if len(rows) > 1:
-        try:
-            return list(torch.autograd.grad(losses, params, rows, is_grads_batched=True, **options))
-        except RuntimeError:  # an operation that cannot be batched: one sample after the other
-            pass
-    each = [torch.autograd.grad(losses, params, row, **options) for row in rows]
-    return [None if column[0] is None else torch.stack(column) for column in zip(*each, strict=True)]
 
 
 def _add_square_(sums: Sequence[Tensor], gradients: Sequence[Tensor | None], factor: float) -> int:

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from lightning_reg.continual._tasks import TaskTechnique
 from lightning_reg.continual.weight_anchors._fisher import FisherPass
-from lightning_reg.continual.weight_anchors._ties import Slot, Ties, add_earlier_, free_rows_, weights_to_tie
+from lightning_reg.continual.weight_anchors._ties import Slot, Ties, add_earlier_, free_rows_
 from lightning_reg.continual.weight_anchors.core import fisher_diagonal
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
@@ -18,7 +18,9 @@ from lightning_reg.engine.host.distributed import all_reduce_sum
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.networks.peer import Peer, check_runs_on_copy
 from lightning_reg.engine.run.engine import attached_engine
+from lightning_reg.engine.run.watching import counted, progress
 from lightning_reg.engine.technique import PenaltyTechnique
+from lightning_reg.engine.weights.chosen import chosen_weights
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -240,12 +242,16 @@ class EWC(TaskTechnique, PenaltyTechnique):
         self._pass = FisherPass(self, self.labels, per_sample=self.per_sample)
 
     def _chosen(self, module: nn.Module) -> dict[str, nn.Parameter]:
-        return weights_to_tie(self, module, self.params, self.exclude)
+        return chosen_weights(self, module, self.params, self.exclude)
 
     def _fisher(self, trainer: "Trainer", module: "LightningModule", names: list[str]) -> list[Tensor]:
         peer = Peer(module, owner=self)
         named = dict(peer.module.named_parameters())
-        with attached_engine(trainer).training_steps() as steps:
-            losses = self._pass.losses(peer, islice(steps, self.fisher_batches))
+        batches = min(trainer.num_training_batches, self.fisher_batches or math.inf)
+        with (
+            attached_engine(trainer).training_steps() as steps,
+            progress(trainer, "EWC: Fisher information", None if batches == math.inf else batches) as advance,
+        ):
+            losses = self._pass.losses(peer, counted(islice(steps, self.fisher_batches), advance))
             group = host.data_parallel_group(trainer)
             return fisher_diagonal([named[name] for name in names], losses, self.per_sample, group)

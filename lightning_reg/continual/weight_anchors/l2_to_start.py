@@ -2,17 +2,19 @@
 
 from typing import TYPE_CHECKING, Any, Literal, final
 
+import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS
 from typing_extensions import override
 
 from lightning_reg.continual._tasks import TaskTechnique
-from lightning_reg.continual.weight_anchors._ties import Ties, weights_to_tie
+from lightning_reg.continual.weight_anchors._ties import Ties
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.names import as_patterns
 from lightning_reg.engine.technique import PenaltyTechnique
+from lightning_reg.engine.weights.chosen import chosen_weights, saved_tensors
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -27,7 +29,7 @@ __all__ = ["L2ToStart"]
 class L2ToStart(TaskTechnique, PenaltyTechnique):
     r"""Ties weights to their values at the start of the fit (L2-SP): pre-trained ones, those of the task before.
 
-    .. math:: \lambda \sum_j (\theta_j - \theta^*_j)^2
+    .. math:: \lambda \sum_j (\theta_j - \theta^*_j)^2, \qquad \lambda \sum_j F_j (\theta_j - \theta^*_j)^2
 
     Use it to fine-tune pre-trained networks, once or task after task; the paper's best choice for vision transformers,
     on query, key and value weights. Leave it in class-incremental training from scratch without
@@ -39,7 +41,7 @@ class L2ToStart(TaskTechnique, PenaltyTechnique):
         Smith et al., "A Closer Look at Rehearsal-Free Continual Learning", CVPR Workshops 2023, arXiv 2203.17269.
 
     Differs:
-        ``mode="decoupled"`` is an addition. The paper's values of lambda are not published.
+        ``mode="decoupled"`` and ``importance`` are additions. The paper's values of lambda are not published.
 
     Memory: the parameters that match once more, frozen ones too; in the optimizer's step two temporary copies of those
     that are trained.
@@ -57,10 +59,13 @@ class L2ToStart(TaskTechnique, PenaltyTechnique):
         mode: ``"gradient"`` adds :math:`2 \lambda (\theta - \theta^*)` to the gradient (paper); ``"decoupled"`` moves
             weights by :math:`\eta \lambda (\theta^* - \theta)` before each step, with the learning rate :math:`\eta`;
             where that would be beyond the anchor (:math:`\eta \lambda > 1`) to the anchor, with a warning.
+        importance: File with how much each weight matters, F: tensors by the parameters' names, written by
+            ``torch.save`` (:func:`generator_fisher` gives them). Parameters that are not in it are free. ``None``: all
+            count alike. With the start of a fit and ``"gradient"`` alone.
         name: Tells several instances in one Trainer apart.
 
     Raises:
-        ValueError: If an argument is outside its range.
+        ValueError: If an argument is outside its range, or does not go with ``importance``.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -76,6 +81,7 @@ class L2ToStart(TaskTechnique, PenaltyTechnique):
         exclude: list[str] | str | None = None,
         anchor: Literal["start_of_fit", "end_of_task"] = "start_of_fit",
         mode: Literal["gradient", "decoupled"] = "gradient",
+        importance: str | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(name=name)
@@ -83,7 +89,12 @@ class L2ToStart(TaskTechnique, PenaltyTechnique):
         check_choice(self, "anchor", anchor, ("start_of_fit", "end_of_task"))
         check_choice(self, "mode", mode, ("gradient", "decoupled"))
         self.weight, self.params, self.exclude = weight, params, exclude
-        self.anchor, self.mode = anchor, mode
+        if importance is not None and (anchor, mode) != ("start_of_fit", "gradient"):
+            raise ValueError(
+                "L2ToStart: `importance` must be None unless anchor='start_of_fit' and mode='gradient', got"
+                f" {importance!r}."
+            )
+        self.anchor, self.mode, self.importance = anchor, mode, importance
         self._ties = Ties()
         self._has_said = False
 
@@ -112,7 +123,8 @@ class L2ToStart(TaskTechnique, PenaltyTechnique):
         if self.anchor == "end_of_task" and not self.tasks:
             to = "nothing to tie to in the first task"
         free = ", ".join(as_patterns(self.exclude)) or "nothing, not classes to come"
-        return f"weight={self.weight:g}, {self.mode}; {to}; {self._tasks.so_far}; free: {free}"
+        mode = self.mode + (f", importance of {self.importance}" if self.importance else "")
+        return f"weight={self.weight:g}, {mode}; {to}; {self._tasks.so_far}; free: {free}"
 
     @override
     def begin(self, step: "Step") -> None:
@@ -122,13 +134,35 @@ class L2ToStart(TaskTechnique, PenaltyTechnique):
             rows: dict[str, int] | None = self._tasks.kept.get("rows")
             named = {name: p.detach() for name, p in chosen.items() if rows is None or name in rows}
             anchors = {n: (p[: rows[n]] if rows and p.dim() else p).clone() for n, p in named.items()}
-            self._tasks.kept = {"slots": [{"anchors": anchors, "weights": {}}], "rows": rows}
+            weights = self._weights_of(anchors) if self.importance else {}
+            anchors = {name: anchors[name] for name in weights} if self.importance else anchors
+            self._tasks.kept = {"slots": [{"anchors": anchors, "weights": weights}], "rows": rows}
         if self.mode == "decoupled" and any(isinstance(o, LBFGS) for o in step.trainer.optimizers):
             raise MisconfigurationException(
                 "L2ToStart(mode='decoupled') pulls once in each step of the optimizer, and LBFGS evaluates the loss"
                 " several times in one. Write `mode='gradient'`, or choose another optimizer."
             )
         self._ties.tie(self, step.module, self._tasks.kept.get("slots", ()))
+
+    def _weights_of(self, anchors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the file says of the anchored parameters, of those rows that have an anchor."""
+        where = f"L2ToStart(importance={self.importance!r})"
+        found = saved_tensors(self, "importance", str(self.importance))
+        weights = {
+            name: found[name][: len(a)] if a.dim() else found[name] for name, a in anchors.items() if name in found
+        }
+        if not weights:
+            raise MisconfigurationException(
+                f"{where}: the file has none of the parameters that are tied. It has"
+                f" {', '.join(map(repr, list(found)[:3]))}, and the module {', '.join(map(repr, list(anchors)[:3]))}."
+            )
+        for name, weight in weights.items():
+            if weight.shape != anchors[name].shape or not bool((weight.isfinite() & (weight >= 0)).all()):
+                raise MisconfigurationException(
+                    f"{where}: {name!r} must be finite numbers of at least 0 in shape {tuple(anchors[name].shape)}, got"
+                    f" shape {tuple(weight.shape)}, from {float(weight.min()):g} to {float(weight.max()):g}."
+                )
+        return {name: weight.to(anchors[name].device, torch.float32) for name, weight in weights.items()}
 
     @override
     def penalty(self, module: "LightningModule") -> Tensor | None:
@@ -169,4 +203,4 @@ class L2ToStart(TaskTechnique, PenaltyTechnique):
 
     def _chosen(self, module: nn.Module) -> dict[str, nn.Parameter]:
         # Frozen ones too: they may be trained later.
-        return weights_to_tie(self, module, self.params, self.exclude, frozen=True)
+        return chosen_weights(self, module, self.params, self.exclude, frozen=True)

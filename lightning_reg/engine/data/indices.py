@@ -79,12 +79,22 @@ def _noting(draws: Iterator[Any], drawn: deque[Any]) -> Iterator[Any]:
         yield draw
 
 
-class _Delivery:
-    """An iterator over a loader that pairs each batch leaving it with the indices it was made of."""
+class _Pass:
+    """One pass over a loader: the draws of the batches that have left it, and whether it came to its end."""
 
-    def __init__(self, batches: Iterator[Any], drawn: deque[Any], source: "IndexSource") -> None:
-        self._batches, self._drawn, self._source = batches, drawn, source
-        self.exhausted = False
+    def __init__(self, pending: deque[Any]) -> None:
+        self.pending, self.exhausted = pending, False
+
+
+class _Delivery:
+    """An iterator over a loader that pairs each batch leaving it with the indices it was made of.
+
+    Nobody whom it knows may know it: torch's iterator over worker processes waits for ten seconds if it goes as part of
+    a circle.
+    """
+
+    def __init__(self, batches: Iterator[Any], drawn: deque[Any], one: _Pass) -> None:
+        self._batches, self._drawn, self._pass = batches, drawn, one
 
     def __iter__(self) -> "_Delivery":
         return self
@@ -93,11 +103,11 @@ class _Delivery:
         try:
             batch = next(self._batches)
         except StopIteration:
-            self.exhausted = True
+            self._pass.exhausted = True
             raise
         draw = self._drawn.popleft()
         if batch is not None:  # Lightning skips a batch that is None: it reaches no training step
-            self._source.pending.append(draw)
+            self._pass.pending.append(draw)
         return batch
 
 
@@ -119,10 +129,9 @@ class IndexSource:
     """
 
     def __init__(self) -> None:
-        self.pending: deque[Any] = deque()
         self.size = 0
         self.capacity: int | None = None
-        self._delivery: _Delivery | None = None
+        self._pass = _Pass(deque())
 
     def attach(self, loader: Any) -> Any:
         """Returns a copy of the loader whose batches are followed.
@@ -147,22 +156,24 @@ class IndexSource:
         twin.__dict__.update({place: tap, "index_tap": tap, "index_source": self, "_iterator": None})
         self.size = len(loader.dataset)
         self.capacity = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
-        self.pending.clear()
-        self._delivery = None
+        self._pass = _Pass(deque())
         return twin
 
     def deliver(self, batches: Iterator[Any], drawn: deque[Any]) -> Iterator[Any]:
         """Follows a new pass over the loader; what an abandoned pass left over is dropped."""
-        if self._delivery is not None and not self._delivery.exhausted:
+        if not self._pass.exhausted:
             self.pending.clear()
-        self._delivery = _Delivery(batches, drawn, self)
-        return self._delivery
+        self._pass = _Pass(self.pending)
+        return _Delivery(batches, drawn, self._pass)
+
+    @property
+    def pending(self) -> deque[Any]:
+        """What the batches were made of that have left the loader and reached no step yet."""
+        return self._pass.pending
 
     def advance(self) -> BatchIndices | None:
         """The indices of the batch that the present step works on; ``None`` if this loader gave none to it."""
-        if not self.pending:
-            return None
-        return BatchIndices(self.pending.popleft())
+        return BatchIndices(self.pending.popleft()) if self.pending else None
 
     def missing(self) -> BatchIndices:
         """Raises: somebody needs the indices of a batch that did not come from the loader.

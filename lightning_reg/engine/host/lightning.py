@@ -95,11 +95,11 @@ class Replacement:
     Args:
         owner: The object; its class is not touched.
         name: The method.
-        function: What stands in for it.
+        function: What stands in for it; ``None`` for a hook that is not to be called.
 
     """
 
-    def __init__(self, owner: object, name: str, function: Callable[..., Any]) -> None:
+    def __init__(self, owner: object, name: str, function: Callable[..., Any] | None) -> None:
         self.original: Callable[..., Any] = getattr(owner, name)
         self._owner, self._name = owner, name
         self._before = owner.__dict__.get(name)
@@ -408,13 +408,27 @@ def rerun_validation(trainer: "Trainer", kept: "Sequence[Callback]") -> dict[str
         undo.callback(setattr, trainer.state, "stage", stage)
         for name, value in kept_by_loop.items():
             undo.callback(setattr, loop, name, value)
-        set_callbacks(trainer, list(kept))
+        set_callbacks(trainer, [*kept, *undo.enter_context(_idle_bar(trainer))])
         loop._module_mode = type(loop._module_mode)()
         loop._restarting = False  # one that goes on from a checkpoint would begin in the midst of the data
         trainer.validating = True
         trainer._logger_connector.reset_results()  # metric objects of a validation that is about to end
         loop.run()
         return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+@contextmanager
+def _idle_bar(trainer: "Trainer") -> "Iterator[list[Callback]]":
+    """The progress bar, which does nothing meanwhile: the thread that draws it looks for it among the callbacks."""
+    bar = trainer.progress_bar_callback
+    if bar is None:
+        yield []
+        return
+    with ExitStack() as undo:
+        for name in dir(type(bar)):
+            if name.startswith("on_"):
+                undo.callback(Replacement(bar, name, None).undo)
+        yield [bar]
 
 
 def adds_epoch_for_statistics(trainer: "Trainer") -> bool:

@@ -1,7 +1,7 @@
-"""Changing the outputs of named layers while a step runs, by hooks of ``nn.Module``."""
+"""Changing what named layers are given and what they return while a step runs, by hooks of ``nn.Module``."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lightning_reg.engine.host.owner import Owner
     from lightning_reg.engine.step import Step
 
-__all__ = ["LayerCall", "LayerEdit", "LayerEdits"]
+__all__ = ["InputCall", "LayerCall", "LayerEdit", "LayerEdits"]
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class LayerCall:
         input: Its first argument, by position or else by name, untouched by a layer that works in place.
         output: What it returned, already changed if an earlier technique has changed it.
         step: The step that it happened in; ``step.stage`` tells training from evaluation.
-        number: How many outputs were changed before in this pass through the step; where a checkpointed layer runs once
-            more in the backward pass, what it was when the layer ran first.
+        number: How many inputs and outputs were changed before in this pass through the step; where a checkpointed
+            layer runs once more in the backward pass, what it was when the layer ran first.
 
     """
 
@@ -43,19 +43,63 @@ class LayerCall:
     number: int
 
 
+@dataclass(frozen=True)
+class InputCall:
+    """One call of a layer whose inputs a technique may change, before the layer runs.
+
+    Args:
+        name: Name of the layer, as in ``named_modules()``.
+        layer: The layer, in the mode and under the conditions of :class:`LayerCall`.
+        args: Its arguments by position, already changed if an earlier technique has changed them; they may be nested,
+            and stay as they are.
+        named: Its arguments by name, likewise.
+        step: The step that it happens in; ``step.stage`` tells training from evaluation.
+        number: As in :class:`LayerCall`.
+
+    """
+
+    name: str
+    layer: nn.Module
+    args: tuple[Any, ...]
+    named: Mapping[str, Any]
+    step: "Step"
+    number: int
+
+    @property
+    def input(self) -> Any:
+        """The first argument, by position or else by name; ``None`` if there is none."""
+        return self.args[0] if self.args else next(iter(self.named.values()), None)
+
+    def with_input(self, value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """All arguments, with another one in place of the first."""
+        if self.args or not self.named:
+            return (value, *self.args[1:]), dict(self.named)
+        return (), {**self.named, next(iter(self.named)): value}
+
+
 class LayerEdit(NamedTuple):
     """Who edits which layers.
 
     Args:
         owner: Whose edit it is; its class is named in errors.
         layers: Names of the layers.
-        edit: Returns what a layer returns in its place, ``None`` for its own output.
+        edit: Gets a :class:`LayerCall` and returns what a layer returns in its place, ``None`` for its own output; of
+            inputs it gets an :class:`InputCall` and returns arguments by position and by name, ``None`` for its own.
+        of_inputs: Whether it changes what layers are given.
 
     """
 
     owner: "Owner"
     layers: Sequence[str]
-    edit: Callable[[LayerCall], Any]
+    edit: Callable[[Any], Any]
+    of_inputs: bool = False
+
+    @property
+    def sentence(self) -> str:
+        """What it does, to begin an error with."""
+        verbs = ("is given", "are given") if self.of_inputs else ("returns", "return")
+        names = ", ".join(map(repr, self.layers))
+        return f"{type(self.owner).__name__} changes what {names} {verbs[len(self.layers) > 1]}"
 
 
 class LayerEdits:
@@ -78,17 +122,19 @@ class LayerEdits:
                 if name not in named:
                     refuse_layer(name, named, type(edit.owner).__name__)
         self._edits, self._training = edits, training
+        self._returning = {name for edit in edits if not edit.of_inputs for name in edit.layers}
         self._unseen = [edit for edit in edits if edit.layers]
         self._step: Step | None = None
         self._last: Step | None = None  # whose backward pass may follow
-        self._numbers: dict[str, int] = {}
+        self._numbers: dict[tuple[str, bool], int] = {}
         self._seen: set[str] = set()
         self._inputs: dict[str, Any] = {}
         self._number = 0
         self._handles: list[RemovableHandle] = []
         for name in dict.fromkeys(name for edit in edits for name in edit.layers):
             self._handles.append(named[name].register_forward_pre_hook(_Before(self, name), with_kwargs=True))
-            self._handles.append(named[name].register_forward_hook(_After(self, name)))
+            if name in self._returning:
+                self._handles.append(named[name].register_forward_hook(_After(self, name)))
 
     def open(self, step: "Step") -> None:
         """Edits from here on, for the owners that are active in the step."""
@@ -120,10 +166,9 @@ class LayerEdits:
             self._unseen.remove(edit)
             if self._seen.isdisjoint(edit.layers):
                 raise MisconfigurationException(
-                    f"{type(edit.owner).__name__} changes what {', '.join(map(repr, edit.layers))} return, and none of"
-                    f" them ran in the first {step.stage} step. Are they used there? Layers of a network that ran under"
-                    " `torch.compile` before the technique was there run without it: call `torch.compiler.reset()`"
-                    " first."
+                    f"{edit.sentence}, and none of them ran in the first {step.stage} step. Are they used there? Layers"
+                    " of a network that ran under `torch.compile` before the technique was there run without it: call"
+                    " `torch.compiler.reset()` first."
                 )
 
     def close(self) -> None:
@@ -136,48 +181,59 @@ class LayerEdits:
     def before(
         self, name: str, layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Keeps the input of a layer, and says what the layer gets in its place; ``None`` for the same."""
-        again = self._last is not None and runs_backward()
-        if self._step is None and not again:
+        """Says what a layer gets in place of its arguments, ``None`` for the same; and keeps its input."""
+        step, again = self._step or self._last, runs_backward()
+        if step is None or (self._step is None and not again):
             return None
         if self._unseen:
             self._seen.add(name)
         if layer.training is not self._training or (self._training and not torch.is_grad_enabled()):
             return None
-        if again and name not in self._numbers:
+        if again and (name, True) not in self._numbers:
             self._refuse_reentrant(name)
-        given = self._inputs[name] = args[0] if args else next(iter(named.values()), None)
-        if args and getattr(layer, "inplace", False) and isinstance(given, Tensor):
-            return (given.clone(), *args[1:]), named
-        return None
+            return None
+        call = InputCall(name, layer, args, named, step, self._numbers[name, True] if again else self._number)
+        for edit in self._acting(name, step, of_inputs=True):
+            answer = edit.edit(call)
+            call = call if answer is None else replace(call, args=answer[0], named=answer[1])
+        changed = call.args is not args or call.named is not named
+        self._count(name, again, of_inputs=True, changed=changed)
+        if name in self._returning:
+            self._inputs[name] = given = call.input
+            if call.args and getattr(layer, "inplace", False) and isinstance(given, Tensor):
+                return call.with_input(given.clone())
+        return (call.args, dict(call.named)) if changed else None
 
     def after(self, name: str, layer: nn.Module, output: Any) -> Any:
         """The output after the techniques' changes; ``None`` for the same."""
-        step = self._step or self._last
+        step, again = self._step or self._last, runs_backward()
         if step is None or name not in self._inputs:
             return None
-        again = runs_backward()
         given, result = self._inputs.pop(name), output
-        number = self._numbers[name] if again else self._number
-        for edit in self._edits:
-            if name in edit.layers and edit.owner in step.active:
-                answer = edit.edit(LayerCall(name, layer, given, result, step, number))
-                result = result if answer is None else answer
-        if not again:
-            self._numbers.setdefault(name, number)
-            self._number += result is not output
+        number = self._numbers[name, False] if again else self._number
+        for edit in self._acting(name, step, of_inputs=False):
+            answer = edit.edit(LayerCall(name, layer, given, result, step, number))
+            result = result if answer is None else answer
+        self._count(name, again, of_inputs=False, changed=result is not output)
         return None if result is output else result
 
+    def _acting(self, name: str, step: "Step", *, of_inputs: bool) -> list[LayerEdit]:
+        its = [edit for edit in self._edits if edit.of_inputs is of_inputs and name in edit.layers]
+        return [edit for edit in its if edit.owner in step.active]
+
+    def _count(self, name: str, again: bool, *, of_inputs: bool, changed: bool) -> None:
+        if not again:
+            self._numbers.setdefault((name, of_inputs), self._number)
+            self._number += changed
+
     def _refuse_reentrant(self, name: str) -> None:
-        owners = [
-            edit.owner for edit in self._edits if name in edit.layers and self._last and edit.owner in self._last.active
-        ]
-        if owners:
+        edits = [edit for edit in self._edits if name in edit.layers and self._last and edit.owner in self._last.active]
+        if edits:
+            does = edits[0]._replace(layers=[name]).sentence
             raise MisconfigurationException(
-                f"{type(owners[0]).__name__} changes what {name!r} returns, and that layer ran without gradient in the"
-                " step and runs again in the backward pass, as under a checkpoint that is reentrant: what it returned"
-                " first was not changed. Pass `use_reentrant=False` to the checkpoint"
-                ' (`gradient_checkpointing_enable({"use_reentrant": False})` in transformers).'
+                f"{does}, and that layer ran without gradient in the step and runs again in the backward pass, as under"
+                " a checkpoint that is reentrant: it was not changed when it ran first. Pass `use_reentrant=False` to"
+                ' the checkpoint (`gradient_checkpointing_enable({"use_reentrant": False})` in transformers).'
             )
 
 

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import combinations, product
 from typing import TYPE_CHECKING
 
 from lightning_reg.engine.host.errors import MisconfigurationException
@@ -38,6 +38,11 @@ def check_composition(techniques: Sequence[Member], trainer: "Trainer", module: 
             _check_fetching(technique)
         if not module.automatic_optimization:
             _check_manual(technique, module)
+        if any(period.loss == "own" for period in technique.periods) and "step_term" not in phases_of(technique):
+            raise MisconfigurationException(
+                f"{type(technique).__name__} has a period of its own loss alone, and no `step_term` that would be the"
+                " loss. Inherit StepTechnique and write one."
+            )
         technique.check(trainer, module)
 
 
@@ -72,7 +77,7 @@ def conflict_between(one: Member, two: Member) -> str | None:
         return f'in one Trainer share the log key {one.log_key!r}. Tell them apart by `name="..."`.'
     sentence = one.conflict_with(two) or two.conflict_with(one)
     if sentence is None:
-        sentence = _mixing_conflict(one, two) or _views_conflict(one, two)
+        sentence = _mixing_conflict(one, two) or _views_conflict(one, two) or _periods_conflict(one, two)
         sentence = sentence or _order_conflict(one, two)
     for phase, what in _EXCLUSIVE.items():
         if sentence is None and phase in phases_of(one) and phase in phases_of(two) and one.loss == two.loss:
@@ -92,6 +97,17 @@ def _views_conflict(one: Member, two: Member) -> str | None:
                 " them."
             )
     return None
+
+
+def _periods_conflict(one: Member, two: Member) -> str | None:
+    alone = [[period for period in technique.periods if period.loss == "own"] for technique in (one, two)]
+    both = [f"{first}; {second}" for first, second in product(*alone) if first.meets(second)]
+    if not both:
+        return None
+    return (
+        f"each trains by its own loss alone for a time, and the times meet ({both[0]}). Let them follow one another,"
+        " counted in the same unit."
+    )
 
 
 def _mixing_conflict(one: Member, two: Member) -> str | None:

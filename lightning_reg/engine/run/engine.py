@@ -18,6 +18,7 @@ from lightning_reg.engine.run.hooks import FirstHooks, LastHooks
 from lightning_reg.engine.run.part import Part, overriding
 from lightning_reg.engine.run.parts import BatchPart, LossPart, make_parts
 from lightning_reg.engine.run.phases import Member, OnBatch
+from lightning_reg.engine.run.watching import Watch
 from lightning_reg.engine.step import Step
 
 if TYPE_CHECKING:
@@ -44,10 +45,12 @@ class Engine:
         self._loss = LossPart(module, techniques)
         self.parts: list[Part] = [*make_parts(trainer, module, techniques), self._loss]
         self._begin_step, self._around = overriding(self.parts, "begin_step"), overriding(self.parts, "around")
+        self._before_network = overriding(self.parts, "before_network")
         self._around_optimizer = overriding(self.parts, "around_optimizer")
         self._before_closure = overriding(self.parts[::-1], "before_closure")
         self._after_closure = overriding(self.parts, "after_closure")
         self._idle = host.IdleHooks(())
+        self.watch = Watch(trainer, techniques)
         self._replaced = {"training_step": host.Replacement(trainer.strategy, "training_step", self.training_step)}
         self._preparing = [t for t in techniques if type(t).prepare_model is not Member.prepare_model]
         self._prepare_model = overriding(self.parts, "prepare_model")
@@ -75,6 +78,7 @@ class Engine:
         for part in reversed(self.parts):
             part.close()
         self._loaders.detach()
+        self.watch.end()
         self._idle.undo()
         for replacement in self._replaced.values():
             replacement.undo()
@@ -96,7 +100,7 @@ class Engine:
         """Finds the named layers and parameters, once ``configure_model`` has made them."""
         for part in self.parts:
             part.prepare()
-        if self._around_optimizer:
+        if self._around_optimizer or self._after_closure:
             stepping = host.Replacement(self.trainer.strategy, "optimizer_step", self.optimizer_step)
             self._replaced["optimizer_step"] = stepping
 
@@ -104,13 +108,14 @@ class Engine:
         """Says what is attached to what, once the loaders are there; optimizers are there as well."""
         for part in self.parts:
             part.start()
-        report.show_table(self.trainer, self.techniques, self._loaders.sizes())
+        report.show_table(self.trainer, self.module, self.techniques, self._loaders.sizes())
+        self.watch.begin()
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """What the Trainer calls in place of ``Strategy.training_step``."""
-        followed, original = self._loaders.advance(), self._replaced["training_step"].original
+        followed = self._loaders.advance()
         for begin in self._begin_step:
             begin()
         step = Step(self.trainer, self.module, args[0] if args else None, followed, self._loaders.several, args[1:])
@@ -118,14 +123,20 @@ class Engine:
         around = self._around
         if not step.active:
             if not self._loss.has_to_rehearse(step):
-                return original(*args, **kwargs)
+                return self._network(*args, **kwargs)
             around = [self._loss.around]
-        step.network = lambda batch: original(batch, *args[1:], **kwargs)
+        step.network = lambda batch: self._network(batch, *args[1:], **kwargs)
         with around[0](step) if len(around) == 1 else _entered(around, step):
             step.output = step.network(step.given_batch)
         if step.scalars:
             report.log_scalars(self.module, step.scalars, sum(step.batch_sizes))
+            self.watch.take(step.scalars)
         return step.output
+
+    def _network(self, *args: Any, **kwargs: Any) -> Any:
+        for before in self._before_network:
+            before()
+        return self._replaced["training_step"].original(*args, **kwargs)
 
     def run_alone(self, technique: Member, step: Step) -> Tensor | None:
         """A step of a network beside the user's (``step.module``), on which the one technique acts and no other.

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import override
 
 from lightning_reg.engine.host import lightning as host
-from lightning_reg.engine.layers.edits import LayerEdit, LayerEdits
+from lightning_reg.engine.layers.edits import LayerEdits
 from lightning_reg.engine.run import report
 from lightning_reg.engine.run.composition import check_pairs
+from lightning_reg.engine.run.layer_parts import edits_of
 from lightning_reg.engine.run.phases import Member, OnBatch, OnLayers, phases_of, taking_part
 from lightning_reg.engine.step import EvaluationStep, Stage
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["AroundEvaluation"]
 
 _STEPS: dict[str, Stage] = {"validation_step": "validate", "test_step": "test", "predict_step": "predict"}
+_PHASES = frozenset({"edit_inputs", "edit_features", "transform_batch"})
 
 
 class AroundEvaluation(host.Callback):
@@ -53,7 +55,9 @@ class AroundEvaluation(host.Callback):
 
         """
         elsewhere = [technique for technique in techniques if technique.stages - {"train"}]
-        acting = [t for t in elsewhere if {"edit_features", "transform_batch"}.intersection(phases_of(t))]
+        acting = [
+            t for t in elsewhere if {"edit_inputs", "edit_features", "transform_batch"}.intersection(phases_of(t))
+        ]
         callbacks = host.callbacks(trainer)
         if acting and not any(isinstance(callback, cls) for callback in callbacks):
             check_pairs(acting)
@@ -68,8 +72,7 @@ class AroundEvaluation(host.Callback):
             step.batch = technique.transform_batch(step.batch, step)
         args = (step.batch, *args[1:]) if args else args
         if self._edits is None:
-            edits = [LayerEdit(t, t.features_to_edit(self._module), t.edit_features) for t in self._on_layers]
-            self._edits = LayerEdits(self._module, edits, training=False)
+            self._edits = LayerEdits(self._module, edits_of(self._on_layers, self._module), training=False)
         self._edits.open(step)
         try:
             output = original(*args, **kwargs)

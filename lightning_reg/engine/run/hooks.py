@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from lightning_reg.engine.run.part import Part
     from lightning_reg.engine.run.phases import Member
+    from lightning_reg.engine.run.watching import Watch
 
 __all__ = ["FirstHooks", "LastHooks"]
 
@@ -22,6 +23,7 @@ class HasParts(Protocol):
     """What is attached to the Trainer."""
 
     parts: "list[Part]"
+    watch: "Watch"
     techniques: "list[Member]"
 
     def prepare(self) -> None:
@@ -86,6 +88,10 @@ class FirstHooks(Callback):
     def on_validation_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         for rest in self._rest:
             rest()
+
+    @override
+    def on_fit_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        self._engine.watch.show()
 
     @override
     def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:

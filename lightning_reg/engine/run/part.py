@@ -39,6 +39,9 @@ class Part:
         """
         raise NotImplementedError
 
+    def before_network(self) -> None:
+        """The user's ``training_step`` is about to run, whether a technique is active or not; the batch is final."""
+
     def before_optimizer(self, optimizer: Any) -> None:
         """Gradients are there, unscaled and not yet clipped; all other callbacks come after this."""
 

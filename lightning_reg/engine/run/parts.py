@@ -1,25 +1,23 @@
-"""The engine's own parts, in the order of the step: the batch, penalties, weights, layers, the loss."""
+"""The engine's own parts, in the order of the step: the batch, weights, layers, the loss."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_reg.engine.data.views import Views
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.layers.edits import LayerEdit, LayerEdits
-from lightning_reg.engine.layers.named import FeatureTap
 from lightning_reg.engine.loss.mixin import LossMixin
-from lightning_reg.engine.loss.result import loss_of
 from lightning_reg.engine.loss.watch import Interception
+from lightning_reg.engine.run.layer_parts import EditPart, TapPart
 from lightning_reg.engine.run.loss_path import LossPath, Sightings
 from lightning_reg.engine.run.map_part import MapPart
 from lightning_reg.engine.run.part import Part
+from lightning_reg.engine.run.period_part import PeriodPart
 from lightning_reg.engine.run.phases import (
     LOSS_PHASES,
     Member,
@@ -37,8 +35,7 @@ from lightning_reg.engine.run.phases import (
     taking_part,
 )
 from lightning_reg.engine.run.rehearsal import rehearsals
-from lightning_reg.engine.run.step_parts import GradientPart, OwnPart, TermPart, log_joined
-from lightning_reg.engine.weights.penalties import add_penalties_
+from lightning_reg.engine.run.step_parts import GradientPart, OwnPart, PenaltyPart, TermPart
 from lightning_reg.engine.weights.strategies import check_editable, check_split
 from lightning_reg.engine.weights.swap import Surgery, named_weights
 
@@ -83,6 +80,8 @@ def _parts_on_layers(trainer: "Trainer", module: "LightningModule", techniques: 
         parts.append(EditPart(module, on_layers))
     for technique in taking_part(techniques, Member, "parts"):
         parts += technique.parts(trainer, module)
+    if any(technique.periods for technique in techniques):
+        parts.append(PeriodPart(trainer, module, techniques))
     if layers := [layer for t in techniques if isinstance(t, Observer) for layer in t.feature_layers]:
         parts.append(TapPart(module, layers))
     if on_step := taking_part(techniques, OnStep):
@@ -121,45 +120,6 @@ def _size_for_views(views: "dict[OnBatch, Sequence[Any]]", step: "Step") -> int:
         name = type(next(iter(views))).__name__
         raise MisconfigurationException(f"{name} adds views to the batch, but the batch {why}.")
     return step.batch_sizes[0]
-
-
-class PenaltyPart(Part):
-    """Penalties on parameters: their gradients, and their values for the log.
-
-    Args:
-        trainer: The Trainer.
-        module: The user's module.
-        techniques: Those that take part.
-
-    """
-
-    def __init__(self, trainer: "Trainer", module: "LightningModule", techniques: Sequence[OnParameters]) -> None:
-        self._trainer, self._module, self._techniques = trainer, module, techniques
-        self._active: Sequence[OnParameters] = techniques
-
-    @override
-    def begin_step(self) -> None:
-        self._active = ()  # in a step in which no technique is active the part is not entered
-
-    @override
-    @contextmanager
-    def around(self, step: "Step") -> Iterator[None]:
-        self._active = [technique for technique in self._techniques if technique in step.active]
-        with torch.no_grad():
-            found = [(t, t.penalty(self._module)) for t in self._active] if step.is_logging else []
-        yield
-        self._log({technique: value for technique, value in found if value is not None}, step)
-
-    def _log(self, penalties: dict[OnParameters, Tensor], step: "Step") -> None:
-        loss = loss_of(step.output)
-        for technique, penalty in penalties.items():
-            log_joined(step, technique, "penalty", penalty, loss)  # by hand no loss need be returned
-
-    @override
-    def before_optimizer(self, optimizer: Any) -> None:
-        if self._active:
-            penalties = [technique.penalty for technique in self._active]
-            add_penalties_(penalties, self._module, self._trainer, optimizer, type(self._active[0]).__name__)
 
 
 class SwapPart(Part):
@@ -279,79 +239,6 @@ def _entered(contexts: "Sequence[AbstractContextManager[None] | None]") -> Itera
         yield
 
 
-class EditPart(Part):
-    """Outputs of named layers, changed.
-
-    Args:
-        module: The user's module.
-        techniques: Those that take part.
-
-    """
-
-    def __init__(self, module: "LightningModule", techniques: Sequence[OnLayers]) -> None:
-        self._module, self._techniques = module, techniques
-        self._edits = LayerEdits(module, ())
-
-    @override
-    def prepare(self) -> None:
-        edits = [LayerEdit(t, t.features_to_edit(self._module), t.edit_features) for t in self._techniques]
-        self._edits = LayerEdits(self._module, edits)
-
-    @override
-    @contextmanager
-    def around(self, step: "Step") -> Iterator[None]:
-        self._edits.open(step)
-        try:
-            yield
-        finally:
-            self._edits.shut()
-        self._edits.check(step)
-
-    @override
-    def rest(self) -> None:
-        self._edits.rest()
-
-    @override
-    def close(self) -> None:
-        self._edits.close()
-
-
-class TapPart(Part):
-    """Outputs of named layers, observed.
-
-    Args:
-        module: The user's module.
-        layers: Names of the layers.
-
-    """
-
-    def __init__(self, module: "LightningModule", layers: Sequence[str]) -> None:
-        self._module, self._layers = module, layers
-        self._tap = FeatureTap(module, ())
-
-    @override
-    def prepare(self) -> None:
-        self._tap = FeatureTap(self._module, self._layers)
-
-    @override
-    @contextmanager
-    def around(self, step: "Step") -> Iterator[None]:
-        tap = self._tap
-        tap.open, step.features, step.passes = True, tap.outputs, tap.passes
-        if step.feature_view is not None:
-            tap.view = step.feature_view
-        if step.views is not None:
-            tap.own = step.views.own
-        try:
-            yield
-        finally:
-            tap.shut()
-
-    @override
-    def close(self) -> None:
-        self._tap.close()
-
-
 class LossPart(Part):
     """The loss.
 
@@ -371,7 +258,8 @@ class LossPart(Part):
     @override
     def around(self, step: "Step") -> AbstractContextManager[Any]:
         mixer = step.mixer
-        on_loss = [t for t in self._techniques if t in step.active and (t in self._on_loss or t is mixer)]
+        acting = [t for t in self._techniques if t in step.active and t not in step.resting and not step.alone]
+        on_loss = [t for t in acting if t in self._on_loss or t is mixer]
         rehearsed = rehearsals(step, self._techniques, self._on_loss) if self._sightings.is_first else ()
         return LossPath(step, on_loss, self._sightings, rehearsed)
 

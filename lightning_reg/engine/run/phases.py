@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from lightning_reg.engine.data.mixing import Mixing
-    from lightning_reg.engine.layers.edits import LayerCall
+    from lightning_reg.engine.layers.edits import InputCall, LayerCall
     from lightning_reg.engine.loss.call import LossCall
     from lightning_reg.engine.run.part import Part
+    from lightning_reg.engine.run.periods import Period
     from lightning_reg.engine.step import Step
     from lightning_reg.engine.weights.factors import Factors
     from lightning_reg.engine.weights.latents import Latents
@@ -52,6 +53,9 @@ class Member:
     # In which steps it changes batches and outputs of layers. In evaluation these are without gradient as a rule, and
     # there is no fit if the user calls `trainer.test` alone: what it needs then it has in its arguments or its state.
     stages: frozenset[Stage] = frozenset({"train"})  # instances may have their own, which stay as they are
+
+    # Which of its scalars stand beside the progress bar, by their names behind the log key: none for the first logged.
+    watched: ClassVar[tuple[str, ...]] = ()
 
     loss: int | str | None
     index_key: str | None
@@ -93,6 +97,11 @@ class Member:
     def remembers_channels(self) -> bool:
         """Whether it holds, from an earlier fit, numbers that belong to single channels of the module's layers."""
         return False
+
+    @property
+    def periods(self) -> "Sequence[Period]":
+        """Parts of the fit in which it freezes weights, or in which its own loss or the user's is alone."""
+        return ()
 
     def prepare_model(self, module: "LightningModule") -> None:
         """Prepares the module before it is wrapped for several processes and before its optimizers are made.
@@ -262,18 +271,29 @@ class OnModules(Member):
 
 
 class OnLayers(Member):
-    """The phase on the outputs of named layers."""
+    """The phases on what named layers are given and what they return.
+
+    Called when a layer runs inside the user's ``training_step``, in training mode and with gradients recorded; and in
+    evaluation mode inside ``validation_step``, ``test_step`` and ``predict_step``, if :attr:`stages` says so.
+    """
+
+    def inputs_to_edit(self, module: nn.Module) -> "Sequence[str]":
+        """Names of the layers whose inputs :meth:`edit_inputs` changes, as in ``named_modules()``."""
+        return ()
+
+    def edit_inputs(self, call: "InputCall") -> "tuple[tuple[Any, ...], Mapping[str, Any]] | None":
+        """Returns what a layer gets in place of its arguments, by position and by name; ``None`` for the same.
+
+        ``call.with_input(x)`` has another first argument and all others as they are. What is given stays as it is.
+        """
+        raise NotImplementedError
 
     def features_to_edit(self, module: nn.Module) -> "Sequence[str]":
         """Names of the layers whose outputs :meth:`edit_features` changes, as in ``named_modules()``."""
         return ()
 
     def edit_features(self, call: "LayerCall") -> Any:
-        """Returns what a layer returns in its place, ``None`` for its own output.
-
-        Called when the layer ran inside the user's ``training_step``, in training mode and with gradients recorded; and
-        in evaluation mode inside ``validation_step``, ``test_step`` and ``predict_step``, if :attr:`stages` says so.
-        """
+        """Returns what a layer returns in its place, ``None`` for its own output."""
         raise NotImplementedError
 
 
@@ -302,6 +322,8 @@ class OnWeights(Member):
 
 class OnParameters(Member):
     """The phase on the parameters alone, before the optimizer's step."""
+
+    optimizer: int | None = None  # position of the one in whose steps it counts; ``None`` for all
 
     def penalty(self, module: "LightningModule") -> Tensor | None:
         """Returns a scalar that depends on parameters only; ``None`` for none.
@@ -375,6 +397,7 @@ PHASES: dict[str, type[Member]] = {
     "observe_batch": OnBatch,
     "extra_views": OnBatch,
     "edit_weights": OnWeights,
+    "edit_inputs": OnLayers,
     "edit_features": OnLayers,
     "parts": Member,
     "change_targets": OnLoss,

@@ -81,7 +81,7 @@ def rehearsals(step: "Step", techniques: Sequence[Member], on_loss: Collection[M
     idle = [t for t in techniques if t is not mixed_by and (t in step.active or t.waits(step))]
     mixings = {t: t.rehearse(step) for t in taking_part(idle, OnBatch, "transform_batch")}
     followed: dict[Member, Mixing] = {t: m for t, m in mixings.items() if m is not None and not m.in_targets}
-    waiting = [t for t in idle if t in followed or (t in on_loss and t not in step.active)]
+    waiting = [t for t in idle if t in followed or (t in on_loss and (t not in step.active or t in step.resting))]
     return [Rehearsal(technique, step, followed.get(technique)) for technique in waiting]
 
 

@@ -7,50 +7,64 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_reg.engine.host import distributed
 from lightning_reg.engine.host import lightning as host
-from lightning_reg.engine.run.phases import Member, OnModules, ThroughMap, phases_of
+from lightning_reg.engine.run.periods import Period
+from lightning_reg.engine.run.phases import LOSS_PHASES, Member, OnModules, ThroughMap, phases_of
 from lightning_reg.engine.weights.summed import names_said
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+    from torch.optim import Optimizer
 
-__all__ = ["log_scalars", "note_empty_states", "show_table", "techniques_table", "warn_of_missing_states"]
+__all__ = [
+    "log_scalars",
+    "note_empty_states",
+    "show_table",
+    "techniques_table",
+    "warn_of_missing_states",
+    "what_is_trained",
+]
 
 log = logging.getLogger(__name__)
 
 
-def techniques_table(techniques: Sequence[Member], samples: Mapping[Any, int]) -> Table:
+def techniques_table(techniques: Sequence[Member], samples: Mapping[Any, int], trained: str = "") -> Table:
     """The table at the start of the fit.
 
     Args:
         techniques: In the order they act.
         samples: Number of samples whose indices are followed, for the techniques that need them.
+        trained: What is trained, see :func:`what_is_trained`.
 
     Returns:
         A rich table, one row per technique.
 
     """
-    table = Table(title="lightning_reg", title_justify="left")
+    table = Table(title="lightning_reg", title_justify="left", caption=escape(trained), caption_justify="left")
     for column in ("technique", "acts on", "samples", "settings"):
         table.add_column(column, overflow="fold")
     for technique in techniques:
         count = f"{samples[technique]:,}" if technique in samples else "-"
         acts_on = ", ".join(phases_of(technique)) or "callback hooks"
         name = type(technique).__name__ + (f" [{technique.name}]" if technique.name else "")
-        table.add_row(escape(name), acts_on, count, escape(_settings(technique)))
+        table.add_row(escape(name), acts_on, count, escape(_settings(technique, techniques)))
     return table
 
 
-def _settings(technique: Member) -> str:
-    told = technique.describe()
+def _settings(technique: Member, techniques: Sequence[Member]) -> str:
+    said = [technique.describe()]
     if isinstance(technique, OnModules):
-        told += f"; trains {technique.own.size:,} numbers of its own"
+        said.append(f"trains {technique.own.size:,} numbers of its own")
     if isinstance(technique, ThroughMap) and technique.latents.ways:
-        told += f"; gradients of {_ways(technique.latents.ways)}"
-    return told
+        said.append(f"gradients of {_ways(technique.latents.ways)}")
+    for period in technique.periods:
+        resting = [type(t).__name__ for t in techniques if t is not technique and _ON_LOSS.intersection(phases_of(t))]
+        rests = f" ({', '.join(resting)} without effect on it)" if period.loss == "own" and resting else ""
+        said.append(f"{period}{rests}")
+    return "; ".join(said)
 
 
 def _ways(ways: Mapping[str, str]) -> str:
@@ -60,14 +74,52 @@ def _ways(ways: Mapping[str, str]) -> str:
     return ", ".join(f"{len(names)} weights {way}: {names_said(names)}" for way, names in by_way.items())
 
 
-def show_table(trainer: "Trainer", techniques: Sequence[Member], samples: Mapping[Any, int]) -> None:
+_ON_LOSS = LOSS_PHASES | {"step_term"}
+
+
+def what_is_trained(module: nn.Module, optimizers: "Sequence[Optimizer]", techniques: Sequence[Member]) -> str:
+    """What is trained, frozen and lent, in numbers.
+
+    Args:
+        module: The user's module.
+        optimizers: Those of the fit.
+        techniques: In the order they act.
+
+    Returns:
+        A line.
+
+    """
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    sizes = {p: 0 if isinstance(p, nn.UninitializedParameter) else p.numel() for p in module.parameters()}
+    trained = sum(size for p, size in sizes.items() if p.requires_grad and id(p) in held)
+    said = [f"trained: {trained:,} of the module's {sum(sizes.values()):,} numbers"]
+    off = sum(size for p, size in sizes.items() if not p.requires_grad)
+    rest = sum(sizes.values()) - trained - off
+    said += [f"frozen: {off:,}"] + ([f"in no optimizer: {rest:,}"] if rest else [])
+    said += [
+        f"frozen by {type(t).__name__} in {str(period).partition(':')[0]}: {_count(period, module):,}"
+        for t in techniques
+        for period in t.periods
+        if period.freezes
+    ]
+    lent = [f"{type(t).__name__} {t.own.size:,}" for t in techniques if isinstance(t, OnModules) and t.own.size]
+    return "; ".join([*said, f"lent to the optimizer: {', '.join(lent) or '0'}"])
+
+
+def _count(period: Period, module: nn.Module) -> int:
+    return sum(p.numel() for p in period.chosen(module)[0] if not isinstance(p, nn.UninitializedParameter))
+
+
+def show_table(trainer: "Trainer", module: nn.Module, techniques: Sequence[Member], samples: Mapping[Any, int]) -> None:
     """Prints the table where Lightning prints its model summary (``enable_model_summary``); else it goes to the log."""
     if not trainer.is_global_zero:
         return
+    trained = what_is_trained(module, trainer.optimizers, techniques)
     if host.prints_summary(trainer):
-        Console().print(techniques_table(techniques, samples))
+        Console().print(techniques_table(techniques, samples, trained))
+    log.info("%s", trained)
     for technique in techniques:
-        log.info("%s: %s", type(technique).__name__, _settings(technique))
+        log.info("%s: %s", type(technique).__name__, _settings(technique, techniques))
 
 
 def note_empty_states(techniques: Sequence[Member], checkpoint: Mapping[str, Any]) -> None:

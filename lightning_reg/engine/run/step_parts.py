@@ -15,7 +15,9 @@ from lightning_reg.engine.host.generators import own_randomness
 from lightning_reg.engine.host.names import plain_name
 from lightning_reg.engine.loss.result import loss_of, with_loss
 from lightning_reg.engine.run.part import Part
-from lightning_reg.engine.run.phases import OnGradients, OnModules, OnStep, taking_part
+from lightning_reg.engine.run.period_part import resting
+from lightning_reg.engine.run.phases import OnGradients, OnModules, OnParameters, OnStep, taking_part
+from lightning_reg.engine.weights.penalties import add_penalties_
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
     from lightning_reg.engine.step import Step
 
-__all__ = ["GradientPart", "OwnPart", "TermPart", "log_joined"]
+__all__ = ["GradientPart", "OwnPart", "PenaltyPart", "TermPart", "log_joined"]
 
 
 def log_joined(step: "Step", technique: Any, name: str, value: Tensor, loss: Tensor | None) -> None:
@@ -58,7 +60,7 @@ class TermPart(Part):
     @override
     @contextmanager
     def around(self, step: "Step") -> Iterator[None]:
-        active = [technique for technique in self._techniques if technique in step.active]
+        active = [t for t in self._techniques if t in step.active and t not in step.resting]
         by_hand = not step.module.automatic_optimization
         if by_hand:
             positions = count()
@@ -79,7 +81,7 @@ class TermPart(Part):
         return [technique for technique in active if technique.loss in (position, None)]
 
     def _joined(self, loss: Tensor, step: "Step", techniques: list[OnStep]) -> Tensor:
-        total = loss
+        total = loss = resting(loss) if step.alone else loss
         with step.trainer.precision_plugin.train_step_context():
             for technique in techniques:
                 term = technique.step_term(step)
@@ -165,6 +167,56 @@ class GradientPart(Part):
         self._handles = []
 
 
+class PenaltyPart(Part):
+    """Penalties on parameters: their gradients, and their values for the log.
+
+    Args:
+        trainer: The Trainer.
+        module: The user's module.
+        techniques: Those that take part.
+
+    """
+
+    def __init__(self, trainer: "Trainer", module: "LightningModule", techniques: Sequence[OnParameters]) -> None:
+        self._trainer, self._module, self._techniques = trainer, module, techniques
+        self._active: Sequence[OnParameters] = techniques
+
+    @override
+    def start(self) -> None:
+        count = len(self._trainer.optimizers)
+        for technique in self._techniques:
+            if technique.optimizer is not None and not -1 < technique.optimizer < count:
+                raise MisconfigurationException(
+                    f"{type(technique).__name__}: `optimizer` must be the position of one of the {count} that"
+                    f" `configure_optimizers` returns, 0 for the first, got {technique.optimizer}."
+                )
+
+    @override
+    def begin_step(self) -> None:
+        self._active = ()  # in a step in which no technique is active the part is not entered
+
+    @override
+    @contextmanager
+    def around(self, step: "Step") -> Iterator[None]:
+        self._active = [technique for technique in self._techniques if technique in step.active]
+        with torch.no_grad():
+            found = [(t, t.penalty(self._module)) for t in self._active] if step.is_logging else []
+        yield
+        self._log({technique: value for technique, value in found if value is not None}, step)
+
+    def _log(self, penalties: dict[OnParameters, Tensor], step: "Step") -> None:
+        loss = loss_of(step.output)
+        for technique, penalty in penalties.items():
+            log_joined(step, technique, "penalty", penalty, loss)  # by hand no loss need be returned
+
+    @override
+    def before_optimizer(self, optimizer: Any) -> None:
+        asked = [t for t in self._active if t.optimizer is None or self._trainer.optimizers[t.optimizer] is optimizer]
+        if asked:
+            penalties = [technique.penalty for technique in asked]
+            add_penalties_(penalties, self._module, self._trainer, optimizer, type(asked[0]).__name__)
+
+
 class OwnPart(Part):
     """Modules that techniques train of their own.
 
@@ -177,8 +229,9 @@ class OwnPart(Part):
 
     def __init__(self, trainer: "Trainer", module: "LightningModule", techniques: Sequence[OnModules]) -> None:
         self._trainer, self._module, self._techniques = trainer, module, techniques
-        self._active: Sequence[Any] = ()
+        self._step: Step | None = None
         self._stepping: list[OnModules] = []
+        self._unasked = list(techniques)
 
     @override
     def prepare(self) -> None:
@@ -191,7 +244,7 @@ class OwnPart(Part):
 
     @override
     def start(self) -> None:
-        for technique in self._techniques:
+        for technique in [technique for technique in self._techniques if technique.own.parameters]:
             count, position = len(self._trainer.optimizers), technique.own_optimizer
             if (position is None and count > 1) or not -1 < (position or 0) < count:
                 raise MisconfigurationException(
@@ -201,7 +254,7 @@ class OwnPart(Part):
 
     @override
     def begin_step(self) -> None:
-        self._active = ()  # in a step in which no technique is active the part is not entered
+        self._step = None  # in a step in which no technique is active the part is not entered
         for technique in self._techniques:
             if technique.own.is_loaded:  # the learning-rate finder puts states back
                 technique.own.begin(technique.own.modules, self._module.device, type(technique).__name__)
@@ -209,7 +262,7 @@ class OwnPart(Part):
     @override
     @contextmanager
     def around(self, step: "Step") -> Iterator[None]:
-        self._active = step.active
+        self._step = step
         yield
 
     @override
@@ -225,11 +278,36 @@ class OwnPart(Part):
     @override
     def after_closure(self) -> None:
         # While they are still scaled: what is not finite on one rank is so on all, and all skip the step.
-        for technique in [technique for technique in self._stepping if technique in self._active]:
-            technique.own.average_gradients()
+        step = self._step
+        if step is None:
+            return
+        for technique in self._stepping:
+            if technique in step.resting:
+                technique.own.drop_gradients()
+            elif technique in step.active:
+                self._ask(technique)
+                technique.own.average_gradients()
+
+    def _ask(self, technique: OnModules) -> None:
+        """Says, in the first step of each, which of its parameters get no gradient on any rank: one collective."""
+        if technique not in self._unasked:
+            return
+        self._unasked.remove(technique)
+        missing = technique.own.without_gradient()
+        if missing:
+            host.rank_zero_warn(
+                f"{type(technique).__name__} trains {', '.join(map(repr, missing))} of its own, and in its first step"
+                " no gradient reached them on any rank: they are not used there, or detached from the loss. If nothing"
+                " reaches them later either, they stay as they are."
+            )
+
+    @override
+    def rest(self) -> None:
+        self._step = None  # which holds its batch
 
     @override
     def close(self) -> None:
+        self.rest()
         for technique in self._techniques:
             technique.own.end()
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_reg.engine.host.arguments import check_number
-from lightning_reg.engine.host.distributed import average_
+from lightning_reg.engine.host.distributed import all_reduce_max, average_
 from lightning_reg.engine.host.errors import MisconfigurationException
 
 __all__ = ["OwnModules"]
@@ -106,6 +106,20 @@ class OwnModules:
                 parameter.grad = torch.zeros_like(parameter)
         average_([parameter.grad for parameter in self.parameters.values() if parameter.grad is not None])
 
+    def drop_gradients(self) -> None:
+        """Leaves no gradients, so that an optimizer passes them by."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def without_gradient(self) -> list[str]:
+        """Names of the parameters that have no gradient on any rank; one collective and a host sync."""
+        named = self.parameters
+        if not named:
+            return []
+        has = [parameter.grad is not None for parameter in named.values()]
+        anywhere = all_reduce_max(torch.tensor(has, dtype=torch.float32, device=next(iter(named.values())).device))
+        return [name for name, one in zip(named, anywhere.tolist(), strict=True) if not one]
+
     @contextmanager
     def lent(self, optimizer: Optimizer, owner: str) -> Iterator[None]:
         """While an optimizer steps it has a group for them, and its state of them.
@@ -118,12 +132,15 @@ class OwnModules:
             MisconfigurationException: If it takes no further group.
 
         """
+        parameters = self.parameters
+        if not parameters:
+            yield
+            return
         if isinstance(optimizer, LBFGS) or hasattr(optimizer, "consolidate_state_dict"):
             raise MisconfigurationException(
                 f"{owner}: {type(optimizer).__name__} takes no further group of parameters, so what {owner} trains"
                 " cannot be trained with it. Choose another optimizer."
             )
-        parameters = self.parameters
         group = self._group(optimizer.param_groups[0], parameters)
         for name, parameter in parameters.items():
             if self._moments.get(name):

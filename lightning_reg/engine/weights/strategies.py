@@ -40,12 +40,13 @@ def check_whole(technique: object, trainer: "Trainer", does: str) -> None:
         )
 
 
-def check_editable(technique: object, trainer: "Trainer") -> None:
+def check_editable(technique: object, trainer: "Trainer", does: str = "edits") -> None:
     """Refuses strategies that keep parameters in a form of their own.
 
     Args:
         technique: Who edits weights.
         trainer: The Trainer that starts to fit.
+        does: What it does with them, for the message.
 
     Raises:
         MisconfigurationException: Under FSDP1 and DeepSpeed.
@@ -55,8 +56,8 @@ def check_editable(technique: object, trainer: "Trainer") -> None:
     why = next((why for prefix, why in _OPAQUE.items() if strategy.startswith(prefix)), None)
     if why is not None:
         raise MisconfigurationException(
-            f"{type(technique).__name__} edits parameters, but {strategy} {why}. Use DDP, or ModelParallelStrategy with"
-            " `fully_shard` in `configure_model`."
+            f"{type(technique).__name__} {does} parameters, but {strategy} {why}. Use DDP, or ModelParallelStrategy"
+            " with `fully_shard` in `configure_model`."
         )
 
 

@@ -10,7 +10,7 @@ from lightning_reg.engine.weights.factors import Layout
 from lightning_reg.engine.weights.places import layouts_of, places_of
 from lightning_reg.engine.weights.summed import all_names
 from lightning_reg.engine.weights.swap import named_weights
-from lightning_reg.finetuning.allora.export import read_peft
+from lightning_reg.finetuning.allora._peft_files import read_peft
 
 __all__ = ["layouts_for", "starting_factors", "trained_as_they_are"]
 

@@ -8,19 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_reg.engine.host.modules import Convolution, TransposedConvolution
 from lightning_reg.engine.weights.factors import Factors, Layout, write_product_
 from lightning_reg.engine.weights.places import Place, layout_in, places_of
+from lightning_reg.finetuning.allora._peft_files import CONFIG, ROOT, TENSORS, read_peft
 
 if TYPE_CHECKING:
     from lightning_reg.finetuning.allora.allora import ALLoRA
 
 __all__ = ["applied", "export_peft", "from_peft"]
-
-_ROOT = "base_model.model."
 
 
 class _Adapted(NamedTuple):
@@ -61,18 +60,15 @@ def export_peft(technique: "ALLoRA", model: nn.Module, folder: str | Path) -> li
     saved = _saved_layers(technique, model, prefix, set(ranks))
     for layer in saved:
         named = model.get_submodule(layer).state_dict()
-        tensors |= {f"{_ROOT}{layer}.{key}": value for key, value in named.items()}
+        tensors |= {f"{ROOT}{layer}.{key}": value for key, value in named.items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, folder / _TENSORS)
+    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, folder / TENSORS)
     layers = [model.get_submodule(name) for name in ranks]
     turned = any(layout_in(layer, "weight") == Layout(turned=True) for layer in layers if not _is_table(layer))
     config = _config(ranks, factor, saved, fan_in_fan_out=turned)
-    (folder / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
     return sorted(tensors)
-
-
-_TENSORS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def _prefix(weights: list[str], places: Mapping[str, Any]) -> str:
@@ -111,11 +107,11 @@ def _is_table(layer: nn.Module) -> bool:
 def _named(layer: str, adapted: _Adapted) -> dict[str, Tensor]:
     left, right = adapted.left, adapted.right
     if _is_table(adapted.layer):
-        return {f"{_ROOT}{layer}.lora_embedding_A": right, f"{_ROOT}{layer}.lora_embedding_B": left}
+        return {f"{ROOT}{layer}.lora_embedding_A": right, f"{ROOT}{layer}.lora_embedding_B": left}
     if isinstance(adapted.layer, Convolution):
         kernel = adapted.layer.weight.shape[1:]
         left, right = left.reshape(*left.shape, *[1] * (len(kernel) - 1)), right.reshape(-1, *kernel)
-    return {f"{_ROOT}{layer}.lora_A.weight": right, f"{_ROOT}{layer}.lora_B.weight": left}
+    return {f"{ROOT}{layer}.lora_A.weight": right, f"{ROOT}{layer}.lora_B.weight": left}
 
 
 def _saved_layers(technique: "ALLoRA", model: nn.Module, prefix: str, adapted: set[str]) -> list[str]:
@@ -225,36 +221,3 @@ def applied(model: nn.Module, folder: str | Path, alpha: float = 1.0) -> Iterato
     finally:
         for name, value in kept.items():
             state[name].copy_(value)
-
-
-def read_peft(folder: str | Path) -> tuple[dict[str, tuple[Tensor, Tensor, float]], dict[str, Tensor], dict[str, Any]]:
-    """Reads an adapter.
-
-    Args:
-        folder: With the two files.
-
-    Returns:
-        By layer B, A (both as matrices) and their product's factor; other tensors by name; the configuration.
-
-    Raises:
-        ValueError: If it is no plain LoRA.
-
-    """
-    config = json.loads((Path(folder) / _CONFIG).read_text(encoding="utf-8"))
-    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("bias", "none") != "none":
-        raise ValueError(f"{str(folder)!r} is no plain LoRA: without DoRA, with bias='none', peft_type='LORA'.")
-    tensors = {key.removeprefix(_ROOT): value for key, value in load_file(Path(folder) / _TENSORS).items()}
-    factors = {}
-    for key in [key for key in tensors if re.search(r"\.lora_(embedding_)?A(\.weight)?$", key)]:
-        layer, other = re.sub(r"\.lora_(embedding_)?A(\.weight)?$", "", key), re.sub(r"A(\.weight)?$", r"B\1", key)
-        right, left = tensors.pop(key).flatten(1), tensors.pop(other).flatten(1)
-        alpha = _by_pattern(config.get("alpha_pattern"), layer, config["lora_alpha"])
-        factors[layer] = (left, right, alpha / (len(right) ** 0.5 if config.get("use_rslora") else len(right)))
-    if any("lora_" in key for key in tensors):
-        raise ValueError(f"{str(folder)!r} has tensors of another kind of LoRA: {sorted(tensors)[:3]}.")
-    return factors, tensors, config
-
-
-def _by_pattern(patterns: Mapping[str, float] | None, layer: str, usual: float) -> float:
-    found = [value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key.lstrip('^')})$", layer)]
-    return float(found[0] if found else usual)

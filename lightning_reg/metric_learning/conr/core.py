@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_reg.engine.data.numbers import numbers
-from lightning_reg.engine.host.distributed import all_gather_rows, world_size
-from lightning_reg.metric_learning._unit_rows import unit_rows
+from lightning_reg.engine.loss.contrastive import contrastive_losses, rows_of_ranks, unit_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -121,40 +120,22 @@ def conr_rows(
         z = unit_rows(features)
         y, p = (numbers(values).detach().to(z.dtype) for values in (targets, predictions))
         q = z.new_ones(len(z)) if weights is None else weights.detach().reshape(-1).to(z.dtype)
-        sent = torch.cat([z, y, p], dim=1)
-        rows, real, first = (sent, None, 0) if group is None else all_gather_rows(sent, group, capacity)
-        keys, all_y, all_p = torch.split(rows, [z.shape[1], y.shape[1], p.shape[1]], dim=1)
-        own = torch.arange(len(z), device=z.device)[:, None] + first
-        others = own != torch.arange(len(rows), device=z.device)
-        others = others if real is None else others & real
-        total: Tensor | int = max(len(rows), 1) if real is None else real.sum()
+        found = rows_of_ranks(torch.cat([z, y, p], dim=1), group, capacity)
+        keys, all_y, all_p = torch.split(found.rows, [z.shape[1], y.shape[1], p.shape[1]], dim=1)
         apart, predicted_apart = distance(y, all_y.detach()), distance(p, all_p.detach())
-        positive, negative = _masks(apart, predicted_apart, window, others)
-        log_push = q.log()[:, None] + (eta * apart if push == "exponential" else (eta * apart).log())
-        losses, anchors = _row_losses(z @ keys.T / temperature, positive, negative, log_push, total if compat else None)
+        positive, negative = _masks(apart, predicted_apart, window, found.others(len(z)))
         positives = positive.sum(1)
+        anchors = (positives > 0) & negative.any(1)
+        push_of = q.log()[:, None] + (eta * apart if push == "exponential" else (eta * apart).log())
+        more = (found.total - positives).to(z.dtype).log() if compat else None
+        losses = contrastive_losses(z @ keys.T / temperature, positive, negative, push_of, more, anchors)
         losses = losses * (q if push == "exponential" else positives / (positives + 1))
-        return Rows(losses * (1 if group is None else world_size(group)) / total, anchors, negative.sum(1))
+        return Rows(losses * found.ranks / found.total, anchors, negative.sum(1))
 
 
 def _masks(apart: Tensor, predicted_apart: Tensor, window: float, others: Tensor) -> tuple[Tensor, Tensor]:
     near = apart <= window
     return near & others, ~near & (predicted_apart <= window) & others
-
-
-def _row_losses(
-    s: Tensor, positive: Tensor, negative: Tensor, log_push: Tensor, compat_total: Tensor | int | None
-) -> tuple[Tensor, Tensor]:
-    positives = positive.sum(1)
-    anchors = (positives > 0) & negative.any(1)
-    logits = s + torch.where(negative, log_push, 0.0)
-    logits = logits.masked_fill(~(positive | negative), -math.inf)
-    if compat_total is not None:
-        logits = torch.cat([logits, (compat_total - positives).to(s.dtype).log()[:, None]], dim=1)
-    # Other rows may have no finite entry, where the gradient of logsumexp is 0 only by a special case of torch.
-    logits = torch.where(anchors[:, None], logits, 0.0)
-    attraction = torch.where(positive, s, 0.0).sum(1) / positives.clamp(min=1)
-    return torch.where(anchors, logits.logsumexp(1) - attraction, 0.0), anchors
 
 
 def pair_masks(

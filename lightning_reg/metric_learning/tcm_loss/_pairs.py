@@ -1,5 +1,6 @@
 """Pairs of many rows, block by block: order statistics of their cosines, and how many a threshold accepts."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 __all__ = ["Rows", "accepted", "first_pass", "negatives_at"]
 
-_ENTRIES = 2**22  # of a block: 16 MiB of float32
+_ENTRIES = 2**20  # of a block: 4 MiB of float32
 _HALF = 2**16
 _SLACK = 1e-6  # the first look for accepted pairs compares in float32, the second one exactly
 
@@ -32,24 +33,38 @@ class Rows(NamedTuple):
 
 
 class _Block(NamedTuple):
+    """Pairs of some rows with some that follow; without masks all are of two classes."""
+
     start: int
-    stop: int
-    cosines: Tensor  # (stop - start, n - start)
-    positive: Tensor
-    negative: Tensor
+    left: int
+    cosines: Tensor  # (rows from `start` on, rows from `left` on)
+    positive: Tensor | None = None
+    negative: Tensor | None = None
+
+    @property
+    def negatives(self) -> Tensor:
+        """Cosines of the pairs of two classes, in a row."""
+        return self.cosines.flatten() if self.negative is None else self.cosines[self.negative]
 
 
 def _blocks(rows: Rows) -> Iterator[_Block]:
-    """All pairs, each once: some rows with those that follow, never the square table of all."""
-    start, count = 0, len(rows.z)
-    while start < count:
-        stop = min(count, start + max(1, _ENTRIES // (count - start)))
-        cosines = rows.z[start:stop] @ rows.z[start:].T  # the same numbers in every pass
-        place = torch.arange(count - start, device=cosines.device)
-        later = place > place[: stop - start, None]
-        same = rows.codes[start:stop, None] == rows.codes[start:]
-        yield _Block(start, stop, cosines, later & same, later & ~same)
-        start = stop
+    """All pairs, each once: tiles that fit a processor's cache, never the square table of all."""
+    count, height = len(rows.z), max(1, math.isqrt(_ENTRIES) // 2)
+    width = max(1, _ENTRIES // height)
+    starts = range(0, count, height)
+    last = torch.arange(height, count + height, height, device=rows.codes.device).clamp(max=count) - 1
+    edges = rows.sizes.cumsum(0)[rows.codes[last]].tolist()  # behind the class of the last row: other classes alone
+    for start, edge in zip(starts, edges, strict=True):
+        some, codes = rows.z[start : start + height], rows.codes[start : start + height, None]
+        for left in range(start, edge, width):
+            right = min(left + width, edge)
+            cosines = some @ rows.z[left:right].T  # the same numbers in every pass
+            place = torch.arange(left, right, device=cosines.device)
+            later = place > torch.arange(start, start + len(some), device=cosines.device)[:, None]
+            same = codes == rows.codes[left:right]
+            yield _Block(start, left, cosines, later & same, later & ~same)
+        for left in range(edge, count, width):
+            yield _Block(start, left, some @ rows.z[left : left + width].T)
 
 
 def first_pass(rows: Rows) -> tuple[Tensor, Tensor]:
@@ -66,13 +81,20 @@ def first_pass(rows: Rows) -> tuple[Tensor, Tensor]:
     nearest = rows.z.new_full((2, len(rows.z)), -torch.inf)
     counts = torch.zeros(_HALF, dtype=torch.int64, device=rows.z.device)
     for block in _blocks(rows):
-        for best, pairs in zip(nearest, (block.positive, block.negative), strict=True):
-            cosines = block.cosines.masked_fill(~pairs, -torch.inf)
-            own, others = best[block.start : block.stop], best[block.start :]
-            torch.maximum(others, cosines.amax(0), out=others)
-            torch.maximum(own, cosines.amax(1), out=own)
-        counts += torch.bincount(_upper(_bits(block.cosines[block.negative])), minlength=_HALF)
+        cosines = block.cosines
+        if block.positive is not None:
+            _keep_nearest(nearest[0], block, cosines.masked_fill(~block.positive, -torch.inf))
+        if block.negative is not None:
+            cosines = cosines.masked_fill(~block.negative, -torch.inf)
+        _keep_nearest(nearest[1], block, cosines)
+        counts += torch.bincount(_upper(_bits(block.negatives)), minlength=_HALF)
     return nearest[0] > nearest[1], counts
+
+
+def _keep_nearest(nearest: Tensor, block: _Block, cosines: Tensor) -> None:
+    own, others = (nearest[first : first + size] for first, size in zip(block[:2], cosines.shape, strict=True))
+    torch.maximum(others, cosines.amax(0), out=others)
+    torch.maximum(own, cosines.amax(1), out=own)
 
 
 def negatives_at(rows: Rows, ranks: Sequence[int], counts: Tensor) -> Tensor:
@@ -91,13 +113,14 @@ def negatives_at(rows: Rows, ranks: Sequence[int], counts: Tensor) -> Tensor:
     ends = counts.cumsum(0)
     bins = torch.searchsorted(ends, wanted, right=True)
     within = wanted - (ends - counts)[bins]
-    lower = torch.zeros(len(ranks), _HALF, dtype=torch.int64, device=counts.device)
+    distinct, position = bins.unique(return_inverse=True)  # type: ignore[no-untyped-call]  # torch's
+    lower = torch.zeros(len(distinct), _HALF, dtype=torch.int64, device=counts.device)
     for block in _blocks(rows):
-        bits = _bits(block.cosines[block.negative])
+        bits = _bits(block.negatives)
         upper = _upper(bits)
-        for number, one in enumerate(bins):
+        for number, one in enumerate(distinct):
             lower[number] += torch.bincount(bits[upper == one] & (_HALF - 1), minlength=_HALF)
-    low = torch.searchsorted(lower.cumsum(1), within[:, None], right=True)[:, 0]
+    low = torch.searchsorted(lower.cumsum(1)[position], within[:, None], right=True)[:, 0]
     bits = ((bins - _HALF // 2) * _HALF + low).to(torch.int32)
     return _in_order(bits).view(torch.float32).double()
 
@@ -115,18 +138,22 @@ def accepted(rows: Rows, thresholds: Tensor) -> tuple[Tensor, Tensor]:
     """
     width = len(thresholds) + 1  # the last column has those that no threshold accepts
     rising = thresholds.flip(0).contiguous()
-    size = len(rows.sizes) * width
+    size, codes = len(rows.sizes) * width, rows.codes * width
     positives, negatives = torch.zeros(2, size, dtype=torch.int64, device=rows.z.device)
     loosest = float(rising[0]) - _SLACK
+
+    def columns(block: _Block, pairs: Tensor) -> tuple[Tensor, Tensor]:
+        """Where each pair is counted, for the class of one end and of the other: the column of its first threshold."""
+        one, two = pairs.nonzero(as_tuple=True)
+        column = width - 1 - torch.searchsorted(rising, block.cosines[one, two].double(), right=True)
+        return codes[block.start + one] + column, codes[block.left + two] + column
+
     for block in _blocks(rows):
         near = block.cosines >= loosest
-        inside, across = ((pairs & near).nonzero(as_tuple=True) for pairs in (block.positive, block.negative))
-        for counts, (one, two), ends in ((positives, inside, [0]), (negatives, across, [0, 1])):
-            # Column k: accepted from threshold k on.
-            column = width - 1 - torch.searchsorted(rising, block.cosines[one, two].double(), right=True)
-            for end in ends:
-                codes = rows.codes[(one, two)[end] + block.start]
-                counts.add_(torch.bincount(codes * width + column, minlength=size))
+        if block.positive is not None:
+            positives += torch.bincount(columns(block, near & block.positive)[0], minlength=size)
+        for places in columns(block, near if block.negative is None else near & block.negative):
+            negatives += torch.bincount(places, minlength=size)
     return _columns(positives, width), _columns(negatives, width)
 
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_reg.engine.host.distributed import all_gather_rows, all_reduce_sum, world_size
-from lightning_reg.metric_learning._unit_rows import unit_rows
+from lightning_reg.engine.host.distributed import all_reduce_sum
+from lightning_reg.engine.loss.contrastive import rows_of_ranks, rows_with_labels, unit_rows
 from lightning_reg.metric_learning.tcm_loss._pairs import Rows, accepted, first_pass, negatives_at
 
 if TYPE_CHECKING:
@@ -87,42 +87,28 @@ def margin_terms(
     """The parts of :func:`tcm_loss`; the arguments are the same. The numbers of hard pairs are those of all ranks."""
     with torch.autocast(embeddings.device.type, enabled=False):  # float16 hardly tells 0.9 from 1
         z = unit_rows(embeddings)
+        others = None
         if reference is not None and reference_labels is not None:
-            keys, key_labels, others = unit_rows(reference), reference_labels, None
+            keys, key_labels = rows_of_ranks(unit_rows(reference), None), reference_labels
         else:
-            keys, key_labels, others = _all_rows(z, labels, group, capacity)
-        cosines = z @ keys.T
+            keys, key_labels = rows_with_labels(z, labels, group, capacity)
+            others = keys.others(len(z))
+        cosines = z @ keys.rows.T
         same = labels[:, None] == key_labels
         positive, negative = (same, ~same) if others is None else (same & others, ~same & others)
         pulled, hard_positives = _hinge(margin_plus - cosines, positive)
         pushed, hard_negatives = _hinge(cosines - margin_minus, negative)
-        counts, ranks = torch.stack([hard_positives, hard_negatives]), 1
+        counts = torch.stack([hard_positives, hard_negatives])
         if group is not None:
             # A mean of the ranks' means is no mean over all pairs: the denominators are those of all.
-            counts, ranks = all_reduce_sum(counts, group), world_size(group)
-        shares = ranks * torch.stack([pulled, pushed]) / counts.clamp(min=1)
+            counts = all_reduce_sum(counts, group)
+        shares = keys.ranks * torch.stack([pulled, pushed]) / counts.clamp(min=1)
         return MarginTerms(*shares.unbind(), *counts.unbind())
 
 
 def _hinge(gap: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
     hard = pairs & (gap >= 0)
     return torch.where(hard, gap, 0.0).sum(), hard.sum()
-
-
-def _all_rows(
-    z: Tensor, labels: Tensor, group: "ProcessGroup | None", capacity: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of all ranks, their labels, and bool ``(n, m)``: which of them are there and another row."""
-    keys, key_labels, real, first = z, labels, None, 0
-    if group is not None:
-        # The 64 bits of a label travel as words of the rows: as a number float32 would round it.
-        bits = labels.long()[:, None].contiguous().view(z.dtype)
-        rows, real, first = all_gather_rows(torch.cat([z, bits], dim=1), group, capacity)
-        keys, gathered = torch.split(rows, [z.shape[1], bits.shape[1]], dim=1)
-        key_labels = gathered.detach().contiguous().view(torch.int64)[:, 0]
-    own = torch.arange(len(z), device=z.device)[:, None] + first
-    others = own != torch.arange(len(keys), device=z.device)
-    return keys, key_labels, others if real is None else others & real
 
 
 class Consistency(NamedTuple):
@@ -185,7 +171,7 @@ def opis(
         enough = sizes >= min_per_class
         hits, counts = first_pass(rows)
         recall = hits[enough[codes]].float().mean()
-        low, high = (_distance(rows, counts, far) for far in (far_low, far_high))
+        low, high = _distances(rows, counts, far_low, far_high)
         thresholds = (
             torch.linspace(0, 1, num_thresholds, dtype=torch.float64, device=rows.z.device) * (high - low) + low
         )
@@ -194,16 +180,17 @@ def opis(
         return Consistency(value, recall, thresholds, utilities, classes[enough], int((~enough).sum()))
 
 
-def _distance(rows: Rows, counts: Tensor, far: float) -> Tensor:
-    """Quantile of the distances of negatives, linear between two of them."""
+def _distances(rows: Rows, counts: Tensor, *fars: float) -> Tensor:
+    """Quantiles of the distances of negatives, linear between two of them."""
     total = int(counts.sum())
-    if far * total < 1:
-        return torch.tensor(math.nan, dtype=torch.float64, device=counts.device)
-    place = far * (total - 1)
-    first = min(math.floor(place), total - 2) if total > 1 else 0
-    ranks = [total - 1 - first, max(total - 2 - first, 0)]  # the smallest distance has the largest cosine
-    near, far_away = (2 - 2 * negatives_at(rows, ranks, counts)).clamp(min=0).sqrt()
-    return torch.lerp(near, far_away, place - first)
+    if min(fars) * total < 1:
+        return torch.full((len(fars),), math.nan, dtype=torch.float64, device=counts.device)
+    places = [far * (total - 1) for far in fars]
+    firsts = [min(math.floor(place), total - 2) if total > 1 else 0 for place in places]
+    # The smallest distance has the largest cosine.
+    ranks = [max(total - 1 - first - step, 0) for first in firsts for step in (0, 1)]
+    near, far_away = (2 - 2 * negatives_at(rows, ranks, counts)).clamp(min=0).sqrt().reshape(-1, 2).T
+    return torch.lerp(near, far_away, near.new_tensor(places) - near.new_tensor(firsts))
 
 
 def _utilities(rows: Rows, thresholds: Tensor, sensitivity_weight: float) -> Tensor:

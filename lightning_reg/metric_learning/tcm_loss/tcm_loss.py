@@ -1,16 +1,15 @@
 """TCM: absolute cosine margins beside any metric loss."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_reg.engine.data.entries import find_entry
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
-from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.technique import StepTechnique
+from lightning_reg.metric_learning._embeddings import Pooling, class_numbers, embeddings
 from lightning_reg.metric_learning.tcm_loss.core import margin_terms
 
 if TYPE_CHECKING:
@@ -90,7 +89,7 @@ class TCM(StepTechnique):
         lambda_plus: float = 1.0,
         lambda_minus: float = 1.0,
         label_key: str = "1",
-        pooling: Literal["flatten", "first", "mean"] = "flatten",
+        pooling: Pooling = "flatten",
         gather: bool = True,
         start_step: int = 0,
         loss: int | None = None,
@@ -132,8 +131,8 @@ class TCM(StepTechnique):
 
     @override
     def step_term(self, step: "Step") -> Tensor | None:
-        labels = self._labels(step)
-        passes = self._passes(step, len(labels))
+        labels = class_numbers(self, step, self.label_key)
+        passes = embeddings(self, step, self.layer, len(labels), self.pooling)
         if step.global_step < self.start_step:
             return None  # after the checks: the first step tells what is wrong
         group = host.data_parallel_group(step.trainer) if self.gather else None
@@ -148,34 +147,3 @@ class TCM(StepTechnique):
             step.log(self, "hard_positives", terms.hard_positives / 2)
             step.log(self, "hard_negatives", terms.hard_negatives / 2)
         return self.lambda_plus * terms.positive + self.lambda_minus * terms.negative
-
-    def _labels(self, step: "Step") -> Tensor:
-        labels = find_entry(step.batch, self.label_key, "TCM: label_key")
-        if isinstance(labels, Tensor):
-            columns = labels[:, 0] if labels.dim() == 2 and labels.shape[1] == 1 else labels
-            if columns.dim() == 1 and not columns.is_floating_point():
-                return columns.detach()
-        found = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
-        raise MisconfigurationException(
-            f"TCM(label_key={self.label_key!r}) must name a class number for each sample, whole numbers (B,), found"
-            f" {found}. Mixed and soft labels say of no pair whether it is of one class."
-        )
-
-    def _passes(self, step: "Step", rows: int) -> list[Tensor]:
-        """The embeddings of each pass of the layer, ``(B, D)``."""
-        given = step.passes.get(self.layer, ())
-        own = given if step.views is None else [step.views.own(features) for features in given]
-        tensors = [features for features in own if isinstance(features, Tensor)]
-        trained = [features for features in tensors if features.requires_grad]
-        fine = bool(trained) and all(features.dim() > 1 and len(features) == rows for features in trained)
-        if not fine or (self.pooling != "flatten" and any(features.dim() != 3 for features in trained)):
-            shapes = ", ".join(f"{tuple(f.shape)}{'' if f.requires_grad else ' without gradient'}" for f in tensors)
-            wanted = "(B, D)" if self.pooling == "flatten" else f"(B, T, D) for pooling={self.pooling!r}"
-            raise MisconfigurationException(
-                f"TCM: layer {self.layer!r} gave {shapes or 'no tensor'} in this step, where a trained embedding"
-                f" {wanted} of each of {rows} labels is needed. Name a layer that puts out one tensor with a row per"
-                " sample; views of a batch must pass it one after the other, or have labels of their own in the batch."
-            )
-        if self.pooling == "first":
-            return [features[:, 0] for features in trained]
-        return [features.mean(1) if self.pooling == "mean" else features.flatten(1) for features in trained]

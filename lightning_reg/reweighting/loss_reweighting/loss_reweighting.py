@@ -99,6 +99,8 @@ class LossReweighting(LossTechnique):
 
     """
 
+    watched = ("effective_samples",)
+
     def __init__(
         self,
         strategy: Strategy = "linupper",

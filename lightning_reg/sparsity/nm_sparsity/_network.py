@@ -207,7 +207,7 @@ class _Masks:
             weights: Dense values by name.
             patterns: The weights wanted, with N and M of now.
             refresh: Whether all are chosen anew.
-            measure: Whether the flips of a refresh are counted.
+            measure: Whether the flips of new masks are counted, those of another pattern included.
 
         Returns:
             By name.
@@ -218,8 +218,9 @@ class _Masks:
             name = weight.name
             old = self.held(name, pattern, weights[name])
             new = nm_mask(weights[name], *pattern, weight.dim) if refresh or old is None else old
-            if measure and refresh and old is not None:
-                counts[name] = (old ^ new).sum()
+            before = self._masks.get(name)  # of another pattern, perhaps
+            if measure and new is not old and before is not None and before.shape == new.shape:
+                counts[name] = (before.to(new.device) ^ new).sum()
             self._masks[name], self._patterns[name] = new, pattern
         if refresh:
             self.age = 0

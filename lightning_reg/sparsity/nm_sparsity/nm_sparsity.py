@@ -184,7 +184,7 @@ class NMSparsity(WeightTechnique):
         self._network.forget()
         self._pruned: dict[str, Any] = {}
         self._steps, self._step, self._factor, self._was_final = 0, 0, 1.0, False
-        self._measures = False
+        self._measures = True
 
     @override
     def describe(self) -> str:
@@ -242,7 +242,7 @@ class NMSparsity(WeightTechnique):
 
     @override
     def is_active(self, step: "Step") -> bool:
-        self._step, self._measures = self._steps, step.is_logging
+        self._step, self._measures = self._steps, step.is_logging or self.refresh_every > 1
         return bool(self._network.sparse) and self._schedule.factor(self._step) < 1.0
 
     @property
@@ -297,7 +297,8 @@ class NMSparsity(WeightTechnique):
     ) -> None:
         if host.is_logging_step(trainer) and self._network.sparse:
             self._log(pl_module)
-        self._step = self._steps
+        # A validation chooses masks for the next step, which then counts no flips, unlike that of a resumed run.
+        self._step, self._measures = self._steps, True
 
     @override
     def on_validation_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:

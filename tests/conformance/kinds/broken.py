@@ -201,6 +201,12 @@ BROKEN = [
     ("procedure", "leaves_as_found", _procedure(stays_in_evaluation), r"\['modes'\]"),
     ("procedure", "leaves_as_found", _procedure(draws), "draws from the global state"),
     ("procedure", "row_by_row", _procedure(by_the_batch), "row 0 alone gives something else"),
+    (
+        "procedure",
+        "row_by_row",
+        replace(_procedure(by_the_batch), is_mean=True),
+        "mean of both rows alone is something",
+    ),
     ("procedure", "where_autograd_is_off", _procedure(needs_autograd), "under inference_mode"),
     ("procedure", "half_precision", _procedure(coarse), "in bfloat16: off by"),
     ("sampler", "as_many_as_it_says", _with("sampler", Short), "has length 7 and draws 8"),

@@ -1,4 +1,7 @@
-"""Laws of procedures: the network is left as it was found, and each input is treated as if it were alone."""
+"""Laws of procedures: the network is left as it was found, and each input is treated as if it were alone.
+
+What is one mean over all inputs, not a row for each, is the mean of what each gives alone.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +29,7 @@ class ProcedureCase:
         invalid: Arguments by name that are refused, and the argument that the error names.
         tolerance: Of what two rows give together and each alone.
         half_tolerance: Of what it gives in bfloat16, of the largest number.
+        is_mean: Whether it gives means over the rows.
 
     """
 
@@ -36,6 +40,7 @@ class ProcedureCase:
     invalid: Sequence[tuple[Mapping[str, Any], str]] = ()
     tolerance: float = 1e-5
     half_tolerance: float = 5e-2
+    is_mean: bool = False
 
     def make(self, **options: Any) -> Any:
         """Runs it with other options, for those that are refused."""
@@ -70,21 +75,42 @@ def _found(network: nn.Module) -> dict[str, Any]:
 
 
 def row_by_row(case: ProcedureCase) -> None:
-    """Two rows together give what each gives alone."""
+    """Two rows together give what each gives alone, or the mean of that."""
     network = case.network()
     both = case.subject(network, *case.inputs, **case.options)
+    if case.is_mean:
+        _check_mean(case, network, both)
+        return
     assert _rows(both, 2), f"{case.subject.__name__} returns nothing with a row for each input"
     for row in range(2):
-        one = tree_map_only(Tensor, lambda value, row=row: value[row : row + 1], case.inputs)
-        alone = case.subject(network, *one, **case.options)
+        alone = _alone(case, network, row)
         kept = [value[row : row + 1] for value in _rows(both, 2)]
         found = difference(kept, _rows(alone, 1), rtol=case.tolerance, atol=case.tolerance)
         assert not found, f"{case.subject.__name__}: row {row} alone gives something else: {found}"
 
 
+def _check_mean(case: ProcedureCase, network: nn.Module, both: Any) -> None:
+    one, two = (_tensors(_alone(case, network, row)) for row in range(2))
+    means = [(a + b) / 2 for a, b in zip(one, two, strict=True)]
+    found = difference(_tensors(both), means, rtol=case.tolerance, atol=case.tolerance)
+    assert not found, f"{case.subject.__name__}: the mean of both rows alone is something else: {found}"
+
+
+def _alone(case: ProcedureCase, network: nn.Module, row: int) -> Any:
+    one = tree_map_only(Tensor, lambda value: value[row : row + 1], case.inputs)
+    return case.subject(network, *one, **case.options)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf.detach() for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
 def _rows(value: Any, count: int) -> list[Tensor]:
-    leaves = [leaf.detach() for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-    return [leaf for leaf in leaves if leaf.shape[:1] == (count,)]
+    return [leaf for leaf in _tensors(value) if leaf.shape[:1] == (count,)]
+
+
+def _given(case: ProcedureCase, value: Any) -> list[Tensor]:
+    return _tensors(value) if case.is_mean else _rows(value, 2)
 
 
 def where_autograd_is_off(case: ProcedureCase) -> None:
@@ -95,15 +121,15 @@ def where_autograd_is_off(case: ProcedureCase) -> None:
         with off():
             inputs = tree_map_only(Tensor, torch.clone, case.inputs)
             got = case.subject(network, *inputs, **case.options)
-        found = difference(_rows(got, 2), _rows(wanted, 2))
+        found = difference(_given(case, got), _given(case, wanted))
         assert not found, f"{case.subject.__name__} gives something else under {off.__name__}: {found}"
 
 
 def half_precision(case: ProcedureCase) -> None:
     """A network and inputs in bfloat16 give the same, to rounding."""
-    wanted = _rows(case.subject(case.network(), *case.inputs, **case.options), 2)
+    wanted = _given(case, case.subject(case.network(), *case.inputs, **case.options))
     inputs = tree_map_only(Tensor, _half, case.inputs)
-    got = _rows(case.subject(case.network().to(torch.bfloat16), *inputs, **case.options), 2)
+    got = _given(case, case.subject(case.network().to(torch.bfloat16), *inputs, **case.options))
     for one, two in zip(got, wanted, strict=True):
         error = (one.float() - two.float()).abs().max() / two.float().abs().max().clamp(min=1e-6)
         assert error <= case.half_tolerance, f"{case.subject.__name__} in bfloat16: off by {error:.1e}"

@@ -1,0 +1,319 @@
+"""Pictures of a run: from the CSV file that Lightning's CSVLogger wrote, or from a callback.
+
+Each function returns a figure of matplotlib (``pip install "lightning-reg[plots]"``); ``figure.savefig("name.png")``
+writes it. One style, ``plots.mplstyle`` beside this file, is in force for all; curves differ by their dashes as well,
+so they are told apart in grey.
+"""
+
+import csv
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec
+
+import torch
+from torch import Tensor
+
+try:
+    import matplotlib.style
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+except ImportError as error:  # pragma: no cover # where the extra is not installed
+    raise ImportError('Pictures need matplotlib: pip install "lightning-reg[plots]".') from error
+
+if TYPE_CHECKING:
+    from lightning_reg.averaging._soup_results import Candidate
+    from lightning_reg.noisy_labels.label_errors import LabelErrors
+    from lightning_reg.sparsity.nm_sparsity.report import SparsityReport
+
+__all__ = ["forgetting", "masks", "memorisation", "read_log", "soup_ladder", "suspects", "weights_over_time"]
+
+_STYLE = Path(__file__).with_suffix(".mplstyle")
+_BLUE, _ORANGE = "#1f4e8c", "#c8702a"  # the style's first two
+_P = ParamSpec("_P")
+Log = Mapping[str, tuple[Sequence[float], Sequence[float]]]
+
+
+def _styled(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
+    @wraps(draw)
+    def in_style(*args: _P.args, **kwargs: _P.kwargs) -> Figure:
+        with matplotlib.style.context(_STYLE):
+            figure = draw(*args, **kwargs)
+            figure.draw_without_rendering()  # what is made late is made in the style
+            return figure
+
+    return in_style
+
+
+def read_log(path: str | Path) -> dict[str, tuple[list[float], list[float]]]:
+    """The curves in a ``metrics.csv`` of Lightning's CSVLogger.
+
+    Args:
+        path: The file, or the folder that it lies in (``trainer.log_dir``).
+
+    Returns:
+        For each logged name the steps at which it was logged, and its values.
+
+    Raises:
+        ValueError: If the file has no column ``step``.
+
+    """
+    path = Path(path) / "metrics.csv" if Path(path).is_dir() else Path(path)
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    with path.open(newline="") as file:
+        rows = csv.DictReader(file)
+        if "step" not in (rows.fieldnames or ()):
+            raise ValueError(f"read_log: {path} has no column `step`: it must be the metrics.csv of a CSVLogger.")
+        for row in rows:
+            for name, value in row.items():
+                if value and name not in ("step", "epoch"):
+                    steps, values = curves.setdefault(name, ([], []))
+                    steps.append(float(row["step"]))
+                    values.append(float(value))
+    return curves
+
+
+@_styled
+def memorisation(log: Log | str | Path, key: str = "elr", metrics: Sequence[str] = ()) -> Figure:
+    """How far the targets of ELR agree with the given labels, over the steps.
+
+    Where agreement climbs to 1 the wrong labels are being memorised; where it levels off, the share of suspects beside
+    it is what the network believes to be wrong.
+
+    Args:
+        log: A log, see :func:`read_log`, or its path.
+        key: Log key of the callback, with the instance's name if it has one: ``"elr"``, ``"elr_plus"``.
+        metrics: Further logged names to draw beside it, such as ``"val_acc"``.
+
+    Returns:
+        The figure.
+
+    Raises:
+        KeyError: If the log has no such curve.
+
+    """
+    shares = {"agreement with the given label": f"reg/{key}/agreement", "share of suspects": f"reg/{key}/suspects"}
+    figure, axes = _one("Memorisation", "step", "share of the samples")
+    _curves(axes, log, {**shares, **{name: name for name in metrics}})
+    axes.set_ylim(0, 1.02)
+    return figure
+
+
+@_styled
+def weights_over_time(log: Log | str | Path, key: str = "loss_reweighting") -> Figure:
+    """What LossReweighting makes of the samples of each batch: how many count, how much the largest counts.
+
+    Args:
+        log: A log, see :func:`read_log`, or its path.
+        key: Log key of the callback.
+
+    Returns:
+        The figure.
+
+    Raises:
+        KeyError: If the log has no such curve.
+
+    """
+    log = log if isinstance(log, Mapping) else read_log(log)
+    labels = ("", "number of samples"), ("step", "largest weight\n/ mean")
+    figure, (above, below) = _several("Weights of the samples", *labels)
+    counts = {"in the batch": "samples", "effective": "effective_samples"}
+    _curves(above, log, {label: f"reg/{key}/{name}" for label, name in counts.items()})
+    above.set_ylim(bottom=0)
+    _curves(below, log, {"largest weight": f"reg/{key}/max_weight"})
+    return figure
+
+
+@_styled
+def soup_ladder(trace: "Sequence[Candidate]", metric: str = "score") -> Figure:
+    """The candidates of a greedy soup in the order in which they were tried, accepted and refused.
+
+    Args:
+        trace: ``SoupAverager.trace``, or that of a ``SoupResult``.
+        metric: What was scored, for the axis.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: If nothing was tried, or without scores.
+
+    """
+    if not trace or all(candidate.own_score is None for candidate in trace):
+        raise ValueError("soup_ladder: `trace` must have scored candidates, as that of a greedy soup.")
+    rows = [(row, one, one.own_score if one.score is None else one.score) for row, one in enumerate(trace)]
+    figure, axes = _one("Members of the soup", metric, "")
+    figure.set_figheight(max(2.6, 0.36 * len(trace) + 1.4))
+    alone = [(one.own_score, row) for row, one, _ in rows if one.own_score is not None]
+    axes.plot(*zip(*alone, strict=True), "|", color="0.4", markersize=13, label="alone")
+    kinds = ((True, "o", _BLUE, _BLUE, "accepted"), (False, "X", _ORANGE, "white", "refused"))
+    for accepted, marker, color, face, label in kinds:
+        points = [(score, row) for row, one, score in rows if one.accepted is accepted and score is not None]
+        x, y = zip(*points, strict=True) if points else ((), ())
+        axes.plot(x, y, marker, color=color, markerfacecolor=face, markersize=8, label=f"soup with it, {label}")
+    axes.set_yticks(range(len(trace)), [one.name for one in trace], fontsize=9)
+    axes.set_ylim(len(trace) - 0.4, -0.6)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=9, columnspacing=1, handletextpad=0.3)
+    return figure
+
+
+@_styled
+def masks(report: "SparsityReport", log: Log | str | Path | None = None, key: str = "nm_sparsity") -> Figure:
+    """How much magnitude the masks of N:M sparsity keep in each layer, and how many weights changed sides.
+
+    Args:
+        report: ``sparse.report(model)``.
+        log: A log, see :func:`read_log`, or its path, for the flips over time; ``None`` to leave them out.
+        key: Log key of the callback.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: If no weight is sparse.
+        KeyError: If a log is given that has no flips.
+
+    """
+    rows = [row for row in report.rows if not row.why_dense and row.pattern != "dense"]
+    if not rows:
+        raise ValueError("masks: `report` must have a sparse weight, got dense ones only.")
+    height = 0.34 * len(rows) + 1.3
+    figure = Figure(figsize=(6.0, height + (2.2 if log is not None else 0)))
+    panels = figure.subplots(
+        1 if log is None else 2, squeeze=False, height_ratios=[height, 2.2][: 1 + (log is not None)]
+    )
+    axes = panels[0, 0]
+    bars = axes.barh([f"{row.name} ({row.pattern})" for row in rows], [100 * row.kept_magnitude for row in rows])
+    axes.bar_label(bars, fmt="%.0f %%", label_type="center", color="white", fontsize=9)
+    axes.set(xlabel="kept magnitude, %", xlim=(0, 100), title="Masks")
+    axes.tick_params(axis="y", labelsize=9)
+    axes.grid(visible=False, axis="y")
+    axes.invert_yaxis()
+    if log is not None:
+        _curves(panels[1, 0], log, {"flips": f"reg/{key}/flips"})
+        panels[1, 0].set(xlabel="step", ylabel="weights that\nchanged sides")
+    return figure
+
+
+@_styled
+def suspects(
+    errors: "LabelErrors", images: Tensor | None = None, classes: Sequence[str] | None = None, thumbnails: int = 12
+) -> Figure:
+    """Which given labels are suspected to be which other ones, with the most confident suspects as thumbnails.
+
+    Args:
+        errors: ``elr.label_errors()``.
+        images: Training inputs by position in the dataset, ``(N, H, W)`` or ``(N, C, H, W)`` with 1 or 3 channels, of
+            any range; ``None`` for no thumbnails.
+        classes: Names of the classes; ``None`` for numbers.
+        thumbnails: Number of thumbnails at most, in rows of six.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: If there are no suspects.
+
+    """
+    if not len(errors):
+        raise ValueError("suspects: `errors` must have at least one suspected label.")
+    number = int(torch.stack([errors.given, errors.suggested]).max()) + 1
+    names = [str(one) for one in (classes if classes is not None else range(number))]
+    counts = torch.bincount(errors.given * len(names) + errors.suggested, minlength=len(names) ** 2)
+    shown = 0 if images is None else min(thumbnails, len(errors))
+    lines = -(-shown // 6)
+    figure = Figure(figsize=(6.0, 5.0 + 1.25 * lines))
+    above, *below = figure.subfigures(
+        1 + bool(lines), 1, height_ratios=[5.0, 1.25 * lines][: 1 + bool(lines)], squeeze=False
+    )[:, 0]
+    title = f"{len(errors)} suspected labels"
+    _matrix(above.subplots(), counts.view(len(names), -1), names, names, ("suggested label", "given label", title))
+    for place, axes in zip(
+        range(6 * lines), below[0].subplots(lines, 6, squeeze=False).flat if below else (), strict=True
+    ):
+        axes.axis("off")
+        if images is not None and place < shown:
+            axes.imshow(_picture(images[errors.index[place]]), cmap="gray")
+            axes.set_title(
+                f"{names[errors.given[place]]} → {names[errors.suggested[place]]}", fontsize=9, weight="normal"
+            )
+    return figure
+
+
+@_styled
+def forgetting(accuracies: Tensor, tasks: Sequence[str] | None = None) -> Figure:
+    """Accuracy on each task after each task, and so what was forgotten when.
+
+    Args:
+        accuracies: ``(T, T)``, in row n the accuracies after task n; NaN where a task was not tested. Of
+            ``ContinualMetrics``: ``metrics.right / metrics.tested``.
+        tasks: Names of the tasks; ``None`` for numbers from 1.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: If it is no square matrix.
+
+    """
+    if accuracies.dim() != 2 or accuracies.shape[0] != accuracies.shape[1]:
+        raise ValueError(f"forgetting: `accuracies` must be of shape (T, T), got {tuple(accuracies.shape)}.")
+    names = [str(one) for one in (tasks if tasks is not None else range(1, len(accuracies) + 1))]
+    figure = Figure(figsize=(6.0, 0.5 * len(names) + 2.0))
+    percent = 100 * accuracies.detach().float().cpu()
+    _matrix(
+        figure.subplots(), percent, names, names, ("accuracy on task, %", "after task", "What is left of each task")
+    )
+    return figure
+
+
+def _one(title: str, x: str, y: str) -> tuple[Figure, Axes]:
+    figure = Figure()
+    axes = figure.subplots()
+    axes.set(title=title, xlabel=x, ylabel=y)
+    return figure, axes
+
+
+def _several(title: str, *labels: tuple[str, str]) -> tuple[Figure, Sequence[Axes]]:
+    figure = Figure(figsize=(6.0, 2.3 * len(labels)))
+    panels = list(figure.subplots(len(labels), sharex=True))
+    for axes, (x, y) in zip(panels, labels, strict=True):
+        axes.set(xlabel=x, ylabel=y)
+    panels[0].set_title(title)
+    return figure, panels
+
+
+def _curves(axes: Axes, log: Log | str | Path, names: Mapping[str, str]) -> None:
+    log = log if isinstance(log, Mapping) else read_log(log)
+    for label, name in names.items():
+        if name not in log:
+            raise KeyError(f"the log has no `{name}`; it has {', '.join(sorted(log)) or 'nothing'}")
+        axes.plot(*log[name], label=label, marker="." if len(log[name][0]) < 20 else None)
+    if len(names) > 1:
+        axes.legend()
+
+
+def _matrix(
+    axes: Axes, values: Tensor, rows: Sequence[str], columns: Sequence[str], words: tuple[str, str, str]
+) -> None:
+    """Numbers in shaded cells, so that they are read in grey as well."""
+    x, y, title = words
+    axes.imshow(values.float().numpy(), vmin=0, aspect="auto")
+    half = float(values.nan_to_num(0).max()) / 2
+    for row, line in enumerate(values.tolist()):
+        for column, value in enumerate(line):
+            if value == value and (value or values.is_floating_point()):  # NaN: not known; no suspects: left empty
+                axes.text(
+                    column, row, f"{value:.0f}", ha="center", va="center", color="white" if value > half else "black"
+                )
+    turned: dict[str, Any] = {"rotation": 40, "ha": "right"} if max(map(len, columns)) > 3 else {}
+    axes.set_xticks(range(len(columns)), columns, **turned)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set(xlabel=x, ylabel=y, title=title)
+    axes.grid(visible=False)
+
+
+def _picture(image: Tensor) -> Any:  # noqa: ANN401 # an array of numpy
+    image = image.detach().float().cpu()
+    image = image.movedim(0, -1).squeeze(-1) if image.dim() == 3 else image
+    return ((image - image.min()) / (image.max() - image.min()).clamp(min=1e-12)).numpy()

@@ -1,0 +1,151 @@
+"""Pictures: what they draw is what was logged; pixels are looked at by people."""
+
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+
+from lightning_reg import ELRCallback, LossReweighting, NMSparsity, plots
+from lightning_reg.averaging._soup_results import Candidate
+from lightning_reg.noisy_labels.label_errors import LabelErrors
+from lightning_reg.sparsity.nm_sparsity.report import SparsityReport, SparsityRow
+from tests.toys import QUIET, Classifier, fit
+
+pytestmark = QUIET
+
+
+def drawn(axes):
+    return {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+
+
+def numbers(axes):
+    return {tuple(map(round, reversed(text.get_position()))): text.get_text() for text in axes.texts}
+
+
+def test_a_log_is_read_as_lightning_writes_it(tmp_path):
+    logger, model = CSVLogger(tmp_path, name="", version=""), Classifier()
+    callbacks = [ELRCallback(), LossReweighting(warmup_steps=1), NMSparsity(layers="net.3", recipe="ste")]
+    trainer = fit(model, *callbacks, logger=logger, log_every_n_steps=2)
+    log = plots.read_log(trainer.log_dir)
+    assert log["reg/elr/agreement"][0] == [1, 3, 5, 7]
+    assert plots.read_log(tmp_path / "metrics.csv") == log
+    # All of what the pictures ask for is there.
+    plots.memorisation(trainer.log_dir)
+    plots.weights_over_time(trainer.log_dir)
+    plots.masks(callbacks[2].report(model), trainer.log_dir)
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "metrics.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match=r"^read_log: .*metrics.csv has no column `step`"):
+        plots.read_log(tmp_path)
+
+
+LOG = {
+    "reg/elr/agreement": ([10, 20], [0.2, 0.5]),
+    "reg/elr/suspects": ([10, 20], [0.6, 0.4]),
+    "reg/elr_two/agreement": ([5], [0.1]),
+    "reg/elr_two/suspects": ([5], [0.9]),
+    "val_acc": ([15], [0.7]),
+    "reg/loss_reweighting/samples": ([1, 2], [8, 8]),
+    "reg/loss_reweighting/effective_samples": ([1, 2], [5, 6]),
+    "reg/loss_reweighting/max_weight": ([1, 2], [2.5, 1.5]),
+    "reg/nm_sparsity/flips": ([1, 2], [30, 10]),
+}
+
+
+def test_memorisation_draws_agreement_suspects_and_what_is_named():
+    axes = plots.memorisation(LOG, metrics=["val_acc"]).axes[0]
+    assert drawn(axes) == {
+        "agreement with the given label": [[10, 0.2], [20, 0.5]],
+        "share of suspects": [[10, 0.6], [20, 0.4]],
+        "val_acc": [[15, 0.7]],
+    }
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("step", "share of the samples")
+    assert drawn(plots.memorisation(LOG, key="elr_two").axes[0])["share of suspects"] == [[5, 0.9]]
+    # Told apart without colour.
+    assert len({line.get_linestyle() for line in axes.lines}) == 3
+
+
+def test_a_curve_that_was_not_logged_is_named_with_those_that_were():
+    with pytest.raises(KeyError, match=r"the log has no `reg/elr_plus/agreement`; it has reg/elr/agreement, .*val_acc"):
+        plots.memorisation(LOG, key="elr_plus")
+
+
+def test_weights_over_time():
+    above, below = plots.weights_over_time(LOG).axes
+    assert drawn(above) == {"in the batch": [[1, 8], [2, 8]], "effective": [[1, 5], [2, 6]]}
+    assert drawn(below) == {"largest weight": [[1, 2.5], [2, 1.5]]}
+
+
+def test_the_ladder_has_a_rung_for_each_candidate():
+    trace = [Candidate("a", 0.9, 0.9, True), Candidate("b", 0.8, 0.95, True), Candidate("c", 0.7, 0.6, False)]
+    axes = plots.soup_ladder(trace, "val_acc").axes[0]
+    assert drawn(axes) == {
+        "alone": [[0.9, 0], [0.8, 1], [0.7, 2]],
+        "soup with it, accepted": [[0.9, 0], [0.95, 1]],
+        "soup with it, refused": [[0.6, 2]],
+    }
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b", "c"]
+    assert axes.get_xlabel() == "val_acc"
+    bottom, top = axes.get_ylim()
+    assert bottom > top  # the first one tried stands first
+    for unscored in ([], [Candidate("a", None, None, True)]):
+        with pytest.raises(ValueError, match=r"^soup_ladder: `trace` must have scored candidates"):
+            plots.soup_ladder(unscored)
+
+
+def row(name, why_dense="", kept=0.5):
+    return SparsityRow(name, "4 x 4", "dense" if why_dense else "2:4", why_dense, kept, 0.5, 32, 16)
+
+
+def test_masks_show_sparse_layers_and_flips():
+    report = SparsityReport([row("net.0", kept=0.25), row("head", why_dense="head"), row("net.2", kept=0.75)])
+    above, below = plots.masks(report, LOG).axes
+    assert [bar.get_width() for bar in above.patches] == [25.0, 75.0]
+    assert [label.get_text() for label in above.get_yticklabels()] == ["net.0 (2:4)", "net.2 (2:4)"]
+    assert drawn(below) == {"flips": [[1, 30], [2, 10]]}
+    assert len(plots.masks(report).axes) == 1
+    with pytest.raises(ValueError, match=r"^masks: `report` must have a sparse weight"):
+        plots.masks(SparsityReport([row("head", why_dense="head")]))
+
+
+def errors(given, suggested):
+    return LabelErrors(
+        torch.arange(len(given)) + 1, torch.tensor(given), torch.tensor(suggested), torch.ones(len(given))
+    )
+
+
+def test_suspects_are_counted_and_the_first_ones_shown():
+    images = torch.arange(5.0)[:, None, None] * torch.eye(2)
+    figure = plots.suspects(errors([0, 0, 2], [1, 1, 0]), images, ["cat", "dog", "owl"], thumbnails=2)
+    matrix, first, second, *empty = figure.axes
+    assert numbers(matrix) == {(0, 1): "2", (2, 0): "1"}
+    assert [label.get_text() for label in matrix.get_xticklabels()] == ["cat", "dog", "owl"]
+    assert first.get_title("left") == "cat → dog"
+    assert first.images[0].get_array().tolist() == [[1, 0], [0, 1]]
+    assert second.get_title("left") == "cat → dog"
+    assert not any(axes.images for axes in empty)
+    assert len(plots.suspects(errors([0, 2], [1, 0])).axes) == 1
+    with pytest.raises(ValueError, match=r"^suspects: `errors` must have at least one"):
+        plots.suspects(errors([], []))
+
+
+def test_colour_images_have_their_channels_last():
+    figure = plots.suspects(errors([0], [1]), torch.rand(2, 3, 4, 5))
+    assert figure.axes[1].images[0].get_array().shape == (4, 5, 3)
+
+
+def test_forgetting_leaves_out_what_was_not_tested():
+    nan = float("nan")
+    axes = plots.forgetting(torch.tensor([[0.9, nan], [0.0, 0.8]]), ["a", "b"]).axes[0]
+    assert numbers(axes) == {(0, 0): "90", (1, 0): "0", (1, 1): "80"}
+    with pytest.raises(ValueError, match=r"^forgetting: `accuracies` must be of shape \(T, T\), got \(2, 3\)"):
+        plots.forgetting(torch.zeros(2, 3))
+
+
+def test_the_style_ends_with_the_picture():
+    import matplotlib as mpl
+
+    before = dict(mpl.rcParams)
+    plots.forgetting(torch.eye(2))
+    assert dict(mpl.rcParams) == before
