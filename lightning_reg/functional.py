@@ -45,6 +45,14 @@ if TYPE_CHECKING:
     from lightning_reg.dropout.multi_sample_dropout.core import fold as fold
     from lightning_reg.dropout.multi_sample_dropout.core import multi_sample_dropout as multi_sample_dropout
     from lightning_reg.dropout.multi_sample_dropout.core import multi_sample_loss as multi_sample_loss
+    from lightning_reg.finetuning.allora.core import allora_linear as allora_linear
+    from lightning_reg.finetuning.allora.core import allora_row_scale as allora_row_scale
+    from lightning_reg.finetuning.allora.core import low_rank_factor as low_rank_factor
+    from lightning_reg.finetuning.allora.core import low_rank_norm as low_rank_norm
+    from lightning_reg.finetuning.allora.core import new_low_rank as new_low_rank
+    from lightning_reg.finetuning.allora.export import applied as applied
+    from lightning_reg.finetuning.allora.export import export_peft as export_peft
+    from lightning_reg.finetuning.allora.export import from_peft as from_peft
     from lightning_reg.metric_learning.conr.core import conr_loss as conr_loss
     from lightning_reg.metric_learning.conr.core import inverse_density_weights as inverse_density_weights
     from lightning_reg.metric_learning.conr.core import label_distance as label_distance
@@ -153,6 +161,14 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "fold": "lightning_reg.dropout.multi_sample_dropout.core",
         "multi_sample_dropout": "lightning_reg.dropout.multi_sample_dropout.core",
         "multi_sample_loss": "lightning_reg.dropout.multi_sample_dropout.core",
+        "allora_linear": "lightning_reg.finetuning.allora.core",
+        "allora_row_scale": "lightning_reg.finetuning.allora.core",
+        "low_rank_factor": "lightning_reg.finetuning.allora.core",
+        "low_rank_norm": "lightning_reg.finetuning.allora.core",
+        "new_low_rank": "lightning_reg.finetuning.allora.core",
+        "applied": "lightning_reg.finetuning.allora.export",
+        "export_peft": "lightning_reg.finetuning.allora.export",
+        "from_peft": "lightning_reg.finetuning.allora.export",
         "conr_loss": "lightning_reg.metric_learning.conr.core",
         "inverse_density_weights": "lightning_reg.metric_learning.conr.core",
         "label_distance": "lightning_reg.metric_learning.conr.core",

@@ -24,7 +24,9 @@ from lightning_reg.engine.technique import (
     WeightMapTechnique,
     WeightTechnique,
 )
-from lightning_reg.engine.weights.maps import Latents
+from lightning_reg.engine.weights.factors import Factors, product, pulled_back, write_product_
+from lightning_reg.engine.weights.latents import Latents
+from lightning_reg.engine.weights.places import layouts_of
 
 __all__ = [
     "BATCH",
@@ -41,6 +43,7 @@ __all__ = [
     "Halve",
     "IndexRecorder",
     "LossRecorder",
+    "LowRank",
     "Pair",
     "Pairs",
     "Penalty",
@@ -348,6 +351,63 @@ class Doubled(WeightMapTechnique):
     def pull_back(self, latents, weights, gradients):
         for gradient in gradients.values():
             gradient.mul_(2)
+
+
+class LowRank(_Toy, WeightMapTechnique):
+    """w = v + 0.5 B A with v frozen; the gradient at the layer, or that of the weight with ``dense``."""
+
+    def __init__(self, names=("net.3.weight",), rank=2, dense=False, row_scale=None, lr_factor=1.0, **options):
+        super().__init__(**options)
+        self.names, self.rank, self.row_scale = names, rank, row_scale
+        self.is_product, self.latents, self.mapped = not dense, Latents(lr_factor, frozen=True), 0
+        self.layouts = {}
+
+    @override
+    def weights_to_map(self, module):
+        self.layouts = layouts_of(module)
+        return self.names
+
+    @override
+    def begin_map(self, weights):
+        for number, (name, weight) in enumerate(weights.items()):
+            rows, columns = self.layouts[name].matrix(weight).shape
+            draw = torch.Generator().manual_seed(number)
+            kind = torch.promote_types(weight.dtype, torch.float32)
+            left = torch.randn(rows, self.rank, generator=draw, dtype=kind) * 0.1
+            right = torch.randn(self.rank, columns, generator=draw, dtype=kind) * 0.3
+            self.latents.own[name] = {"B": left.requires_grad_(), "A": right.requires_grad_()}
+        return {name: weight.clone() for name, weight in weights.items()}
+
+    @override
+    def latents_of(self, weights):
+        added = {n: self.layouts[n].weight(product(self.factors_of(n)), w.shape) for n, w in weights.items()}
+        return {name: (weight - added[name]).to(weight.dtype) for name, weight in weights.items()}
+
+    @override
+    def map_weights(self, latents, weights):
+        self.mapped += 1
+        for name, weight in weights.items():
+            write_product_(weight, latents[name], self.factors_of(name), self.layouts[name])
+
+    @override
+    def factors_of(self, name):
+        own = self.latents.own[name]
+        scale = None if self.row_scale is None else torch.linspace(1, self.row_scale, len(own["B"])).to(own["B"])
+        return Factors(own["B"], own["A"], 0.5, scale)
+
+    @override
+    def pull_back(self, latents, weights, gradients):
+        for name, gradient in gradients.items():
+            left, right = pulled_back(self.layouts[name].matrix(gradient), self.factors_of(name))
+            self.latents.add_gradients(name, {"B": left, "A": right})
+
+    @override
+    def state_dict(self):
+        return self.latents.state_dict()
+
+    @override
+    def load_state_dict(self, state_dict):
+        self.latents.load_state_dict(state_dict)
 
 
 class Halve(_Toy, WeightTechnique):

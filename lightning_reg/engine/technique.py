@@ -10,6 +10,7 @@ from lightning_reg.engine.host import distributed
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_number
 from lightning_reg.engine.host.errors import reads_state
+from lightning_reg.engine.run.delta_files import ReadsDeltas, strip_checkpoint_
 from lightning_reg.engine.run.engine import Engine
 from lightning_reg.engine.run.evaluation import AroundEvaluation
 from lightning_reg.engine.run.phases import (
@@ -157,6 +158,7 @@ class Technique(Member, host.Callback):
         if stage == "fit":
             Engine.attach(trainer, pl_module, techniques)
         AroundEvaluation.attach(trainer, pl_module, techniques)
+        ReadsDeltas.attach(trainer, pl_module, techniques)
 
     def generator(
         self, step: "Step", device: torch.device | str = "cpu", *, same_on_ranks: bool = False
@@ -220,6 +222,15 @@ class PenaltyTechnique(OnParameters, Technique):
 
 class WeightMapTechnique(ThroughMap, Technique):
     """A technique that trains weights through a map."""
+
+    @override
+    def is_active(self, step: "Step") -> bool:
+        return self.latents.is_watched  # nothing happens in the forward pass, but the first one may be watched
+
+    @override
+    def on_save_checkpoint(self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]) -> None:
+        if self.saves_delta:
+            strip_checkpoint_(trainer, pl_module, checkpoint)
 
 
 _OF_A_FIT = ("log", "log_dict", *host.STEP_HOOKS)

@@ -147,7 +147,7 @@ def test_sparsity_prunes_companded_weights_and_the_gradient_goes_on_through_the_
     torch.testing.assert_close(module.net[0].weight, reference.net[0].weight, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(compander.latents.values["net.2.weight"], latent.v.detach(), atol=1e-6, rtol=1e-5)
     shape = torch.stack([latent.log_a, latent.log_b]).detach()
-    torch.testing.assert_close(compander.latents.own["net.2.weight"].detach(), shape)
+    torch.testing.assert_close(compander.latents.own["net.2.weight"]["shape"].detach(), shape)
     assert not torch.allclose(shape, torch.tensor([0.4, 0.3]).log(), rtol=0, atol=1e-4)
 
 
@@ -165,7 +165,7 @@ def test_an_average_of_companded_weights_is_one_of_the_weights(first, arguments)
         for weight in weights[1:]:
             mean = 0.5 * mean + 0.5 * weight
     torch.testing.assert_close(module.net[2].weight.detach(), mean)
-    a, b = compander.latents.own["net.2.weight"].exp()
+    a, b = compander.latents.own["net.2.weight"]["shape"].exp()
     last = a * (compander.latents.values["net.2.weight"] / b).atan()
     torch.testing.assert_close(weights[-1], last.detach())
     assert not torch.allclose(mean, weights[-1], atol=1e-4)

@@ -73,7 +73,8 @@ def _section(case: Case, cases: Sequence[Case], by_hand: set[frozenset[str]]) ->
         orders = [(case, other)] if other is case else [(case, other), (other, case)]
         sentences = [conflict_between(one.make(name="one"), two.make(name="two")) for one, two in orders]
         if need_other_layers(case, other):
-            lines.append(f"- Another {its}: on other layers; where they meet, the fit is refused.")
+            which = f"Another {its}:" if other is case else f"{its}:"
+            lines.append(f"- {which} on other layers; where they meet, the fit is refused.")
         elif all(sentence is None for sentence in sentences):
             kind = together if common_problem(case, other) else apart
             kind.append(f"**{its}**" if frozenset([name, its]) in by_hand else its)

@@ -174,8 +174,10 @@ def _acts_in_training(case: Case) -> bool:
 
 
 def need_other_layers(one: Case, two: Case) -> bool:
-    """Whether two are of one class that changes weights: where their layers meet is known only in the fit."""
-    return one.cls is two.cls and bool({"edit_weights", "map_weights"}.intersection(phases_of(one.cls)))
+    """Whether both map weights, or are of one class that edits them: where they meet is known only in the fit."""
+    if "map_weights" in phases_of(one.cls) and "map_weights" in phases_of(two.cls):
+        return True
+    return one.cls is two.cls and "edit_weights" in phases_of(one.cls)
 
 
 def train_pair(one: Technique, two: Technique, problem: Problem, **options: Any) -> Run | None:

@@ -22,7 +22,7 @@ from lightning_reg.engine.technique import (
 from lightning_reg.engine.weights.owned import OwnModules
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
-from tests.toys import Doubled
+from tests.toys import Doubled, LowRank
 
 __all__ = ["REFERENCES"]
 
@@ -297,6 +297,29 @@ class HalfByHand(Hand):
         return (weight / 2, lambda half: 2 * half) if name == "net.first.bias" else None
 
 
+class TrainsFactors(_Reference, LowRank):
+    """A product of two factors joins the first layer's weight, and they are trained in its place."""
+
+    def __init__(self, name=None):
+        super().__init__(["net.first.weight"], rank=2, row_scale=2.0, name=name)
+
+
+class FactorsByHand(Hand):
+    def latent(self, name, weight):
+        if name != "net.first.weight":
+            return None
+        rows, columns = weight.flatten(1).shape
+        draw = torch.Generator().manual_seed(0)
+        left, right = 0.1 * torch.randn(rows, 2, generator=draw), 0.3 * torch.randn(2, columns, generator=draw)
+
+        def mapped(leaf):
+            product = 0.5 * leaf[: 2 * rows].reshape(rows, 2) @ leaf[2 * rows :].reshape(2, columns)
+            scaled = product * torch.linspace(1, 2.0, rows)[:, None]
+            return weight + (product.detach() + scaled - scaled.detach()).reshape(weight.shape)
+
+        return torch.cat([left.flatten(), right.flatten()]), mapped
+
+
 class RestsAWhile(_Reference, Technique):
     """The head's bias is left alone for six steps; two instances leave it alone at different times."""
 
@@ -333,4 +356,5 @@ REFERENCES = [
     _case(ShrinksBias, BiasShrunkByHand, "images", "regression"),
     _case(RestsAWhile, RestedByHand, "images", "regression"),
     _case(TrainsHalf, HalfByHand, "images", "regression"),
+    _case(TrainsFactors, FactorsByHand, "images", "regression"),
 ]

@@ -37,6 +37,7 @@ REFUSED = [
     {"LowersLabels"},
     {"RootsOfLosses"},
     {"TrainsHalf"},
+    {"TrainsFactors"},
 ]
 
 

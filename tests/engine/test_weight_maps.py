@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.run.hooks import FirstHooks, LastHooks
-from lightning_reg.engine.weights.maps import Latents
+from lightning_reg.engine.weights.latents import Latents
 from tests.toys import (
     QUIET,
     BoomError,
@@ -208,24 +208,25 @@ def test_no_weight_at_all():
 def test_state_travels_between_devices_but_for_the_count_of_steps():
     latents = Latents()
     latents.values["w"] = torch.ones(2)
-    latents.own["w"] = torch.zeros(1, requires_grad=True)
-    optimizer = torch.optim.Adam([latents.own["w"]])
-    latents.own["w"].grad = torch.ones(1)
+    latents.own["w"] = {"shape": torch.zeros(1, requires_grad=True)}
+    optimizer = torch.optim.Adam([latents.own["w"]["shape"]])
+    latents.add_gradients("w", {"shape": torch.ones(1)})
     optimizer.step()
     latents.take_moments(optimizer, "w")
-    assert latents.own["w"].grad is None
+    assert latents.own["w"]["shape"].grad is None
     assert not optimizer.state
     again = Latents()
     again.load_state_dict(latents.state_dict())
     again.to({"w": torch.device("meta")})
-    moments = again.state_dict()["moments"]["w"]
+    moments = again.state_dict()["moments"]["w"]["shape"]
     assert {key: value.device.type for key, value in moments.items()} == {
         "step": "cpu",
         "exp_avg": "meta",
         "exp_avg_sq": "meta",
     }
-    assert again.own["w"].requires_grad
-    assert again.own["w"].is_leaf
-    assert again.values["w"].device.type == again.own["w"].device.type == "meta"
+    shape = again.own["w"]["shape"]
+    assert shape.requires_grad
+    assert shape.is_leaf
+    assert again.values["w"].device.type == shape.device.type == "meta"
     again.clear()
     assert again.state_dict() == {"values": {}, "own": {}, "moments": {}}

@@ -730,13 +730,13 @@ def test_a_second_fit_goes_on_from_the_latents_and_a_new_training_begins_anew():
     module, compander = Module(), WeightCompander(a=A, b=B, learn=True)
     trainer = fit(module, compander)
     before = {name: value.clone() for name, value in compander.latents.values.items()}
-    own = {name: value.detach().clone() for name, value in compander.latents.own.items()}
+    own = {name: parts["shape"].detach().clone() for name, parts in compander.latents.own.items()}
     module.lr = 0.0
     module.optimizer = lambda params: torch.optim.SGD(params, lr=0.0)
     trainer.fit_loop.max_epochs += 1
     trainer.fit(module, make_loader())
     assert same_weights(before, compander.latents.values)
-    assert same_weights(own, {name: value.detach() for name, value in compander.latents.own.items()})
+    assert same_weights(own, {name: parts["shape"].detach() for name, parts in compander.latents.own.items()})
     again, first = Module(), Module()
     fit(again, compander)
     fit(first, WeightCompander(a=A, b=B, learn=True))

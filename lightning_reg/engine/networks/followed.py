@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_reg.engine.host.modules import BatchNorm
 from lightning_reg.engine.host.names import plain_name
+from lightning_reg.engine.weights.ways import needs_gradient
 
 __all__ = ["Follower", "Source", "TakenOver", "regroup_"]
 
@@ -135,7 +136,7 @@ class _Places:
         return (
             [layer.training for layer in self.layers],
             [norm.track_running_stats for norm in self.norms],
-            [p.requires_grad for p in self.params],
+            [needs_gradient(p) for p in self.params],
         )
 
 

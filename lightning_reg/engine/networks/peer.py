@@ -30,6 +30,7 @@ from lightning_reg.engine.loss.mixin import LossMixin
 from lightning_reg.engine.loss.result import loss_of
 from lightning_reg.engine.loss.watch import Interception, call_site
 from lightning_reg.engine.weights.finite import all_finite, chosen_if
+from lightning_reg.engine.weights.ways import needs_gradient
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -57,7 +58,8 @@ _EMPTY = CellType()  # of a name that has no value yet
 def copy_of(module: "LightningModule") -> "LightningModule":
     """A copy of the user's module: the same weights on the same device, and nothing of the Trainer or the engine.
 
-    Compiled parts are copied as they were before ``torch.compile``; gradients are not copied.
+    Compiled parts are copied as they were before ``torch.compile``; gradients are not copied, and what is frozen for
+    the time of the fit is not so in the copy.
 
     Args:
         module: The user's module, with dense weights in.
@@ -96,6 +98,8 @@ def copy_of(module: "LightningModule") -> "LightningModule":
     for hooks in (hooks for layer in twin.modules() for hooks in own_hooks(layer)):
         for key in [key for key, hook in hooks.items() if isinstance(hook, LayerHook)]:
             del hooks[key]
+    for parameter, copied in zip(module.parameters(), twin.parameters(), strict=True):
+        copied.requires_grad_(needs_gradient(parameter))
     return twin
 
 

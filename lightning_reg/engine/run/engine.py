@@ -53,7 +53,8 @@ class Engine:
         self.watch = Watch(trainer, techniques)
         self._replaced = {"training_step": host.Replacement(trainer.strategy, "training_step", self.training_step)}
         self._preparing = [t for t in techniques if type(t).prepare_model is not Member.prepare_model]
-        if self._preparing:
+        self._prepare_model = overriding(self.parts, "prepare_model")
+        if self._preparing or self._prepare_model:
             self._replaced["setup"] = host.Replacement(trainer.strategy, "setup", self.set_up)
 
     @classmethod
@@ -91,6 +92,8 @@ class Engine:
         """What the Trainer calls in place of ``Strategy.setup``, which wraps the module and makes optimizers."""
         for technique in self._preparing:
             technique.prepare_model(self.module)
+        for prepare in self._prepare_model:
+            prepare()
         self._replaced["setup"].original(trainer)
 
     def prepare(self) -> None:

@@ -19,6 +19,9 @@ class Part:
     goes in reverse too (``before_optimizer``, ``gradients_are_final``, ``before_closure``, ``rest``, ``close``).
     """
 
+    def prepare_model(self) -> None:
+        """The module is about to be wrapped for several processes, and its optimizers to be made."""
+
     def prepare(self) -> None:
         """The module is configured: finds layers and parameters, puts hooks on them."""
 

@@ -15,6 +15,7 @@ from lightning_reg.engine.loss.mixin import LossMixin
 from lightning_reg.engine.loss.watch import Interception
 from lightning_reg.engine.run.layer_parts import EditPart, TapPart
 from lightning_reg.engine.run.loss_path import LossPath, Sightings
+from lightning_reg.engine.run.map_part import MapPart
 from lightning_reg.engine.run.part import Part
 from lightning_reg.engine.run.period_part import PeriodPart
 from lightning_reg.engine.run.phases import (
@@ -35,7 +36,6 @@ from lightning_reg.engine.run.phases import (
 )
 from lightning_reg.engine.run.rehearsal import rehearsals
 from lightning_reg.engine.run.step_parts import GradientPart, OwnPart, PenaltyPart, TermPart
-from lightning_reg.engine.weights.maps import WeightMaps, check_mappable
 from lightning_reg.engine.weights.strategies import check_editable, check_split
 from lightning_reg.engine.weights.swap import Surgery, named_weights
 
@@ -51,7 +51,8 @@ def make_parts(trainer: "Trainer", module: "LightningModule", techniques: Sequen
     """The parts that these techniques need, in the order of the step; the loss comes behind these."""
     parts: list[Part] = []
     mapped = taking_part(techniques, ThroughMap)
-    maps = MapPart(trainer, module, mapped)
+    seeing = [technique for technique in techniques if _sees_weights(technique)]
+    maps = MapPart(trainer, module, mapped, type(seeing[0]).__name__ if seeing else "")
     if owning := taking_part(techniques, OnModules):
         parts.append(OwnPart(trainer, module, owning))
     if on_gradients := taking_part(techniques, OnGradients):
@@ -65,6 +66,12 @@ def make_parts(trainer: "Trainer", module: "LightningModule", techniques: Sequen
     if mapped:
         parts.append(maps)
     return parts + _parts_on_layers(trainer, module, techniques)
+
+
+def _sees_weights(technique: Member) -> bool:
+    return bool(taking_part([technique], OnParameters) or taking_part([technique], OnWeights)) or (
+        "change_gradients" in phases_of(technique)
+    )
 
 
 def _parts_on_layers(trainer: "Trainer", module: "LightningModule", techniques: Sequence[Member]) -> "list[Part]":
@@ -230,53 +237,6 @@ def _entered(contexts: "Sequence[AbstractContextManager[None] | None]") -> Itera
             if context is not None:
                 stack.enter_context(context)
         yield
-
-
-class MapPart(Part):
-    """Weights that are trained through a map.
-
-    Args:
-        trainer: The Trainer.
-        module: The user's module.
-        techniques: Those that take part.
-
-    """
-
-    def __init__(self, trainer: "Trainer", module: "LightningModule", techniques: Sequence[ThroughMap]) -> None:
-        self._trainer, self._module, self._techniques = trainer, module, techniques
-        self._maps = WeightMaps(module, ())
-
-    @override
-    def prepare(self) -> None:
-        check_mappable(self._techniques[0], self._trainer)
-        self._maps = WeightMaps(self._module, self._techniques)
-
-    def own_writes(self) -> AbstractContextManager[None]:
-        """What is written meanwhile is no news."""
-        return self._maps.own_writes()
-
-    @override
-    def begin_step(self) -> None:
-        self._maps.begin(self._trainer.optimizers, fresh=host.batches_so_far(self._trainer) <= 1)
-
-    @override
-    def gradients_are_final(self, optimizer: Any) -> None:
-        self._maps.open(optimizer, check=host.is_logging_step(self._trainer))
-
-    @override
-    @contextmanager
-    def around_optimizer(self, optimizer: Any) -> Iterator[None]:
-        self.begin_step()
-        with self._maps.stepping(optimizer):
-            yield
-
-    @override
-    def before_closure(self) -> None:
-        self._maps.put_weights()
-
-    @override
-    def close(self) -> None:
-        self._maps.close()
 
 
 class LossPart(Part):

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from lightning_reg.engine.run.part import Part
     from lightning_reg.engine.run.periods import Period
     from lightning_reg.engine.step import Step
-    from lightning_reg.engine.weights.maps import Latents
+    from lightning_reg.engine.weights.factors import Factors
+    from lightning_reg.engine.weights.latents import Latents
     from lightning_reg.engine.weights.owned import OwnModules
 
 __all__ = [
@@ -334,12 +335,30 @@ class OnParameters(Member):
 
 
 class ThroughMap(Member):
-    """Weights trained through a map w = f(v): every other phase and hook sees w, the optimizer alone sees v."""
+    """Weights trained through a map w = f(v): every other phase and hook sees w, the optimizer alone sees v.
+
+    Where the latents are frozen, v stays as it is, and the optimizer sees the map's own parts alone.
+    """
+
+    # Whether f(v) is v and a product of two factors, which `factors_of` gives; latents are frozen then.
+    is_product: ClassVar[bool] = False
 
     latents: "Latents"  # what is trained in place of the weights
 
+    @property
+    def saves_delta(self) -> bool:
+        """Whether checkpoints leave out what was not trained, and hold its hash; where latents are frozen."""
+        return False
+
     def weights_to_map(self, module: nn.Module) -> "Sequence[str]":
         """Names of the parameters that are trained through :meth:`map_weights`, as in ``named_parameters()``."""
+        return ()
+
+    def weights_to_freeze(self, module: nn.Module) -> "Sequence[str]":
+        """Returns names of further parameters that are not trained meanwhile; asked where latents are frozen.
+
+        Of several techniques that name any, all must name a parameter, and none may map it.
+        """
         return ()
 
     def begin_map(self, weights: "Mapping[str, Tensor]") -> "Mapping[str, Tensor]":
@@ -354,11 +373,21 @@ class ThroughMap(Member):
         """Writes f(v) into ``weights``, after the optimizer has stepped the latents."""
         raise NotImplementedError
 
+    def factors_of(self, name: str) -> "Factors":
+        """Returns the factors of a weight as they are; asked when the map begins and after it was written."""
+        raise NotImplementedError
+
     def pull_back(
         self, latents: "Mapping[str, Tensor]", weights: "Mapping[str, Tensor]", gradients: "Mapping[str, Tensor]"
     ) -> None:
-        """Turns gradients dL/dw into dL/dv, in place, and sets the gradients of ``latents.own``; once per step."""
+        """Turns gradients dL/dw into dL/dv, in place, and adds to those of ``latents.own``; once per step.
+
+        Frozen latents get none; there it is called as often as there are gradients.
+        """
         raise NotImplementedError
+
+    def follow_step(self, names: "Sequence[str]") -> None:
+        """An optimizer has stepped the own parts of these weights, which are made of them next."""
 
 
 # In the order of the step, each with the class that declares it.

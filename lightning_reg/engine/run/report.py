@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from lightning_reg.engine.host import distributed
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.run.periods import Period
-from lightning_reg.engine.run.phases import LOSS_PHASES, Member, OnModules, phases_of
+from lightning_reg.engine.run.phases import LOSS_PHASES, Member, OnModules, ThroughMap, phases_of
+from lightning_reg.engine.weights.summed import names_said
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -57,11 +58,20 @@ def _settings(technique: Member, techniques: Sequence[Member]) -> str:
     said = [technique.describe()]
     if isinstance(technique, OnModules):
         said.append(f"trains {technique.own.size:,} numbers of its own")
+    if isinstance(technique, ThroughMap) and technique.latents.ways:
+        said.append(f"gradients of {_ways(technique.latents.ways)}")
     for period in technique.periods:
         resting = [type(t).__name__ for t in techniques if t is not technique and _ON_LOSS.intersection(phases_of(t))]
         rests = f" ({', '.join(resting)} without effect on it)" if period.loss == "own" and resting else ""
         said.append(f"{period}{rests}")
     return "; ".join(said)
+
+
+def _ways(ways: Mapping[str, str]) -> str:
+    by_way: dict[str, list[str]] = {}
+    for name, way in ways.items():
+        by_way.setdefault(way, []).append(name)
+    return ", ".join(f"{len(names)} weights {way}: {names_said(names)}" for way, names in by_way.items())
 
 
 _ON_LOSS = LOSS_PHASES | {"step_term"}

@@ -3,15 +3,15 @@
 The module's parameter holds w at all times but one: from the last hook before the optimizer's step (gradients are
 reduced, unscaled and changed by techniques by then) until the step is over it holds v, and its gradient dL/dw is turned
 into dL/dv once, by a vector-Jacobian product. That is linear, so it is exact for gradients accumulated over several
-batches and averaged over ranks, whatever graph they came from. Learned parameters of the map lie in a group of their
-own at the end of the optimizer's groups for the time of the step, and their state with the technique: schedules and
+batches and averaged over ranks, whatever graph they came from. Learned parts of the map lie in groups of their own at
+the end of the optimizer's groups for the time of the step, and their state with the technique: schedules and
 checkpoints meet the optimizer that the user wrote. Cost: two copies and one map per step, one copy of the weights in
-memory.
+memory. Where latents are frozen the parts alone are trained, and the parameter holds w always (``routes.py``).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,113 +20,26 @@ from torch.optim import LBFGS, Optimizer
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.autograd import version_of
 from lightning_reg.engine.host.errors import MisconfigurationException, refuse_parameter
+from lightning_reg.engine.weights.deltas import frozen_names
 from lightning_reg.engine.weights.guard import StepGuard
+from lightning_reg.engine.weights.latents import Latents
+from lightning_reg.engine.weights.routes import Mapper, Routes, home_of
 from lightning_reg.engine.weights.swap import named_weights
+from lightning_reg.engine.weights.ways import Frozen
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-__all__ = ["Latents", "Mapper", "WeightMaps", "check_mappable"]
+__all__ = ["WeightMaps", "check_mappable"]
 
 _SPLITTING = ("FSDP", "DeepSpeed", "ModelParallel", "XLAFSDP")
-
-# What an optimizer's group holds of its parameters; all else is taken over from the group of the weights.
-_OF_PARAMETERS = ("params", "param_names")
-
-
-class Latents:
-    """What a technique trains in place of weights: plain data, which it keeps as ``latents`` and saves with its state.
-
-    Args:
-        lr_factor: Learning rate of the map's own parameters, as a multiple of that of the weight; schedules included.
-
-    Attributes:
-        values: Latent of each weight, by the weight's name.
-        own: Learned parameter of the map of a weight, by the weight's name; a leaf that requires a gradient. The
-            technique puts it there when it begins, and its gradient when it pulls back.
-
-    """
-
-    def __init__(self, lr_factor: float = 1.0) -> None:
-        self.lr_factor = lr_factor
-        self.values: dict[str, Tensor] = {}
-        self.own: dict[str, Tensor] = {}
-        self._moments: dict[str, dict[str, Any]] = {}
-
-    def clear(self) -> None:
-        """Forgets everything."""
-        self.values, self.own, self._moments = {}, {}, {}
-
-    def fit(self, weights: Mapping[str, Tensor]) -> bool:
-        """Whether these are latents of weights of such names and shapes."""
-        return {n: v.shape for n, v in self.values.items()} == {n: w.shape for n, w in weights.items()}
-
-    def to(self, devices: Mapping[str, torch.device]) -> None:
-        """Moves everything that belongs to a weight to its device."""
-        for name, device in devices.items():
-            if name in self.values:
-                self.values[name] = self.values[name].to(device)
-            if name in self.own:
-                self.own[name] = self.own[name].detach().to(device).requires_grad_()
-            # torch leaves the count of steps on the CPU, unless it was put elsewhere on purpose.
-            self._moments[name] = {
-                key: value.to(device) if isinstance(value, Tensor) and key != "step" else value
-                for key, value in self._moments.get(name, {}).items()
-            }
-
-    def lend_moments(self, optimizer: Optimizer, name: str) -> None:
-        """Gives the optimizer its state of a weight's own parameter."""
-        if self._moments.get(name):
-            optimizer.state[self.own[name]] = self._moments[name]
-
-    def take_moments(self, optimizer: Optimizer, name: str) -> None:
-        """Takes the state back, so that the optimizer's own ``state_dict`` is that of the untouched model."""
-        self._moments[name] = optimizer.state.pop(self.own[name], {})
-        self.own[name].grad = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values."""
-        return {
-            "values": {name: value.detach() for name, value in self.values.items()},
-            "own": {name: value.detach() for name, value in self.own.items()},
-            "moments": {name: dict(state) for name, state in self._moments.items() if state},
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what :meth:`state_dict` gave."""
-        self.values = dict(state["values"])
-        self.own = {name: value.clone().requires_grad_() for name, value in state["own"].items()}
-        self._moments = {name: dict(moments) for name, moments in state["moments"].items()}
-
-
-class Mapper(Protocol):
-    """Who trains weights through a map; its class is named in messages."""
-
-    latents: Latents
-
-    def weights_to_map(self, module: nn.Module) -> Sequence[str]:
-        """Names of the parameters that are mapped."""
-
-    def begin_map(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """New latents for the weights that a training begins with."""
-
-    def latents_of(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """New latents for weights that somebody else wrote, under the map as it is."""
-
-    def map_weights(self, latents: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-        """Writes f(v) into the weights."""
-
-    def pull_back(
-        self, latents: Mapping[str, Tensor], weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
-    ) -> None:
-        """Turns gradients dL/dw into dL/dv, in place."""
 
 
 class _Map:
     """A technique and the weights that it maps."""
 
-    def __init__(self, technique: Mapper, weights: Mapping[str, nn.Parameter]) -> None:
-        self.technique, self.weights = technique, weights
+    def __init__(self, technique: Mapper, weights: Mapping[str, nn.Parameter], routes: Routes | None) -> None:
+        self.technique, self.weights, self.routes = technique, weights, routes
         self._begun_with: dict[str, Tensor] | None = None
 
     @property
@@ -177,13 +90,14 @@ class WeightMaps:
     Args:
         module: The user's module.
         techniques: Those that map weights.
+        seen_by: Who else of the fit acts on weights or their gradients, a class's name; "" for nobody.
 
     Raises:
         MisconfigurationException: If a name matches no parameter, or two techniques map the same one.
 
     """
 
-    def __init__(self, module: nn.Module, techniques: Sequence[Mapper]) -> None:
+    def __init__(self, module: nn.Module, techniques: Sequence[Mapper], seen_by: str = "") -> None:
         parameters = named_weights(module)
         owners: dict[str, str] = {}
         self._maps = []
@@ -198,13 +112,66 @@ class WeightMaps:
                         " map only. Choose other layers for one of them."
                     )
                 owners[name] = cls
-            self._maps.append(_Map(technique, {name: parameters[name] for name in names}))
+            weights = {name: parameters[name] for name in names}
+            routes = Routes(technique, module, weights, seen_by) if technique.latents.frozen else None
+            self._maps.append(_Map(technique, weights, routes))
+        self._routed = [(one, one.routes) for one in self._maps if one.routes is not None]
+        self._module, self._parameters = module, parameters
+        self._frozen = Frozen(())
+        self._optimizers: Sequence[Any] = ()
+        self._stepped: list[tuple[_Map, list[str]]] = []
         self._versions: dict[nn.Parameter, int] = {}
         self._said = False
         self._inside: list[tuple[_Map, list[str]]] = []
         owner = ", ".join(type(one.technique).__name__ for one in self._maps)
         self._owner, what = owner, "the weights in place of what they are mapped from"
         self._guard = StepGuard(owner, what, lambda: True)
+
+    # -- before and after the fit -------------------------------------------------------------------------------------
+
+    def freeze(self, *, needs_one: bool) -> None:
+        """Lets the parameters that are not trained need no gradient.
+
+        Those are what all techniques with frozen latents leave out and none maps, and weights whose gradient is not
+        kept.
+
+        Args:
+            needs_one: Whether the module must have a parameter that needs a gradient, as DDP wants.
+
+        """
+        if not self._routed:
+            return
+        mapped = {name for one in self._maps for name in one.weights}
+        frozen = frozen_names(self._module, [one.technique for one, _ in self._routed], mapped)
+        for one, _ in self._routed:
+            frozen |= one.weights.keys()
+        left = [p for name, p in self._parameters.items() if name not in frozen and p.requires_grad]
+        self._frozen = Frozen([self._parameters[name] for name in self._parameters if name in frozen])
+        with_weights = [(one, routes) for one, routes in self._routed if one.weights]
+        if needs_one and not left and with_weights and not with_weights[0][1].kept:
+            one, routes = with_weights[0]
+            smallest = min(one.weights, key=lambda name: one.weights[name].numel())
+            routes.keep(smallest, "DDP wants a parameter with a gradient")
+        for one, routes in self._routed:
+            for name in one.weights:
+                one.weights[name].requires_grad_(name in routes.kept)
+
+    def unfrozen(self) -> AbstractContextManager[None]:
+        """While parameters need gradients as they did: code that asks which do finds the user's own."""
+        return self._frozen.lifted()
+
+    def attach(self) -> None:
+        """Puts hooks where frozen weights get their gradients."""
+        for _, routes in self._routed:
+            routes.attach()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Around the user's step, the first one of a fit."""
+        with ExitStack() as stack:
+            for _, routes in self._routed:
+                stack.enter_context(routes.watching())
+            yield
 
     # -- between optimizer steps --------------------------------------------------------------------------------------
 
@@ -223,6 +190,10 @@ class WeightMaps:
             return
         for one in self._maps:
             self._begin(one, fresh=fresh)
+            if one.routes is not None:
+                one.routes.refresh()
+                one.routes.note_versions()
+        self._optimizers = optimizers
         self._guard.watch(optimizers)
 
     def _begin(self, one: _Map, *, fresh: bool) -> None:
@@ -302,21 +273,34 @@ class WeightMaps:
             for latents, name in lent:
                 latents.take_moments(optimizer, name)
             if lent:
-                own = {id(latents.own[name]) for latents, name in lent}
+                own = {id(tensor) for latents, name in lent for _, _, tensor in latents.parts([name])}
                 optimizer.param_groups[:] = [
                     g for g in optimizer.param_groups if not g["params"] or id(g["params"][0]) not in own
                 ]
+            self._map_stepped()
+
+    def _map_stepped(self) -> None:
+        stepped, self._stepped = self._stepped, []
+        with torch.no_grad():
+            for one, names in stepped:
+                one.technique.follow_step(names)
+                self._map_frozen(one, names, changed=False)
+
+    def _map_frozen(self, one: _Map, names: Sequence[str], *, changed: bool) -> None:
+        if one.routes is not None:
+            self._note(one.routes.map_(names, changed=changed))
+            one.routes.refresh()
 
     def _lend(self, optimizer: Optimizer) -> list[tuple[Latents, str]]:
         lent, groups = [], []
         for one in self._maps:
             latents = one.technique.latents
-            for group in optimizer.param_groups if latents.own else ():
-                held = {id(p) for p in group["params"]}
-                names = [name for name in latents.own if id(one.weights[name]) in held]
-                if names:
-                    groups.append(_own_group(group, latents, names))
-                    lent += [(latents, name) for name in names]
+            by_group = self._groups_of(one, optimizer) if latents.own else []
+            for group, names in by_group:
+                groups += latents.groups(group, names)
+                lent += [(latents, name) for name in names]
+            if one.routes is not None and by_group:
+                self._stepped.append((one, [name for _, names in by_group for name in names]))
         if lent and (isinstance(optimizer, LBFGS) or hasattr(optimizer, "consolidate_state_dict")):
             raise MisconfigurationException(
                 f"{self._owner}: {type(optimizer).__name__} takes no further group of parameters, so the shape of the"
@@ -326,6 +310,28 @@ class WeightMaps:
             latents.lend_moments(optimizer, name)
         optimizer.param_groups.extend(groups)
         return lent
+
+    def _groups_of(self, one: _Map, optimizer: Optimizer) -> list[tuple[dict[str, Any], list[str]]]:
+        names, found = list(one.technique.latents.own), []
+        for group in optimizer.param_groups:
+            held = {id(p) for p in group["params"]}
+            here = [name for name in names if id(one.weights[name]) in held]
+            if here:
+                found.append((group, here))
+        if one.routes is None:
+            return found
+        # Frozen ones are trained whether an optimizer has them or not.
+        of_none = [name for name in names if not any(name in here for _, here in found)]
+        cls = type(one.technique).__name__
+        homes = [(name, *home_of(self._optimizers, one.weights[name], cls)) for name in of_none]
+        lodgers = [name for name, home, _ in homes if home is optimizer]
+        return found + ([(optimizer.param_groups[0], lodgers)] if lodgers else [])
+
+    def average_gradients(self) -> None:
+        """Averages gradients over the ranks, while they are scaled: all ranks skip the same steps."""
+        for one, names in self._stepped:
+            if one.routes is not None:
+                one.routes.average_gradients(names)
 
     @torch.no_grad()
     def open(self, optimizer: Any, *, check: bool) -> None:
@@ -340,9 +346,12 @@ class WeightMaps:
         if check:
             self._check_data()
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for one, names in self._stepped:
+            if one.routes is not None:
+                one.routes.pull_back(names)
         for one in self._maps:
             names = [name for name, p in one.weights.items() if p.grad is not None and id(p) in held]
-            if names:
+            if names and one.routes is None:
                 latents = {name: one.technique.latents.values[name] for name in names}
                 at_weights = {name: one.weights[name].detach() for name in names}
                 gradients = {name: g for name in names if (g := one.weights[name].grad) is not None}
@@ -361,10 +370,20 @@ class WeightMaps:
             self._note({name: one.weights[name] for name in names})
         self._inside = []
 
+    @torch.no_grad()
+    def before_evaluation(self) -> None:
+        """Puts the weights in for an evaluation of the loss, those of parts that were changed since as well."""
+        for one, names in self._stepped:
+            self._map_frozen(one, names, changed=True)
+        self.put_weights()
+
     def close(self) -> None:
         """Leaves the weights in the module, and the latents with their techniques, on the CPU."""
         self.put_weights()
         self._guard.close()
+        for _, routes in self._routed:
+            routes.close()
+        self._frozen.undo()
         for one in self._maps:
             one.technique.latents.to(dict.fromkeys(one.weights, torch.device("cpu")))
 
@@ -379,14 +398,6 @@ def _other_weights(held: Mapping[str, Tensor], weights: Mapping[str, Tensor]) ->
         if held[name].shape != weights[name].shape:
             return f"{name!r} has the shape {tuple(held[name].shape)} in it, and {tuple(weights[name].shape)} here"
     return ""
-
-
-def _own_group(group: Mapping[str, Any], latents: Latents, names: Sequence[str]) -> dict[str, Any]:
-    """A group with the settings of the weights' own at this moment, but for learning rate and weight decay."""
-    settings = {key: value for key, value in group.items() if key not in _OF_PARAMETERS}
-    settings |= {"weight_decay": 0.0} if "weight_decay" in group else {}
-    settings |= {"param_names": [f"{name} (map)" for name in names]} if "param_names" in group else {}
-    return settings | {"params": [latents.own[name] for name in names], "lr": group["lr"] * latents.lr_factor}
 
 
 def _differs(one: Tensor, two: Tensor) -> Tensor:

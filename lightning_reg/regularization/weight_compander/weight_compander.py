@@ -11,9 +11,10 @@ from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_bool, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.technique import WeightMapTechnique
-from lightning_reg.engine.weights.maps import Latents
+from lightning_reg.engine.weights.latents import Latents
+from lightning_reg.engine.weights.summed import names_said, summed_weights
 from lightning_reg.engine.weights.swap import named_weights
-from lightning_reg.regularization.weight_compander._choice import companding, names_said, weights_to_compand
+from lightning_reg.regularization.weight_compander._choice import companding
 from lightning_reg.regularization.weight_compander.core import (
     Companding,
     compand_all,
@@ -155,7 +156,7 @@ class WeightCompander(WeightMapTechnique):
     def weights_to_map(self, module: nn.Module) -> list[str]:
         self._chosen, self._left = [], {}
         if self.fn != "identity":
-            self._chosen, self._left = weights_to_compand(self, module, self.layers, self.exclude)
+            self._chosen, self._left = summed_weights(self, module, self.layers, self.exclude, "compand")
         return self._chosen
 
     @override
@@ -165,14 +166,16 @@ class WeightCompander(WeightMapTechnique):
         if self.learn:
             for name, weight in weights.items():
                 shape = torch.tensor(self._shapes[name], dtype=torch.float32, device=weight.device)
-                self.latents.own[name] = shape.log().requires_grad_()
+                self.latents.own[name] = {"shape": shape.log().requires_grad_()}
         return self.latents_of(weights) if self.preserve_init else {n: w.clone() for n, w in weights.items()}
 
     @override
     def latents_of(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         latents = {}
         for name, weight in weights.items():
-            a, b = (float(x.exp()) for x in self.latents.own[name].detach()) if self.learn else self._shapes[name]
+            a, b = (
+                (float(x.exp()) for x in self.latents.own[name]["shape"].detach()) if self.learn else self._shapes[name]
+            )
             try:
                 latents[name] = expand(weight, a, b, self._function)
             except ValueError as error:
@@ -200,13 +203,13 @@ class WeightCompander(WeightMapTechnique):
             learned=self.learn,
         )
         for name, gradient in zip(latents, of_shapes, strict=False):  # none if the shapes are fixed
-            self.latents.own[name].grad = gradient
+            self.latents.add_gradients(name, {"shape": gradient})
 
     def _shapes_of(self, names: Iterable[str]) -> tuple[Any, Any]:
         if not self.learn:
             shapes = [self._shapes[name] for name in names]
             return [a for a, _ in shapes], [b for _, b in shapes]
-        learned = [shape.detach() for shape in torch._foreach_exp([self.latents.own[name] for name in names])]
+        learned = [shape.detach() for shape in torch._foreach_exp([self.latents.own[name]["shape"] for name in names])]
         return [shape[0] for shape in learned], [shape[1] for shape in learned]
 
     # -- what is logged, and state ------------------------------------------------------------------------------------
@@ -225,7 +228,9 @@ class WeightCompander(WeightMapTechnique):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"shapes": {name: list(shape) for name, shape in self._shapes.items()}, **self.latents.state_dict()}
+        state = self.latents.state_dict()
+        learned = {key: {name: parts["shape"] for name, parts in state[key].items()} for key in ("own", "moments")}
+        return {"shapes": {name: list(shape) for name, shape in self._shapes.items()}, **state, **learned}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -235,4 +240,5 @@ class WeightCompander(WeightMapTechnique):
                 " on with that, or train without `ckpt_path` from its weights."
             )
         self._shapes = dict(state_dict["shapes"])
-        self.latents.load_state_dict(state_dict)
+        learned = {key: {name: {"shape": part} for name, part in state_dict[key].items()} for key in ("own", "moments")}
+        self.latents.load_state_dict({**state_dict, **learned})

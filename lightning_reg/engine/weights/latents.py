@@ -1,0 +1,142 @@
+"""What a technique trains in place of weights: a latent of each, and parts of its map that are learned."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+__all__ = ["Latents"]
+
+
+class Latents:
+    """What a technique trains in place of weights: plain data, which it keeps as ``latents`` and saves with its state.
+
+    Args:
+        lr_factor: Learning rate of the map's own parts, as a multiple of that of the weight; schedules included. By the
+            name of the part where they differ; one that is not named has 1.
+        frozen: Whether the latents stay as they are, so that the own parts alone are trained: the optimizer then gets
+            no gradient of the weight, keeps no moments of it and lets it not decay.
+
+    Attributes:
+        values: Latent of each weight, by the weight's name.
+        own: Learned parts of the map of each weight, by the weight's name and the part's own; leaves of any shape that
+            require a gradient, float32 at least. The technique puts them there when it begins.
+        ways: How the gradient of each frozen weight comes to the own parts, for the report; the engine sets it.
+        is_watched: Whether the next step is looked at for weights that are read outside of their layers; the engine
+            sets it.
+
+    """
+
+    def __init__(self, lr_factor: float | Mapping[str, float] = 1.0, *, frozen: bool = False) -> None:
+        self.lr_factor, self.frozen = lr_factor, frozen
+        self.values: dict[str, Tensor] = {}
+        self.own: dict[str, dict[str, Tensor]] = {}
+        self.ways: dict[str, str] = {}
+        self.is_watched = False
+        self._moments: dict[str, dict[str, dict[str, Any]]] = {}
+
+    @property
+    def size(self) -> int:
+        """How many numbers of the map's own are trained."""
+        return sum(tensor.numel() for _, _, tensor in self.parts())
+
+    def parts(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, str, Tensor]]:
+        """Name of the weight, name of the part and the part, of these weights or of all."""
+        for name in self.own if names is None else names:
+            for part, tensor in self.own.get(name, {}).items():
+                yield name, part, tensor
+
+    def add_gradients(self, name: str, gradients: Mapping[str, Tensor]) -> None:
+        """Adds to the gradients of a weight's own parts, by the parts' names."""
+        for part, gradient in gradients.items():
+            tensor = self.own[name][part]
+            same = gradient.to(tensor.dtype)
+            tensor.grad = same if tensor.grad is None else tensor.grad.add_(same)
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self.values, self.own, self._moments = {}, {}, {}
+
+    def fit(self, weights: Mapping[str, Tensor]) -> bool:
+        """Whether these are latents of weights of such names and shapes."""
+        return {n: v.shape for n, v in self.values.items()} == {n: w.shape for n, w in weights.items()}
+
+    def to(self, devices: Mapping[str, torch.device]) -> None:
+        """Moves everything that belongs to a weight to its device."""
+        for name, device in devices.items():
+            if name in self.values:
+                self.values[name] = self.values[name].to(device)
+            for part, tensor in self.own.get(name, {}).items():
+                if tensor.device != device:
+                    self.own[name][part] = tensor.detach().to(device).requires_grad_()
+                # torch leaves the count of steps on the CPU, unless it was put elsewhere on purpose.
+                state = self._moments.get(name, {}).get(part, {})
+                state.update({k: v.to(device) for k, v in state.items() if isinstance(v, Tensor) and k != "step"})
+
+    def groups(self, group: Mapping[str, Any], names: Iterable[str]) -> list[dict[str, Any]]:
+        """Groups of an optimizer for the own parts of these weights, one per learning rate.
+
+        Args:
+            group: The weights' own, whose settings of this moment they have, but for learning rate and weight decay.
+            names: Names of the weights.
+
+        Returns:
+            The groups.
+
+        """
+        by_factor: dict[float, list[tuple[str, str, Tensor]]] = {}
+        for found in self.parts(names):
+            factor = self.lr_factor.get(found[1], 1.0) if isinstance(self.lr_factor, Mapping) else self.lr_factor
+            by_factor.setdefault(factor, []).append(found)
+        settings = {key: value for key, value in group.items() if key not in _OF_PARAMETERS}
+        settings |= {"weight_decay": 0.0} if "weight_decay" in group else {}
+        groups = []
+        for factor, parts in by_factor.items():
+            named = {"param_names": [f"{name} ({part})" for name, part, _ in parts]} if "param_names" in group else {}
+            groups.append(settings | named | {"params": [t for _, _, t in parts], "lr": group["lr"] * factor})
+        return groups
+
+    def lend_moments(self, optimizer: Optimizer, name: str) -> None:
+        """Gives the optimizer its state of a weight's own parts."""
+        for part, state in self._moments.get(name, {}).items():
+            if state:
+                optimizer.state[self.own[name][part]] = state
+
+    def take_moments(self, optimizer: Optimizer, name: str) -> None:
+        """Takes the state back, so that the optimizer's own ``state_dict`` is that of the untouched model."""
+        self._moments[name] = {part: optimizer.state.pop(tensor, {}) for _, part, tensor in self.parts([name])}
+        for _, _, tensor in self.parts([name]):
+            tensor.grad = None
+
+    def forget_moments(self, name: str) -> None:
+        """Lets the optimizer begin anew with the own parts of a weight."""
+        self._moments.pop(name, None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values."""
+        return {
+            "values": {name: value.detach() for name, value in self.values.items()},
+            "own": {name: {part: t.detach() for part, t in parts.items()} for name, parts in self.own.items()},
+            "moments": {
+                name: {part: dict(state) for part, state in parts.items() if state}
+                for name, parts in self._moments.items()
+                if any(parts.values())
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what :meth:`state_dict` gave."""
+        self.values = dict(state["values"])
+        self.own = {
+            name: {part: tensor.clone().requires_grad_() for part, tensor in parts.items()}
+            for name, parts in state["own"].items()
+        }
+        self._moments = {
+            name: {part: dict(moments) for part, moments in parts.items()} for name, parts in state["moments"].items()
+        }
+
+
+# What an optimizer's group holds of its parameters; all else is taken over from the group of the weights.
+_OF_PARAMETERS = ("params", "param_names")

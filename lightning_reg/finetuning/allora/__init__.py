@@ -1,0 +1,1 @@
+"""Low-rank fine-tuning with a row-wise adaptive gradient, and its relatives: plain, rank-stabilized."""
