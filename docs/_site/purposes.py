@@ -35,6 +35,7 @@ TROUBLES = (
     Trouble("The next task makes it forget the last one", ["continual"], "how-to/tasks.md"),
     Trouble("Many checkpoints, of which I want one good one", ["averaging"], "how-to/average-checkpoints.md"),
     Trouble("The network is too big to run", ["sparsity"], "how-to/sparsify.md"),
+    Trouble("A big pretrained network, of which little can be trained", ["finetuning"]),
     Trouble("An inverse problem: denoise, deblur, reconstruct", ["proximal"]),
 )
 
