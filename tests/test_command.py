@@ -207,7 +207,7 @@ def test_suspects_are_those_of_the_run(cls, tmp_path, capsys):
 
 def test_suspects_refuses_in_one_sentence(tmp_path, capsys):
     case = case_of(ELRCallback)
-    run = fit([case.make(), case.make(name="second")], case.problem, max_epochs=1, limit_train_batches=1)
+    run = fit([case.make(), case.make(name="second")], case.problem, max_epochs=1)
     run.trainer.save_checkpoint(tmp_path / "two.ckpt")
     torch.save({"callbacks": {"Other": {}}}, tmp_path / "other.ckpt")
     assert "but the callbacks ['Other']" in refused(capsys, 1, "suspects", tmp_path / "other.ckpt")

@@ -484,6 +484,25 @@ def test_candidates_leave_metrics_logs_random_numbers_and_other_callbacks_alone(
         assert row["reg/model_soups/ingredients"] >= 1
 
 
+class LossOnly(User):
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+
+@pytest.mark.parametrize("greedy_at", ["end", "snapshot"])
+@pytest.mark.parametrize(("kind", "metric"), [(User, "val_acc"), (LossOnly, "val_loss")])
+def test_without_arguments_it_goes_by_what_validation_logs(kind, metric, greedy_at):
+    mode = {"val_acc": "max", "val_loss": "min"}[metric]
+    by_itself, told = (
+        SoupAverager(greedy_at=greedy_at),
+        SoupAverager(greedy_at=greedy_at, monitor=metric, mode=mode),
+    )
+    (_, one), (_, two) = fit(by_itself, model=kind()), fit(told, model=kind())
+    assert by_itself.score == told.score
+    assert by_itself.trace == told.trace
+    near(one.state_dict(), two.state_dict())
+
+
 def test_metric_that_nobody_logs_and_fits_without_validation_are_refused():
     with pytest.raises(
         MisconfigurationException, match=r"monitor='accuracy'\): validation logged no such metric, but .*val_acc"
@@ -808,6 +827,10 @@ def test_a_second_fit_begins_anew():
         ({"method": "uniform", "every_n_epochs": 2}, "uniform: every 2 epochs, loaded at the end"),
         ({"method": "lawa", "every_n_steps": 1}, "lawa: every step, latest 10, loaded at the end"),
         ({"monitor": "val_acc"}, "greedy: every epoch, by val_acc (max), loaded at the end"),
+        ({"monitor": "val_loss"}, "greedy: every epoch, by val_loss (min), loaded at the end"),
+        ({"monitor": "top1_error"}, "greedy: every epoch, by top1_error (min), loaded at the end"),
+        ({"monitor": "val_loss", "mode": "max"}, "greedy: every epoch, by val_loss (max), loaded at the end"),
+        ({}, "greedy: every epoch, by val_acc (max) or val_loss (min), loaded at the end"),
         ({"method": "ema"}, "ema: every step, decay 0.999, loaded at the end"),
     ],
 )

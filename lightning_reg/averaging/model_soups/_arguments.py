@@ -1,12 +1,14 @@
 """SoupAverager's arguments: what is refused, and what they say about schedule and collector."""
 
+import re
+from collections.abc import Container
 from typing import Literal, Protocol
 
 from lightning_reg.averaging.model_soups._gathered import Gathered, MovingAverage, RunningMean, Shelf
 from lightning_reg.averaging.model_soups._soup import GreedyRules, Soup
 from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
 
-__all__ = ["SoupArguments", "check_arguments", "describe", "new_soup", "schedule"]
+__all__ = ["SoupArguments", "check_arguments", "describe", "mode_of", "new_soup", "schedule", "score_by"]
 
 _LAWA_K = 10
 
@@ -15,8 +17,8 @@ class SoupArguments(Protocol):
     """The arguments of ``SoupAverager``, as attributes."""
 
     method: Literal["uniform", "greedy", "lawa", "ema", "swa"]
-    monitor: str
-    mode: Literal["max", "min"]
+    monitor: str | None
+    mode: Literal["max", "min"] | None
     every_n_epochs: int | None
     every_n_steps: int | None
     from_checkpoints: bool
@@ -41,7 +43,7 @@ class SoupArguments(Protocol):
 def check_arguments(soup: SoupArguments) -> None:
     """Refuses arguments outside their range, and those that contradict one another."""
     check_choice(soup, "method", soup.method, ("uniform", "greedy", "lawa", "ema", "swa"))
-    check_choice(soup, "mode", soup.mode, ("max", "min"))
+    check_choice(soup, "mode", soup.mode or "max", ("max", "min"))
     check_choice(soup, "greedy_at", soup.greedy_at, ("end", "snapshot"))
     check_choice(soup, "keep", soup.keep, ("cpu", "disk"))
     for flag in ("from_checkpoints", "strict", "keep_files", "swap_for_validation", "load_at_end"):
@@ -110,9 +112,23 @@ def schedule(soup: SoupArguments) -> tuple[int | None, int | None]:
     return soup.every_n_epochs, soup.every_n_steps
 
 
+def score_by(soup: SoupArguments, metrics: Container[str]) -> str:
+    """The metric that counts, of those that validation has logged."""
+    if soup.monitor is not None:
+        return soup.monitor
+    return "val_loss" if "val_loss" in metrics and "val_acc" not in metrics else "val_acc"
+
+
+def mode_of(soup: SoupArguments, metric: str) -> Literal["max", "min"]:
+    """Whether a larger metric is better; of one that is called a loss or an error it is a smaller one."""
+    if soup.mode is not None:
+        return soup.mode
+    return "min" if re.search("loss|error", metric.lower()) else "max"
+
+
 def new_soup(soup: SoupArguments) -> Soup:
     """An empty soup."""
-    rules = GreedyRules(soup.mode, soup.strict, soup.min_delta, soup.max_ingredients)
+    rules = GreedyRules("max", soup.strict, soup.min_delta, soup.max_ingredients)
     return Soup(soup.method, _new_collector(soup), rules)
 
 
@@ -138,7 +154,8 @@ def describe(soup: SoupArguments) -> str:
     extras += [f"after step {soup.start_step}"] if soup.start_step else []
     extras += [f"latest {soup.last_k or _LAWA_K}"] if soup.method == "lawa" else []
     if soup.method == "greedy":
-        extras.append(f"by {soup.monitor} ({soup.mode})")
+        scores = ("val_acc", "val_loss") if soup.monitor is None else (soup.monitor,)
+        extras.append("by " + " or ".join(f"{name} ({mode_of(soup, name)})" for name in scores))
     if isinstance(collector := _new_collector(soup), MovingAverage):
         extras.append(f"decay {collector.decay:g}")
     extras.append("loaded at the end" if soup.load_at_end else "not loaded at the end")

@@ -30,9 +30,9 @@ def check_setup(soup: SoupArguments, trainer: "Trainer") -> None:
     _check_strategy(soup, type(trainer.strategy).__name__)
     if soup.method == "greedy" and not trainer.enable_validation:
         raise MisconfigurationException(
-            f"SoupAverager(method='greedy') decides by the validation metric {soup.monitor!r}, but this fit has no"
-            " validation. Give `fit` validation data and the module a `validation_step` that logs it, or take"
-            " method='uniform' or 'lawa'."
+            f"SoupAverager(method='greedy') decides by the validation metric {soup.monitor or 'val_acc'!r}, but this"
+            " fit has no validation. Give `fit` validation data and the module a `validation_step` that logs it, or"
+            " take method='uniform' or 'lawa'."
         )
     everyone: list[object] = list(host.callbacks(trainer))
     after = everyone[next((i for i, callback in enumerate(everyone) if callback is soup), len(everyone)) :]

@@ -1,5 +1,6 @@
 """SoupAverager: averages of the weights that one fit passes through."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -8,7 +9,14 @@ from typing_extensions import override
 
 from lightning_reg.averaging._checkpoint_files import RECORD
 from lightning_reg.averaging._soup_results import Candidate
-from lightning_reg.averaging.model_soups._arguments import check_arguments, describe, new_soup, schedule
+from lightning_reg.averaging.model_soups._arguments import (
+    check_arguments,
+    describe,
+    mode_of,
+    new_soup,
+    schedule,
+    score_by,
+)
 from lightning_reg.averaging.model_soups._gathered import Gathered, Shelf, Snapshots
 from lightning_reg.averaging.model_soups._live_weights import LiveWeights, own_parts
 from lightning_reg.averaging.model_soups._setup import (
@@ -78,8 +86,10 @@ class SoupAverager(Technique):
     Args:
         method: What to average.
         monitor: Name of the metric that validation logs. ``"greedy"`` decides by it; other averages are scored by it,
-            if it is logged, before and after their batch statistics are estimated anew.
-        mode: Whether a larger (``"max"``) or smaller metric is better.
+            if it is logged, before and after their batch statistics are estimated anew. ``None``: ``"val_acc"``, or
+            ``"val_loss"`` where that is not logged.
+        mode: Whether a larger (``"max"``) or smaller metric is better. ``None``: a smaller one if its name has "loss"
+            or "error" in it.
         every_n_epochs: Snapshot at the end of each n-th epoch, at least 1. ``None``: every one for ``"greedy"``,
             ``"uniform"``, ``"lawa"``, unless ``every_n_steps`` is given.
         every_n_steps: Snapshot or update after each n-th batch with an optimizer step, at least 1. ``None``: every one
@@ -125,8 +135,8 @@ class SoupAverager(Technique):
     def __init__(
         self,
         method: Literal["uniform", "greedy", "lawa", "ema", "swa"] = "greedy",
-        monitor: str = "val_acc",
-        mode: Literal["max", "min"] = "max",
+        monitor: str | None = None,
+        mode: Literal["max", "min"] | None = None,
         every_n_epochs: int | None = None,
         every_n_steps: int | None = None,
         from_checkpoints: bool = False,
@@ -265,7 +275,12 @@ class SoupAverager(Technique):
         )
 
     def _validation(self, trainer: "Trainer", module: "LightningModule") -> Validation:
-        return Validation(trainer, module, self._live, self.monitor, self.bn_update_batches)
+        return Validation(trainer, module, self._live, self._score_by(trainer), self.bn_update_batches)
+
+    def _score_by(self, trainer: "Trainer") -> str:
+        metric = score_by(self, trainer.callback_metrics)
+        self._soup.rules = replace(self._soup.rules, mode=mode_of(self, metric))
+        return metric
 
     @override
     def on_validation_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
@@ -279,7 +294,7 @@ class SoupAverager(Technique):
         self._live.restore()
         self._live.find_masks()
         if self.method == "greedy" and self._live.tensors and not trainer.sanity_checking:
-            score = agreed_score(trainer.callback_metrics, self.monitor, pl_module)
+            score = agreed_score(trainer.callback_metrics, self._score_by(trainer), pl_module)
             self._soup.note_validation(trainer.global_step, score)
 
     # -- when it ends -------------------------------------------------------------------------------------------------
@@ -335,7 +350,7 @@ class SoupAverager(Technique):
 
     def _source(self, trainer: "Trainer") -> Gathered | Snapshots:
         if self.from_checkpoints:
-            return kept_checkpoints(trainer, self.monitor, self._live.tensors)
+            return kept_checkpoints(trainer, self._score_by(trainer), self._live.tensors)
         if isinstance(self._soup.gathered, Shelf):
             trainer.strategy.barrier("the last ingredient is written")
         return self._soup.gathered
