@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lightning_reg.engine.host.names import plain_name
 from lightning_reg.engine.weights.entries import entries_of
-from lightning_reg.engine.weights.swap import named_weights
 from lightning_reg.finetuning.sara.core import pack_positions, unpack_positions
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def sparse_delta(technique: "SaRA", module: nn.Module, prefix: str = "") -> dict
         ValueError: If nothing was trained, or something that is not in the network.
 
     """
-    latents, weights, start = technique.latents, named_weights(module), f"{prefix}." if prefix else ""
+    latents, weights, start = technique.latents, _named(module), f"{prefix}." if prefix else ""
     if not latents.values:
         raise ValueError("sparse_delta: nothing was trained yet. Ask after the fit.")
     found = {}
@@ -50,6 +50,10 @@ def sparse_delta(technique: "SaRA", module: nn.Module, prefix: str = "") -> dict
         change = now.to(kind) - before.cpu()[order].to(kind)
         found[name[len(start) :]] = _sparse(index.long(), change, latents.shapes[name])
     return found
+
+
+def _named(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {plain_name(name): parameter for name, parameter in module.named_parameters()}
 
 
 def _sparse(index: Tensor, values: Tensor, shape: Sequence[int]) -> Tensor:
@@ -122,7 +126,7 @@ def delta_applied(module: nn.Module, delta: Mapping[str, Tensor], alpha: float =
 
 
 def _weights_of(module: nn.Module, delta: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    weights = named_weights(module)
+    weights = _named(module)
     for name, change in delta.items():
         if name not in weights or weights[name].shape != change.shape:
             raise ValueError(f"The change is of {name!r} {tuple(change.shape)}, and the network has no such weight.")

@@ -29,10 +29,12 @@ def importance_curve(
     level, up to 0.1 or 0.2 in the paper, their capacity is free for a new task.
 
     Source:
-        Hu, Zhang et al., "SaRA", ICLR 2025, arXiv 2409.06633, section 3.1 (weights are set to zero there too).
+        Hu, Zhang et al., "SaRA: High-Efficient Diffusion Model Fine-tuning with Progressive Sparse Low-Rank
+        Adaptation", ICLR 2025, arXiv 2409.06633.
 
     Differs:
-        The largest and random ones are additions, to compare with.
+        The paper measures generated images, here it is whatever ``evaluate`` gives. The largest and random entries are
+        additions, to compare with.
 
     Args:
         module: A trained network, which is left as it was found.

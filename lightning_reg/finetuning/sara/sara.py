@@ -49,13 +49,13 @@ class SaRA(PenaltyTechnique, WeightMapTechnique):
 
     Source:
         Hu, Zhang et al., "SaRA: High-Efficient Diffusion Model Fine-tuning with Progressive Sparse Low-Rank
-        Adaptation", ICLR 2025, arXiv 2409.06633, section 3. SHiRA: arXiv 2406.13175.
+        Adaptation", ICLR 2025, arXiv 2409.06633. SHiRA: arXiv 2406.13175.
 
     Differs:
         The threshold may be given by the share of entries below it. Biases, norms and embeddings are not chosen unless
         ``layers`` names them: many of them are zero. The authors' code drops the gradient of the nuclear norm on its
-        default path and turns the signs of chosen entries; here is what the paper says. A new step of the penalty
-        takes the singular values that are not zero alone.
+        default path and turns the signs of chosen entries; here is what the paper says. Singular values of zero have no
+        gradient.
 
     Memory: of each entry that is or was trained its position, its first value and its present one (12 bytes in
     float32), and what the optimizer keeps of those that are trained; no copy of the weights. Gradients of the weights'
