@@ -323,6 +323,10 @@ def test_no_copy_of_the_weights_is_kept():
     assert [len(t) for t in kept[:2]] == [entries, entries] == [round(0.1 * size)] * 2
     assert sum(t.numel() * t.element_size() for t in kept) <= 12 * entries
     assert kept[0].dtype == torch.int32
+    # Its penalty, which is on, is one of the entries: no gradient of the weights is kept for it.
+    assert technique.rank_weight > 0
+    ways = {way.split(" (")[0] for way in technique.latents.ways.values()}
+    assert ways == {"released"}
 
 
 def test_the_matrix_of_the_norm_is_drawn_for_each_step():
