@@ -53,6 +53,19 @@ if TYPE_CHECKING:
     from lightning_reg.finetuning.allora.export import applied as applied
     from lightning_reg.finetuning.allora.export import export_peft as export_peft
     from lightning_reg.finetuning.allora.export import from_peft as from_peft
+    from lightning_reg.finetuning.sara.core import magnitude_threshold as magnitude_threshold
+    from lightning_reg.finetuning.sara.core import nuclear_norm as nuclear_norm
+    from lightning_reg.finetuning.sara.core import pack_positions as pack_positions
+    from lightning_reg.finetuning.sara.core import sara_learning_rate as sara_learning_rate
+    from lightning_reg.finetuning.sara.core import small_masks as small_masks
+    from lightning_reg.finetuning.sara.core import unpack_positions as unpack_positions
+    from lightning_reg.finetuning.sara.delta import apply_delta_ as apply_delta_
+    from lightning_reg.finetuning.sara.delta import delta_applied as delta_applied
+    from lightning_reg.finetuning.sara.delta import load_delta as load_delta
+    from lightning_reg.finetuning.sara.delta import merged_delta as merged_delta
+    from lightning_reg.finetuning.sara.delta import save_delta as save_delta
+    from lightning_reg.finetuning.sara.delta import sparse_delta as sparse_delta
+    from lightning_reg.finetuning.sara.importance import importance_curve as importance_curve
     from lightning_reg.metric_learning.conr.core import conr_loss as conr_loss
     from lightning_reg.metric_learning.conr.core import inverse_density_weights as inverse_density_weights
     from lightning_reg.metric_learning.conr.core import label_distance as label_distance
@@ -169,6 +182,19 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "applied": "lightning_reg.finetuning.allora.export",
         "export_peft": "lightning_reg.finetuning.allora.export",
         "from_peft": "lightning_reg.finetuning.allora.export",
+        "magnitude_threshold": "lightning_reg.finetuning.sara.core",
+        "nuclear_norm": "lightning_reg.finetuning.sara.core",
+        "pack_positions": "lightning_reg.finetuning.sara.core",
+        "sara_learning_rate": "lightning_reg.finetuning.sara.core",
+        "small_masks": "lightning_reg.finetuning.sara.core",
+        "unpack_positions": "lightning_reg.finetuning.sara.core",
+        "apply_delta_": "lightning_reg.finetuning.sara.delta",
+        "delta_applied": "lightning_reg.finetuning.sara.delta",
+        "load_delta": "lightning_reg.finetuning.sara.delta",
+        "merged_delta": "lightning_reg.finetuning.sara.delta",
+        "save_delta": "lightning_reg.finetuning.sara.delta",
+        "sparse_delta": "lightning_reg.finetuning.sara.delta",
+        "importance_curve": "lightning_reg.finetuning.sara.importance",
         "conr_loss": "lightning_reg.metric_learning.conr.core",
         "inverse_density_weights": "lightning_reg.metric_learning.conr.core",
         "label_distance": "lightning_reg.metric_learning.conr.core",

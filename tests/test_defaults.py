@@ -17,6 +17,7 @@ DEFAULTS = {
     "analogy_prompt": {"generate": None},
     "ancestry": {"start": None, "names": None, "max_distance": 0.5, "min_cosine": 0.5, "warn": True, "exclude": None},
     "apply_strategy": {"delta": 1.0},
+    "applied": {"alpha": 1.0},
     "average_state_dicts": {
         "weights": None,
         "accumulate_dtype": torch.float64,
@@ -67,6 +68,7 @@ DEFAULTS = {
     "fisher_losses": {"which": "argmax", "generator": None, "outputs": "classes", "variances": None},
     "frechet_predict": {"power": 2.0, "chunk": None},
     "frechet_scores": {"power": 2.0, "chunk": None},
+    "from_peft": {"prefix": ""},
     "generator_fisher": {"generator": "generator", "discriminator": "discriminator", "params": None},
     "greedy_soup": {
         "strict": True,
@@ -100,10 +102,12 @@ DEFAULTS = {
         "exclude": None,
         "factors": "mean",
     },
+    "low_rank_factor": {"alpha": None},
     "mix_targets": {"num_classes": None},
     "mixup": {"lam": None, "alpha": 1.0, "generator": None},
     "multi_sample_dropout": {"generator": None},
     "multi_sample_loss": {"generator": None},
+    "new_low_rank": {"table": False},
     "next_class": {"candidates": None},
     "nm_mask": {"dim": "in"},
     "normalize_losses": {"delta": 1.0, "eps": 1e-06, "counted": None, "group": None},

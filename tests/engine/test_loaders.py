@@ -105,10 +105,11 @@ def test_worker_processes(persistent):
 def test_worker_processes_end_with_the_fit():
     """Not in a collection of garbage, some time later, which would wait ten seconds for them."""
     gc.collect()
+    before = {process.pid for process in multiprocessing.active_children()}
     gc.disable()
     try:
         record(marked(20, num_workers=1))
-        left = multiprocessing.active_children()
+        left = {process.pid for process in multiprocessing.active_children()} - before
     finally:
         gc.enable()
     assert not left

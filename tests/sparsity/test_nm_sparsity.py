@@ -811,8 +811,9 @@ PHASES = {"dense": 3, "sparsify": 11, "finetune": 19}
 @pytest.mark.parametrize("recipe", ["mdgf_exp", "sdgf_stepwise", "one_shot"])
 def test_resume_in_every_phase_is_exact_and_in_the_middle_of_a_frame(tmp_path, recipe, phase):
     make = partial(NMSparsity, 1, 4, recipe=recipe, dense_steps=5, finetune_steps=7)
-    whole = fit([make()], CASE.problem, folder=tmp_path, mid_epoch=PHASES[phase], max_epochs=3)
-    resumed = fit([make()], CASE.problem, ckpt=tmp_path / "mid_epoch.ckpt", seed=1, max_epochs=3)
+    options = {"max_epochs": 4, "log_every_n_steps": 1}
+    whole = fit([make()], CASE.problem, folder=tmp_path, mid_epoch=PHASES[phase], **options)
+    resumed = fit([make()], CASE.problem, ckpt=tmp_path / "mid_epoch.ckpt", seed=1, **options)
     assert resumed.techniques[0]._schedule.phase(PHASES[phase] - 1) == phase
     assert not difference(resumed.logged, whole.logged[-len(resumed.logged) :])
     assert not difference(resumed.weights, whole.weights)
@@ -841,8 +842,8 @@ def test_resume_beside_an_average_is_exact(tmp_path, first):
         sparse = NMSparsity(1, 4, recipe="srste", dense_steps=5)
         return [WeightAveraging(), sparse] if first else [sparse, WeightAveraging()]
 
-    whole = fit(callbacks(), CASE.problem, folder=tmp_path, mid_epoch=19, max_epochs=3)
-    resumed = fit(callbacks(), CASE.problem, ckpt=tmp_path / "mid_epoch.ckpt", seed=1, max_epochs=3)
+    whole = fit(callbacks(), CASE.problem, folder=tmp_path, mid_epoch=19, max_epochs=4)
+    resumed = fit(callbacks(), CASE.problem, ckpt=tmp_path / "mid_epoch.ckpt", seed=1, max_epochs=4)
     assert not difference(resumed.watch.weights, whole.watch.weights[19:])
     assert not difference(resumed.weights, whole.weights)
     assert check_nm(whole.weights["net.body.weight"], 1, 4) == 0

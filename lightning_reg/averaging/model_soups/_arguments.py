@@ -128,7 +128,7 @@ def mode_of(soup: SoupArguments, metric: str) -> Literal["max", "min"]:
 
 def new_soup(soup: SoupArguments) -> Soup:
     """An empty soup."""
-    rules = GreedyRules("max", soup.strict, soup.min_delta, soup.max_ingredients)
+    rules = GreedyRules(mode_of(soup, soup.monitor or "val_acc"), soup.strict, soup.min_delta, soup.max_ingredients)
     return Soup(soup.method, _new_collector(soup), rules)
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -122,10 +122,11 @@ class Soup:
 
     def _decide(self, mean: RunningMean, ingredient: Ingredient, weights: Weights, score_of: ScoreOf) -> None:
         """Lets a snapshot join the greedy soup, replace it, or go, whichever scores best."""
-        rules, best = self.rules, self._score
         own = ingredient.score = ingredient.score if ingredient.score is not None else score_of(None)
-        full = rules.max_ingredients is not None and mean.taken >= rules.max_ingredients
+        best, most = self._score, self.rules.max_ingredients
+        full = most is not None and mean.taken >= most
         joined = None if mean.taken == 0 or full else score_of(mean.average(weights))
+        rules = self.rules  # of the metric, which is known once validation has run
         joins = (
             joined is not None
             and best is not None
@@ -225,6 +226,7 @@ class Soup:
             "gathered": self.gathered.state(),
             "left_out": self.gathered.left_out.read(),
             "soup_score": self._score,
+            "mode": self.rules.mode,
             "trace": [asdict(candidate) for candidate in self._trace],
             "outcome": None if self.outcome is None else asdict(self.outcome),
         }
@@ -238,6 +240,7 @@ class Soup:
         """
         self.gathered.load(state["gathered"], state["left_out"])
         self._validated = None if state["validated"] is None else (state["validated"][0], state["validated"][1])
+        self.rules = replace(self.rules, mode=state["mode"])
         self._score, outcome = state["soup_score"], state["outcome"]
         self._trace = _candidates(state["trace"])
         self.outcome = None if outcome is None else Outcome(**{**outcome, "trace": _candidates(outcome["trace"])})

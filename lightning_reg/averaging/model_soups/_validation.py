@@ -1,6 +1,6 @@
 """Scores of weights by the user's own validation in the middle of a fit, with batch statistics of their own."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +54,7 @@ class Validation:
         trainer: A Trainer that fits.
         module: The user's.
         live: Its averaged tensors.
-        monitor: Name of the metric that scores.
+        score_by: Chooses the metric that scores, of those that validation has logged.
         bn_update_batches: Training batches for batch statistics; ``None`` for an epoch.
 
     """
@@ -64,11 +64,11 @@ class Validation:
         trainer: "Trainer",
         module: "LightningModule",
         live: LiveWeights,
-        monitor: str,
+        score_by: Callable[[Mapping[str, Any]], str],
         bn_update_batches: int | None,
     ) -> None:
         self._trainer, self._module, self._live = trainer, module, live
-        self._monitor, self._bn_update_batches = monitor, bn_update_batches
+        self._score_by, self._bn_update_batches = score_by, bn_update_batches
 
     @property
     def estimates(self) -> bool:
@@ -78,7 +78,8 @@ class Validation:
     def own_score(self, weights: Weights | None = None) -> float:
         """Score of weights as they are; of the module's own for ``None``."""
         if weights is None:
-            return agreed_score(passes.validation_metrics(self._trainer), self._monitor, self._module)
+            metrics = passes.validation_metrics(self._trainer)
+            return agreed_score(metrics, self._score_by(metrics), self._module)
         with self._live.exchanged(weights):
             return self.own_score()
 
@@ -101,7 +102,8 @@ class Validation:
             Its scores before and after; ``None`` where it was not scored, the first if the metric is not logged.
 
         """
-        scored = self._trainer.enable_validation and self._monitor in self._trainer.callback_metrics
+        logged = self._trainer.callback_metrics if self._trainer.enable_validation else {}
+        scored = self._score_by(logged) in logged
         with self._live.exchanged(average):
             before = self.own_score() if scored else None
             self._reestimate()

@@ -1,5 +1,6 @@
 """SoupAverager: averages of the weights that one fit passes through."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -275,10 +276,10 @@ class SoupAverager(Technique):
         )
 
     def _validation(self, trainer: "Trainer", module: "LightningModule") -> Validation:
-        return Validation(trainer, module, self._live, self._score_by(trainer), self.bn_update_batches)
+        return Validation(trainer, module, self._live, self._score_by, self.bn_update_batches)
 
-    def _score_by(self, trainer: "Trainer") -> str:
-        metric = score_by(self, trainer.callback_metrics)
+    def _score_by(self, metrics: Mapping[str, Any]) -> str:
+        metric = score_by(self, metrics)
         self._soup.rules = replace(self._soup.rules, mode=mode_of(self, metric))
         return metric
 
@@ -294,7 +295,7 @@ class SoupAverager(Technique):
         self._live.restore()
         self._live.find_masks()
         if self.method == "greedy" and self._live.tensors and not trainer.sanity_checking:
-            score = agreed_score(trainer.callback_metrics, self._score_by(trainer), pl_module)
+            score = agreed_score(trainer.callback_metrics, self._score_by(trainer.callback_metrics), pl_module)
             self._soup.note_validation(trainer.global_step, score)
 
     # -- when it ends -------------------------------------------------------------------------------------------------
@@ -350,7 +351,7 @@ class SoupAverager(Technique):
 
     def _source(self, trainer: "Trainer") -> Gathered | Snapshots:
         if self.from_checkpoints:
-            return kept_checkpoints(trainer, self._score_by(trainer), self._live.tensors)
+            return kept_checkpoints(trainer, self._score_by(trainer.callback_metrics), self._live.tensors)
         if isinstance(self._soup.gathered, Shelf):
             trainer.strategy.barrier("the last ingredient is written")
         return self._soup.gathered

@@ -69,9 +69,9 @@ def make_parts(trainer: "Trainer", module: "LightningModule", techniques: Sequen
 
 
 def _sees_weights(technique: Member) -> bool:
-    return bool(taking_part([technique], OnParameters) or taking_part([technique], OnWeights)) or (
-        "change_gradients" in phases_of(technique)
-    )
+    of_own_parts = isinstance(technique, ThroughMap) and technique.latents.frozen
+    penalizes = bool(taking_part([technique], OnParameters)) and not of_own_parts
+    return penalizes or bool(taking_part([technique], OnWeights)) or "change_gradients" in phases_of(technique)
 
 
 def _parts_on_layers(trainer: "Trainer", module: "LightningModule", techniques: Sequence[Member]) -> "list[Part]":

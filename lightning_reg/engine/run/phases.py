@@ -330,6 +330,7 @@ class OnParameters(Member):
 
         Its gradient joins that of the loss just before the optimizer's step, once however many batches are accumulated.
         The weights in the module are dense then. It may be called more than once per step, without gradient too.
+        One that trains own parts of a map with frozen latents penalizes these parts.
         """
         raise NotImplementedError
 
@@ -370,7 +371,10 @@ class ThroughMap(Member):
         raise NotImplementedError
 
     def map_weights(self, latents: "Mapping[str, Tensor]", weights: "Mapping[str, Tensor]") -> None:
-        """Writes f(v) into ``weights``, after the optimizer has stepped the latents."""
+        """Writes f(v) into ``weights``, after the optimizer has stepped the latents.
+
+        Where a latent has some entries alone (:meth:`Latents.take`), these: the others are in ``weights`` already.
+        """
         raise NotImplementedError
 
     def factors_of(self, name: str) -> "Factors":

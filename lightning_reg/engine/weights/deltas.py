@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.names import plain_name
+from lightning_reg.engine.weights.entries import entries_of, write_entries_
 from lightning_reg.engine.weights.latents import Latents
 from lightning_reg.engine.weights.swap import named_weights
 
@@ -79,11 +80,14 @@ def strip_(checkpoint: dict[str, Any], module: nn.Module, frozen: Sequence[Savin
     parameters = named_weights(module)
     mapped = {name: technique for technique in frozen for name in technique.weights_to_map(module)}
     names = frozen_names(module, frozen, others | mapped.keys()) | mapped.keys()
+    latents = {name: t.latents for name, t in mapped.items() if name in t.latents.values}
     base = {
-        name: mapped[name].latents.values.get(name, p.detach()) if name in mapped else p.detach()
+        name: latents[name].whole(name, p) if name in latents else p.detach()
         for name, p in parameters.items()
         if name in names
     }
+    # Of a latent that has some entries alone, all of them as they are now: those also that are trained no more.
+    entries = {n: entries_of(parameters[n].detach(), own.index[n]) for n, own in latents.items() if n in own.index}
     of_base = {id(parameters[name]) for name in base}
     keys = [key for key, p in module.named_parameters(remove_duplicate=False) if id(p) in of_base]
     for key in keys:
@@ -93,7 +97,7 @@ def strip_(checkpoint: dict[str, Any], module: nn.Module, frozen: Sequence[Savin
         if state:
             checkpoint["callbacks"][technique.state_key] = {**state, "values": {}}
     types = {name: str(value.dtype).removeprefix("torch.") for name, value in base.items()}
-    checkpoint[_KEY] = {"types": types, "hash": _hash(base)}
+    checkpoint[_KEY] = {"types": types, "hash": _hash(base), "entries": entries}
 
 
 def fill_(checkpoint: dict[str, Any], module: nn.Module, frozen: Sequence[Saving], owner: str) -> None:
@@ -127,8 +131,9 @@ def fill_(checkpoint: dict[str, Any], module: nn.Module, frozen: Sequence[Saving
         state = checkpoint.get("callbacks", {}).get(technique.state_key)
         names = [name for name in technique.weights_to_map(module) if name in base]
         if state and state["own"]:
-            state["values"] = {name: base[name].clone() for name in names}
-            values |= _mapped(technique, state)
+            index = {name: positions.to(base[name].device) for name, positions in state.get("index", {}).items()}
+            state["values"] = {n: entries_of(base[n], index[n]) if n in index else base[n].clone() for n in names}
+            values |= _mapped(technique, state) if not index else _with_entries(base, index, note["entries"])
     by_parameter = {id(parameters[name]): value for name, value in values.items()}
     for key, parameter in module.named_parameters(remove_duplicate=False):
         if id(parameter) in by_parameter:
@@ -142,6 +147,15 @@ def _mapped(technique: Saving, state: dict[str, Any]) -> dict[str, Tensor]:
     technique.latents.to({name: value.device for name, value in latents.items()})
     weights = {name: torch.empty_like(value) for name, value in latents.items()}
     technique.map_weights(latents, weights)
+    return weights
+
+
+def _with_entries(
+    base: Mapping[str, Tensor], index: Mapping[str, Tensor], entries: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    weights = {name: base[name].clone() for name in index}
+    for name, weight in weights.items():
+        write_entries_(weight, index[name], entries[name].to(weight.device))
     return weights
 
 

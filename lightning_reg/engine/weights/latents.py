@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_reg.engine.weights.entries import entries_of, write_entries_
+
 __all__ = ["Latents"]
 
 
@@ -18,9 +20,11 @@ class Latents:
             name of the part where they differ; one that is not named has 1.
         frozen: Whether the latents stay as they are, so that the own parts alone are trained: the optimizer then gets
             no gradient of the weight, keeps no moments of it and lets it not decay.
+        own_decay: Whether the own parts have the weight decay of the weight's group.
 
     Attributes:
         values: Latent of each weight, by the weight's name.
+        index: Positions in the flat weight of the entries that a latent has, where it has not all (:meth:`take`).
         own: Learned parts of the map of each weight, by the weight's name and the part's own; leaves of any shape that
             require a gradient, float32 at least. The technique puts them there when it begins.
         ways: How the gradient of each frozen weight comes to the own parts, for the report; the engine sets it.
@@ -29,9 +33,13 @@ class Latents:
 
     """
 
-    def __init__(self, lr_factor: float | Mapping[str, float] = 1.0, *, frozen: bool = False) -> None:
-        self.lr_factor, self.frozen = lr_factor, frozen
+    def __init__(
+        self, lr_factor: float | Mapping[str, float] = 1.0, *, frozen: bool = False, own_decay: bool = False
+    ) -> None:
+        self.lr_factor, self.frozen, self.own_decay = lr_factor, frozen, own_decay
         self.values: dict[str, Tensor] = {}
+        self.index: dict[str, Tensor] = {}
+        self._whole: dict[str, tuple[int, ...]] = {}
         self.own: dict[str, dict[str, Tensor]] = {}
         self.ways: dict[str, str] = {}
         self.is_watched = False
@@ -41,6 +49,38 @@ class Latents:
     def size(self) -> int:
         """How many numbers of the map's own are trained."""
         return sum(tensor.numel() for _, _, tensor in self.parts())
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the weights."""
+        return {name: self._whole.get(name, tuple(value.shape)) for name, value in self.values.items()}
+
+    def take(self, name: str, weight: Tensor, index: Tensor) -> Tensor:
+        """The latent of a weight that changes in these entries alone, so that no copy of it is kept: their values.
+
+        Args:
+            name: Of the weight.
+            weight: The weight.
+            index: ``(K,)``, positions in the flat weight.
+
+        Returns:
+            ``(K,)``, for :attr:`values`; :meth:`WeightMapTechnique.map_weights` then leaves other entries alone.
+
+        """
+        self.index[name], self._whole[name] = index, tuple(weight.shape)
+        return entries_of(weight, index)
+
+    def room(self, name: str, weight: Tensor) -> Tensor:
+        """Memory to map a weight into: new, or a copy of the weight where the latent has some of its entries alone."""
+        return weight.detach().clone() if name in self.index else torch.empty_like(self.values[name])
+
+    def whole(self, name: str, weight: Tensor) -> Tensor:
+        """The latent as a whole weight."""
+        if name not in self.index:
+            return self.values[name]
+        whole = weight.detach().clone()
+        write_entries_(whole, self.index[name], self.values[name])
+        return whole
 
     def parts(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, str, Tensor]]:
         """Name of the weight, name of the part and the part, of these weights or of all."""
@@ -58,16 +98,19 @@ class Latents:
     def clear(self) -> None:
         """Forgets everything."""
         self.values, self.own, self._moments = {}, {}, {}
+        self.index, self._whole = {}, {}
 
     def fit(self, weights: Mapping[str, Tensor]) -> bool:
         """Whether these are latents of weights of such names and shapes."""
-        return {n: v.shape for n, v in self.values.items()} == {n: w.shape for n, w in weights.items()}
+        return self.shapes == {name: tuple(weight.shape) for name, weight in weights.items()}
 
     def to(self, devices: Mapping[str, torch.device]) -> None:
         """Moves everything that belongs to a weight to its device."""
         for name, device in devices.items():
             if name in self.values:
                 self.values[name] = self.values[name].to(device)
+            if name in self.index:
+                self.index[name] = self.index[name].to(device)
             for part, tensor in self.own.get(name, {}).items():
                 if tensor.device != device:
                     self.own[name][part] = tensor.detach().to(device).requires_grad_()
@@ -91,7 +134,7 @@ class Latents:
             factor = self.lr_factor.get(found[1], 1.0) if isinstance(self.lr_factor, Mapping) else self.lr_factor
             by_factor.setdefault(factor, []).append(found)
         settings = {key: value for key, value in group.items() if key not in _OF_PARAMETERS}
-        settings |= {"weight_decay": 0.0} if "weight_decay" in group else {}
+        settings |= {"weight_decay": 0.0} if "weight_decay" in group and not self.own_decay else {}
         groups = []
         for factor, parts in by_factor.items():
             named = {"param_names": [f"{name} ({part})" for name, part, _ in parts]} if "param_names" in group else {}
@@ -116,7 +159,10 @@ class Latents:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values."""
-        return {
+        index = (
+            {"index": dict(self.index), "shapes": {n: list(s) for n, s in self._whole.items()}} if self.index else {}
+        )
+        return index | {
             "values": {name: value.detach() for name, value in self.values.items()},
             "own": {name: {part: t.detach() for part, t in parts.items()} for name, parts in self.own.items()},
             "moments": {
@@ -128,7 +174,8 @@ class Latents:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over what :meth:`state_dict` gave."""
-        self.values = dict(state["values"])
+        self.values, self.index = dict(state["values"]), dict(state.get("index", {}))
+        self._whole = {name: tuple(shape) for name, shape in state.get("shapes", {}).items()}
         self.own = {
             name: {part: tensor.clone().requires_grad_() for part, tensor in parts.items()}
             for name, parts in state["own"].items()

@@ -51,7 +51,7 @@ class _Map:
         self._begun_with = self.technique.latents.values
 
     def weights_of(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        weights = {name: torch.empty_like(value) for name, value in latents.items()}
+        weights = {name: self.technique.latents.room(name, self.weights[name]) for name in latents}
         if weights:
             self.technique.map_weights(latents, weights)
         return weights
@@ -201,7 +201,7 @@ class WeightMaps:
         if latents.values and not fresh and not latents.fit(weights):
             raise MisconfigurationException(
                 f"{type(one.technique).__name__}: the state that it goes on from is of other weights:"
-                f" {_other_weights(latents.values, weights)}. Choose the layers that were chosen when it was written,"
+                f" {_other_weights(latents.shapes, weights)}. Choose the layers that were chosen when it was written,"
                 " or load the weights and train without `ckpt_path`."
             )
         if fresh or not latents.values:
@@ -388,15 +388,15 @@ class WeightMaps:
             one.technique.latents.to(dict.fromkeys(one.weights, torch.device("cpu")))
 
 
-def _other_weights(held: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
+def _other_weights(held: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor]) -> str:
     """The first difference between two sets of weights, in words."""
     for name in (*held, *weights):
         if name not in held:
             return f"{name!r} is trained here, and is not in it"
         if name not in weights:
             return f"{name!r} is in it, and is not trained here"
-        if held[name].shape != weights[name].shape:
-            return f"{name!r} has the shape {tuple(held[name].shape)} in it, and {tuple(weights[name].shape)} here"
+        if held[name] != weights[name].shape:
+            return f"{name!r} has the shape {held[name]} in it, and {tuple(weights[name].shape)} here"
     return ""
 
 

@@ -1,38 +1,17 @@
-"""Which weights get factors, how they lie, and what is trained as it is."""
+"""Which weights get factors, and how they lie."""
 
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from lightning_reg.engine.host.errors import MisconfigurationException, check_patterns
-from lightning_reg.engine.host.names import Patterns, matches
+from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.weights.factors import Layout
 from lightning_reg.engine.weights.places import layouts_of, places_of
-from lightning_reg.engine.weights.summed import all_names
 from lightning_reg.engine.weights.swap import named_weights
+from lightning_reg.finetuning._choice import check_plain
 from lightning_reg.finetuning.allora._peft_files import read_peft
 
-__all__ = ["layouts_for", "starting_factors", "trained_as_they_are"]
-
-
-def trained_as_they_are(owner: object, module: nn.Module, patterns: Patterns) -> set[str]:
-    """Names of the parameters that are trained as they are.
-
-    Args:
-        owner: Who asks, with the argument ``train``; its class is named in messages.
-        module: The user's module.
-        patterns: Patterns of names of parameters, and of layers that hold them.
-
-    Returns:
-        As in ``named_parameters()``.
-
-    Raises:
-        MisconfigurationException: If a pattern matches nothing.
-
-    """
-    names = all_names(module)
-    check_patterns(owner, "train", patterns, sorted(set().union(*names.values())), "layer with parameters")
-    return {name for name, also in names.items() if any(matches(one, patterns) for one in also)}
+__all__ = ["layouts_for", "starting_factors"]
 
 
 def layouts_for(owner: object, module: nn.Module, names: Sequence[str]) -> tuple[dict[str, Layout], set[str]]:
@@ -51,14 +30,7 @@ def layouts_for(owner: object, module: nn.Module, names: Sequence[str]) -> tuple
 
     """
     weights, known, places = named_weights(module), layouts_of(module), places_of(module)
-    for name in names:
-        weight = weights[name]
-        layer = places[name][0].layer
-        if not weight.is_floating_point() or type(weight.data) is not Tensor:
-            raise MisconfigurationException(
-                f"{type(owner).__name__}: {name!r} of {type(layer).__name__} is quantised, or no plain tensor, and what"
-                " is added to it cannot be written into it. Exclude it, or train it with PEFT."
-            )
+    check_plain(owner, module, names)
     layouts = {name: known.get(name, Layout(stacked=weights[name].dim() > 2)) for name in names}
     return layouts, {name for name in names if all(isinstance(p.layer, nn.Embedding) for p in places[name])}
 

@@ -16,7 +16,8 @@ from lightning_reg.engine.weights.factors import Factors, Layout, product, pulle
 from lightning_reg.engine.weights.latents import Latents
 from lightning_reg.engine.weights.summed import names_said, summed_weights
 from lightning_reg.engine.weights.swap import named_weights
-from lightning_reg.finetuning.allora._choice import layouts_for, starting_factors, trained_as_they_are
+from lightning_reg.finetuning._choice import trained_as_they_are
+from lightning_reg.finetuning.allora._choice import layouts_for, starting_factors
 from lightning_reg.finetuning.allora.core import allora_row_scale, low_rank_factor, low_rank_norm, new_low_rank
 
 if TYPE_CHECKING:

@@ -1,0 +1,55 @@
+"""What fine-tuning trains as it is, and which weights it can write into."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from lightning_reg.engine.host.errors import MisconfigurationException, check_patterns
+from lightning_reg.engine.host.names import Patterns, matches
+from lightning_reg.engine.weights.summed import all_names
+from lightning_reg.engine.weights.swap import named_weights
+
+__all__ = ["check_plain", "trained_as_they_are"]
+
+
+def trained_as_they_are(owner: object, module: nn.Module, patterns: Patterns) -> set[str]:
+    """Names of the parameters that are trained as they are.
+
+    Args:
+        owner: Who asks, with the argument ``train``; its class is named in messages.
+        module: The user's module.
+        patterns: Patterns of names of parameters, and of layers that hold them.
+
+    Returns:
+        As in ``named_parameters()``.
+
+    Raises:
+        MisconfigurationException: If a pattern matches nothing.
+
+    """
+    names = all_names(module)
+    check_patterns(owner, "train", patterns, sorted(set().union(*names.values())), "layer with parameters")
+    return {name for name, also in names.items() if any(matches(one, patterns) for one in also)}
+
+
+def check_plain(owner: object, module: nn.Module, names: Sequence[str]) -> None:
+    """Refuses weights that are no plain tensors of floating point.
+
+    Args:
+        owner: Who asks; its class is named in messages.
+        module: The user's module.
+        names: Names of the weights.
+
+    Raises:
+        MisconfigurationException: If a weight is quantised.
+
+    """
+    weights, layers = named_weights(module), dict(module.named_modules())
+    for name in names:
+        weight = weights[name]
+        if not weight.is_floating_point() or type(weight.data) is not Tensor:
+            layer = type(layers.get(name.rpartition(".")[0], module)).__name__
+            raise MisconfigurationException(
+                f"{type(owner).__name__}: {name!r} of {layer} is quantised, or no plain tensor, and what is added to it"
+                " cannot be written into it. Exclude it, or train it with PEFT."
+            )
