@@ -18,6 +18,7 @@ DEFAULTS = {
     "ancestry": {"start": None, "names": None, "max_distance": 0.5, "min_cosine": 0.5, "warn": True, "exclude": None},
     "apply_strategy": {"delta": 1.0},
     "applied": {"alpha": 1.0},
+    "apply_delta_": {"alpha": 1.0},
     "average_state_dicts": {
         "weights": None,
         "accumulate_dtype": torch.float64,
@@ -68,6 +69,7 @@ DEFAULTS = {
     "fisher_losses": {"which": "argmax", "generator": None, "outputs": "classes", "variances": None},
     "frechet_predict": {"power": 2.0, "chunk": None},
     "frechet_scores": {"power": 2.0, "chunk": None},
+    "delta_applied": {"alpha": 1.0},
     "from_peft": {"prefix": ""},
     "generator_fisher": {"generator": "generator", "discriminator": "discriminator", "params": None},
     "greedy_soup": {
@@ -102,6 +104,7 @@ DEFAULTS = {
         "exclude": None,
         "factors": "mean",
     },
+    "importance_curve": {"select": "smallest", "seed": 0},
     "low_rank_factor": {"alpha": None},
     "mix_targets": {"num_classes": None},
     "mixup": {"lam": None, "alpha": 1.0, "generator": None},
@@ -144,6 +147,7 @@ DEFAULTS = {
     "slerp_merge": {"threshold": 0.9995, "exclude": None},
     "softmax_distillation_loss": {"temperature": 2.0, "reduction": "mean"},
     "sparsify_weight": {"factor": 0.0, "lambda_w": 0.0},
+    "sparse_delta": {"prefix": ""},
     "split_pool": {"batch": 256, "most": 100000},
     "supervised_contrastive_loss": {"temperature": 0.1, "group": None, "capacity": None},
     "symmetric_infonce": {"tau": 0.1, "group": None, "capacity": None},
