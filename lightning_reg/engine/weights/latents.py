@@ -160,7 +160,7 @@ class Latents:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values."""
         index = (
-            {"index": dict(self.index), "shapes": {n: list(s) for n, s in self._whole.items()}} if self.index else {}
+            {"index": dict(self.index), "index_of": {n: list(s) for n, s in self._whole.items()}} if self.index else {}
         )
         return index | {
             "values": {name: value.detach() for name, value in self.values.items()},
@@ -175,7 +175,7 @@ class Latents:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over what :meth:`state_dict` gave."""
         self.values, self.index = dict(state["values"]), dict(state.get("index", {}))
-        self._whole = {name: tuple(shape) for name, shape in state.get("shapes", {}).items()}
+        self._whole = {name: tuple(shape) for name, shape in state.get("index_of", {}).items()}
         self.own = {
             name: {part: tensor.clone().requires_grad_() for part, tensor in parts.items()}
             for name, parts in state["own"].items()
