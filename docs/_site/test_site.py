@@ -130,7 +130,7 @@ def test_all_pages_load_ask_nobody_else_and_draw_their_formulas(browser, address
     ("words", "page"),
     [
         ("ELRCallback", "techniques/noisy_labels/ELRCallback.html"),
-        ("elastic weight consolidation", "techniques/continual/EWC.html"),
+        ("EWC", "techniques/continual/EWC.html"),
         ("augment", "arguments.html"),
     ],
 )
