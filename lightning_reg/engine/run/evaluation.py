@@ -38,6 +38,7 @@ class AroundEvaluation(host.Callback):
     def __init__(self, trainer: "Trainer", module: "LightningModule", techniques: Sequence[Member]) -> None:
         self._module, self._techniques = module, techniques
         self._on_layers = taking_part(techniques, OnLayers)
+        self._on_batch = taking_part(techniques, OnBatch, "transform_batch")
         self._edits: LayerEdits | None = None
         self._replaced = []
         for method, stage in _STEPS.items():
@@ -54,10 +55,7 @@ class AroundEvaluation(host.Callback):
             MisconfigurationException: If two of them cannot stand together.
 
         """
-        elsewhere = [technique for technique in techniques if technique.stages - {"train"}]
-        acting = [
-            t for t in elsewhere if {"edit_inputs", "edit_features", "transform_batch"}.intersection(phases_of(t))
-        ]
+        acting = [t for t in techniques if t.stages - {"train"} and _PHASES.intersection(phases_of(t))]
         callbacks = host.callbacks(trainer)
         if acting and not any(isinstance(callback, cls) for callback in callbacks):
             check_pairs(acting)
@@ -68,7 +66,7 @@ class AroundEvaluation(host.Callback):
         step.active = [t for t in self._techniques if stage in t.stages and t.is_active(step)]
         if not step.active:
             return original(*args, **kwargs)
-        for technique in taking_part([t for t in self._techniques if t in step.active], OnBatch, "transform_batch"):
+        for technique in [technique for technique in self._on_batch if technique in step.active]:
             step.batch = technique.transform_batch(step.batch, step)
         args = (step.batch, *args[1:]) if args else args
         if self._edits is None:
