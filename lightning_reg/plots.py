@@ -5,7 +5,6 @@ writes it. One style, ``plots.mplstyle`` beside this file, is in force for all; 
 so they are told apart in grey.
 """
 
-import csv
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 
 import torch
 from torch import Tensor
+
+from lightning_reg import _compare
 
 try:
     import matplotlib.style
@@ -55,22 +56,14 @@ def read_log(path: str | Path) -> dict[str, tuple[list[float], list[float]]]:
         For each logged name the steps at which it was logged, and its values.
 
     Raises:
-        ValueError: If the file has no column ``step``.
+        ValueError: If the file has no column ``step``, or words where numbers belong.
 
     """
-    path = Path(path) / "metrics.csv" if Path(path).is_dir() else Path(path)
-    curves: dict[str, tuple[list[float], list[float]]] = {}
-    with path.open(newline="") as file:
-        rows = csv.DictReader(file)
-        if "step" not in (rows.fieldnames or ()):
-            raise ValueError(f"read_log: {path} has no column `step`: it must be the metrics.csv of a CSVLogger.")
-        for row in rows:
-            for name, value in row.items():
-                if value and name not in ("step", "epoch"):
-                    steps, values = curves.setdefault(name, ([], []))
-                    steps.append(float(row["step"]))
-                    values.append(float(value))
-    return curves
+    try:
+        curves = _compare.read_log(Path(path) / "metrics.csv" if Path(path).is_dir() else Path(path))
+    except ValueError as error:
+        raise ValueError(f"read_log: {error}") from error
+    return {name: (curve.steps, curve.values) for name, curve in curves.items()}
 
 
 @_styled
