@@ -1,15 +1,35 @@
 """What fine-tuning trains as it is, and which weights it can write into."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_reg.engine.host.errors import MisconfigurationException, check_patterns
 from lightning_reg.engine.host.names import Patterns, matches
+from lightning_reg.engine.technique import WeightMapTechnique
 from lightning_reg.engine.weights.summed import all_names
 from lightning_reg.engine.weights.swap import named_weights
 
-__all__ = ["check_plain", "trained_as_they_are"]
+__all__ = ["FineTuning", "check_plain", "trained_as_they_are"]
+
+
+class FineTuning(WeightMapTechnique):
+    """Trains through a map while all other weights are frozen, but for those that ``train`` names."""
+
+    train: Patterns
+    save: Literal["full", "delta"]
+
+    @property
+    @override
+    def saves_delta(self) -> bool:
+        return self.save == "delta"
+
+    @override
+    def weights_to_freeze(self, module: nn.Module) -> Sequence[str]:
+        trained = trained_as_they_are(self, module, self.train)
+        return [name for name in named_weights(module) if name not in trained]
 
 
 def trained_as_they_are(owner: object, module: nn.Module, patterns: Patterns) -> set[str]:

@@ -11,12 +11,11 @@ from typing_extensions import override
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.technique import WeightMapTechnique
 from lightning_reg.engine.weights.factors import Factors, Layout, product, pulled_back, write_product_
 from lightning_reg.engine.weights.latents import Latents
 from lightning_reg.engine.weights.summed import names_said, summed_weights
 from lightning_reg.engine.weights.swap import named_weights
-from lightning_reg.finetuning._choice import trained_as_they_are
+from lightning_reg.finetuning._choice import FineTuning, trained_as_they_are
 from lightning_reg.finetuning.allora._choice import layouts_for, starting_factors
 from lightning_reg.finetuning.allora.core import allora_row_scale, low_rank_factor, low_rank_norm, new_low_rank
 
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["ALLoRA"]
 
 
-class ALLoRA(WeightMapTechnique):
+class ALLoRA(FineTuning):
     r"""Low-rank fine-tuning without dropout and without a scaling factor: each row has a learning rate by its norm.
 
     Each chosen weight, as a matrix of outputs by inputs, is :math:`W = W_0 + BA` with :math:`W_0` frozen, and only the
@@ -166,11 +165,6 @@ class ALLoRA(WeightMapTechnique):
         """Names of the parameters that were trained as they are."""
         return list(self._trained)
 
-    @property
-    @override
-    def saves_delta(self) -> bool:
-        return self.save == "delta"
-
     # -- the map ------------------------------------------------------------------------------------------------------
 
     @override
@@ -186,11 +180,6 @@ class ALLoRA(WeightMapTechnique):
         beside, frozen = len(trained - set(chosen)), len(weights.keys() - trained - set(chosen))
         self._sizes = f"{len(chosen)} weights by {size:,} numbers; {beside} parameters as they are, {frozen} frozen"
         return chosen
-
-    @override
-    def weights_to_freeze(self, module: nn.Module) -> Sequence[str]:
-        trained = trained_as_they_are(self, module, self.train)
-        return [name for name in named_weights(module) if name not in trained]
 
     @override
     def begin_map(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

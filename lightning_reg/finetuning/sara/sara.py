@@ -11,12 +11,12 @@ from typing_extensions import override
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.technique import PenaltyTechnique, WeightMapTechnique
+from lightning_reg.engine.technique import PenaltyTechnique
 from lightning_reg.engine.weights.entries import entries_of, positions_of, write_entries_
 from lightning_reg.engine.weights.latents import Latents
 from lightning_reg.engine.weights.summed import names_said, summed_weights
 from lightning_reg.engine.weights.swap import named_weights
-from lightning_reg.finetuning._choice import check_plain, trained_as_they_are
+from lightning_reg.finetuning._choice import FineTuning, check_plain, trained_as_they_are
 from lightning_reg.finetuning.sara.core import magnitude_threshold, nuclear_norm, small_masks
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["SaRA"]
 
 
-class SaRA(PenaltyTechnique, WeightMapTechnique):
+class SaRA(PenaltyTechnique, FineTuning):
     r"""Trains the entries of weights that are smallest in a trained network, and leaves all others as they are.
 
     Of the chosen weights the entries with :math:`|P| < \theta` are trained, one threshold for all; they hardly matter
@@ -169,11 +169,6 @@ class SaRA(PenaltyTechnique, WeightMapTechnique):
         """The threshold of this training; 0 before it, and where entries are drawn by chance."""
         return self._theta
 
-    @property
-    @override
-    def saves_delta(self) -> bool:
-        return self.save == "delta"
-
     @override
     def is_active(self, step: "Step") -> bool:
         return bool(self.rank_weight) or super().is_active(step)
@@ -210,11 +205,6 @@ class SaRA(PenaltyTechnique, WeightMapTechnique):
             f"{len(chosen)} weights of {size:,} numbers; {len(trained)} parameters as they are, {frozen} frozen"
         )
         return chosen
-
-    @override
-    def weights_to_freeze(self, module: nn.Module) -> Sequence[str]:
-        trained = trained_as_they_are(self, module, self.train)
-        return [name for name in named_weights(module) if name not in trained]
 
     @override
     def begin_map(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
