@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from typing_extensions import override
-
 from lightning_reg.engine.host import lightning as host
+from lightning_reg.engine.run.hooks import StandsIn
 from lightning_reg.engine.run.phases import Member, ThroughMap, taking_part
 from lightning_reg.engine.weights.deltas import fill_, is_delta, strip_
 
@@ -27,7 +26,7 @@ def strip_checkpoint_(trainer: "Trainer", module: "LightningModule", checkpoint:
     strip_(checkpoint, module, frozen, {name for technique in others for name in technique.weights_to_map(module)})
 
 
-class ReadsDeltas(host.Callback):
+class ReadsDeltas(StandsIn):
     """Completes such checkpoints before Lightning restores the module, in every stage, until it is torn down.
 
     Args:
@@ -39,7 +38,8 @@ class ReadsDeltas(host.Callback):
 
     def __init__(self, trainer: "Trainer", module: "LightningModule", frozen: Sequence[Any]) -> None:
         self._module, self._frozen = module, frozen
-        self._replaced = host.Replacement(trainer.strategy, "load_model_state_dict", self._load)
+        self._loading = host.Replacement(trainer.strategy, "load_model_state_dict", self._load)
+        super().__init__([self._loading])
 
     @classmethod
     def attach(cls, trainer: "Trainer", module: "LightningModule", techniques: Sequence[Any]) -> None:
@@ -51,17 +51,4 @@ class ReadsDeltas(host.Callback):
     def _load(self, checkpoint: Any, *args: Any, **kwargs: Any) -> None:
         if is_delta(checkpoint):
             fill_(checkpoint, self._module, self._frozen, type(self._frozen[0]).__name__)
-        self._replaced.original(checkpoint, *args, **kwargs)
-
-    @override
-    def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
-        self._detach(trainer)
-
-    @override
-    def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
-        self._detach(trainer)
-
-    def _detach(self, trainer: "Trainer") -> None:
-        if self in host.callbacks(trainer):
-            self._replaced.undo()
-            host.set_callbacks(trainer, [callback for callback in host.callbacks(trainer) if callback is not self])
+        self._loading.original(checkpoint, *args, **kwargs)

@@ -10,6 +10,7 @@ from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.layers.edits import LayerEdits
 from lightning_reg.engine.run import report
 from lightning_reg.engine.run.composition import check_pairs
+from lightning_reg.engine.run.hooks import StandsIn
 from lightning_reg.engine.run.layer_parts import edits_of
 from lightning_reg.engine.run.phases import Member, OnBatch, OnLayers, phases_of, taking_part
 from lightning_reg.engine.step import EvaluationStep, Stage
@@ -23,7 +24,7 @@ _STEPS: dict[str, Stage] = {"validation_step": "validate", "test_step": "test", 
 _PHASES = frozenset({"edit_inputs", "edit_features", "transform_batch"})
 
 
-class AroundEvaluation(host.Callback):
+class AroundEvaluation(StandsIn):
     """Stands around the steps of validation, test and prediction while a Trainer runs, first among its callbacks.
 
     Layers are looked up in the first of these steps, when ``configure_model`` has made them.
@@ -40,12 +41,13 @@ class AroundEvaluation(host.Callback):
         self._on_layers = taking_part(techniques, OnLayers)
         self._on_batch = taking_part(techniques, OnBatch, "transform_batch")
         self._edits: LayerEdits | None = None
-        self._replaced = []
-        for method, stage in _STEPS.items():
-            if any(stage in technique.stages for technique in techniques):
-                original = getattr(trainer.strategy, method)
-                run = partial(self._run, trainer, original, stage)
-                self._replaced.append(host.Replacement(trainer.strategy, method, run))
+        super().__init__(
+            host.Replacement(
+                trainer.strategy, method, partial(self._run, trainer, getattr(trainer.strategy, method), stage)
+            )
+            for method, stage in _STEPS.items()
+            if any(stage in technique.stages for technique in techniques)
+        )
 
     @classmethod
     def attach(cls, trainer: "Trainer", module: "LightningModule", techniques: Sequence[Member]) -> None:
@@ -83,17 +85,7 @@ class AroundEvaluation(host.Callback):
         return output
 
     @override
-    def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
-        self._detach(trainer)
-
-    @override
-    def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
-        self._detach(trainer)
-
-    def _detach(self, trainer: "Trainer") -> None:
+    def let_go(self) -> None:
         if self._edits is not None:
             self._edits.close()
-        for replacement in reversed(self._replaced):
-            replacement.undo()
-        self._replaced.clear()
-        host.set_callbacks(trainer, [callback for callback in host.callbacks(trainer) if callback is not self])
+        super().let_go()

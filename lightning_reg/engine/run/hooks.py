@@ -1,10 +1,11 @@
 """The engine's own callbacks: the moments outside ``training_step`` at which its parts have something to do."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from typing_extensions import override
 
-from lightning_reg.engine.host.lightning import STEP_HOOKS, Callback
+from lightning_reg.engine.host.lightning import STEP_HOOKS, Callback, Replacement, callbacks, set_callbacks
 from lightning_reg.engine.run import report
 from lightning_reg.engine.run.part import overriding
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from lightning_reg.engine.run.phases import Member
     from lightning_reg.engine.run.watching import Watch
 
-__all__ = ["FirstHooks", "LastHooks"]
+__all__ = ["FirstHooks", "LastHooks", "StandsIn"]
 
 
 class HasParts(Protocol):
@@ -132,3 +133,33 @@ class LastHooks(Callback):
     def on_validation_epoch_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         for begin in self._begin_validation:
             begin()
+
+
+class StandsIn(Callback):
+    """Stands in for methods of Lightning's, in every stage, until that is torn down; then it leaves the callbacks.
+
+    Args:
+        replaced: The methods.
+
+    """
+
+    def __init__(self, replaced: Iterable[Replacement]) -> None:
+        self._replaced = list(replaced)
+
+    def let_go(self) -> None:
+        """Puts back what was there; may be called twice."""
+        for replacement in reversed(self._replaced):
+            replacement.undo()
+        self._replaced.clear()
+
+    @override
+    def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
+        self._leave(trainer)
+
+    @override
+    def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
+        self._leave(trainer)
+
+    def _leave(self, trainer: "Trainer") -> None:
+        self.let_go()
+        set_callbacks(trainer, [callback for callback in callbacks(trainer) if callback is not self])
