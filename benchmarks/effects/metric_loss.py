@@ -11,15 +11,13 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from _shared import Arm, fit
-from lightning.pytorch import LightningModule, seed_everything
-from sklearn.datasets import load_digits
+from _shared import Arm
+from _unseen_digits import SEEN, scores
+from lightning.pytorch import LightningModule
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_reg import OPIS, MetricLoss
+from lightning_reg import MetricLoss
 
-SEEN, EACH, STEPS = 6, 16, 250
 SIZE = {"num_classes": SEEN, "embedding_size": 64}
 LIBRARY = "pytorch_metric_learning.losses"
 ARMS = {
@@ -52,33 +50,13 @@ class Digits(LightningModule):
         return torch.optim.Adam(self.parameters(), 1e-3)
 
 
-def balanced(y, generator):
-    """Batches with as many images of each digit."""
-    places = [(y == digit).nonzero()[:, 0] for digit in range(SEEN)]
-    for _ in range(STEPS):
-        yield torch.cat([p[torch.randperm(len(p), generator=generator)[:EACH]] for p in places]).tolist()
-
-
-def scores(name, seed):
-    digits = load_digits()
-    x, y = torch.tensor(digits.data / 16, dtype=torch.float32), torch.tensor(digits.target)
-    seen = y < SEEN
-    seed_everything(seed, verbose=False)
-    model, arguments = Digits(), ARMS[name]
-    batches = list(balanced(y[seen], torch.Generator().manual_seed(seed)))
-    loader = DataLoader(TensorDataset(x[seen], y[seen]), batch_sampler=batches)
-    fit(model, [] if arguments is None else [MetricLoss("embed", seed=seed, **arguments)], loader, max_epochs=1)
-    metric = OPIS()
-    with torch.no_grad():
-        metric.update(model.embed(x[~seen]), y[~seen])
-    found = metric.compute()
-    return {"recall_at_1": 100 * found["recall_at_1"], "OPIS": 1000 * found["opis"]}
-
-
 def run(seeds):
     arms = [Arm(name) for name in ARMS]
     for seed in seeds:
         for arm in arms:
-            arm.add(**scores(arm.name, seed))
+            arguments = ARMS[arm.name]
+            callbacks = [] if arguments is None else [MetricLoss("embed", seed=seed, **arguments)]
+            found = scores(Digits, callbacks, seed)
+            arm.add(recall_at_1=found["recall_at_1"], OPIS=found["OPIS"])
             print(f"seed {seed}, {arm.name}", file=sys.stderr, flush=True)
     return arms

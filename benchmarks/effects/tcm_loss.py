@@ -11,15 +11,14 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from _shared import Arm, fit
-from lightning.pytorch import LightningModule, seed_everything
-from sklearn.datasets import load_digits
+from _shared import Arm
+from _unseen_digits import scores
+from lightning.pytorch import LightningModule
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_reg import OPIS, TCM
+from lightning_reg import TCM
 
-SEEN, EACH, STEPS, TEMPERATURE = 6, 16, 250, 0.1
+TEMPERATURE = 0.1
 PLAIN = "contrastive"
 ARMS = {
     PLAIN: None,
@@ -47,33 +46,11 @@ class Embedder(LightningModule):
         return torch.optim.Adam(self.parameters(), 1e-3)
 
 
-def balanced(y, generator):
-    """Batches with as many images of each digit."""
-    places = [(y == digit).nonzero()[:, 0] for digit in range(SEEN)]
-    for _ in range(STEPS):
-        yield torch.cat([p[torch.randperm(len(p), generator=generator)[:EACH]] for p in places]).tolist()
-
-
-def scores(name, seed):
-    digits = load_digits()
-    x, y = torch.tensor(digits.data / 16, dtype=torch.float32), torch.tensor(digits.target)
-    seen = y < SEEN
-    seed_everything(seed, verbose=False)
-    model, arguments = Embedder(), ARMS[name]
-    batches = list(balanced(y[seen], torch.Generator().manual_seed(seed)))
-    loader = DataLoader(TensorDataset(x[seen], y[seen]), batch_sampler=batches)
-    fit(model, [] if arguments is None else [TCM("embed", **arguments)], loader, max_epochs=1)
-    metric = OPIS()
-    with torch.no_grad():
-        metric.update(model.embed(x[~seen]), y[~seen])
-    found = metric.compute()
-    return {"OPIS": 1000 * found["opis"], "recall_at_1": 100 * found["recall_at_1"]}
-
-
 def run(seeds):
     arms = [Arm(name) for name in ARMS]
     for seed in seeds:
         for arm in arms:
-            arm.add(**scores(arm.name, seed))
+            arguments = ARMS[arm.name]
+            arm.add(**scores(Embedder, [] if arguments is None else [TCM("embed", **arguments)], seed))
             print(f"seed {seed}, {arm.name}", file=sys.stderr, flush=True)
     return arms
