@@ -1,5 +1,6 @@
 """What fine-tuning trains as it is, and which weights it can write into."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal
 
@@ -15,11 +16,15 @@ from lightning_reg.engine.weights.swap import named_weights
 __all__ = ["FineTuning", "check_plain", "trained_as_they_are"]
 
 
-class FineTuning(WeightMapTechnique):
+class FineTuning(WeightMapTechnique, ABC):
     """Trains through a map while all other weights are frozen, but for those that ``train`` names."""
 
     train: Patterns
     save: Literal["full", "delta"]
+
+    @override
+    @abstractmethod
+    def weights_to_map(self, module: nn.Module) -> Sequence[str]: ...
 
     @property
     @override
