@@ -41,7 +41,8 @@ class OPIS(Metric):
         formula was not read.
 
     Memory: the embeddings in float32, on every rank, and blocks of a million pairs; never the table of all pairs. For
-    50,000 rows of 128 numbers in 500 classes ``compute`` took 54 s of one core of a CPU and 66 MiB.
+    50,000 rows of 128 numbers in 500 classes ``compute`` takes 47 s of one core of a CPU and 66 MiB
+    (``benchmarks/opis.py``).
 
     Args:
         far_low: Share of the pairs of two classes that the tightest threshold accepts, in (0, far_high).
