@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_reg import SoupAverager
 from lightning_reg.engine.host.errors import MisconfigurationException
-from tests.averaging.test_model_soups import PARAMETERS, Passing, fit, mean_of, near, pytestmark, weights_of
+from tests.averaging.test_model_soups import PARAMETERS, LossOnly, Passing, fit, mean_of, near, pytestmark, weights_of
 
 __all__ = ["pytestmark"]
 
@@ -66,6 +66,16 @@ def test_every_epoch_is_taken_once_wherever_the_checkpoint_was_written(options, 
     _, again = fit(resumed, ckpt=path, **fixed)
     assert resumed.ingredients == whole.ingredients
     assert resumed._soup.gathered.taken == whole._soup.gathered.taken
+    assert resumed.trace == whole.trace
+    near(weights_of(again), weights_of(model), PARAMETERS)
+
+
+def test_the_metric_that_it_has_chosen_itself_counts_after_a_resume(tmp_path):
+    """A full soup is not scored again before it decides."""
+    whole, resumed = (SoupAverager(greedy_at="snapshot", max_ingredients=1) for _ in range(2))
+    _, model = fit(whole, SaveAt(tmp_path / "stop.ckpt", "validation"), model=LossOnly(), epochs=4, shuffle=False)
+    _, again = fit(resumed, model=LossOnly(), ckpt=tmp_path / "stop.ckpt", epochs=4, shuffle=False)
+    assert [candidate.accepted for candidate in whole.trace[:2]] == [True, True]
     assert resumed.trace == whole.trace
     near(weights_of(again), weights_of(model), PARAMETERS)
 
