@@ -107,7 +107,8 @@ def test_a_technique_is_appended_and_explained(cls, capsys):
     # Those that have no default, or another value in the case.
     chosen = {name: value for name, value in arguments_of(given).items() if value != defaults_of(cls)[name]}
     options = [f"--trainer.callbacks.{name}={as_word(value)}" for name, value in chosen.items()]
-    first = "--trainer.callbacks=DeviceStatsMonitor"
+    # In full: a short name makes jsonargparse import the module of every callback that the process knows.
+    first = "--trainer.callbacks=lightning.pytorch.callbacks.DeviceStatsMonitor"
     run = command_line(case_of(cls).problem, first, f"--trainer.callbacks+=lightning_reg.{cls.__name__}", *options)
     assert [type(callback).__name__ for callback in run.trainer.callbacks][:2] == ["DeviceStatsMonitor", cls.__name__]
     help_ = printed(capsys, case_of(cls).problem, f"--trainer.callbacks.help=lightning_reg.{cls.__name__}")
