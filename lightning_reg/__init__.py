@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from lightning_reg.noisy_labels.elr.elr import ELRCallback as ELRCallback
     from lightning_reg.noisy_labels.elr_plus.elr_plus import ELRPlusCallback as ELRPlusCallback
     from lightning_reg.noisy_labels.label_errors import LabelErrors as LabelErrors
+    from lightning_reg.noisy_labels.nested_dropout.nested_dropout import NestedDropout as NestedDropout
     from lightning_reg.proximal.learned_proximal.lpn import LPN as LPN
     from lightning_reg.proximal.learned_proximal.non_negative import NonNegative as NonNegative
     from lightning_reg.proximal.learned_proximal.proximal_matching_loss import (
@@ -106,6 +107,7 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "ELRCallback": "lightning_reg.noisy_labels.elr.elr",
         "ELRPlusCallback": "lightning_reg.noisy_labels.elr_plus.elr_plus",
         "LabelErrors": "lightning_reg.noisy_labels.label_errors",
+        "NestedDropout": "lightning_reg.noisy_labels.nested_dropout.nested_dropout",
         "LPN": "lightning_reg.proximal.learned_proximal.lpn",
         "NonNegative": "lightning_reg.proximal.learned_proximal.non_negative",
         "ProximalMatchingLoss": "lightning_reg.proximal.learned_proximal.proximal_matching_loss",

@@ -95,6 +95,11 @@ if TYPE_CHECKING:
     from lightning_reg.noisy_labels.elr_plus.core import elr_plus_targets as elr_plus_targets
     from lightning_reg.noisy_labels.elr_plus.core import refine_labels as refine_labels
     from lightning_reg.noisy_labels.elr_plus.core import sigmoid_rampup as sigmoid_rampup
+    from lightning_reg.noisy_labels.nested_dropout.core import best_prefix as best_prefix
+    from lightning_reg.noisy_labels.nested_dropout.core import keep_prefix as keep_prefix
+    from lightning_reg.noisy_labels.nested_dropout.core import prefix_correct as prefix_correct
+    from lightning_reg.noisy_labels.nested_dropout.core import prefix_logits as prefix_logits
+    from lightning_reg.noisy_labels.nested_dropout.core import prefix_probabilities as prefix_probabilities
     from lightning_reg.proximal.learned_proximal.core import largest_eigenvalues as largest_eigenvalues
     from lightning_reg.proximal.learned_proximal.core import proximal_matching_gamma as proximal_matching_gamma
     from lightning_reg.proximal.learned_proximal.core import proximal_matching_loss as proximal_matching_loss
@@ -222,6 +227,11 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "elr_plus_targets": "lightning_reg.noisy_labels.elr_plus.core",
         "refine_labels": "lightning_reg.noisy_labels.elr_plus.core",
         "sigmoid_rampup": "lightning_reg.noisy_labels.elr_plus.core",
+        "best_prefix": "lightning_reg.noisy_labels.nested_dropout.core",
+        "keep_prefix": "lightning_reg.noisy_labels.nested_dropout.core",
+        "prefix_correct": "lightning_reg.noisy_labels.nested_dropout.core",
+        "prefix_logits": "lightning_reg.noisy_labels.nested_dropout.core",
+        "prefix_probabilities": "lightning_reg.noisy_labels.nested_dropout.core",
         "largest_eigenvalues": "lightning_reg.proximal.learned_proximal.core",
         "proximal_matching_gamma": "lightning_reg.proximal.learned_proximal.core",
         "proximal_matching_loss": "lightning_reg.proximal.learned_proximal.core",
