@@ -55,7 +55,8 @@ class NestedDropout(LayerTechnique):
     to get features that may be cut. Leave it where no labels are clean: K would be chosen by wrong ones (pass
     ``k="all"`` and average the last epochs). ``eta`` far below the number of classes leaves too few features to tell
     them apart. Ordinary dropout before the classifier is the paper's other bottleneck, and in places the better one:
-    compare. Name the classifier itself: behind a layer that mixes features (a normalisation, another linear layer)
+    compare. On digits with 36 % wrong labels test accuracy went from 0.76 to 0.89, with dropout to 0.85
+    (``benchmarks/effects/nested_dropout.py``). Name the classifier itself: behind a layer that mixes features (a normalisation, another linear layer)
     the order is lost.
 
     Source:
