@@ -25,6 +25,7 @@ _DOES = {
     "observe_batch": "shows each batch to a second network",
     "extra_views": "sends further versions of the batch through your network",
     "edit_weights": "puts changed weights into your layers for the forward pass",
+    "edit_inputs": "changes what a layer is given",
     "edit_features": "changes what a layer puts out",
     "parts": "lets a part of your network run several times on one batch",
     "change_targets": "replaces the targets that your loss sees",

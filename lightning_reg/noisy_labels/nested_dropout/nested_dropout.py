@@ -51,13 +51,13 @@ class NestedDropout(LayerTechnique):
         best = ModelCheckpoint(monitor="reg/nested_dropout/accuracy", mode="max")
         Trainer(callbacks=[nested, best]).fit(model, datamodule)
 
-    Use it for classification with real label noise and a small clean validation set, alone or before co-teaching, or
-    to get features that may be cut. Leave it where no labels are clean: K would be chosen by wrong ones (pass
-    ``k="all"`` and average the last epochs). ``eta`` far below the number of classes leaves too few features to tell
-    them apart. Ordinary dropout before the classifier is the paper's other bottleneck, and in places the better one:
-    compare. On digits with 36 % wrong labels test accuracy went from 0.76 to 0.89, with dropout to 0.85
-    (``benchmarks/effects/nested_dropout.py``). Name the classifier itself: behind a layer that mixes features (a normalisation, another linear layer)
-    the order is lost.
+    Use it for classification with real label noise and a small clean validation set, alone or before co-teaching, or to
+    get features that may be cut. Leave it where no labels are clean: K would be chosen by wrong ones (pass ``k="all"``
+    and average the last epochs). ``eta`` far below the number of classes leaves too few features to tell them apart.
+    Ordinary dropout before the classifier is the paper's other bottleneck, and in places the better one: compare. On
+    digits with 36 % wrong labels test accuracy went from 0.76 to 0.89, with dropout to 0.85
+    (``benchmarks/effects/nested_dropout.py``). Name the classifier itself: behind a layer that mixes features (a
+    normalisation, another linear layer) the order is lost.
 
     Source:
         Chen et al., "Compressing Features for Learning with Noisy Labels", IEEE TNNLS 2022, arXiv 2206.13140, and
