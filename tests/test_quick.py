@@ -8,6 +8,7 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import _Metada
 from torch._dynamo import guards
 
 from tests import quick
+from tests.conformance import harness
 from tests.conformance.harness import difference, fit, fit_made, once
 from tests.conformance.problems import KINDS
 
@@ -40,4 +41,19 @@ def test_what_is_asked_once_is_told_apart_by_what_is_asked():
     assert once(fit_made, problem, log_every_n_steps=3) is first
     assert once(fit_made, problem, log_every_n_steps=4) is not first
     assert once(fit_made, alike, log_every_n_steps=3) is not first
+    assert once(fit_made, problem, log_every_n_steps=3) is first
     assert first.logged != once(fit_made, problem, log_every_n_steps=4).logged
+
+
+def _new(name):
+    return [name]
+
+
+def test_what_was_asked_long_ago_is_let_go(monkeypatch):
+    monkeypatch.setattr(harness, "_KNOWN", {})
+    monkeypatch.setattr(harness, "_LIMIT", 2)
+    names = ["a", "b", "a", "c", "a", "b"]
+    lists = [once(_new, name=name) for name in names]
+    assert lists[0] is lists[2] is lists[4]
+    assert lists[1] is not lists[5]
+    assert len(harness._KNOWN) == 2

@@ -275,12 +275,15 @@ def once(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
 
     """
     key = (function, *map(id, args), *sorted(options.items()))
-    if key not in _KNOWN:
-        _KNOWN[key] = args, function(*args, **options)  # the arguments are held so that their ids stay their own
-    return _KNOWN[key][1]
+    found = _KNOWN.pop(key, None) or (args, function(*args, **options))
+    _KNOWN[key] = found  # with the arguments, so that their ids stay their own
+    if len(_KNOWN) > _LIMIT:
+        del _KNOWN[next(iter(_KNOWN))]
+    return found[1]
 
 
-_KNOWN: dict[tuple[Any, ...], tuple[tuple[Any, ...], Any]] = {}
+_KNOWN: dict[tuple[Any, ...], tuple[tuple[Any, ...], Any]] = {}  # what was asked for last stands last
+_LIMIT = 256  # a fit takes half a megabyte
 
 
 def go(run: Run, *, seed: int = 0, ckpt: Path | None = None) -> None:

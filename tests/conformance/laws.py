@@ -58,6 +58,7 @@ def resume_is_exact(case: Case) -> None:
 def _check_resume(case: Case, make: Callable[..., Any], folder: Path) -> None:
     options = {"max_epochs": 3, "mid_epoch": BATCHES + 3, "log_every_n_steps": 2}
     whole = fit([make()], case.problem, folder=folder, **options)
+    wanted = _load(folder / "end.ckpt")
     for stop in ("epoch_end", "last_batch", "mid_epoch"):
         checkpoint = folder / f"{stop}.ckpt"
         _load(checkpoint)
@@ -67,10 +68,10 @@ def _check_resume(case: Case, make: Callable[..., Any], folder: Path) -> None:
         rest = whole.logged[-len(resumed.logged) :]
         assert len(resumed.logged) > BATCHES, f"only {len(resumed.logged)} rows were logged after the resume"
         _same(f"the log, resumed at {stop} and uninterrupted", resumed.logged, rest)
-        ends = [_load(place / "end.ckpt") for place in (folder / stop, folder)]
+        end = _load(folder / stop / "end.ckpt")
         for part in ("state_dict", "optimizer_states", "callbacks"):
-            _same(f"`{part}` of the last checkpoint, resumed at {stop} and uninterrupted", *(e[part] for e in ends))
-        extra = ends[0]["state_dict"].keys() ^ new_run([], case.problem).weights.keys()
+            _same(f"`{part}` of the last checkpoint, resumed at {stop} and uninterrupted", end[part], wanted[part])
+        extra = end["state_dict"].keys() ^ new_run([], case.problem).weights.keys()
         assert not extra, f"the checkpoint's `state_dict` has not the keys of the untouched model: {sorted(extra)}"
 
 
