@@ -31,8 +31,8 @@ class LPN(nn.Module):
     It gives the same where autograd is off, in Lightning's validation as well, and keeps a graph only where gradients
     are recorded. A pass costs a forward and a backward pass of :math:`\psi`, a step of training some five of those of
     a plain denoiser. Nothing in it is to be replaced by batch norm or attention, which are not convex; weight decay on
-    W pulls to zero, where depth is lost. Sizes are fixed, by the layer behind the convolutions. With torch 2.7 and 2.8 a
-    compiled one must not be called in ``torch.inference_mode``, where their compiler has zeros for the derivative:
+    W pulls to zero, where depth is lost. Sizes are fixed, by the layer behind the convolutions. A compiled one must not
+    be called in ``torch.inference_mode`` with torch 2.7 and 2.8, whose compiler has zeros for the derivative there:
     ``torch.no_grad`` will do, in Lightning ``Trainer(inference_mode=False)``.
 
     Source:
