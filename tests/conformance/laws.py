@@ -87,7 +87,8 @@ def _load(checkpoint: Path) -> dict[str, Any]:
 
 def leaves_no_trace(case: Case) -> None:
     """After a fit, a second one, and an exception anywhere in a step, all is as the plain run leaves it."""
-    left = once(_left_by_plain_fits, case.problem)  # torch and Lightning set themselves up in the first one
+    # Anew each time: tests before may have left traces of their own. Torch and Lightning set themselves up here.
+    left = _left_by_plain_fits(case.problem)
     before = globals_of_torch()
     run = fit([case.make()], case.problem)
     _same("what a plain fit leaves and what this one leaves", left["a fit"], footprint(run))
