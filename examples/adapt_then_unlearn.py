@@ -38,7 +38,8 @@ from lightning_reg.functional import frechet_distance, generator_fisher, split_p
 
 UNWANTED = 7
 SHORT = "LIGHTNING_REG_SHORT" in os.environ  # the tests run it in seconds
-STEPS, ADAPT_STEPS, UNLEARN_STEPS = (300, 60, 30) if SHORT else (1_500, 400, 150)
+STEPS, ADAPT_STEPS, UNLEARN_STEPS = (150, 60, 30) if SHORT else (1_500, 400, 150)
+SORT_STEPS = 150 if SHORT else 500  # of the classifier
 SAMPLES = 30 if SHORT else 400  # unwanted ones, for stage 1
 FOLDER = Path(tempfile.mkdtemp())
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -175,7 +176,7 @@ seed_everything(0, verbose=False)
 digits = load_digits()
 x, y = torch.tensor(digits.data / 16, dtype=torch.float32).view(-1, 1, 8, 8), torch.tensor(digits.target)
 classifier, original = Classifier(), GAN()
-train(classifier, 500, x, y)
+train(classifier, SORT_STEPS, x, y)
 train(original, STEPS, x)
 classifier.eval()
 

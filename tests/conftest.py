@@ -5,20 +5,25 @@ import os
 # The tests run on two processes, and start more: threads of torch in each of them would wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import functools
+import gc
 
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.fabric.utilities import registry
 from torch.overrides import _get_current_function_mode_stack
 
+from tests.quick import make_fits_quick
 from tests.workers import WorkerPool, plain_sharded_gradient
 
-# Every Trainer looks through all installed distributions for callbacks, a tenth of a tiny fit.
-registry.entry_points = functools.cache(registry.entry_points)
+make_fits_quick()
 
 _ASKED_BY_TORCH = {name: getattr(F, name) for name in ("has_torch_function_variadic", "handle_torch_function")}
+
+
+def pytest_collection_finish(session):
+    """What is imported and collected stays: the garbage collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import csv
 import inspect
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -44,20 +45,20 @@ def refused(capsys, code, *words):
 # -- the installed command --------------------------------------------------------------------------------------------
 
 
-def run(*words, **options):
-    return subprocess.run([COMMAND, *map(str, words)], capture_output=True, text=True, check=False, **options)
-
-
-def test_the_installed_command_works_and_its_exit_code_says_so(tmp_path):
+def test_the_installed_command_works_and_its_exit_code_says_so(tmp_path, monkeypatch, capsys):
     for name, value in (("a", 1.0), ("b", 3.0)):
         torch.save({"weight": torch.full((2, 2), value)}, tmp_path / f"{name}.pt")
-    done = run("soup", "uniform", "a.pt", "b.pt", "--out", "soup.safetensors", cwd=tmp_path)
+    words = ["soup", "uniform", "a.pt", "b.pt", "--out", "soup.safetensors"]
+    done = subprocess.run([COMMAND, *words], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "uniform soup of 2" in done.stdout
     assert (tmp_path / "soup.safetensors").exists()
-    again = run("soup", "uniform", "a.pt", "b.pt", "--out", "soup.safetensors", cwd=tmp_path)
-    assert again.returncode == 1
-    assert again.stderr == "lightning-reg: soup.safetensors exists; give --force to replace it.\n"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(COMMAND), *words])
+    with pytest.raises(SystemExit) as left:  # the same script, in this process: another one takes seconds to start
+        runpy.run_path(str(COMMAND), run_name="__main__")
+    assert left.value.code == 1
+    assert capsys.readouterr().err == "lightning-reg: soup.safetensors exists; give --force to replace it.\n"
 
 
 def test_without_jsonargparse_it_says_what_to_install(monkeypatch, capsys):

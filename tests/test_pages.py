@@ -26,13 +26,13 @@ def blocks(page, language="python"):
 class Classifier(LightningModule):
     """What the pages call ``model``."""
 
-    def __init__(self, first=None, outputs=4, loss=F.cross_entropy):
+    def __init__(self, first=None, outputs=4, loss=None):
         super().__init__()
         self.net = nn.Sequential()
         self.net.add_module("first", nn.Linear(8, 16) if first is None else first)
         for name, layer in (("body", nn.Linear(16, 16)), ("dropout", nn.Dropout()), ("head", nn.Linear(16, outputs))):
             self.net.add_module(name, layer)
-        self.loss = loss
+        self.loss = loss or F.cross_entropy  # no default of the signature, which jsonargparse 4.39 cannot write
 
     def forward(self, x):
         return self.net(x)

@@ -67,7 +67,9 @@ class WorkerPool:
 
         # The store picks the port and keeps it, so no other process can take it in between.
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        context = multiprocessing.get_context("spawn")
+        # Torch and Lightning are imported once, in a process without threads of which the ranks are forked.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.quick"])
         for rank in range(WORLD_SIZE):
             pipe, other_end = context.Pipe()
             process = context.Process(target=_serve, args=(rank, self._store.port, other_end))
@@ -135,7 +137,10 @@ def _join(port, rank):
     import torch
     import torch.distributed as dist
 
+    from tests.quick import make_fits_quick
+
     torch.set_num_threads(1)
+    make_fits_quick()
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD_SIZE, timeout=timedelta(seconds=30))
 

@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from tests.conformance.problems import BATCH, SIZE, Problem, make_loader, seeded
 
-__all__ = ["Interruption", "Run", "demand", "difference", "fit", "go", "new_run", "quiet"]
+__all__ = ["Interruption", "Run", "demand", "difference", "fit", "fit_made", "go", "new_run", "once", "quiet"]
 
 
 # -- the user's module ------------------------------------------------------------------------------------------------
@@ -249,9 +249,41 @@ def fit(
     techniques: Sequence[Callback], problem: Problem, *, seed: int = 0, ckpt: Path | None = None, **kwargs: Any
 ) -> Run:
     """Trains anew and returns everything; an :class:`Interruption` is expected if the module is told to ``fail``."""
-    run = new_run(techniques, problem, **kwargs)
-    go(run, seed=seed, ckpt=ckpt)
+    with quiet():
+        run = new_run(techniques, problem, **kwargs)
+        go(run, seed=seed, ckpt=ckpt)
     return run
+
+
+def fit_made(problem: Problem, make: Callable[..., Callback] | None = None, *, name: str = "", **options: Any) -> Run:
+    """Trains with what ``make`` makes, or without anything; for :func:`once`."""
+    named = {"name": name} if name else {}
+    return fit([] if make is None else [make(**named)], problem, **options)
+
+
+def once(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """What a function gives for these arguments, which it is asked once in a process.
+
+    Args:
+        function: A module's own function, one that gives the same each time. What it gives is shared: laws read it, and
+            neither train nor change it.
+        args: Told apart as objects, not by what they hold.
+        options: Numbers and strings, told apart by their values.
+
+    Returns:
+        What the function gave.
+
+    """
+    key = (function, *map(id, args), *sorted(options.items()))
+    found = _KNOWN.pop(key, None) or (args, function(*args, **options))
+    _KNOWN[key] = found  # with the arguments, so that their ids stay their own
+    if len(_KNOWN) > _LIMIT:
+        del _KNOWN[next(iter(_KNOWN))]
+    return found[1]
+
+
+_KNOWN: dict[tuple[Any, ...], tuple[tuple[Any, ...], Any]] = {}  # what was asked for last stands last
+_LIMIT = 256  # a fit takes half a megabyte
 
 
 def go(run: Run, *, seed: int = 0, ckpt: Path | None = None) -> None:
@@ -279,13 +311,18 @@ def quiet() -> Iterator[None]:
     ]
     log = logging.getLogger("lightning.pytorch")
     level = log.level
-    log.setLevel(logging.ERROR)
+    _set_level(log, logging.ERROR)
     try:
         with warnings.catch_warnings():
             for remark in remarks:
                 warnings.filterwarnings("ignore", f".*{remark}")
             yield
     finally:
+        _set_level(log, level)
+
+
+def _set_level(log: logging.Logger, level: int) -> None:
+    if log.level != level:  # each change empties the caches of all loggers there are
         log.setLevel(level)
 
 

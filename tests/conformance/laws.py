@@ -21,9 +21,9 @@ from torch import Tensor
 
 from tests.conformance.case import Case
 from tests.conformance.footprint import footprint, globals_of_torch
-from tests.conformance.harness import Interruption, Run, demand, difference, fit, go, new_run
+from tests.conformance.harness import Interruption, Run, demand, difference, fit, fit_made, go, new_run, once
 from tests.conformance.pairs import as_by_hand, order, train_pair
-from tests.conformance.problems import BATCHES, KINDS
+from tests.conformance.problems import BATCHES, KINDS, Problem
 from tests.conformance.words import cited, says_what_it_does
 
 __all__ = ["LAWS", "NEED_TWO_PROCESSES"]
@@ -35,7 +35,8 @@ __all__ = ["LAWS", "NEED_TWO_PROCESSES"]
 def neutral_is_nothing(case: Case) -> None:
     """The neutral instance trains and is validated as the plain run, to the last bit; the active one is not."""
     assert case.neutral is not None, f"{case.cls.__name__}: CASE has no neutral instance."
-    plain, neutral, active = (fit(t, case.problem) for t in ([], [case.neutral()], [case.make()]))
+    plain, active = once(fit_made, case.problem), once(fit_made, case.problem, case.make)
+    neutral = fit([case.neutral()], case.problem)
     _same("the weights of the plain run and of the neutral instance", plain.weights, neutral.weights)
     _same("the gradients of the plain run and of the neutral instance", plain.gradients, neutral.gradients)
     _same("what the module logs, plain and neutral", _users(plain), _users(neutral))
@@ -57,6 +58,7 @@ def resume_is_exact(case: Case) -> None:
 def _check_resume(case: Case, make: Callable[..., Any], folder: Path) -> None:
     options = {"max_epochs": 3, "mid_epoch": BATCHES + 3, "log_every_n_steps": 2}
     whole = fit([make()], case.problem, folder=folder, **options)
+    wanted = _load(folder / "end.ckpt")
     for stop in ("epoch_end", "last_batch", "mid_epoch"):
         checkpoint = folder / f"{stop}.ckpt"
         _load(checkpoint)
@@ -66,10 +68,10 @@ def _check_resume(case: Case, make: Callable[..., Any], folder: Path) -> None:
         rest = whole.logged[-len(resumed.logged) :]
         assert len(resumed.logged) > BATCHES, f"only {len(resumed.logged)} rows were logged after the resume"
         _same(f"the log, resumed at {stop} and uninterrupted", resumed.logged, rest)
-        ends = [_load(place / "end.ckpt") for place in (folder / stop, folder)]
+        end = _load(folder / stop / "end.ckpt")
         for part in ("state_dict", "optimizer_states", "callbacks"):
-            _same(f"`{part}` of the last checkpoint, resumed at {stop} and uninterrupted", *(e[part] for e in ends))
-        extra = ends[0]["state_dict"].keys() ^ new_run([], case.problem).weights.keys()
+            _same(f"`{part}` of the last checkpoint, resumed at {stop} and uninterrupted", end[part], wanted[part])
+        extra = end["state_dict"].keys() ^ new_run([], case.problem).weights.keys()
         assert not extra, f"the checkpoint's `state_dict` has not the keys of the untouched model: {sorted(extra)}"
 
 
@@ -85,19 +87,18 @@ def _load(checkpoint: Path) -> dict[str, Any]:
 
 def leaves_no_trace(case: Case) -> None:
     """After a fit, a second one, and an exception anywhere in a step, all is as the plain run leaves it."""
-    plain = fit([], case.problem)  # torch and Lightning set themselves up in the first one
+    # Anew each time: tests before may have left traces of their own. Torch and Lightning set themselves up here.
+    left = _left_by_plain_fits(case.problem)
     before = globals_of_torch()
     run = fit([case.make()], case.problem)
-    _same("what a plain fit leaves and what this one leaves", footprint(plain), footprint(run))
-    for one in (plain, run):
-        one.trainer.fit_loop.max_epochs += 1
-        go(one)
-    _same("what a second plain fit leaves and what this one leaves", footprint(plain), footprint(run))
-    for fail in (("forward", 5), ("loss", 5), ("backward", 5), ("validation", BATCHES)):
+    _same("what a plain fit leaves and what this one leaves", left["a fit"], footprint(run))
+    _fit_further(run)
+    _same("what a second plain fit leaves and what this one leaves", left["a second fit"], footprint(run))
+    for fail in _FAILURES:
         where = fail[0]
-        plain, run = (fit(t, case.problem, fail=fail) for t in ([], [case.make()]))
+        run = fit([case.make()], case.problem, fail=fail)
         assert isinstance(run.error, Interruption), f"the user's exception in {where} did not come through"
-        _same(f"what an exception in {where} leaves, plain and here", footprint(plain), footprint(run))
+        _same(f"what an exception in {where} leaves, plain and here", left[where], footprint(run))
         _same(
             f"the weights after an exception in {where} and after the batch before", run.weights, run.watch.weights[-1]
         )
@@ -107,6 +108,22 @@ def leaves_no_trace(case: Case) -> None:
         go(again)
         assert len(again.watch.weights) == 2 * BATCHES, f"the fit after an exception in {where} is cut short"
     _same("torch and Lightning before and after", before, globals_of_torch())
+
+
+_FAILURES = (("forward", 5), ("loss", 5), ("backward", 5), ("validation", BATCHES))
+
+
+def _left_by_plain_fits(problem: Problem) -> dict[str, Any]:
+    run = fit([], problem)
+    left = {"a fit": footprint(run)}
+    _fit_further(run)
+    failed = {fail[0]: footprint(fit([], problem, fail=fail)) for fail in _FAILURES}
+    return {**left, "a second fit": footprint(run), **failed}
+
+
+def _fit_further(run: Run) -> None:
+    run.trainer.fit_loop.max_epochs += 1
+    go(run)
 
 
 # -- 4 ----------------------------------------------------------------------------------------------------------------
@@ -147,7 +164,7 @@ _PRECISIONS = {"32-true": 1e-5, "bf16-mixed": 3e-2, "16-mixed": 4e-3}
 def precision(case: Case) -> None:
     """Gradients agree over precision x accumulation; the technique's state is kept in float32 at least."""
     # A learning rate of 0: weights stay, so every step's gradient can be compared.
-    exact = fit([case.make()], case.problem, lr=0.0).gradients
+    exact = once(fit_made, case.problem, case.make, lr=0.0).gradients
     for name, tolerance in _PRECISIONS.items():
         for accumulate in (1, 3):
             run = fit([case.make()], case.problem, lr=0.0, precision=name, accumulate_grad_batches=accumulate)
@@ -178,7 +195,7 @@ def _distance(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> float:
 
 def works_or_is_refused(case: Case) -> None:
     """Clipping, compiling and manual optimization with two optimizers give the eager run's gradients, or a refusal."""
-    eager = fit([case.make()], case.problem, lr=0.0)
+    eager = once(fit_made, case.problem, case.make, lr=0.0)
     exact, norms = eager.gradients, eager.model.norms
     setups: dict[str, dict[str, Any]] = {
         "gradient_clip_val=0.05": {"gradient_clip_val": 0.05},
@@ -213,7 +230,7 @@ def _clipped(gradient: dict[str, Tensor], norm: Tensor, limit: float) -> dict[st
 
 def instances(case: Case) -> None:
     """Two of a class with other names keep apart; without names they are refused."""
-    first = fit([case.make(name="one")], case.problem)
+    first = once(fit_made, case.problem, case.make, name="one")
     state = copy.deepcopy(_state(first))
     fit([case.make(name="two")], case.problem, lr=0.3)
     _same("an instance's state before and after another one was trained", state, _state(first))
@@ -238,22 +255,28 @@ def instances(case: Case) -> None:
 def plain_data(case: Case) -> None:
     """Pickling and copying before and after a fit keep everything; arguments and state are plain values and tensors."""
     for make in (case.make, *case.variants):
-        technique = make()
-        for copied in (_pickled(technique), copy.deepcopy(technique)):
-            _same("the arguments of a technique and of its copy", _arguments(technique), _arguments(copied))
-        odd = _not_plain(_arguments(technique), "arguments")
+        fresh = make()
+        for copied in (_pickled(fresh), copy.deepcopy(fresh)):
+            _same("the arguments of a technique and of its copy", _arguments(fresh), _arguments(copied))
+        odd = _not_plain(_arguments(fresh), "arguments")
         assert not odd, f"{odd}: YAML holds numbers, strings, lists and dataclasses only"
-        run, second = fit([technique], case.problem), fit([_pickled(make())], case.problem)
-        _same("the weights trained with a technique and with its pickled copy", run.weights, second.weights)
-        _same("the state of a technique and of its pickled copy, after training", _state(run), _state(second))
+        run = once(fit_made, case.problem, make)
+        (technique,) = run.techniques
         for copied in (_pickled(technique), copy.deepcopy(technique)):
             _same("the state of a trained technique and of its copy", technique.state_dict(), copied.state_dict())
-        _check_copies_while_it_fits(make(), case)
+        _check_carries_no_module(technique, run.model)
+        second = _fit_watched(_pickled(fresh), case)
+        _same("the weights trained with a technique and with its pickled copy", run.weights, second.weights)
+        states = technique.state_dict(), second.techniques[0].state_dict()
+        _same("the state of a technique and of its pickled copy, after training", *states)
+        _check_carries_no_module(second.techniques[0], second.model)
         odd = _not_plain(technique.state_dict(), "state")
         assert not odd, f"{odd}: state is tensors and plain values only"
 
 
-def _check_copies_while_it_fits(technique: Any, case: Case) -> None:
+def _fit_watched(technique: Any, case: Case) -> Run:
+    """Trains with it and looks at copies of it while it fits."""
+
     class Copies(Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             if trainer.global_step == BATCHES + 3:
@@ -264,7 +287,7 @@ def _check_copies_while_it_fits(technique: Any, case: Case) -> None:
     run = fit([technique, Copies()], case.problem)
     assert states, "the fit is shorter than others"
     _same("the state of a technique and of its copy, while it fits", *states[0])
-    _check_carries_no_module(technique, run.model)
+    return run
 
 
 def _check_carries_no_module(technique: Any, module: Any) -> None:
@@ -315,7 +338,7 @@ def _not_plain(value: Any, where: str) -> str:
 
 def own_randomness(case: Case) -> None:
     """The global random states are those of the plain run after every batch, and nothing depends on them."""
-    plain, run = (fit(t, case.problem) for t in ([], [case.make()]))
+    plain, run = once(fit_made, case.problem), once(fit_made, case.problem, case.make)
     for batch, (wanted, got) in enumerate(zip(plain.watch.random, run.watch.random, strict=True)):
         for name, one, two in zip(("torch", "numpy", "numpy's rest", "random"), wanted, got, strict=True):
             assert not difference(one, two), (

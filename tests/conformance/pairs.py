@@ -1,6 +1,5 @@
 """Fits against loops in plain PyTorch: a technique alone, and two of them, unless they are refused by name."""
 
-import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,7 +13,7 @@ from lightning_reg.engine.run.phases import OnLayers, phases_of
 from lightning_reg.engine.technique import Technique
 from tests.conformance.by_hand import evaluate_by_hand, train_by_hand
 from tests.conformance.case import Case
-from tests.conformance.harness import Run, demand, difference, fit
+from tests.conformance.harness import Run, demand, difference, fit, fit_made, once
 from tests.conformance.problems import KINDS, Problem
 from tests.conformance.references import REFERENCES
 
@@ -34,9 +33,7 @@ __all__ = [
 # float32, sums in another order, 16 steps; what a technique does is larger by at least 10.
 _TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
 _EFFECT = {"rtol": 1e-3, "atol": 2e-4}
-_ALONE: dict[
-    tuple[int, str, int], tuple[Case, Any]
-] = {}  # weights by hand; the case is held so that its id stays its own
+_NOBODY: tuple[()] = ()
 
 
 def as_by_hand(case: Case) -> None:
@@ -46,11 +43,11 @@ def as_by_hand(case: Case) -> None:
         f"{name}: write `by_hand=` into the CASE: the class of a `Hand` (tests/conformance/by_hand.py), the technique's"
         " part of a loop in plain PyTorch. Fits alone and in pairs are compared with it."
     )
-    run = fit([case.make()], case.problem)
+    run = once(fit_made, case.problem, case.make)
     hand = train_by_hand(case.problem, [case.by_hand(case.make())], run.watch.random_before)
     found = difference(hand, run.weights, **_TOLERANCE)
     assert not found, f"{name}: the loop by hand and the fit differ: {found}"
-    plain = train_by_hand(case.problem, [])
+    plain = once(train_by_hand, case.problem, _NOBODY)
     evaluated = _is_evaluated_otherwise(case, run)
     assert evaluated or difference(hand, plain, **_EFFECT), (
         f"{name}: the loop by hand trains as one without the technique"
@@ -99,12 +96,16 @@ def neutral_beside_references(case: Case) -> None:
         fits = common_problem(case, reference) is case.problem
         if fits and not any(conflict_between(other, one) for other in [case.neutral(), *stack]):
             stack.append(one)
+    names = ", ".join(type(one).__name__ for one in stack)
     assert stack, f"{case.cls.__name__}: no reference stands together with it at its neutral setting"
-    plain = fit([copy.deepcopy(one) for one in stack], case.problem)
+    plain = once(_fit_references, case.problem, names=names)
     beside = fit([*stack, case.neutral()], case.problem)
     found = difference(plain.weights, beside.weights)
-    names = ", ".join(type(one).__name__ for one in stack)
     assert not found, f"{case.cls.__name__}: at its neutral setting it changes the weights beside {names}: {found}"
+
+
+def _fit_references(problem: Problem, names: str) -> Run:
+    return fit([one.make(name="one") for one in REFERENCES if one.cls.__name__ in names.split(", ")], problem)
 
 
 def check_pair(case: Case, other: Case) -> str:
@@ -147,13 +148,15 @@ def _check_by_hand(names: str, case: Case, other: Case, problem: Problem, run: R
     found = difference(both, run.weights, **_TOLERANCE)
     assert not found, f"{names}: the loop by hand and the fit differ: {found}"
     for one, name, rest in ((case, "one", other), (other, "two", case)):
-        key = id(one), name, id(problem)
-        if key not in _ALONE:  # the random states are the same in every fit, by another law
-            _ALONE[key] = one, train_by_hand(problem, [_hand(one, name, problem)], random)
-        alone = difference(_ALONE[key][1], both, **_EFFECT)
+        alone = difference(once(_train_alone, one, problem, name=name), both, **_EFFECT)
         assert alone or not _acts_in_training(rest), (
             f"{names}: beside {one.cls.__name__} the loop by hand does nothing for {rest.cls.__name__}"
         )
+
+
+def _train_alone(case: Case, problem: Problem, name: str) -> dict[str, torch.Tensor]:
+    random = once(fit_made, problem).watch.random_before  # by another law they are the same in every fit
+    return train_by_hand(problem, [_hand(case, name, problem)], random)
 
 
 def _hand(case: Case, name: str, problem: Problem) -> Any:

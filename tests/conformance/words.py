@@ -16,7 +16,7 @@ from rich.console import Console
 from lightning_reg import registry
 from lightning_reg.engine.run.report import techniques_table
 from tests.conformance.case import Case
-from tests.conformance.harness import demand, fit
+from tests.conformance.harness import demand, fit_made, once
 
 __all__ = ["check_docstring", "check_refused", "cited", "says_what_it_does"]
 
@@ -29,9 +29,9 @@ _VENUES = (
 def says_what_it_does(case: Case) -> None:
     """The lines of the CASE in the table, scalars under its own key, and errors that name class and argument."""
     _check_lines(case)
-    technique = case.make(name="one")
-    _check_line(technique)
-    run = fit([technique], case.problem)
+    _check_line(case.make(name="one"))
+    run = once(fit_made, case.problem, case.make, name="one")
+    (technique,) = run.techniques
     _check_line(technique)
     own, shared = f"reg/{case.cls.key()}_one/", "reg/loss/"
     astray = sorted(key for key in run.own_scalars if not key.startswith((own, shared)))

@@ -487,7 +487,7 @@ def test_keeps_digits_from_being_memorised_and_finds_the_wrong_labels():
         model.configure_optimizers = lambda net=net: torch.optim.SGD(
             net.parameters(), 0.05, momentum=0.9, weight_decay=1e-3
         )
-        fit(elr, model, TensorDataset(x[train], labels), epochs=60, batch_size=64)
+        fit(elr, model, TensorDataset(x[train], labels), epochs=45, batch_size=64)
         accuracy[lam] = (net(x[test]).argmax(1) == clean[test]).float().mean().item()
     wrong, suspects = labels != clean[train], elr.suspected_label_errors()
     assert accuracy[7.0] > 0.95  # 0.970 after 120 epochs

@@ -1,6 +1,6 @@
 """N:M sparsity of weights whose rows are split over processes: `fully_shard` and tensor parallelism, on two ranks."""
 
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -114,10 +114,15 @@ class Loader(DataLoader):
         self.sampler.start = state["batches"] * self.batch_size
 
 
-def loader(batch, ranks):
+@cache
+def digits():
     data = load_digits()
     x = torch.tensor(data.data[:SIZE], dtype=torch.float32) / 16
-    return Loader(TensorDataset(x, torch.tensor(data.target[:SIZE])), batch // ranks, sampler=InTurns(ranks))
+    return TensorDataset(x, torch.tensor(data.target[:SIZE]))
+
+
+def loader(batch, ranks):
+    return Loader(digits(), batch // ranks, sampler=InTurns(ranks))
 
 
 def train(module, sparse, ranks=1, ckpt=None, epochs=3, saves=(), **kwargs):

@@ -33,7 +33,6 @@ class Factors(NamedTuple):
     factor: float = 1.0
     scale: Tensor | None = None
 
-    @property
     def scaled_left(self) -> Tensor:
         """``c diag(s) B``, which the gradient of A takes in place of B."""
         left = self.left if self.scale is None else self.left * self.scale.unsqueeze(-1)
@@ -108,4 +107,4 @@ def pulled_back(gradient: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
 
     """
     gradient = gradient.to(factors.left.dtype)
-    return factors.scale_left_gradient(gradient @ factors.right.mT), factors.scaled_left.mT @ gradient
+    return factors.scale_left_gradient(gradient @ factors.right.mT), factors.scaled_left().mT @ gradient

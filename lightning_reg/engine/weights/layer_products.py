@@ -195,7 +195,7 @@ def layer_gradients(use: Use, x: Tensor, gradient: Tensor, factors: Factors) -> 
 
     """
     kind = gradient.dtype
-    left, right = factors.scaled_left.to(kind), factors.right.to(kind)
+    left, right = factors.scaled_left().to(kind), factors.right.to(kind)
     if use.kind == "linear":
         rows, g = x.reshape(-1, x.shape[-1]).to(kind), gradient.reshape(-1, gradient.shape[-1])
         at_left, at_right = g.t() @ (rows @ right.t()), (g @ left).t() @ rows

@@ -31,7 +31,9 @@ class LPN(nn.Module):
     It gives the same where autograd is off, in Lightning's validation as well, and keeps a graph only where gradients
     are recorded. A pass costs a forward and a backward pass of :math:`\psi`, a step of training some five of those of
     a plain denoiser. Nothing in it is to be replaced by batch norm or attention, which are not convex; weight decay on
-    W pulls to zero, where depth is lost. Sizes are fixed, by the layer behind the convolutions.
+    W pulls to zero, where depth is lost. Sizes are fixed, by the layer behind the convolutions. A compiled one must not
+    be called in ``torch.inference_mode`` with torch 2.7 and 2.8, whose compiler has zeros for the derivative there:
+    ``torch.no_grad`` will do, in Lightning ``Trainer(inference_mode=False)``.
 
     Source:
         Fang, Buchanan and Sulam, "What's in a Prior? Learned Proximal Networks for Inverse Problems", ICLR 2024, arXiv
@@ -110,7 +112,13 @@ class LPN(nn.Module):
     @override
     def forward(self, y: Tensor) -> Tensor:
         """The gradient of :meth:`potential`, of the shape of ``y`` and the type of the weights."""
+        # In inference mode the derivative is zero with torch 2.7 and 2.8. A compiler cannot ask for it there.
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+            with torch.inference_mode(mode=False), torch.no_grad():
+                return self._gradient(y.clone())
+        return self._gradient(y)
 
+    def _gradient(self, y: Tensor) -> Tensor:
         def total(inputs: Tensor) -> Tensor:
             return self.potential(inputs).sum()
 

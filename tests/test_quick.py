@@ -1,0 +1,59 @@
+"""What makes fits quicker leaves them what they are, and what is asked once is told apart."""
+
+import copy
+
+import torch
+from lightning.fabric.utilities import registry
+from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultMetric, _Sync
+from torch._dynamo import guards
+
+from tests import quick
+from tests.conformance import harness
+from tests.conformance.harness import difference, fit, fit_made, once
+from tests.conformance.problems import KINDS
+
+
+def test_a_fit_is_what_it_is_without(monkeypatch):
+    quicker = fit([], KINDS["classification"])
+    monkeypatch.setattr(_ResultMetric, "to", quick._move)
+    monkeypatch.setattr(registry, "entry_points", registry.entry_points.__wrapped__)
+    as_it_is = fit([], KINDS["classification"])
+    for part in ("weights", "gradients", "logged"):
+        assert not difference(getattr(quicker, part), getattr(as_it_is, part))
+
+
+def test_what_is_elsewhere_is_moved():
+    meta = _Metadata("training_step", "loss")
+    meta.sync = _Sync()
+    result = _ResultMetric(meta, is_tensor=True)
+    before = result.value
+    assert result.to("cpu").value is before
+    assert result.to(torch.device("meta")).value.device.type == "meta"
+
+
+def test_a_compiled_frame_is_not_timed():
+    assert not hasattr(guards, "profile_guard_manager") or guards.profile_guard_manager(None, {}, 1) == 0.0
+
+
+def test_what_is_asked_once_is_told_apart_by_what_is_asked():
+    problem, alike = KINDS["classification"], copy.copy(KINDS["classification"])
+    first = once(fit_made, problem, log_every_n_steps=3)
+    assert once(fit_made, problem, log_every_n_steps=3) is first
+    assert once(fit_made, problem, log_every_n_steps=4) is not first
+    assert once(fit_made, alike, log_every_n_steps=3) is not first
+    assert once(fit_made, problem, log_every_n_steps=3) is first
+    assert first.logged != once(fit_made, problem, log_every_n_steps=4).logged
+
+
+def _new(name):
+    return [name]
+
+
+def test_what_was_asked_long_ago_is_let_go(monkeypatch):
+    monkeypatch.setattr(harness, "_KNOWN", {})
+    monkeypatch.setattr(harness, "_LIMIT", 2)
+    names = ["a", "b", "a", "c", "a", "b"]
+    lists = [once(_new, name=name) for name in names]
+    assert lists[0] is lists[2] is lists[4]
+    assert lists[1] is not lists[5]
+    assert len(harness._KNOWN) == 2
