@@ -1,8 +1,8 @@
 """Pictures of a run: from the CSV file that Lightning's CSVLogger wrote, or from a callback.
 
 Each function returns a figure of matplotlib (``pip install matplotlib``, the extra ``plots``), and
-``figure.savefig("name.png")`` writes it. One style, ``plots.mplstyle`` beside this file, is in force for all; curves differ by their dashes as well,
-so they are told apart in grey.
+``figure.savefig("name.png")`` writes it. One style, ``plots.mplstyle`` beside this file, is in force for all; curves
+differ by their dashes as well, so they are told apart in grey.
 """
 
 from collections.abc import Callable, Mapping, Sequence
