@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         from lightning_reg.engine.host.commands import Commands, Parser
     except ModuleNotFoundError as error:
-        _give_up(f"the command needs {error.name}; install it with `pip install 'lightning-reg[cli]'`.", error)
+        _give_up(f"the command needs {error.name}; install it with `pip install 'jsonargparse[signatures]'`.", error)
     from lightning_reg import _compare, _doctor, _listing
 
     parser = Parser(prog="lightning-reg", description="Published training techniques for Lightning, and their tools.")

@@ -4,7 +4,7 @@ import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from math import ceil, isfinite
+from math import isfinite
 from pathlib import Path
 
 from rich.console import Console
@@ -158,26 +158,10 @@ def draw(runs: dict[str, dict[str, Curve]], shown: Sequence[str], path: Path) ->
 
     """
     try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
+        import lightning_reg.plots as plots  # an attribute that is there already would hide it
+    except ImportError as error:
         raise ValueError("--plot needs matplotlib; install it with `pip install matplotlib`.") from error
     if len(shown) > _MOST_PLOTS:
         raise ValueError(f"{len(shown)} metrics do not fit into one picture; choose up to {_MOST_PLOTS} by --metric.")
-    columns = min(len(shown), 3)
-    rows = ceil(len(shown) / columns)
-    figure = Figure(figsize=(4 * columns, 2.8 * rows), dpi=120, layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flat
-    for panel, name in zip(panels, shown, strict=False):
-        for (run, curves), style in zip(runs.items(), _STYLES * len(runs), strict=False):
-            if name in curves:
-                panel.plot(curves[name].steps, curves[name].values, style, linewidth=1.4, markersize=3, label=run)
-        panel.set_title(name, loc="left", fontsize=9)
-        panel.set_xlabel("step")
-        panel.spines[["top", "right"]].set_visible(False)
-    for panel in panels:
-        panel.axis("off")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", frameon=False, fontsize=8)
-    figure.savefig(path)
-
-
-_STYLES = ("-", "--", "-.", ":")  # told apart in grey too
+    logs = {run: {name: (curve.steps, curve.values) for name, curve in curves.items()} for run, curves in runs.items()}
+    plots.compared(logs, shown).savefig(path)

@@ -1,8 +1,8 @@
 """Pictures of a run: from the CSV file that Lightning's CSVLogger wrote, or from a callback.
 
-Each function returns a figure of matplotlib (``pip install "lightning-reg[plots]"``); ``figure.savefig("name.png")``
-writes it. One style, ``plots.mplstyle`` beside this file, is in force for all; curves differ by their dashes as well,
-so they are told apart in grey.
+Each function returns a figure of matplotlib (``pip install matplotlib``, the extra ``plots``), and
+``figure.savefig("name.png")`` writes it. One style, ``plots.mplstyle`` beside this file, is in force for all; curves
+differ by their dashes as well, so they are told apart in grey.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,17 +20,28 @@ try:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 except ImportError as error:  # pragma: no cover # where the extra is not installed
-    raise ImportError('Pictures need matplotlib: pip install "lightning-reg[plots]".') from error
+    raise ImportError("Pictures need matplotlib: pip install matplotlib.") from error
 
 if TYPE_CHECKING:
     from lightning_reg.averaging._soup_results import Candidate
     from lightning_reg.noisy_labels.label_errors import LabelErrors
     from lightning_reg.sparsity.nm_sparsity.report import SparsityReport
 
-__all__ = ["forgetting", "masks", "memorisation", "read_log", "soup_ladder", "suspects", "weights_over_time"]
+__all__ = [
+    "compared",
+    "forgetting",
+    "masks",
+    "memorisation",
+    "read_log",
+    "soup_ladder",
+    "suspects",
+    "weights_over_time",
+]
 
 _STYLE = Path(__file__).with_suffix(".mplstyle")
 _BLUE, _ORANGE = "#1f4e8c", "#c8702a"  # the style's first two
+# Told apart in grey too.
+_LINES = tuple((f"C{place}", style) for place, style in enumerate(("-", "--", "-.", ":")))
 _P = ParamSpec("_P")
 Log = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
@@ -64,6 +75,40 @@ def read_log(path: str | Path) -> dict[str, tuple[list[float], list[float]]]:
     except ValueError as error:
         raise ValueError(f"read_log: {error}") from error
     return {name: (curve.steps, curve.values) for name, curve in curves.items()}
+
+
+@_styled
+def compared(runs: Mapping[str, Log], names: Sequence[str]) -> Figure:
+    """Curves of several runs, with a panel for each metric: what ``lightning-reg compare --plot`` draws.
+
+    Args:
+        runs: Logs, see :func:`read_log`, by the name of the run.
+        names: Logged names to draw, at least one; a run that has not logged one is left out of its panel.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: If no metric is named.
+
+    """
+    if not names:
+        raise ValueError("compared: `names` must have at least one logged name, got none.")
+    columns = min(len(names), 3)
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(4 * columns, 2.8 * rows))
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    shown = {}
+    for axes, name in zip(panels, names, strict=False):
+        for (run, log), (color, style) in zip(runs.items(), _LINES * len(runs), strict=False):
+            if name in log:
+                (shown[run],) = axes.plot(*log[name], linestyle=style, color=color, linewidth=1.4)
+        axes.set_title(name, fontsize=9)
+        axes.set_xlabel("step")
+    for axes in panels[len(names) :]:
+        axes.axis("off")
+    figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=2, fontsize=8)
+    return figure
 
 
 @_styled

@@ -64,7 +64,7 @@ def test_the_installed_command_works_and_its_exit_code_says_so(tmp_path, monkeyp
 def test_without_jsonargparse_it_says_what_to_install(monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "lightning_reg.engine.host.commands")
     monkeypatch.setitem(sys.modules, "jsonargparse", None)
-    assert "`pip install 'lightning-reg[cli]'`" in refused(capsys, 1, "list")
+    assert "`pip install 'jsonargparse[signatures]'`" in refused(capsys, 1, "list")
 
 
 def test_help_names_every_command_and_argument(capsys):
@@ -284,7 +284,7 @@ def test_compare_draws_the_curves(logs, monkeypatch, capsys):
     assert out.read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(_compare, "_MOST_PLOTS", 1)
     assert "2 metrics do not fit into one picture" in refused(capsys, 1, "compare", logs, "--plot", out)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "lightning_reg.plots", None)  # as where matplotlib is missing
     assert "--plot needs matplotlib" in refused(capsys, 1, "compare", logs, "--plot", out)
 
 

@@ -54,6 +54,18 @@ def test_figures_and_lists_on_pages_are_fresh(page):
     assert page.read_text() == generated.render(page), "run `make docs`"
 
 
+def test_every_page_is_in_the_navigation_of_the_site():
+    """Those on the rooms are put in by the site's hook, in the order in which the map links them."""
+    pages = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
+    named = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]))
+    assert {page for page in pages if not page.startswith(("architecture/", "_site/"))} == named - {
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+    }
+    linked = re.findall(r"\]\((architecture/\w+\.md)\)", (ROOT / "docs" / "architecture.md").read_text())
+    assert {page for page in pages if page.startswith("architecture/")} == {*linked}
+
+
 def test_figures_are_found_by_words_and_not_by_place():
     assert results.cell("effects_cutmix.md", "Difference to", "CutMix(prob=1)", "test loss") == "-0.336 ± 0.038"
     assert results.cell("step_costs.txt", "ewc: transformer", "engine / by hand", "median") == "0.9805"

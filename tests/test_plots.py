@@ -53,6 +53,19 @@ LOG = {
 }
 
 
+def test_compared_runs_have_a_panel_for_each_metric_and_one_legend():
+    other = {"val_acc": ([15, 30], [0.6, 0.8])}
+    figure = plots.compared({"a": LOG, "b": other}, ["val_acc", "reg/elr/agreement"])
+    first, second = figure.axes
+    assert [line.get_xydata().tolist() for line in first.lines] == [[[15, 0.7]], [[15, 0.6], [30, 0.8]]]
+    assert [line.get_xydata().tolist() for line in second.lines] == [[[10, 0.2], [20, 0.5]]]
+    assert [axes.get_title() or axes.get_title("left") for axes in figure.axes] == ["val_acc", "reg/elr/agreement"]
+    assert first.lines[0].get_linestyle() != first.lines[1].get_linestyle()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+    with pytest.raises(ValueError, match=r"^compared: `names` must have at least one"):
+        plots.compared({"a": LOG}, [])
+
+
 def test_memorisation_draws_agreement_suspects_and_what_is_named():
     axes = plots.memorisation(LOG, metrics=["val_acc"]).axes[0]
     assert drawn(axes) == {

@@ -25,6 +25,10 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         {title(f): [f"techniques/{f}/index.md", *(path_of(f, m) for u in folders[f] for m in u.members())]}
         for f in folders
     ]
+    # In the order in which the map links them; one that it does not link comes last.
+    links = re.findall(r"\]\((architecture/\w+\.md)\)", (results.ROOT / "docs" / "architecture.md").read_text())
+    found = sorted(str(page.relative_to(results.ROOT / "docs")) for page in results.ROOT.glob("docs/architecture/*.md"))
+    by_title["Architecture"][1:1] = [*dict.fromkeys([*(link for link in links if link in found), *found])]
     by_title["Functions"] += [{title(folder): f"functions/{folder}.md"} for folder in folders]
     by_title["Measured"] += [f"measured/{path.stem}.md" for path in results.files()]
     return config

@@ -25,7 +25,7 @@ _DOES = {
     "observe_batch": "shows each batch to a second network",
     "extra_views": "sends further versions of the batch through your network",
     "edit_weights": "puts changed weights into your layers for the forward pass",
-    "edit_inputs": "changes what a layer is given",
+    "edit_inputs": "changes what a layer gets",
     "edit_features": "changes what a layer puts out",
     "parts": "lets a part of your network run several times on one batch",
     "change_targets": "replaces the targets that your loss sees",
@@ -43,6 +43,18 @@ _DATA = {
     "images": "images with class labels",
     "regression": "numbers as targets",
     "tokens": "token logits",
+}
+# Of those that `lightning_reg.plots` draws something for; drawn by `docs/_site/pictures.py`.
+_PICTURES = {
+    "ELRCallback": {
+        "memorisation": "Agreement of the targets with the given labels, and the share of suspects, over the steps",
+        "suspects": "A matrix of given and suggested labels, and twelve suspects",
+    },
+    "LossReweighting": {"weights": "Effective number of samples in a batch, and the largest weight"},
+    "SoupAverager": {"ladder": "Candidates of a greedy soup from the best one down, accepted and refused"},
+    "NMSparsity": {"masks": "Kept magnitude of each layer, and weights that changed sides"},
+    "PredictionDistillation": {"forgetting": "Accuracy on each of five tasks after each of them"},
+    "ContinualMetrics": {"forgetting": "Accuracy on each of five tasks after each of them"},
 }
 _USE = re.compile(r"\b(Use it|Leave it|Not for|Use this|Tune)\b")
 
@@ -83,6 +95,7 @@ def _page(unit: registry.Unit, member: registry.Public) -> str:
     head = [f"# {member.name}", f"**{markdown(registry.summary(member.value))}**", _tags(unit, member)]
     sections = [
         ("What it does", _joined(what)),
+        ("A picture", _pictures(member.name)),
         ("When to use it, and when not", _joined(when)),
         ("What it needs of your module", _needs_in_full(member)),
         ("On models that people have", results.models_of(member.name)),
@@ -130,6 +143,12 @@ def _needs_in_full(member: registry.Public) -> str:
     links = ", ".join(f"[`{name}`](../../arguments.md#{name})" for name in guessed)
     lines += [f"- Arguments that are explained at length: {links}."] if links else []
     return "\n".join(lines) or "Nothing: any LightningModule."
+
+
+def _pictures(name: str) -> str:
+    pictures = [f"![{words}](../../assets/{file}.png)" for file, words in _PICTURES.get(name, {}).items()]
+    how = "[How it is drawn](../../how-to/pictures.md), from digits with 40 % of the labels redrawn or in five tasks."
+    return "\n\n".join([*pictures, how]) if pictures else ""
 
 
 def _data(member: registry.Public) -> str:

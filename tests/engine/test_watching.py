@@ -1,6 +1,7 @@
 """What one sees of a run: values beside Lightning's own bars, long work in them, a table at the end."""
 
 import io
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -9,9 +10,10 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from rich.console import Console
 
-from lightning_reg import EWC, ELRCallback, LossReweighting, SoupAverager
+from lightning_reg import EWC, ELRCallback, LossReweighting, NMSparsity, SoupAverager
 from lightning_reg.averaging.model_soups.files import make_soup
-from lightning_reg.engine.run import watching
+from lightning_reg.engine.run import passes, report, watching
+from lightning_reg.engine.run.phases import PHASES
 from tests.conformance.discovery import case_of
 from tests.conformance.harness import fit
 from tests.conformance.problems import BATCHES, KINDS
@@ -128,3 +130,42 @@ def test_a_greedy_soup_of_files_shows_its_candidates(tmp_path, monkeypatch):
     assert loud.trace == quiet.trace
     assert "scoring candidates" in shown.getvalue()
     assert "5/5" in shown.getvalue()
+
+
+@pytest.mark.parametrize("bar", BARS)
+def test_what_a_technique_measures_outside_of_the_step_is_shown_too(bar, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    columns = Columns()
+    sparse = NMSparsity(1, 4, dense_steps=1, validate_hard_mask=True)
+    run = fit([sparse, columns, bar()], KINDS["classification"], max_epochs=1, **SHOWN)
+    factors = [row["reg/nm_sparsity/factor"] for _, row in run.logged if "reg/nm_sparsity/factor" in row]
+    assert columns.seen[-1][0]["nm_sparsity/factor"] == pytest.approx(factors[-1])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"│ NMSparsity │ factor │ {factors[0]:.4g} │ {factors[-1]:.4g} │" in printed
+
+
+def test_a_validation_of_ours_has_a_line_with_its_batches(monkeypatch, capsys):
+    seen = []
+    real = passes.progress
+
+    @contextmanager
+    def noted(trainer, what, total):
+        with real(trainer, what, total) as advance:
+            seen.append([what, total, 0])
+
+            def counted():
+                seen[-1][2] += 1
+                advance()
+
+            yield counted
+
+    monkeypatch.setattr(passes, "progress", noted)
+    sparse = NMSparsity(1, 4, dense_steps=1, validate_hard_mask=True)
+    fit([sparse, RichProgressBar()], KINDS["classification"], max_epochs=1, **SHOWN)
+    assert seen
+    assert all(what == "NMSparsity: with the target mask" and total == done > 0 for what, total, done in seen)
+    capsys.readouterr()
+
+
+def test_the_table_at_the_start_has_words_for_every_phase():
+    assert set(report._CHANGES) == set(PHASES)

@@ -1,5 +1,6 @@
 """Scores of weights by the user's own validation in the middle of a fit, with batch statistics of their own."""
 
+import math
 from collections.abc import Callable, Mapping
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from lightning_reg.engine.host import distributed
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.run import passes
 from lightning_reg.engine.run.engine import attached_engine
+from lightning_reg.engine.run.watching import progress, told
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -75,10 +77,10 @@ class Validation:
         """Whether there are batch statistics to estimate."""
         return self._bn_update_batches != 0 and bool(tracking_layers(self._module))
 
-    def own_score(self, weights: Weights | None = None) -> float:
-        """Score of weights as they are; of the module's own for ``None``."""
+    def own_score(self, weights: Weights | None = None, *, shown: str = "") -> float:
+        """Score of weights as they are; of the module's own for ``None``. ``shown``: what the progress bar says."""
         if weights is None:
-            metrics = passes.validation_metrics(self._trainer)
+            metrics = passes.validation_metrics(self._trainer, shown)
             return agreed_score(metrics, self._score_by(metrics), self._module)
         with self._live.exchanged(weights):
             return self.own_score()
@@ -105,14 +107,14 @@ class Validation:
         logged = self._trainer.callback_metrics if self._trainer.enable_validation else {}
         scored = self._score_by(logged) in logged
         with self._live.exchanged(average):
-            before = self.own_score() if scored else None
-            self._reestimate()
+            before = self.own_score(shown="SoupAverager: validation") if scored else None
+            self._reestimate(shown=True)
             for name, tensor in self._live.tensors.items():  # where values were copied in, so are the statistics back
                 average[name].copy_(tensor)
-            after = self.own_score() if scored and rescore else None
+            after = self.own_score(shown="SoupAverager: validation") if scored and rescore else None
         return before, after
 
-    def _reestimate(self) -> None:
+    def _reestimate(self, *, shown: bool = False) -> None:
         """Estimates batch statistics anew on training batches, through the module's own step."""
         if not self.estimates:
             return
@@ -120,10 +122,14 @@ class Validation:
         # The counters are of training: where the momentum is None they are the weight of its next batch.
         counters = [layer.num_batches_tracked for layer in tracking_layers(module)]
         values = [None if counter is None else counter.clone() for counter in counters]
-        with attached_engine(trainer).training_batches() as batches:
-            reestimate_batchnorm(
-                module, batches, self._bn_update_batches, lambda b: passes.replay_step(trainer, module, b, next(steps))
-            )
+        most = min(self._bn_update_batches or math.inf, trainer.num_training_batches)
+        total = None if most == math.inf else most
+        with (
+            attached_engine(trainer).training_batches() as batches,
+            progress(trainer, "SoupAverager: batch statistics", total if shown else 0) as advance,
+        ):
+            replay = told(lambda b: passes.replay_step(trainer, module, b, next(steps)), advance)
+            reestimate_batchnorm(module, batches, self._bn_update_batches, replay)
         for counter, value in zip(counters, values, strict=True):
             if counter is not None and value is not None:
                 counter.copy_(value)

@@ -32,6 +32,7 @@ from lightning_reg.averaging.model_soups._validation import Validation, agreed_s
 from lightning_reg.averaging.model_soups.files import exchange_in_checkpoint
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.run.engine import attached_engine
 from lightning_reg.engine.run.phases import Member, phases_of
 from lightning_reg.engine.run.watching import progress, told
 from lightning_reg.engine.technique import Technique
@@ -242,8 +243,7 @@ class SoupAverager(Technique):
         if self._every_steps and self._steps % self._every_steps == 0 and self._steps > self.start_step:
             self._take(trainer, pl_module, trainer.current_epoch)
         if host.is_logging_step(trainer):
-            values = self._soup.gathered.counts(pl_module.device)
-            pl_module.log_dict({f"{self.log_key}/{name}": value for name, value in values.items()}, batch_size=1)
+            attached_engine(trainer).log_own(self, self._soup.gathered.counts(pl_module.device))
 
     @override
     def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:

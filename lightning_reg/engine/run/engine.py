@@ -1,6 +1,6 @@
 """The engine: stands around ``Strategy.training_step`` and lets its parts act on one batch after the other."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -175,6 +175,19 @@ class Engine:
     ) -> Tensor:
         """What :meth:`LossMixin.reduce_loss` returns."""
         return self._loss.reduce_loss(per_sample, logits, targets, indices)
+
+    def log_own(self, technique: Member, scalars: Mapping[str, Tensor | float]) -> None:
+        """Logs what a technique measured outside of the step, and shows it as what a step logs is shown.
+
+        Args:
+            technique: Whose they are.
+            scalars: By name behind its log key; the same on all ranks, so that there is nothing to reduce.
+
+        """
+        named = {f"{technique.log_key}/{name}": value for name, value in scalars.items()}
+        self.module.log_dict(named, on_step=True, on_epoch=False, batch_size=1)
+        # As it is now: it may be counted further in place.
+        self.watch.take({k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in named.items()})
 
     # -- passes of its own --------------------------------------------------------------------------------------------
 

@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
+from typing_extensions import override
 
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.generators import isolated_randomness, kept_generators
+from lightning_reg.engine.host.lightning import Callback
 from lightning_reg.engine.run.hooks import FirstHooks
+from lightning_reg.engine.run.watching import progress
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -21,20 +24,36 @@ if TYPE_CHECKING:
 __all__ = ["replay_step", "training_batches", "validation_metrics"]
 
 
-def validation_metrics(trainer: "Trainer") -> dict[str, float]:
+def validation_metrics(trainer: "Trainer", what: str = "") -> dict[str, float]:
     """Runs the user's validation loop once more on the module as it is.
 
     Metrics, loggers, progress, random states and all callbacks but the engine's stay as they are.
 
     Args:
         trainer: A Trainer that fits; at the earliest in ``on_validation_end`` if it validates.
+        what: What it is done for, to be shown in the progress bar with the time left; "" for nothing to show.
 
     Returns:
         What the module logged, by name.
 
     """
     engines = [callback for callback in host.callbacks(trainer) if isinstance(callback, FirstHooks)]
-    return host.rerun_validation(trainer, engines)
+    if not what:
+        return host.rerun_validation(trainer, engines)
+    batches = sum(trainer.num_val_batches)
+    with progress(trainer, what, None if batches == math.inf else batches) as advance:
+        return host.rerun_validation(trainer, [*engines, _AfterBatches(advance)])
+
+
+class _AfterBatches(Callback):
+    """Tells of each batch of a validation that it is done."""
+
+    def __init__(self, advance: Callable[[], None]) -> None:
+        self._advance = advance
+
+    @override
+    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        self._advance()
 
 
 @contextmanager

@@ -30,6 +30,27 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
+# What a technique changes in a step, in words that need no knowledge of the engine.
+_CHANGES = {
+    "own_modules": "modules of its own",
+    "transform_batch": "the batch",
+    "observe_batch": "a second network",
+    "extra_views": "versions of the batch",
+    "edit_weights": "weights in the step",
+    "edit_inputs": "a layer's input",
+    "edit_features": "a layer's output",
+    "parts": "how often a layer runs",
+    "change_targets": "targets",
+    "change_losses": "losses of samples",
+    "sample_weights": "weights of samples",
+    "loss_term": "the loss",
+    "step_term": "the step's loss",
+    "penalty": "gradients",
+    "change_gradients": "gradients",
+    "after_step": "weights after the step",
+    "map_weights": "what weights are made of",
+}
+
 
 def techniques_table(techniques: Sequence[Member], samples: Mapping[Any, int], trained: str = "") -> Table:
     """The table at the start of the fit.
@@ -44,13 +65,13 @@ def techniques_table(techniques: Sequence[Member], samples: Mapping[Any, int], t
 
     """
     table = Table(title="lightning_reg", title_justify="left", caption=escape(trained), caption_justify="left")
-    for column in ("technique", "acts on", "samples", "settings"):
+    for column in ("technique", "changes", "samples", "settings"):
         table.add_column(column, overflow="fold")
     for technique in techniques:
         count = f"{samples[technique]:,}" if technique in samples else "-"
-        acts_on = ", ".join(phases_of(technique)) or "callback hooks"
+        changes = ", ".join(_CHANGES[phase] for phase in phases_of(technique)) or "nothing in the step"
         name = type(technique).__name__ + (f" [{technique.name}]" if technique.name else "")
-        table.add_row(escape(name), acts_on, count, escape(_settings(technique, techniques)))
+        table.add_row(escape(name), changes, count, escape(_settings(technique, techniques)))
     return table
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
@@ -37,8 +38,8 @@ class Watch:
 
     def __init__(self, trainer: "Trainer", techniques: Sequence[Member]) -> None:
         self._trainer, self._techniques = trainer, techniques
-        self._first: dict[str, Tensor] = {}
-        self._last: dict[str, Tensor] = {}
+        self._first: dict[str, Tensor | float] = {}
+        self._last: dict[str, Tensor | float] = {}
         self._columns: dict[str, float] | None = None
         self._replaced: host.Replacement | None = None
 
@@ -54,7 +55,7 @@ class Watch:
             self._replaced.undo()
             self._replaced = None
 
-    def take(self, scalars: Mapping[str, Tensor]) -> None:
+    def take(self, scalars: Mapping[str, Tensor | float]) -> None:
         """Takes what a step has logged, by its name in the log."""
         self._first = {**scalars, **self._first}
         self._last.update(scalars)
@@ -81,7 +82,8 @@ class Watch:
         (Console() if bar is None else bar.console).print(table)
 
     def _names(self, technique: Member) -> list[str]:
-        return [name for name in self._last if name.startswith(f"{technique.log_key}/")]
+        start = f"{technique.log_key}/"  # what is told of each layer, behind a further stroke, is for the log alone
+        return [name for name in self._last if name.startswith(start) and "/" not in name.removeprefix(start)]
 
     def _shown(self) -> Iterator[str]:
         for technique in self._techniques:
@@ -92,7 +94,10 @@ class Watch:
 
 @contextmanager
 def progress(trainer: "Trainer", what: str, total: float | None) -> Iterator[Callable[[], None]]:
-    """Shows work of a technique's in Lightning's own bar, with the time left; without such a bar nothing is shown.
+    """Shows work of a technique's in Lightning's own bar, with the time left; where the bar is off nothing is shown.
+
+    Before Lightning's display by rich is live, and after, there is one of ours in its place, so that there is never a
+    second one beside it.
 
     Args:
         trainer: A Trainer that fits.
@@ -108,11 +113,12 @@ def progress(trainer: "Trainer", what: str, total: float | None) -> Iterator[Cal
     if total == 0:
         yield _nothing
     elif live is not None:
-        task = live.add_task(what, total=math.inf if total is None else total)
-        try:
-            yield lambda: live.advance(task)
-        finally:
-            live.remove_task(task)
+        with _task(live, what, math.inf if total is None else total) as advance:
+            yield advance
+    elif bar is not None and bar.is_enabled and hasattr(bar, "progress"):  # Lightning's is not there yet, or no more
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, transient=True) as ours, _task(ours, what, total) as advance:
+            yield advance
     elif bar is not None and bar.is_enabled and hasattr(bar, "init_validation_tqdm"):
         with bar.init_validation_tqdm() as line:
             line.set_description(what)
@@ -120,6 +126,15 @@ def progress(trainer: "Trainer", what: str, total: float | None) -> Iterator[Cal
             yield line.update
     else:
         yield _nothing
+
+
+@contextmanager
+def _task(live: Any, what: str, total: float | None) -> Iterator[Callable[[], None]]:
+    task = live.add_task(what, total=total)
+    try:
+        yield lambda: live.advance(task)
+    finally:
+        live.remove_task(task)
 
 
 def counted(items: Iterable[_T], advance: Callable[[], None]) -> Iterator[_T]:

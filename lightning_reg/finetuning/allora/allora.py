@@ -11,6 +11,7 @@ from typing_extensions import override
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.run.engine import attached_engine
 from lightning_reg.engine.weights.factors import Factors, Layout, product, pulled_back, write_product_
 from lightning_reg.engine.weights.latents import Latents
 from lightning_reg.engine.weights.summed import names_said, summed_weights
@@ -253,8 +254,7 @@ class ALLoRA(FineTuning):
         scalars = {"norm": self.product_factor * torch.stack(norms).square().sum().sqrt()}
         if self._scales:
             scalars["scale"] = torch.stack([scale.mean() for scale in self._scales.values()]).mean()
-        # The same on all ranks, so there is nothing to reduce.
-        pl_module.log_dict({f"{self.log_key}/{k}": v for k, v in scalars.items()}, on_step=True, on_epoch=False)
+        attached_engine(trainer).log_own(self, scalars)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing_extensions import override
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.run.engine import attached_engine
 from lightning_reg.engine.technique import PenaltyTechnique
 from lightning_reg.engine.weights.entries import entries_of, positions_of, write_entries_
 from lightning_reg.engine.weights.latents import Latents
@@ -285,8 +286,7 @@ class SaRA(PenaltyTechnique, FineTuning):
             entries = {name: parts["entries"].detach() for name, parts in self.latents.own.items()}
             below = torch.stack([mask.sum() for mask in small_masks(entries, self._theta).values()]).sum()
             scalars["below"] = below / max(1, self.latents.size)
-        # The same on all ranks, so there is nothing to reduce.
-        pl_module.log_dict({f"{self.log_key}/{k}": v for k, v in scalars.items()}, on_step=True, on_epoch=False)
+        attached_engine(trainer).log_own(self, scalars)
 
     @override
     def state_dict(self) -> dict[str, Any]:

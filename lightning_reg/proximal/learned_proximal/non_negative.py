@@ -9,6 +9,7 @@ from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_number
 from lightning_reg.engine.host.errors import MisconfigurationException, check_patterns
 from lightning_reg.engine.host.names import matches, plain_name
+from lightning_reg.engine.run.engine import attached_engine
 from lightning_reg.engine.run.phases import ThroughMap
 from lightning_reg.engine.technique import GradientTechnique
 from lightning_reg.engine.weights import shards
@@ -102,4 +103,4 @@ class NonNegative(GradientTechnique):
             params = {name: pl_module.get_parameter(name) for name in self._names}
             at_bound = {name: (shards.local(p) <= self.minimum).sum() for name, p in params.items()}
             share = shards.total(at_bound, params) / sum(p.numel() for p in params.values())
-            pl_module.log(f"{self.log_key}/share_at_minimum", share, on_step=True, on_epoch=False)
+            attached_engine(trainer).log_own(self, {"share_at_minimum": share})

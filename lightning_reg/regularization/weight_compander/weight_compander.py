@@ -10,6 +10,7 @@ from typing_extensions import override
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_bool, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.run.engine import attached_engine
 from lightning_reg.engine.technique import WeightMapTechnique
 from lightning_reg.engine.weights.latents import Latents
 from lightning_reg.engine.weights.summed import names_said, summed_weights
@@ -223,8 +224,7 @@ class WeightCompander(WeightMapTechnique):
         parameters, latents = named_weights(pl_module), self.latents.values
         weights = [parameters[name].detach() for name in latents]
         scalars = figures(list(latents.values()), weights, *self._shapes_of(latents))
-        # The same on all ranks, so there is nothing to reduce.
-        pl_module.log_dict({f"{self.log_key}/{k}": v for k, v in scalars.items()}, on_step=True, on_epoch=False)
+        attached_engine(trainer).log_own(self, scalars)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
 from lightning_reg.engine.host.names import as_patterns
 from lightning_reg.engine.run import passes
+from lightning_reg.engine.run.engine import attached_engine
 from lightning_reg.engine.technique import WeightTechnique
 from lightning_reg.engine.weights.swap import named_weights
 from lightning_reg.sparsity.nm_sparsity._layers import Choice, Weight, check_apart, check_groups, weights_table
@@ -304,7 +305,7 @@ class NMSparsity(WeightTechnique):
     def on_validation_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         if self.validate_hard_mask and self._network.sparse and host.validates_in_fit(trainer):
             with self._network.hardened(pl_module):
-                metrics = passes.validation_metrics(trainer)
+                metrics = passes.validation_metrics(trainer, "NMSparsity: with the target mask")
             host.log_beside(trainer, {f"{self.log_key}/hard/{name}": value for name, value in metrics.items()})
 
     @override
@@ -402,5 +403,4 @@ class NMSparsity(WeightTechnique):
         flips = self._network.masks.flips(named_weights(module))
         if flips is not None:
             values["flips"] = flips.float()
-        # The same on all ranks, so there is nothing left to reduce.
-        module.log_dict({f"{self.log_key}/{k}": v for k, v in values.items()}, on_step=True, on_epoch=False)
+        attached_engine(module.trainer).log_own(self, values)
