@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from lightning_reg.noisy_labels.label_errors import LabelErrors as LabelErrors
     from lightning_reg.proximal.learned_proximal.lpn import LPN as LPN
     from lightning_reg.proximal.learned_proximal.non_negative import NonNegative as NonNegative
+    from lightning_reg.proximal.learned_proximal.proximal_matching import ProximalMatching as ProximalMatching
     from lightning_reg.proximal.learned_proximal.proximal_matching_loss import (
         ProximalMatchingLoss as ProximalMatchingLoss,
     )
@@ -108,6 +109,7 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "LabelErrors": "lightning_reg.noisy_labels.label_errors",
         "LPN": "lightning_reg.proximal.learned_proximal.lpn",
         "NonNegative": "lightning_reg.proximal.learned_proximal.non_negative",
+        "ProximalMatching": "lightning_reg.proximal.learned_proximal.proximal_matching",
         "ProximalMatchingLoss": "lightning_reg.proximal.learned_proximal.proximal_matching_loss",
         "Compander": "lightning_reg.regularization.weight_compander.core",
         "Companding": "lightning_reg.regularization.weight_compander.core",

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from lightning_reg.engine.weights import shards
 from tests.conformance.problems import BATCH, SIZE, Problem, make_loader, seeded
 
 __all__ = ["Interruption", "Run", "demand", "difference", "fit", "go", "new_run", "quiet"]
@@ -48,7 +49,8 @@ class _SGD(torch.optim.SGD):
                 closure()
         self.noted.append({name: p.grad.clone() for name, p in self.named.items() if p.grad is not None})
         every = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        self.norms.append(torch.cat([gradient.flatten() for gradient in every]).norm() if every else torch.zeros(()))
+        here = [shards.local(gradient).flatten() for gradient in every]
+        self.norms.append(torch.cat(here).norm() if every else torch.zeros(()))
         super().step()
 
 
