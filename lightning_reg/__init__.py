@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from lightning_reg.noisy_labels.nested_dropout.nested_dropout import NestedDropout as NestedDropout
     from lightning_reg.proximal.learned_proximal.lpn import LPN as LPN
     from lightning_reg.proximal.learned_proximal.non_negative import NonNegative as NonNegative
+    from lightning_reg.proximal.learned_proximal.proximal_matching import ProximalMatching as ProximalMatching
     from lightning_reg.proximal.learned_proximal.proximal_matching_loss import (
         ProximalMatchingLoss as ProximalMatchingLoss,
     )
@@ -110,6 +111,7 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "NestedDropout": "lightning_reg.noisy_labels.nested_dropout.nested_dropout",
         "LPN": "lightning_reg.proximal.learned_proximal.lpn",
         "NonNegative": "lightning_reg.proximal.learned_proximal.non_negative",
+        "ProximalMatching": "lightning_reg.proximal.learned_proximal.proximal_matching",
         "ProximalMatchingLoss": "lightning_reg.proximal.learned_proximal.proximal_matching_loss",
         "Compander": "lightning_reg.regularization.weight_compander.core",
         "Companding": "lightning_reg.regularization.weight_compander.core",

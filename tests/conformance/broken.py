@@ -9,12 +9,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_reg.engine.host import lightning as host
-from lightning_reg.engine.technique import Technique
+from lightning_reg.engine.host.autograd import is_checkpointed
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.technique import LayerTechnique, Technique
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
 from tests.conformance.sound import Sound, SoundByHand, spread_loss
 
-__all__ = ["BROKEN", "SOUND", "spread_loss"]
+__all__ = ["BROKEN", "COUNTS_ONCE", "SOUND", "spread_loss"]
 
 
 # -- 1 neutral_is_nothing ---------------------------------------------------------------------------------------------
@@ -359,6 +361,72 @@ class DoublesBesideOthers(Sound):
         return super().loss_term(call) * (1 + others)
 
 
+# -- 14 recomputation -------------------------------------------------------------------------------------------------
+
+
+class _OnLayers(Sound, LayerTechnique):
+    """Makes the body's output a little larger, the more so the more calls it has counted."""
+
+    calls = 0
+
+    @override
+    def features_to_edit(self, module):
+        return ["net.body"]
+
+    @override
+    def edit_features(self, call):
+        self.count(call)
+        return call.output * self.factor(call)
+
+    def count(self, call):
+        self.calls += not call.again
+
+    def factor(self, call):
+        return 1 + self.calls / 100 * torch.rand((), generator=self.generator(call.step))
+
+    @override
+    def state_dict(self):
+        return {**super().state_dict(), "calls": self.calls}
+
+
+class CountsOnce(_OnLayers):
+    """Sound."""
+
+
+class CountsTwice(_OnLayers):
+    @override
+    def factor(self, call):
+        return 1.1
+
+    @override
+    def count(self, call):
+        self.calls += 1
+
+
+class DrawsTwice(_OnLayers):
+    draws = None
+
+    @override
+    def factor(self, call):
+        self.draws = self.draws or torch.Generator().manual_seed(0)
+        return 1 + torch.rand((), generator=self.draws)
+
+
+class RefusesCheckpoints(_OnLayers):
+    @override
+    def count(self, call):
+        if is_checkpointed():
+            raise MisconfigurationException("RefusesCheckpoints: no checkpoints, please.")
+
+
+class RefusesReentrantOnesAnonymously(Sound):
+    @override
+    def loss_term(self, call):
+        if call.step.module.checkpoint == "reentrant":
+            raise MisconfigurationException("No checkpoints, please.")
+        return super().loss_term(call)
+
+
 def _case(cls: type[Technique]) -> Case:
     return Case(
         make=partial(cls, strength=0.3),
@@ -369,7 +437,7 @@ def _case(cls: type[Technique]) -> Case:
     )
 
 
-SOUND = _case(Sound)
+SOUND, COUNTS_ONCE = _case(Sound), _case(CountsOnce)
 # For each law the techniques that break it, with a part of the sentence that tells.
 _BROKEN = {
     "neutral_is_nothing": {TouchesTheLossAtNeutral: "the neutral instance", DoesNothing: "changes nothing"},
@@ -433,6 +501,12 @@ _BROKEN = {
         FailsInPairs: "KeyError",
         GivesWayInSilence: "nothing logged under",
         DoublesBesideOthers: "before DoublesBesideOthers: the loop by hand and the fit differ",
+    },
+    "recomputation": {
+        CountsTwice: r"the technique's state without checkpoints and with saved ones: .*calls",
+        DrawsTwice: "Not the same: the gradients|Not the same: the weights",
+        RefusesCheckpoints: "`use_reentrant=False` are refused: RefusesCheckpoints",
+        RefusesReentrantOnesAnonymously: "are refused, but not by name",
     },
 }
 BROKEN = [(law, _case(cls), sentence) for law, broken in _BROKEN.items() for cls, sentence in broken.items()]

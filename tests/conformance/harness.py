@@ -16,9 +16,11 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from lightning_reg.engine.weights import shards
 from tests.conformance.problems import BATCH, SIZE, Problem, make_loader, seeded
 
 __all__ = ["Interruption", "Run", "demand", "difference", "fit", "fit_made", "go", "new_run", "once", "quiet"]
@@ -47,16 +49,20 @@ class _SGD(torch.optim.SGD):
                 closure()
         self.noted.append({name: p.grad.clone() for name, p in self.named.items() if p.grad is not None})
         every = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        self.norms.append(torch.cat([gradient.flatten() for gradient in every]).norm() if every else torch.zeros(()))
+        here = [shards.local(gradient).flatten() for gradient in every]
+        self.norms.append(torch.cat(here).norm() if every else torch.zeros(()))
         super().step()
 
 
 class Model(LightningModule):
     """What a user would write; it knows of no technique."""
 
-    def __init__(self, problem: Problem, lr: float, *, manual: bool, fail: tuple[str, int] | None) -> None:
+    def __init__(
+        self, problem: Problem, lr: float, *, manual: bool, fail: tuple[str, int] | None, checkpoint: str = ""
+    ) -> None:
         super().__init__()
         self.loss, self.lr, self.fail, self.batches = problem.loss, lr, fail, 0
+        self.checkpoint = checkpoint
         self.automatic_optimization = not manual
         self.gradients: list[dict[str, Tensor]] = []
         self.norms: list[Tensor] = []  # with those of what a technique trains of its own
@@ -70,7 +76,7 @@ class Model(LightningModule):
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y, _ = batch
-        output = self.net(x)
+        output = self._checkpointed(x) if self.checkpoint else self.net(x)
         self._interrupt("forward")
         loss = self.loss(output, y)
         self._interrupt("loss")
@@ -98,6 +104,12 @@ class Model(LightningModule):
         cut = len(named) // 2
         halves = dict(list(named.items())[:cut]), dict(list(named.items())[cut:])
         return [_SGD(half, self.lr, self.gradients, self.norms) for half in halves]
+
+    def _checkpointed(self, x: Tensor) -> Tensor:
+        needed = torch.zeros((), requires_grad=True)  # reentrant ones have gradients where an input needs one
+        reentrant = self.checkpoint == "reentrant"
+        output: Tensor = checkpoint(lambda x, _: self.net(x), x, needed, use_reentrant=reentrant)
+        return output
 
     def _optimize(self, loss: Tensor) -> None:
         self.manual_backward(loss)
@@ -218,13 +230,17 @@ def new_run(
     manual: bool = False,
     compiled: str = "",
     fail: tuple[str, int] | None = None,
+    checkpoint: str = "",
     folder: Path | None = None,
     mid_epoch: int = 0,
     model: Model | None = None,
     **options: Any,
 ) -> Run:
-    """A Trainer ready to fit; ``options`` go to it."""
-    model = model or Model(problem, lr, manual=manual, fail=fail)
+    """A Trainer ready to fit; ``options`` go to it.
+
+    The network runs under a ``checkpoint`` that is ``"reentrant"`` or not (``"saved"``), if there is one.
+    """
+    model = model or Model(problem, lr, manual=manual, fail=fail, checkpoint=checkpoint)
     watch, logger = _Watch(folder, mid_epoch), _Recorder()
     if precision == "16-mixed":  # Lightning turns this into bf16 on the CPU, so its plugin is made here
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)

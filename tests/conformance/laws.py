@@ -24,6 +24,7 @@ from tests.conformance.footprint import footprint, globals_of_torch
 from tests.conformance.harness import Interruption, Run, demand, difference, fit, fit_made, go, new_run, once
 from tests.conformance.pairs import as_by_hand, order, train_pair
 from tests.conformance.problems import BATCHES, KINDS, Problem
+from tests.conformance.recomputation import recomputation
 from tests.conformance.words import cited, says_what_it_does
 
 __all__ = ["LAWS", "NEED_TWO_PROCESSES"]
@@ -396,6 +397,7 @@ LAWS: dict[str, Callable[..., None]] = {
         cited,
         as_by_hand,
         order,
+        recomputation,
     )
 }
 NEED_TWO_PROCESSES = ("ranks_agree",)

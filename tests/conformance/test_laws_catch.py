@@ -9,7 +9,7 @@ import torch
 from lightning_reg.engine.technique import LayerTechnique
 from lightning_reg.noisy_labels.elr.elr import ELRCallback
 from tests.conformance import discovery, test_laws
-from tests.conformance.broken import BROKEN, SOUND
+from tests.conformance.broken import BROKEN, COUNTS_ONCE, SOUND
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
 from tests.conformance.discovery import MissingCaseError, case_of, technique_classes
@@ -31,6 +31,10 @@ def test_every_law_is_tried():
 @pytest.mark.parametrize("law", LAWS)
 def test_sound(law, pool):
     LAWS[law](SOUND, *pool(law))
+
+
+def test_one_that_counts_and_draws_in_layers_is_sound():
+    LAWS["recomputation"](COUNTS_ONCE)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +139,7 @@ def test_an_exemption_is_a_strict_xfail(monkeypatch):
     (mark,) = marks.pop("cited")
     assert mark.name == "xfail"
     assert mark.kwargs == {"reason": "it stands alone by nature", "strict": True, "raises": AssertionError}
-    assert marks.keys() == LAWS.keys() - {"cited", "order"}
+    assert marks.keys() == LAWS.keys() - {"cited", "order", "recomputation"}  # it touches no layers
     assert not any(marks.values())
     test_laws.test_every_technique_has_a_case(Sound)
     for exempt, sentence in (({"order": "it stands alone by nature"}, "names no law"), ({"cited": "no"}, "no reason")):

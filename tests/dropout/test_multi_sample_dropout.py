@@ -1,5 +1,6 @@
 """Multi-sample dropout."""
 
+import copy
 import math
 from collections import OrderedDict
 from functools import partial
@@ -12,6 +13,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from sklearn.datasets import load_digits
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import SumMetric
 
@@ -108,6 +110,7 @@ CASE = (
             ({"outputs": "all", "head": "net"}, "head"),
             ({"seed": -1}, "seed"),
         ],
+        exempt={"recomputation": "what runs between the layer and the loss has other rows; refused by name, see below"},
     ),
     NetworkCase(
         make=partial(MultiSampleDropoutLayer, num_samples=3),
@@ -875,6 +878,50 @@ def test_setups_that_are_refused_by_name():
         fit(module, replay)
     with pytest.raises(MisconfigurationException, match=r"the backbone 'net\.2' was not called in the training step"):
         train(sampled(mode="replay", backbone="net.2"), step=around)
+
+
+DEEP = [nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 3)]
+
+
+def checkpointed(reentrant, begin, end):
+    """Layers from one to another are run once more in the backward pass."""
+
+    class Kept(nn.Sequential):
+        def forward(self, x):
+            run = partial(nn.Sequential.forward, self)
+            return run(x) if reentrant is None else checkpoint(run, x.requires_grad_(), use_reentrant=reentrant)
+
+    layers = copy.deepcopy(DEEP)
+    return [*layers[:begin], Kept(*layers[begin:end]), *layers[end:]]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(
+    ("begin", "end", "dropout"), [(0, 2, "net.1"), (3, 4, "net.2")], ids=["before the layer", "behind it"]
+)
+def test_checkpoints_around_other_layers_change_nothing(reentrant, begin, end, dropout):
+    plain, again = (
+        train(sampled(dropout), layers=partial(checkpointed, kind, begin, end)) for kind in (None, reentrant)
+    )
+    assert same_weights(plain, again)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(
+    ("begin", "end", "dropout", "name", "options"),
+    [
+        (0, 4, "net.0.2", r"net\.0\.2", {}),
+        (0, 4, "net.0.2", r"net\.0\.2", {"outputs": "all"}),
+        (0, 4, "net.0.2", r"net\.0\.2", {"mode": "replay", "backbone": "net.0.1"}),
+        (3, 5, "net.2", r"net\.3\.1", {}),
+    ],
+)
+def test_checkpoints_around_what_is_sampled_are_refused(reentrant, begin, end, dropout, name, options):
+    losses = StepLosses()
+    sentence = rf"^MultiSampleDropout puts copies in the place of what '{name}' returns, .* Checkpoint the layers"
+    with pytest.raises(MisconfigurationException, match=sentence):
+        train(sampled(dropout, **options), losses, layers=partial(checkpointed, reentrant, begin, end))
+    assert not losses.losses
 
 
 def around(module, batch):

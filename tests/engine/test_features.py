@@ -3,7 +3,9 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+from lightning_reg.engine.host.autograd import is_checkpointed, is_reentrant
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.names import near_names
 from lightning_reg.engine.layers.named import FeatureTap, named_layers
@@ -123,3 +125,15 @@ def test_outputs_of_layers_behind_torch_compile(name):
         net(x)
         assert tap.outputs[name].tolist() == x.relu().tolist()
     torch._dynamo.reset()
+
+
+def test_layers_know_what_kind_of_checkpoint_is_around_them():
+    found = []
+    layer, x = nn.Linear(2, 2), torch.ones(1, 2, requires_grad=True)
+    layer.register_forward_pre_hook(lambda *_: found.append((is_checkpointed(), is_reentrant())))
+    layer(x)
+    with torch.no_grad():
+        layer(x)
+    for reentrant in (False, True):
+        checkpoint(layer, x, use_reentrant=reentrant).sum().backward()  # again, when no checkpoint is around
+    assert found == [(False, False)] * 2 + [(True, False), (False, False), (True, True), (False, False)]

@@ -116,6 +116,61 @@ def test_they_train_as_in_a_group_of_the_users_optimizer(lr_factor, weight_decay
     assert not any("projection" in name for name in model.state_dict())
 
 
+LR = torch.optim.lr_scheduler
+SCHEDULES = {
+    "lambdas": lambda optimizer: LR.LambdaLR(optimizer, [lambda k: 1 / (1 + k), lambda k: 0.9**k]),
+    "one cycle": lambda optimizer: LR.OneCycleLR(optimizer, [0.3, 0.2], total_steps=9, cycle_momentum=False),
+    "plateau": lambda optimizer: LR.ReduceLROnPlateau(optimizer, patience=0, min_lr=[0.01, 0.02], threshold=1e3),
+}
+
+
+class TwoGroups(Classifier):
+    """Two groups with learning rates of their own, and a schedule that knows how many there are."""
+
+    def __init__(self, schedule, **kind):
+        super().__init__()
+        self.schedule, self.kind = schedule, kind
+
+    def training_step(self, batch, batch_idx):
+        self.log("one", 1.0)
+        return super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self):
+        groups = [{"params": self.net[0].parameters(), "lr": 0.2}, {"params": self.net[3].parameters(), "lr": 0.1}]
+        optimizer = torch.optim.SGD(groups, momentum=0.9, **self.kind)
+        interval = "epoch" if self.schedule == "plateau" else "step"
+        scheduler = {"scheduler": SCHEDULES[self.schedule](optimizer), "interval": interval, "monitor": "one"}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "kind"),
+    [*((schedule, {}) for schedule in SCHEDULES), ("lambdas", {"foreach": True}), ("lambdas", {"fused": True})],
+)
+def test_schedules_are_followed_and_never_meet_their_group(schedule, kind):
+    model, technique, hand = TwoGroups(schedule, **kind), Projects(lr_factor=0.5), TwoGroups(schedule)
+    fit(model, technique, max_epochs=2)
+    configured, projection = hand.configure_optimizers(), first_projection()
+    optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    own = torch.optim.SGD(projection.parameters(), lr=1.0, momentum=0.9)
+    for _ in range(2):
+        for x, y in make_loader():
+            own.param_groups[0]["lr"] = 0.5 * optimizer.param_groups[0]["lr"]
+            hidden = hand.net[0](x)
+            loss = nn.functional.cross_entropy(hand.net[1:](hidden), y) + (projection(hidden) - 1.0).square().mean()
+            for one in (optimizer, own):
+                one.zero_grad()
+            loss.backward()
+            for one in (optimizer, own):
+                one.step()
+            if schedule != "plateau":
+                scheduler.step()
+        if schedule == "plateau":
+            scheduler.step(1.0)
+    assert same_weights(model.net, hand.net, atol=1e-5)  # float32
+    assert same_weights(technique.own["projection"], projection, atol=1e-5)
+
+
 @pytest.mark.parametrize("fused", [None, True])
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path, fused):
     class Model(Adam):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_reg import LPN, NonNegative, ProximalMatchingLoss, WeightCompander
+from lightning_reg import LPN, NonNegative, ProximalMatching, ProximalMatchingLoss, WeightCompander
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.names import matches
 from lightning_reg.functional import (
@@ -59,6 +59,13 @@ class KeptByHand(Hand):
                     leaf.copy_(leaf.relu())
 
 
+class MatchedByHand(Hand):
+    """Always of the last width."""
+
+    def losses(self, output, moment):
+        return 1 - torch.exp(-(output - moment.y).square().sum(1) / 2.0**2)
+
+
 def made(*args, negative=False, **options):
     """A network whose weights are of a size at which its layers count, some of them negative if asked for."""
     with seeded(0):
@@ -83,6 +90,24 @@ CASE = (
         also=["regression", "images"],
         variants=[partial(NonNegative, "net.*.weight", minimum=-0.05)],
         invalid=[({"minimum": math.inf}, "minimum")],
+    ),
+    Case(
+        make=partial(ProximalMatching, gamma_min=2.0, widths=1, pretrain=0.0),  # stages go by steps, not by batches
+        neutral=partial(ProximalMatching, gamma_min=2.0, pretrain=1.0),
+        by_hand=MatchedByHand,
+        says=(
+            "gamma 2, after 0 of the training on the module's own loss",
+            "pretrain=1: inactive",
+            "gamma 2 to 1 in 2 stages, after 0.25 of the training on the module's own loss",
+        ),
+        data="regression",
+        variants=[partial(ProximalMatching, gamma_min=1.0, widths=2, pretrain=0.25, elementwise=True, loss="last")],
+        invalid=[
+            ({"gamma_min": 0.0}, "gamma_min"),
+            ({"widths": 0}, "widths"),
+            ({"pretrain": -0.1}, "pretrain"),
+            ({"pretrain": 1.1}, "pretrain"),
+        ],
     ),
     NetworkCase(
         make=lambda **options: made(**{"in_shape": [3], "hidden": 4, "layers": 2, "alpha": 0.1, **options}),
@@ -478,6 +503,39 @@ class Denoiser(Classifier):
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), lr=0.05)
+
+
+class Plain(Denoiser):
+    """With the mean absolute error in its step, as anybody would write it."""
+
+    def training_step(self, batch, batch_idx):
+        return F.l1_loss(self.net(batch[1]), batch[0])
+
+
+@pytest.mark.parametrize("elementwise", [False, True])
+def test_the_callback_gives_an_unchanged_step_the_loss_of_the_module(elementwise):
+    x, y = ROWS.float().repeat(8, 1), ROWS.float().flip(1).repeat(8, 1) + torch.arange(16)[:, None] / 8
+    pairs, losses = torch.utils.data.TensorDataset(x, y), []
+    for model, callbacks in ((Denoiser(), []), (Plain(), [ProximalMatching(0.5, widths=2, elementwise=elementwise)])):
+        model.net = made([3], hidden=4, layers=1)
+        model.criterion = ProximalMatchingLoss(0.5, stages=2, steps=8, pretrain_steps=4, elementwise=elementwise)
+        kept = StepLosses()
+        trainer = make_trainer(callbacks=[*callbacks, kept], max_epochs=4)
+        trainer.fit(model, make_loader(pairs), make_loader(pairs))
+        losses.append(kept.losses)
+    assert len(losses[0]) == 8
+    assert losses[1] == pytest.approx(losses[0], abs=1e-6)
+    assert float(trainer.logged_metrics["reg/proximal_matching/gamma"]) == 0.5
+
+
+def test_the_callback_refuses_what_is_no_regression_in_the_first_step():
+    losses = StepLosses()
+    with pytest.raises(MisconfigurationException, match=r"^ProximalMatching compares .* in F.cross_entropy"):
+        fit(Classifier(), ProximalMatching(1.0), losses, max_epochs=2)
+    assert not losses.losses
+    with pytest.raises(MisconfigurationException, match=r"^ProximalMatching has stages in shares .* `max_steps`\.$"):
+        fit(Classifier(), ProximalMatching(1.0), max_epochs=-1)
+    assert ProximalMatching(1.0).gamma(3) is None
 
 
 def test_a_denoiser_trains_and_is_validated_in_lightning():

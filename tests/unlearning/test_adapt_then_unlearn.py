@@ -619,6 +619,16 @@ def test_the_authors_fisher_information():
     assert fisher["generator.0.0.weight"][0].tolist() == pytest.approx(row, rel=1e-10)
 
 
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
+def test_split_weights_are_refused_before_anything_begins(name):
+    trainer = type("Trainer", (), {"strategy": type(name, (), {})()})
+    with pytest.raises(
+        MisconfigurationException,
+        match=rf"^WeightRepulsion compares whole parameters, which {name} splits over the processes\. Use DDP\.$",
+    ):
+        WeightRepulsion("*").check(trainer, Classifier())
+
+
 def test_what_the_fisher_information_refuses():
     module, noise = DCGAN(), torch.zeros(2, 4)
     with pytest.raises(ValueError, match=r"`discriminator` must be the name of a layer, got 'critic'. Near names: "):

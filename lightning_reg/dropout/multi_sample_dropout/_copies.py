@@ -20,6 +20,7 @@ from lightning_reg.dropout.multi_sample_dropout._replays import Replays
 from lightning_reg.dropout.multi_sample_dropout._rows import CopiedRows
 from lightning_reg.dropout.multi_sample_dropout._watches import NormWatch, watch_order
 from lightning_reg.engine.host import lightning as host
+from lightning_reg.engine.host.autograd import is_checkpointed
 from lightning_reg.engine.host.errors import MisconfigurationException, refuse_layer
 from lightning_reg.engine.host.names import plain_name
 from lightning_reg.engine.layers.named import LayerHook, named_layers
@@ -63,6 +64,7 @@ class Copies(Part):
         self._module, self._layers, self._sample = module, layers, sample
         self._named: dict[str, nn.Module] = {}
         self._norms = NormWatch({})
+        self._checked: set[str] = set()
         self._ever_called = self._ever_active = self._ever_made = self._said_idle = False
         self._depends: dict[tuple[str, int, int], bool] = {}
         self._handles: list[RemovableHandle] = []
@@ -182,10 +184,14 @@ class Copies(Part):
         if name == self.plan.layer:
             self._ever_called = True
             self._ever_active |= works
-        if not works:
+        if not layer.training:
             return None
         given = args[0]
         after = self._comes_after(name, given)
+        if name not in self._checked and (after or name == self.plan.layer):
+            self._check_is_run_once(name, recorded=works)
+        if not works:
+            return None
         self._inputs[name] = given, after
         # The layer's own output is given up where the rows are copies. It runs on the first copy alone, so that what it
         # draws is what it would have drawn.
@@ -300,6 +306,17 @@ class Copies(Part):
                 f"lightning_reg: what follows {self.plan.layer!r} runs on {self.plan.number} copies of the"
                 f" {self._rows.count} rows ({self.name}). If it joins them with tensors of {self._rows.count} rows (a"
                 ' residual connection), name a dropout layer nearer to the loss, or use `mode="replay"`.'
+            )
+
+    def _check_is_run_once(self, name: str, *, recorded: bool) -> None:
+        if recorded:  # one without gradient may be a pass of the user's own
+            self._checked.add(name)
+        if is_checkpointed():
+            raise MisconfigurationException(
+                f"{self.name} puts copies in the place of what {name!r} returns, and that layer runs under an"
+                " activation checkpoint, where it would run again without them in the backward pass. Checkpoint the"
+                f" layers before {self.plan.layer!r} alone (those behind it may be under one of their own if they have"
+                " no dropout)."
             )
 
     def _check_order(self, name: str, given: Any) -> None:

@@ -49,8 +49,9 @@ class MultiSampleDropout(Technique):
     one asks for them (ELR), are those of the mean prediction over the copies.
 
     Use it when dropout sits near the end of the network and what follows is cheap, with few steps or few data. Leave it
-    where dropout is early or everywhere (M times the cost), inside blocks with residual connections around the dropout
-    or activation checkpointing, and where there is none.
+    where dropout is early or everywhere (M times the cost), inside blocks with residual connections around the dropout,
+    and where there is none. Activation checkpoints go around layers without sampled dropout (the backbone); around
+    sampled layers they are refused.
 
     Source:
         Inoue, "Multi-Sample Dropout for Accelerated Training and Better Generalization", 2019, arXiv 1905.09788; no

@@ -1,5 +1,6 @@
 """What the autograd graph says of how tensors were made."""
 
+import inspect
 from collections.abc import Sequence
 from math import prod
 from typing import Any, NamedTuple
@@ -7,12 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
+from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 __all__ = [
     "bends",
     "derivative",
     "descends",
+    "is_checkpointed",
     "is_fixed",
+    "is_reentrant",
     "lies_by_row",
     "rows_of_output",
     "runs_backward",
@@ -165,6 +169,24 @@ def descends(value: Tensor, node: Any, but_through: Sequence[Any] = ()) -> bool:
 def runs_backward() -> bool:
     """Whether a backward pass is under way, in which checkpointed layers run once more."""
     return torch._C._current_graph_task_id() != -1
+
+
+def is_reentrant() -> bool:
+    """Whether what runs now does so under a reentrant checkpoint: without gradient, to run again later."""
+    # Read off the Python stack: torch has no question for it.
+    return _runs_in(CheckpointFunction.forward.__code__)
+
+
+def is_checkpointed() -> bool:
+    """Whether what runs now does so under a checkpoint of either kind, to run again in the backward pass."""
+    return is_reentrant() or _runs_in(inspect.unwrap(checkpoint).__code__)
+
+
+def _runs_in(code: Any) -> bool:
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame is not None
 
 
 def version_of(tensor: Tensor) -> int:

@@ -32,6 +32,7 @@ class LayerCall:
         step: The step that it happened in; ``step.stage`` tells training from evaluation.
         number: How many inputs and outputs were changed before in this pass through the step; where a checkpointed
             layer runs once more in the backward pass, what it was when the layer ran first.
+        again: Whether it is such a further run: what a technique counts it has counted in the first.
 
     """
 
@@ -41,6 +42,7 @@ class LayerCall:
     output: Any
     step: "Step"
     number: int
+    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class InputCall:
         named: Its arguments by name, likewise.
         step: The step that it happens in; ``step.stage`` tells training from evaluation.
         number: As in :class:`LayerCall`.
+        again: As in :class:`LayerCall`.
 
     """
 
@@ -64,6 +67,7 @@ class InputCall:
     named: Mapping[str, Any]
     step: "Step"
     number: int
+    again: bool = False
 
     @property
     def input(self) -> Any:
@@ -192,7 +196,7 @@ class LayerEdits:
         if again and (name, True) not in self._numbers:
             self._refuse_reentrant(name)
             return None
-        call = InputCall(name, layer, args, named, step, self._numbers[name, True] if again else self._number)
+        call = InputCall(name, layer, args, named, step, self._numbers[name, True] if again else self._number, again)
         for edit in self._acting(name, step, of_inputs=True):
             answer = edit.edit(call)
             call = call if answer is None else replace(call, args=answer[0], named=answer[1])
@@ -212,7 +216,7 @@ class LayerEdits:
         given, result = self._inputs.pop(name), output
         number = self._numbers[name, False] if again else self._number
         for edit in self._acting(name, step, of_inputs=False):
-            answer = edit.edit(LayerCall(name, layer, given, result, step, number))
+            answer = edit.edit(LayerCall(name, layer, given, result, step, number, again))
             result = result if answer is None else answer
         self._count(name, again, of_inputs=False, changed=result is not output)
         return None if result is output else result

@@ -3,10 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_reg.engine.host.errors import refuse_layer
+from lightning_reg.engine.host.autograd import is_reentrant
+from lightning_reg.engine.host.errors import MisconfigurationException, refuse_layer
 from lightning_reg.engine.host.names import plain_name
 
 __all__ = ["FeatureTap", "LayerHook", "find_layer", "named_layers"]
@@ -48,6 +50,7 @@ class FeatureTap:
     Attributes:
         view: What is kept of an output; set anew for each step.
         own: What is kept, of that, of the last output; set anew for each step.
+        learners: Who learns from the output of a layer, by the layer's name; set anew for each step.
 
     Raises:
         MisconfigurationException: If a name matches no layer; the message lists near ones.
@@ -60,6 +63,7 @@ class FeatureTap:
         self.own: Callable[[Any], Any] = _all_of_it
         self.outputs: dict[str, Any] = {}
         self.passes: dict[str, list[Any]] = {}
+        self.learners: Mapping[str, str] = {}
         self.open = False
         self._handles: list[RemovableHandle] = []
         for name, layer in [(name, find_layer(layers, name)) for name in dict.fromkeys(names)]:
@@ -67,7 +71,7 @@ class FeatureTap:
 
     def shut(self) -> None:
         """Keeps no more, and forgets the outputs."""
-        self.open, self.view, self.own = False, _all_of_it, _all_of_it
+        self.open, self.view, self.own, self.learners = False, _all_of_it, _all_of_it, {}
         self.outputs.clear()
         self.passes.clear()
 
@@ -93,6 +97,18 @@ class _Keep(LayerHook):
 
     def __call__(self, layer: nn.Module, args: Any, output: Any) -> None:
         if self.tap.open:
+            if self.name in self.tap.learners and not torch.is_grad_enabled():
+                _refuse_reentrant(self.tap.learners[self.name], self.name)
             kept = self.tap.view(output)
             self.tap.outputs[self.name] = self.tap.own(kept)
             self.tap.passes.setdefault(self.name, []).append(kept)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
+def _refuse_reentrant(learner: str, name: str) -> None:
+    if is_reentrant():
+        raise MisconfigurationException(
+            f"{learner} learns from what {name!r} returns, and that layer runs without gradient under a checkpoint that"
+            " is reentrant, so nothing would be learned. Pass `use_reentrant=False` to the checkpoint"
+            ' (`gradient_checkpointing_enable({"use_reentrant": False})` in transformers).'
+        )

@@ -125,10 +125,13 @@ class LossCall:
             MisconfigurationException: If a sample of the call is more than one row.
 
         """
-        if self.kind != "row" or per_sample.shape != (self.batch_size,):
+        if self.kind == "sequence" or per_sample.shape != (self.batch_size,):
             raise MisconfigurationException(
                 f"{self} has no loss per sample that could be replaced by one of shape {tuple(per_sample.shape)}."
             )
+        if self.kind == "map":  # each element has its sample's
+            shape = self.decomposition.elements.shape
+            per_sample = per_sample.repeat_interleave(shape.numel() // len(per_sample)).reshape(shape)
         return replace(self, evaluation=WithLosses(self.evaluation, per_sample))
 
     def narrowed(self, views: "Views") -> "LossCall":

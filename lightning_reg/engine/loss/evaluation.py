@@ -344,7 +344,7 @@ class WithLosses(Derived):
 
     Args:
         base: The evaluation.
-        per_sample: ``(B,)`` with gradient, per unit of mass.
+        per_sample: With gradient, per unit of mass: of the rows ``(B,)``, or of each element where rows are maps.
 
     """
 
@@ -356,5 +356,5 @@ class WithLosses(Derived):
         if reduction != "none":
             plain = values.sum()
             if reduction != "sum":
-                plain = plain / (len(values) if mass is None else mass.sum())
+                plain = plain / (values.numel() if mass is None else mass.sum())
         self._decomposition = elements.Decomposition(values, plain, "mean" if "mean" in reduction else reduction)

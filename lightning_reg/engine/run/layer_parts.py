@@ -9,7 +9,7 @@ from typing_extensions import override
 from lightning_reg.engine.layers.edits import LayerEdit, LayerEdits
 from lightning_reg.engine.layers.named import FeatureTap
 from lightning_reg.engine.run.part import Part
-from lightning_reg.engine.run.phases import OnLayers, phases_of
+from lightning_reg.engine.run.phases import Observer, OnLayers, phases_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -81,23 +81,26 @@ class TapPart(Part):
 
     Args:
         module: The user's module.
-        layers: Names of the layers.
+        observers: Those that read them.
 
     """
 
-    def __init__(self, module: "LightningModule", layers: Sequence[str]) -> None:
-        self._module, self._layers = module, layers
+    def __init__(self, module: "LightningModule", observers: Sequence[Observer]) -> None:
+        self._module, self._observers = module, observers
         self._tap = FeatureTap(module, ())
 
     @override
     def prepare(self) -> None:
-        self._tap = FeatureTap(self._module, self._layers)
+        layers = [layer for observer in self._observers for layer in observer.feature_layers]
+        self._tap = FeatureTap(self._module, layers)
 
     @override
     @contextmanager
     def around(self, step: "Step") -> Iterator[None]:
         tap = self._tap
         tap.open, step.features, step.passes = True, tap.outputs, tap.passes
+        active = [observer for observer in self._observers if observer in step.active]
+        tap.learners = {layer: type(observer).__name__ for observer in active for layer in observer.feature_layers}
         if step.feature_view is not None:
             tap.view = step.feature_view
         if step.views is not None:

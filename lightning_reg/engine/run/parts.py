@@ -82,8 +82,8 @@ def _parts_on_layers(trainer: "Trainer", module: "LightningModule", techniques: 
         parts += technique.parts(trainer, module)
     if any(technique.periods for technique in techniques):
         parts.append(PeriodPart(trainer, module, techniques))
-    if layers := [layer for t in techniques if isinstance(t, Observer) for layer in t.feature_layers]:
-        parts.append(TapPart(module, layers))
+    if observers := [t for t in techniques if isinstance(t, Observer) and t.feature_layers]:
+        parts.append(TapPart(module, observers))
     if on_step := taking_part(techniques, OnStep):
         parts.append(TermPart(on_step))
     return parts

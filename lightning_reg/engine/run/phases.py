@@ -306,7 +306,7 @@ class OnWeights(Member):
 
     def needs_whole_parameters(self) -> str | None:
         """Why it cannot edit the rows that a process holds of a split parameter, as a clause; ``None`` if it can."""
-        return f"{type(self).__name__} edits whole parameters"
+        return "it edits whole parameters"
 
     def edit_weights(self, weights: "Mapping[str, Tensor]") -> None:
         """Turns dense values into effective ones, in place, before the forward pass; the engine puts them back.

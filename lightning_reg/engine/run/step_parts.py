@@ -17,6 +17,7 @@ from lightning_reg.engine.loss.result import loss_of, with_loss
 from lightning_reg.engine.run.part import Part
 from lightning_reg.engine.run.period_part import resting
 from lightning_reg.engine.run.phases import OnGradients, OnModules, OnParameters, OnStep, taking_part
+from lightning_reg.engine.weights import shards
 from lightning_reg.engine.weights.penalties import add_penalties_
 
 if TYPE_CHECKING:
@@ -202,7 +203,7 @@ class PenaltyPart(Part):
         with torch.no_grad():
             found = [(t, t.penalty(self._module)) for t in self._active] if step.is_logging else []
         yield
-        self._log({technique: value for technique, value in found if value is not None}, step)
+        self._log({technique: shards.whole(value) for technique, value in found if value is not None}, step)
 
     def _log(self, penalties: dict[OnParameters, Tensor], step: "Step") -> None:
         loss = loss_of(step.output)

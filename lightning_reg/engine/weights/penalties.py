@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.weights.shards import is_split
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -48,7 +49,8 @@ def add_penalties_(
             " of the loss, in which the penalty is not. Write `line_search_fn=None`."
         )
     with torch.enable_grad():
-        values = [value for penalty in penalties if (value := penalty(module)) is not None and value.requires_grad]
+        given = [value for penalty in penalties if (value := penalty(module)) is not None and value.requires_grad]
+        values = [value.full_tensor() if is_split(value) else value for value in given]
     if not values:
         return
     scale = host.gradient_scale(trainer, optimizer)
