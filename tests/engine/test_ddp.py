@@ -7,12 +7,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DistributedSampler, TensorDataset
 from typing_extensions import override
 
+from lightning_reg import ELRCallback
 from lightning_reg.engine.loss.lookup import ENGINES
 from tests.toys import (
     BATCH,
+    CLASSES,
     QUIET,
     TWO_RANKS,
     Classifier,
@@ -24,6 +26,7 @@ from tests.toys import (
     WeightsByLabel,
     fit,
     make_loader,
+    make_tensors,
     same_weights,
     weights_of,
 )
@@ -83,6 +86,25 @@ def test_indices_are_those_of_the_distributed_sampler(two_processes):
         drawn += indices[0] + indices[1]
     assert len(drawn) == 14
     assert set(drawn) == set(range(13))
+
+
+def reported(samples):
+    elr = ELRCallback(lam=1e-3)
+    x, y = make_tensors(samples)
+    y[::3] = (y[::3] + 1) % CLASSES  # wrong labels, which a network of one epoch contradicts
+    loader = make_loader(TensorDataset(x, y), batch_size=4)
+    fit(Classifier(), elr, loader=loader, seed=5, max_epochs=6, **TWO_RANKS)
+    errors = elr.label_errors()
+    return errors.index.tolist(), errors.given.tolist(), y.tolist(), len(elr.suspected_label_errors())
+
+
+def test_rows_that_the_distributed_sampler_repeats_leave_no_trace_in_reports(two_processes):
+    (indices, given, labels, size), other = two_processes.run(reported, 13)
+    assert (indices, given, labels, size) == other  # both ranks report the whole data set
+    assert size == 13
+    assert indices
+    assert len(set(indices)) == len(indices)
+    assert given == [labels[index] for index in indices]
 
 
 def train(kinds, ranks):
