@@ -1,6 +1,7 @@
 """What the autograd graph says of how tensors were made."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from math import prod
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ __all__ = [
     "bends",
     "derivative",
     "descends",
+    "graph_kept",
     "is_fixed",
     "lies_by_row",
     "rows_of_output",
@@ -160,6 +162,14 @@ def descends(value: Tensor, node: Any, but_through: Sequence[Any] = ()) -> bool:
             seen.add(current)
             stack.extend(following for following, _ in current.next_functions)
     return False
+
+
+def graph_kept() -> AbstractContextManager[None]:
+    """While networks are compiled whose graph is gone back through twice; other code uses the graph's memory up."""
+    from torch._functorch import config
+
+    patched: AbstractContextManager[None] = config.patch(donated_buffer=False)
+    return patched
 
 
 def runs_backward() -> bool:

@@ -1,14 +1,17 @@
 """The part of weights that are trained through a map."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
 from lightning_reg.engine.host import lightning as host
+from lightning_reg.engine.host.autograd import graph_kept
+from lightning_reg.engine.host.modules import BatchNorm
 from lightning_reg.engine.run.part import Part
 from lightning_reg.engine.run.phases import ThroughMap
+from lightning_reg.engine.run.step_parts import unscaled
 from lightning_reg.engine.weights.maps import WeightMaps, check_mappable
 
 if TYPE_CHECKING:
@@ -34,8 +37,13 @@ class MapPart(Part):
         self, trainer: "Trainer", module: "LightningModule", techniques: Sequence[ThroughMap], seen_by: str
     ) -> None:
         self._trainer, self._module, self._techniques, self._seen_by = trainer, module, techniques, seen_by
+        self._changing = [
+            t for t in techniques if type(t).change_part_gradients is not ThroughMap.change_part_gradients
+        ]
         self._maps = WeightMaps(module, ())
         self._making: list[host.Replacement] = []
+        self._norms: list[BatchNorm] = []
+        self._wake: list[BatchNorm] = []
 
     @override
     def prepare_model(self) -> None:
@@ -53,6 +61,7 @@ class MapPart(Part):
     @override
     def prepare(self) -> None:
         self._maps.attach()
+        self._norms = [layer for t in self._techniques if t.norms_rest for layer in self._maps.frozen_norms()]
 
     def own_writes(self) -> AbstractContextManager[None]:
         """What is written meanwhile is no news."""
@@ -65,8 +74,21 @@ class MapPart(Part):
     @override
     @contextmanager
     def around(self, step: "Step") -> Iterator[None]:
-        with self._maps.watching():
+        with self._maps.watching(), graph_kept() if self._changing else nullcontext():
             yield
+
+    @override
+    def before_network(self) -> None:
+        # As periods do: a second network takes over before what the user has set.
+        self._wake += [layer for layer in self._norms if layer.training]
+        for layer in self._wake:
+            layer.training = False
+
+    @override
+    def rest(self) -> None:
+        for layer in self._wake:
+            layer.training = True
+        self._wake = []
 
     @override
     def after_closure(self) -> None:
@@ -75,6 +97,9 @@ class MapPart(Part):
     @override
     def gradients_are_final(self, optimizer: Any) -> None:
         self._maps.open(optimizer, check=host.is_logging_step(self._trainer))
+        if self._changing:
+            with unscaled(self._maps.part_gradients(), host.gradient_scale(self._trainer, optimizer)):
+                self._maps.change_part_gradients()
 
     @override
     @contextmanager
@@ -89,6 +114,7 @@ class MapPart(Part):
 
     @override
     def close(self) -> None:
+        self.rest()
         for replaced in self._making:
             replaced.undo()
         self._making = []
