@@ -614,6 +614,7 @@ def test_compiled_networks_and_checkpoints_that_run_again():
     compiled.net.compile(backend="aot_eager")
     fit(compiled, MaskTuning(norm_weight=0.0), max_epochs=1)
     assert same_weights(plain, compiled, atol=1e-6)
+    torch.compiler.reset()
     for reentrant in (False, True):
         module = Wraps(bert(), 1e-3)
         module.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
@@ -626,6 +627,26 @@ def test_compiled_networks_and_checkpoints_that_run_again():
             other = Wraps(bert(), 1e-3)
             fit(other, MaskTuning("*.query"), loader=texts(), max_epochs=1)
             assert same_weights(module, other, atol=1e-6)
+
+
+class Fails(torch.autograd.Function):
+    """As compiled code does that must not go back twice."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise RuntimeError("This backward function was compiled with non-empty donated buffers")
+
+
+def test_code_that_was_compiled_for_one_way_back_is_refused():
+    def step(module, batch):
+        return F.cross_entropy(Fails.apply(module.net(batch[0])), batch[1])
+
+    with pytest.raises(MisconfigurationException, match=r"MaskTuning goes back .* `torch\.compiler\.reset\(\)`"):
+        fit(Classifier(step), MaskTuning(), max_epochs=1)
 
 
 def test_half_precision_keeps_masks_in_float32():

@@ -1,13 +1,12 @@
 """The part of weights that are trained through a map."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
 from lightning_reg.engine.host import lightning as host
-from lightning_reg.engine.host.autograd import graph_kept
 from lightning_reg.engine.host.modules import BatchNorm
 from lightning_reg.engine.run.part import Part
 from lightning_reg.engine.run.phases import ThroughMap
@@ -74,7 +73,7 @@ class MapPart(Part):
     @override
     @contextmanager
     def around(self, step: "Step") -> Iterator[None]:
-        with self._maps.watching(), graph_kept() if self._changing else nullcontext():
+        with self._maps.watching():
             yield
 
     @override

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_reg.engine.host import lightning as host
+from lightning_reg.engine.host.autograd import hides_layers
 from lightning_reg.engine.host.errors import MisconfigurationException
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def second_gradients(
 
     Raises:
         MisconfigurationException: If there is no way back a second time.
+        RuntimeError: If torch finds another reason not to go back.
 
     """
     wanted = {name: weight for name, weight in weights.items() if weight.requires_grad}
@@ -44,7 +46,18 @@ def second_gradients(
         with torch.autocast(loss.device.type, enabled=False):
             found = torch.autograd.grad(scaled, list(wanted.values()), retain_graph=True, allow_unused=True)
     except RuntimeError as error:
-        raise MisconfigurationException(_refusal(error, type(owner).__name__)) from error
+        if "donated buffer" not in str(error):
+            raise
+        raise MisconfigurationException(
+            f"{type(owner).__name__} goes back through the network twice in a step, and it was compiled for one way"
+            " back. Forget what was compiled before the fit, `torch.compiler.reset()`, or write"
+            " `torch._functorch.config.donated_buffer = False` before it is compiled."
+        ) from error
+    if any(gradient is None for gradient in found) and hides_layers(loss):
+        raise MisconfigurationException(
+            f"{type(owner).__name__} goes back through the network twice in a step, which checkpoints with"
+            " use_reentrant=True do not allow. Write use_reentrant=False."
+        )
     gradients = {name: g.to(torch.promote_types(g.dtype, torch.float32)) for name, g in _dense(wanted, found).items()}
     return gradients if scale is None else {name: gradient / scale for name, gradient in gradients.items()}
 
@@ -52,18 +65,3 @@ def second_gradients(
 def _dense(weights: Mapping[str, nn.Parameter], found: tuple[Tensor | None, ...]) -> dict[str, Tensor]:
     pairs = [(name, g) for name, g in zip(weights, found, strict=True) if g is not None]
     return {name: g.to_dense() if g.is_sparse else g for name, g in pairs}
-
-
-def _refusal(error: RuntimeError, owner: str) -> str:
-    said = str(error)
-    if "donated buffer" in said:
-        return (
-            f"{owner} goes back through the network twice in a step, and this one was compiled before the fit for one"
-            " way back. Forget what was compiled: `torch.compiler.reset()`."
-        )
-    if "heckpoint" in said:
-        return (
-            f"{owner} goes back through the network twice in a step, which checkpoints with use_reentrant=True do not"
-            " allow. Write use_reentrant=False."
-        )
-    raise error
