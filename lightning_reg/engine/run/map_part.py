@@ -10,7 +10,6 @@ from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.modules import BatchNorm
 from lightning_reg.engine.run.part import Part
 from lightning_reg.engine.run.phases import ThroughMap
-from lightning_reg.engine.run.step_parts import unscaled
 from lightning_reg.engine.weights.maps import WeightMaps, check_mappable
 
 if TYPE_CHECKING:
@@ -97,8 +96,7 @@ class MapPart(Part):
     def gradients_are_final(self, optimizer: Any) -> None:
         self._maps.open(optimizer, check=host.is_logging_step(self._trainer))
         if self._changing:
-            with unscaled(self._maps.part_gradients(), host.gradient_scale(self._trainer, optimizer)):
-                self._maps.change_part_gradients()
+            self._maps.change_part_gradients(host.gradient_scale(self._trainer, optimizer))
 
     @override
     @contextmanager

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from lightning_reg.engine.step import Step
 
-__all__ = ["GradientPart", "OwnPart", "PenaltyPart", "TermPart", "log_joined", "unscaled"]
+__all__ = ["GradientPart", "OwnPart", "PenaltyPart", "TermPart", "log_joined"]
 
 
 def log_joined(step: "Step", technique: Any, name: str, value: Tensor, loss: Tensor | None) -> None:
@@ -145,7 +145,7 @@ class GradientPart(Part):
         params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         scale = host.gradient_scale(self._trainer, optimizer)
         gradients = {self._names[id(p)]: p.grad for p in params if id(p) in self._names}
-        with torch.no_grad(), unscaled(list(gradients.values()), scale):
+        with torch.no_grad(), _unscaled(list(gradients.values()), scale):
             for technique in changing:
                 technique.change_gradients(gradients)
 
@@ -313,7 +313,7 @@ class OwnPart(Part):
 
 
 @contextmanager
-def unscaled(gradients: list[Tensor], scale: Tensor | None) -> Iterator[None]:
+def _unscaled(gradients: list[Tensor], scale: Tensor | None) -> Iterator[None]:
     """Gradients that a fused optimizer will divide by the scale itself are so meanwhile."""
     if scale is not None:
         torch._foreach_div_(gradients, scale)

@@ -365,17 +365,26 @@ class WeightMaps:
                 torch._foreach_copy_(list(at_weights.values()), list(latents.values()))
                 self._inside.append((one, names))
 
-    def part_gradients(self) -> list[Tensor]:
+    def _part_gradients(self) -> list[Tensor]:
         """The gradients of the parts that the optimizer is about to step."""
         stepped = [(one.technique.latents, names) for one, names in self._stepped]
         parts = (tensor for latents, names in stepped for _, _, tensor in latents.parts(names))
         return [tensor.grad for tensor in parts if tensor.grad is not None]
 
     @torch.no_grad()
-    def change_part_gradients(self) -> None:
-        """Lets techniques change the gradients of parts that the optimizer is about to step, unscaled."""
+    def change_part_gradients(self, scale: Tensor | None) -> None:
+        """Lets techniques change the gradients of parts that the optimizer is about to step.
+
+        Args:
+            scale: What they are still multiplied by, and are again at the end; ``None`` for 1.
+
+        """
+        if scale is not None and (before := self._part_gradients()):
+            torch._foreach_div_(before, scale)
         for one, names in self._stepped:
             one.technique.change_part_gradients(names)
+        if scale is not None and (after := self._part_gradients()):  # which may be other tensors
+            torch._foreach_mul_(after, scale)
 
     @torch.no_grad()
     def put_weights(self) -> None:
