@@ -53,6 +53,19 @@ if TYPE_CHECKING:
     from lightning_reg.finetuning.allora.export import applied as applied
     from lightning_reg.finetuning.allora.export import export_peft as export_peft
     from lightning_reg.finetuning.allora.export import from_peft as from_peft
+    from lightning_reg.finetuning.mask_tuning.bits import apply_bits_ as apply_bits_
+    from lightning_reg.finetuning.mask_tuning.bits import bits_applied as bits_applied
+    from lightning_reg.finetuning.mask_tuning.bits import load_bits as load_bits
+    from lightning_reg.finetuning.mask_tuning.bits import mask_bits as mask_bits
+    from lightning_reg.finetuning.mask_tuning.bits import save_bits as save_bits
+    from lightning_reg.finetuning.mask_tuning.core import binary_mask as binary_mask
+    from lightning_reg.finetuning.mask_tuning.core import gradient_dropout as gradient_dropout
+    from lightning_reg.finetuning.mask_tuning.core import keep_probability as keep_probability
+    from lightning_reg.finetuning.mask_tuning.core import knowledge_loss as knowledge_loss
+    from lightning_reg.finetuning.mask_tuning.core import most_important as most_important
+    from lightning_reg.finetuning.mask_tuning.core import norm_gradient as norm_gradient
+    from lightning_reg.finetuning.mask_tuning.core import pack_bits as pack_bits
+    from lightning_reg.finetuning.mask_tuning.core import unpack_bits as unpack_bits
     from lightning_reg.finetuning.sara.core import magnitude_threshold as magnitude_threshold
     from lightning_reg.finetuning.sara.core import nuclear_norm as nuclear_norm
     from lightning_reg.finetuning.sara.core import pack_positions as pack_positions
@@ -187,6 +200,19 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "applied": "lightning_reg.finetuning.allora.export",
         "export_peft": "lightning_reg.finetuning.allora.export",
         "from_peft": "lightning_reg.finetuning.allora.export",
+        "apply_bits_": "lightning_reg.finetuning.mask_tuning.bits",
+        "bits_applied": "lightning_reg.finetuning.mask_tuning.bits",
+        "load_bits": "lightning_reg.finetuning.mask_tuning.bits",
+        "mask_bits": "lightning_reg.finetuning.mask_tuning.bits",
+        "save_bits": "lightning_reg.finetuning.mask_tuning.bits",
+        "binary_mask": "lightning_reg.finetuning.mask_tuning.core",
+        "gradient_dropout": "lightning_reg.finetuning.mask_tuning.core",
+        "keep_probability": "lightning_reg.finetuning.mask_tuning.core",
+        "knowledge_loss": "lightning_reg.finetuning.mask_tuning.core",
+        "most_important": "lightning_reg.finetuning.mask_tuning.core",
+        "norm_gradient": "lightning_reg.finetuning.mask_tuning.core",
+        "pack_bits": "lightning_reg.finetuning.mask_tuning.core",
+        "unpack_bits": "lightning_reg.finetuning.mask_tuning.core",
         "magnitude_threshold": "lightning_reg.finetuning.sara.core",
         "nuclear_norm": "lightning_reg.finetuning.sara.core",
         "pack_positions": "lightning_reg.finetuning.sara.core",

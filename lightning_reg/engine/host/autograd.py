@@ -1,7 +1,7 @@
 """What the autograd graph says of how tensors were made."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ __all__ = [
     "bends",
     "derivative",
     "descends",
+    "hides_layers",
     "is_checkpointed",
     "is_fixed",
     "is_reentrant",
@@ -153,17 +154,22 @@ def descends(value: Tensor, node: Any, but_through: Sequence[Any] = ()) -> bool:
         Whether the node is in the graph of the tensor; ``False`` for ``None``.
 
     """
-    if node is None:
-        return False
+    return node is not None and any(current is node for current in _nodes(value, but_through))
+
+
+def hides_layers(value: Tensor) -> bool:
+    """Whether layers that a tensor was made by are not in its graph: those in checkpoints with ``use_reentrant``."""
+    return any(node.name() == "CheckpointFunctionBackward" for node in _nodes(value))
+
+
+def _nodes(value: Tensor, but_through: Sequence[Any] = ()) -> Iterator[Any]:
     stack, seen = [value.grad_fn], set(but_through)
     while stack:
         current = stack.pop()
         if current is not None and current not in seen:
-            if current is node:
-                return True
+            yield current
             seen.add(current)
             stack.extend(following for following, _ in current.next_functions)
-    return False
 
 
 def runs_backward() -> bool:

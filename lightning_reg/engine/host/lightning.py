@@ -81,6 +81,7 @@ __all__ = [
     "rank_zero_warn",
     "reaches_step_through_call",
     "rerun_validation",
+    "scaled_as_loss",
     "set_callbacks",
     "silenced_metrics",
     "skips_step",
@@ -239,6 +240,14 @@ def gradient_scale(trainer: "Trainer", optimizer: "Optimizer") -> "Tensor | None
         return None
     scale: Tensor | None = scaler._scale
     return scale
+
+
+def scaled_as_loss(trainer: "Trainer", value: "Tensor") -> "tuple[Tensor, Tensor | None]":
+    """A value as the loss of half precision is before its backward pass, and what it was multiplied by if it was."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None:
+        return value, None
+    return scaler.scale(value), scaler._scale  # which it has once it has scaled something
 
 
 def skips_step(trainer: "Trainer", optimizer: "Optimizer") -> bool:

@@ -55,7 +55,7 @@ __all__ = [
 _EMPTY = CellType()  # of a name that has no value yet
 
 
-def copy_of(module: "LightningModule") -> "LightningModule":
+def copy_of(module: "LightningModule", given: Mapping[str, Tensor] | None = None) -> "LightningModule":
     """A copy of the user's module: the same weights on the same device, and nothing of the Trainer or the engine.
 
     Compiled parts are copied as they were before ``torch.compile``; gradients are not copied, and what is frozen for
@@ -63,6 +63,7 @@ def copy_of(module: "LightningModule") -> "LightningModule":
 
     Args:
         module: The user's module, with dense weights in.
+        given: Tensors that parameters and buffers of the copy are, by name, in place of copies.
 
     Returns:
         The copy, in the module's present mode, attached to no Trainer.
@@ -81,6 +82,7 @@ def copy_of(module: "LightningModule") -> "LightningModule":
     # Such as `self.last_logits`: torch refuses to copy a tensor with a history.
     kept = (leaf for layer in module.modules() for leaf in tree_leaves(vars(layer)) if isinstance(leaf, Tensor))
     memo |= {id(leaf): leaf.detach().clone() for leaf in kept if not leaf.is_leaf}
+    memo |= _memo_of(module, given or {})
     try:
         # The innermost first, so that a compiled network inside another one is found in the memo.
         for layer in reversed(list(module.modules())):
@@ -101,6 +103,15 @@ def copy_of(module: "LightningModule") -> "LightningModule":
     for parameter, copied in zip(module.parameters(), twin.parameters(), strict=True):
         copied.requires_grad_(needs_gradient(parameter))
     return twin
+
+
+def _memo_of(module: nn.Module, given: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    named = [(plain_name(name), tensor) for name, tensor in (*module.named_parameters(), *module.named_buffers())]
+    return {
+        id(tensor): nn.Parameter(given[name], requires_grad=False) if isinstance(tensor, nn.Parameter) else given[name]
+        for name, tensor in named
+        if name in given
+    }
 
 
 def _check_functions(module: nn.Module) -> None:
@@ -250,6 +261,7 @@ class Peer:
         layers: Layers whose outputs :meth:`see` returns, named as in ``named_modules()``.
         training: Whether it runs in train mode (dropout, statistics of the batch) or in eval mode.
         owner: Whose it is; its class is named in messages.
+        given: Tensors that its parameters and buffers are, by name, in place of copies; they must stay as they are.
 
     Raises:
         MisconfigurationException: If the module cannot be copied, a layer is not there, or ``training_step`` fetches
@@ -258,11 +270,17 @@ class Peer:
     """
 
     def __init__(
-        self, module: "LightningModule", *, layers: Sequence[str] = (), training: bool = False, owner: object
+        self,
+        module: "LightningModule",
+        *,
+        layers: Sequence[str] = (),
+        training: bool = False,
+        owner: object,
+        given: Mapping[str, Tensor] | None = None,
     ) -> None:
         check_runs_on_copy(module, owner)
         self._owner = type(owner).__name__
-        self.module = copy_of(module).train(training)
+        self.module = copy_of(module, given).train(training)
         self._tap = FeatureTap(self.module, layers)
         self._metrics = [layer for layer in self.module.modules() if isinstance(layer, Metric)]
         self._pairs = list(self.module.parameters()), list(module.parameters())

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import override
 
 from lightning_reg.engine.host import lightning as host
+from lightning_reg.engine.host.modules import BatchNorm
 from lightning_reg.engine.run.part import Part
 from lightning_reg.engine.run.phases import ThroughMap
 from lightning_reg.engine.weights.maps import WeightMaps, check_mappable
@@ -34,8 +35,13 @@ class MapPart(Part):
         self, trainer: "Trainer", module: "LightningModule", techniques: Sequence[ThroughMap], seen_by: str
     ) -> None:
         self._trainer, self._module, self._techniques, self._seen_by = trainer, module, techniques, seen_by
+        self._changing = [
+            t for t in techniques if type(t).change_part_gradients is not ThroughMap.change_part_gradients
+        ]
         self._maps = WeightMaps(module, ())
         self._making: list[host.Replacement] = []
+        self._norms: list[BatchNorm] = []
+        self._wake: list[BatchNorm] = []
 
     @override
     def prepare_model(self) -> None:
@@ -53,6 +59,7 @@ class MapPart(Part):
     @override
     def prepare(self) -> None:
         self._maps.attach()
+        self._norms = [layer for t in self._techniques if t.norms_rest for layer in self._maps.frozen_norms()]
 
     def own_writes(self) -> AbstractContextManager[None]:
         """What is written meanwhile is no news."""
@@ -69,12 +76,27 @@ class MapPart(Part):
             yield
 
     @override
+    def before_network(self) -> None:
+        # As periods do: a second network takes over before what the user has set.
+        self._wake += [layer for layer in self._norms if layer.training]
+        for layer in self._wake:
+            layer.training = False
+
+    @override
+    def rest(self) -> None:
+        for layer in self._wake:
+            layer.training = True
+        self._wake = []
+
+    @override
     def after_closure(self) -> None:
         self._maps.average_gradients()
 
     @override
     def gradients_are_final(self, optimizer: Any) -> None:
         self._maps.open(optimizer, check=host.is_logging_step(self._trainer))
+        if self._changing:
+            self._maps.change_part_gradients(host.gradient_scale(self._trainer, optimizer))
 
     @override
     @contextmanager
@@ -89,6 +111,7 @@ class MapPart(Part):
 
     @override
     def close(self) -> None:
+        self.rest()
         for replaced in self._making:
             replaced.undo()
         self._making = []

@@ -347,6 +347,11 @@ class ThroughMap(Member):
     latents: "Latents"  # what is trained in place of the weights
 
     @property
+    def norms_rest(self) -> bool:
+        """Whether batch norm that has nothing to train is in evaluation mode meanwhile; where latents are frozen."""
+        return False
+
+    @property
     def saves_delta(self) -> bool:
         """Whether checkpoints leave out what was not trained, and hold its hash; where latents are frozen."""
         return False
@@ -389,6 +394,13 @@ class ThroughMap(Member):
         Frozen latents get none; there it is called as often as there are gradients.
         """
         raise NotImplementedError
+
+    def change_part_gradients(self, names: "Sequence[str]") -> None:
+        """Changes the gradients of the own parts of these weights, by replacing them or in place; nothing as a rule.
+
+        An optimizer is about to use them: they are accumulated, averaged over the ranks, unscaled, with those of
+        penalties, and not yet clipped; and so are those of a second loss in ``latents.second``, if there are any.
+        """
 
     def follow_step(self, names: "Sequence[str]") -> None:
         """An optimizer has stepped the own parts of these weights, which are made of them next."""

@@ -21,12 +21,15 @@ class Latents:
         frozen: Whether the latents stay as they are, so that the own parts alone are trained: the optimizer then gets
             no gradient of the weight, keeps no moments of it and lets it not decay.
         own_decay: Whether the own parts have the weight decay of the weight's group.
+        has_second: Whether own parts have gradients of a second loss as well, see :meth:`add_second_gradients`.
 
     Attributes:
         values: Latent of each weight, by the weight's name.
         index: Positions in the flat weight of the entries that a latent has, where it has not all (:meth:`take`).
         own: Learned parts of the map of each weight, by the weight's name and the part's own; leaves of any shape that
             require a gradient, float32 at least. The technique puts them there when it begins.
+        second: Gradients of a second loss, as ``own``: accumulated, and averaged over the ranks once those of the loss
+            are; forgotten when the parts have been stepped.
         ways: How the gradient of each frozen weight comes to the own parts, for the report; the engine sets it.
         is_watched: Whether the next step is looked at for weights that are read outside of their layers; the engine
             sets it.
@@ -34,13 +37,19 @@ class Latents:
     """
 
     def __init__(
-        self, lr_factor: float | Mapping[str, float] = 1.0, *, frozen: bool = False, own_decay: bool = False
+        self,
+        lr_factor: float | Mapping[str, float] = 1.0,
+        *,
+        frozen: bool = False,
+        own_decay: bool = False,
+        has_second: bool = False,
     ) -> None:
-        self.lr_factor, self.frozen, self.own_decay = lr_factor, frozen, own_decay
+        self.lr_factor, self.frozen, self.own_decay, self.has_second = lr_factor, frozen, own_decay, has_second
         self.values: dict[str, Tensor] = {}
         self.index: dict[str, Tensor] = {}
         self._whole: dict[str, tuple[int, ...]] = {}
         self.own: dict[str, dict[str, Tensor]] = {}
+        self.second: dict[str, dict[str, Tensor]] = {}
         self.ways: dict[str, str] = {}
         self.is_watched = False
         self._moments: dict[str, dict[str, dict[str, Any]]] = {}
@@ -95,9 +104,24 @@ class Latents:
             same = gradient.to(tensor.dtype)
             tensor.grad = same if tensor.grad is None else tensor.grad.add_(same)
 
+    def add_second_gradients(self, name: str, gradients: Mapping[str, Tensor]) -> None:
+        """Adds to the gradients of a second loss at a weight's own parts, by the parts' names."""
+        held = self.second.setdefault(name, {})
+        for part, gradient in gradients.items():
+            same = gradient.to(self.own[name][part].dtype)
+            held[part] = held[part].add_(same) if part in held else same
+
+    def second_gradients(self, names: Iterable[str]) -> list[Tensor]:
+        """Those of a second loss at the parts of these weights, zeros where there are none; for all ranks the same."""
+        if not self.has_second:
+            return []
+        for name, part, tensor in self.parts(names):
+            self.second.setdefault(name, {}).setdefault(part, torch.zeros_like(tensor, requires_grad=False))
+        return [tensor for name in names for tensor in self.second.get(name, {}).values()]
+
     def clear(self) -> None:
         """Forgets everything."""
-        self.values, self.own, self._moments = {}, {}, {}
+        self.values, self.own, self.second, self._moments = {}, {}, {}, {}
         self.index, self._whole = {}, {}
 
     def fit(self, weights: Mapping[str, Tensor]) -> bool:
@@ -150,6 +174,7 @@ class Latents:
     def take_moments(self, optimizer: Optimizer, name: str) -> None:
         """Takes the state back, so that the optimizer's own ``state_dict`` is that of the untouched model."""
         self._moments[name] = {part: optimizer.state.pop(tensor, {}) for _, part, tensor in self.parts([name])}
+        self.second.pop(name, None)
         for _, _, tensor in self.parts([name]):
             tensor.grad = None
 
@@ -176,6 +201,7 @@ class Latents:
         """Takes over what :meth:`state_dict` gave."""
         self.values, self.index = dict(state["values"]), dict(state.get("index", {}))
         self._whole = {name: tuple(shape) for name, shape in state.get("index_of", {}).items()}
+        self.second = {}
         self.own = {
             name: {part: tensor.clone().requires_grad_() for part, tensor in parts.items()}
             for name, parts in state["own"].items()

@@ -20,6 +20,7 @@ from torch.optim import LBFGS, Optimizer
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.autograd import version_of
 from lightning_reg.engine.host.errors import MisconfigurationException, refuse_parameter
+from lightning_reg.engine.host.modules import BatchNorm
 from lightning_reg.engine.weights.deltas import frozen_names
 from lightning_reg.engine.weights.guard import StepGuard
 from lightning_reg.engine.weights.latents import Latents
@@ -155,6 +156,11 @@ class WeightMaps:
         for one, routes in self._routed:
             for name in one.weights:
                 one.weights[name].requires_grad_(name in routes.kept)
+
+    def frozen_norms(self) -> list[BatchNorm]:
+        """Layers of batch norm that have nothing to train meanwhile."""
+        norms = [layer for layer in self._module.modules() if isinstance(layer, BatchNorm)]
+        return [n for n in norms if all(id(p) in self._frozen.ids for p in n.parameters(recurse=False))]
 
     def unfrozen(self) -> AbstractContextManager[None]:
         """While parameters need gradients as they did: code that asks which do finds the user's own."""
@@ -358,6 +364,27 @@ class WeightMaps:
                 one.technique.pull_back(latents, at_weights, gradients)
                 torch._foreach_copy_(list(at_weights.values()), list(latents.values()))
                 self._inside.append((one, names))
+
+    def _part_gradients(self) -> list[Tensor]:
+        """The gradients of the parts that the optimizer is about to step."""
+        stepped = [(one.technique.latents, names) for one, names in self._stepped]
+        parts = (tensor for latents, names in stepped for _, _, tensor in latents.parts(names))
+        return [tensor.grad for tensor in parts if tensor.grad is not None]
+
+    @torch.no_grad()
+    def change_part_gradients(self, scale: Tensor | None) -> None:
+        """Lets techniques change the gradients of parts that the optimizer is about to step.
+
+        Args:
+            scale: What they are still multiplied by, and are again at the end; ``None`` for 1.
+
+        """
+        if scale is not None and (before := self._part_gradients()):
+            torch._foreach_div_(before, scale)
+        for one, names in self._stepped:
+            one.technique.change_part_gradients(names)
+        if scale is not None and (after := self._part_gradients()):  # which may be other tensors
+            torch._foreach_mul_(after, scale)
 
     @torch.no_grad()
     def put_weights(self) -> None:

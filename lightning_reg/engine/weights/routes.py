@@ -51,6 +51,9 @@ class Mapper(Protocol):
     ) -> None:
         """Turns gradients dL/dw into dL/dv, in place, and adds to the gradients of own parts."""
 
+    def change_part_gradients(self, names: Sequence[str]) -> None:
+        """Changes the final gradients of the own parts of these weights."""
+
     def follow_step(self, names: Sequence[str]) -> None:
         """An optimizer has stepped the own parts of these weights."""
 
@@ -143,7 +146,9 @@ class Routes:
         for tensor in parts if torch.distributed.is_initialized() else ():
             if tensor.grad is None:
                 tensor.grad = torch.zeros_like(tensor)
-        average_([tensor.grad for tensor in parts if tensor.grad is not None])
+        # Those of a second loss were taken at the weight of this rank alone, whatever DDP does with the weight.
+        second = self._technique.latents.second_gradients(names) if torch.distributed.is_initialized() else []
+        average_([tensor.grad for tensor in parts if tensor.grad is not None] + second)
 
     def _check_first(self, names: Sequence[str]) -> None:
         tapped = [name for name in names if self.ways[name].kind == "at the layer"]

@@ -88,6 +88,11 @@ class Frozen:
             vars(parameter)[_NOTE] = needed
             parameter.requires_grad_(False)
 
+    @property
+    def ids(self) -> set[int]:
+        """Their identities."""
+        return {id(parameter) for parameter, _ in self._were}
+
     @contextmanager
     def lifted(self) -> "Iterator[None]":
         """While they are as they were."""

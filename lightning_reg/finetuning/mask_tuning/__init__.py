@@ -1,0 +1,1 @@
+"""Mask tuning: weights of a trained network are switched off, and none is changed."""
