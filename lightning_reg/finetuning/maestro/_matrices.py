@@ -1,6 +1,6 @@
-"""Which weights are factorized, and how they lie as matrices."""
+"""How weights lie as matrices, or as stacks of such."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -8,11 +8,8 @@ from torch import Tensor, nn
 from lightning_reg.engine.host.modules import Convolution, TransposedConvolution
 from lightning_reg.engine.weights.factors import Layout
 from lightning_reg.engine.weights.places import Place, layouts_of, places_of
-from lightning_reg.engine.weights.swap import named_weights
-from lightning_reg.engine.weights.ways import needs_gradient
-from lightning_reg.finetuning._choice import check_plain
 
-__all__ = ["Matrices", "factorizable", "matrices_in"]
+__all__ = ["Matrices", "matrices_in"]
 
 
 class Matrices(NamedTuple):
@@ -37,35 +34,6 @@ class Matrices(NamedTuple):
         return self.layout.weight(matrix.flatten(0, 1) if self.blocks > 1 else matrix, shape)
 
 
-def factorizable(
-    owner: object, module: nn.Module, names: Sequence[str]
-) -> tuple[dict[str, Matrices], dict[str, list[str]]]:
-    """Those of the weights that can be trained as a product of factors.
-
-    Args:
-        owner: Who asks; its class is named in messages.
-        module: The user's module.
-        names: Names of the weights.
-
-    Returns:
-        How they lie, by name; and by the reason names of the others.
-
-    Raises:
-        MisconfigurationException: If a weight is quantised.
-
-    """
-    check_plain(owner, module, names)
-    weights, left = named_weights(module), dict[str, list[str]]()
-    found = matrices_in(module, names)
-    for name in names:
-        if not needs_gradient(weights[name]):
-            left.setdefault("frozen", []).append(name)
-        elif min(found[name].of(weights[name]).shape[-2:]) < 2:
-            left.setdefault("of rank 1 as they are", []).append(name)
-    others = {name for named in left.values() for name in named}
-    return {name: matrices for name, matrices in found.items() if name not in others}, left
-
-
 def matrices_in(module: nn.Module, names: Sequence[str]) -> dict[str, Matrices]:
     """How weights lie as matrices, by name.
 
@@ -77,15 +45,16 @@ def matrices_in(module: nn.Module, names: Sequence[str]) -> dict[str, Matrices]:
         By name; a weight that no known layer multiplies by counts as ``(out, in)``, or as a stack of such.
 
     """
-    weights, layouts, places = named_weights(module), layouts_of(module), places_of(module)
-    return {
-        name: Matrices(layouts.get(name, Layout(stacked=weights[name].dim() > 2)), _blocks(places, name))
-        for name in names
-    }
+    layouts, places = layouts_of(module), places_of(module)
+    return {name: Matrices(layouts.get(name) or _unknown(places[name][0]), _blocks(places[name][0])) for name in names}
 
 
-def _blocks(places: Mapping[str, Sequence[Place]], name: str) -> int:
-    layer, key, _ = places[name][0]
+def _unknown(place: Place) -> Layout:
+    return Layout(stacked=place.layer.get_parameter(place.key).dim() > 2)
+
+
+def _blocks(place: Place) -> int:
+    layer, key, _ = place
     if isinstance(layer, nn.MultiheadAttention):
         return 3 if key == "in_proj_weight" else 1
     return layer.groups if isinstance(layer, Convolution) and not isinstance(layer, TransposedConvolution) else 1

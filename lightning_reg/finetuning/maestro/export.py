@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_reg.engine.host.modules import Convolution, own_parameters
+from lightning_reg.engine.host.names import plain_name
 from lightning_reg.engine.weights.places import Place, places_of
-from lightning_reg.engine.weights.swap import named_weights
 from lightning_reg.finetuning.maestro._matrices import matrices_in
 from lightning_reg.finetuning.maestro.core import low_rank_product
 
@@ -49,7 +49,7 @@ def export_low_rank(
     start = f"{prefix}." if prefix else ""
     trained, kept = _trained(technique, model, start), _checked_ranks(technique, ranks or {})
     small = copy.deepcopy(model)
-    weights, matrices = named_weights(small), matrices_in(small, [name.removeprefix(start) for name in trained])
+    weights, matrices = _named(small), matrices_in(small, [name.removeprefix(start) for name in trained])
     names = {id(layer): name for name, layer in small.named_modules()}
     layers: dict[str, int] = {}
     pairs: dict[str, str] = {}
@@ -72,9 +72,13 @@ def export_low_rank(
     return small, layers
 
 
+def _named(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {plain_name(name): parameter for name, parameter in model.named_parameters()}
+
+
 def _trained(technique: "MaestroLowRank", model: nn.Module, start: str) -> dict[str, tuple[Tensor, Tensor]]:
     """Both factors of each weight, once it is sure that the network has their product."""
-    weights, own = named_weights(model), technique.latents.own
+    weights, own = _named(model), technique.latents.own
     if not own:
         raise ValueError("export_low_rank: nothing was trained yet. Export after the fit.")
     missing = [name for name in own if not name.startswith(start) or name.removeprefix(start) not in weights]

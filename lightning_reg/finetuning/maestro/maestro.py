@@ -15,7 +15,8 @@ from lightning_reg.engine.technique import PenaltyTechnique, WeightMapTechnique,
 from lightning_reg.engine.weights.latents import Latents
 from lightning_reg.engine.weights.summed import names_said, summed_weights
 from lightning_reg.engine.weights.swap import named_weights
-from lightning_reg.finetuning.maestro._matrices import Matrices, factorizable
+from lightning_reg.finetuning.maestro._choice import factorizable
+from lightning_reg.finetuning.maestro._matrices import Matrices
 from lightning_reg.finetuning.maestro.core import (
     hierarchical_lasso,
     kept_rank,
