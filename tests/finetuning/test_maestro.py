@@ -24,6 +24,7 @@ from transformers import (
 from lightning_reg import L2ToStart, MaestroLowRank, NMSparsity, SoupAverager
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.technique import GradientTechnique
+from lightning_reg.engine.weights.maps import WeightMaps
 from lightning_reg.functional import (
     export_low_rank,
     forward_flops,
@@ -271,9 +272,9 @@ def orthogonal(size, seed=0):
     return torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(seed)))[0]
 
 
-def distances(target, rows, **options):
+def distances(target, rows, steps, **options):
     module, technique = Map(target), MaestroLowRank(lasso_weight=0.0, threshold=0.0, **options)
-    loader = DataLoader(TensorDataset(rows.repeat(600, 1)), len(rows))
+    loader = DataLoader(TensorDataset(rows.repeat(steps, 1)), len(rows))
     fit(module, technique, loader=loader, max_epochs=1)
     left, right = (part.detach() for part in technique.latents.own["layer.weight"].values())
     return [float((target - low_rank_product(left, right, b)).norm()) for b in range(1, 7)]
@@ -282,10 +283,10 @@ def distances(target, rows, **options):
 def test_the_theorem_a_linear_map_becomes_its_decomposition():
     """Singular values 3, 2, 1 and uniform data: what is left of the target is sqrt(5), 1 and 0."""
     target = orthogonal(9)[:, :6] @ torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.0, 0.0, 0.0])) @ orthogonal(6, 1)
-    left = distances(target, orthogonal(6, 2) * 6**0.5)
+    left = distances(target, orthogonal(6, 2) * 6**0.5, 600)
     assert left[:2] == pytest.approx([5**0.5, 1.0], abs=2e-3)
     assert max(left[2:]) < 0.06
-    unordered = distances(target, orthogonal(6, 2) * 6**0.5, sampler="none")
+    unordered = distances(target, orthogonal(6, 2) * 6**0.5, 100, sampler="none")
     assert unordered[0] > 2.4
     assert unordered[5] < 0.06
 
@@ -499,6 +500,16 @@ def test_frozen_weights_are_left_alone_and_setups_are_refused():
 
     with pytest.raises(MisconfigurationException, match=r"^MaestroLowRank and Doubles cannot stand together: Doubles"):
         fit(Classifier(), MaestroLowRank(), Doubles())
+
+
+def test_ddp_needs_a_parameter_that_is_not_mapped():
+    maps = WeightMaps(Map(torch.ones(9, 6)), [MaestroLowRank()])
+    with pytest.raises(MisconfigurationException) as raised:
+        maps.freeze(needs_one=True)
+    assert str(raised.value) == (
+        "MaestroLowRank trains in place of all parameters that need a gradient, and DDP wants a parameter with a"
+        " gradient. Exclude the layer of 'layer.weight', or let another parameter be trained."
+    )
 
 
 # -- beside others ----------------------------------------------------------------------------------------------------
