@@ -99,7 +99,6 @@ class Hand:
 
     def __init__(self, technique: Any) -> None:
         self.technique = technique
-        self.dense: dict[str, Tensor] = {}  # the weights before anybody's use, while they are used
 
     def latent(self, name: str, weight: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
         """What is trained in place of a weight, and the weight as a function of it."""
@@ -270,8 +269,6 @@ class Loop:
 
     def used(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """The weights as the network uses them."""
-        for hand in self.hands:
-            hand.dense = weights
         for hand in sorted(self.hands, key=lambda hand: not hand.comes_first):
             weights = {name: hand.used(name, weight) for name, weight in weights.items()}
         return weights

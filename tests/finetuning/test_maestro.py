@@ -42,7 +42,7 @@ from lightning_reg.functional import (
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
 from tests.conformance.problems import BATCHES, seeded
-from tests.toys import QUIET, Classifier, fit, same_weights, weights_of
+from tests.toys import QUIET, Classifier, Halve, fit, same_weights, weights_of
 
 
 class MaestroByHand(Hand):
@@ -516,26 +516,36 @@ def test_ddp_needs_a_parameter_that_is_not_mapped():
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
-def test_masks_are_chosen_by_the_weights_and_put_on_the_truncated_ones(first):
-    technique, sparse = MaestroLowRank(lasso_weight=0.0, threshold=0.0), NMSparsity(2, 4, layers="net.3")
-    seen = []
-
-    def step(module, batch):
-        seen.append(module.net[3].weight.detach().clone())
-        return F.cross_entropy(module(batch[0]), batch[1])
-
-    module = Classifier(step, lr=0.1)
+def test_masks_on_other_weights_are_as_if_alone_and_on_the_same_they_are_refused(first):
+    technique, sparse = MaestroLowRank(layers="net.0"), NMSparsity(2, 4, layers="net.3")
+    module = Classifier(lr=0.1)
     fit(module, *((technique, sparse) if first else (sparse, technique)), max_epochs=3)
-    counts = [int((weight != 0).sum()) for weight in seen]
-    assert counts == [24] * 10 + [12] * 2  # its schedule
-    whole = technique.latents.own["net.3.weight"]
-    product = (whole["U"] @ whole["V"].T).detach()
     end = module.net[3].weight.detach()
-    assert int((end != 0).sum()) == 12
-    torch.testing.assert_close(end, torch.where(end != 0, product, end))
-    choice = product.abs().unflatten(1, (2, 4)).argsort(2, descending=True)[..., :2].sort(2).values
-    kept = end.unflatten(1, (2, 4)).nonzero()[:, 2].reshape(3, 2, 2)
-    assert torch.equal(kept, choice)
+    assert (end.unflatten(1, (2, 4)) != 0).sum(2).tolist() == [[2, 2]] * 3
+    assert technique.ranks.keys() == {"net.0.weight"}
+    whole = MaestroLowRank()
+    with pytest.raises(MisconfigurationException) as raised:
+        fit(Classifier(), *((whole, sparse) if first else (sparse, whole)))
+    assert str(raised.value).startswith("NMSparsity and MaestroLowRank cannot stand together on 'net.3.weight': masks")
+
+
+def test_what_others_edit_is_the_truncated_weight():
+    seen = {}
+
+    def steps(name, *techniques):
+        def step(module, batch):
+            seen.setdefault(name, []).append(module.net[3].weight.detach().clone())
+            return F.cross_entropy(module(batch[0]), batch[1])
+
+        fit(Classifier(step, lr=0.0), *techniques)
+
+    options = {"layers": "net.3", "lasso_weight": 0.0, "threshold": 0.0}
+    steps("alone", MaestroLowRank(**options))
+    steps("first", MaestroLowRank(**options), Halve(names=("net.3.weight",)))
+    steps("last", Halve(names=("net.3.weight",)), MaestroLowRank(**options))
+    for weight, first, last in zip(*seen.values(), strict=True):
+        torch.testing.assert_close(first, weight / 2)
+        torch.testing.assert_close(last, weight / 2)
 
 
 def test_a_penalty_on_the_weight_reaches_all_columns():

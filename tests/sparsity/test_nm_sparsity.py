@@ -59,7 +59,7 @@ class SparsityByHand(Hand):
         return reference_mask(weight.detach(), *self.pattern) if is_sparse else kept
 
     def used(self, name, weight):
-        return weight - (weight * ~self.mask(name, self.dense[name])).detach()
+        return weight - (weight * ~self.mask(name, weight)).detach()
 
     def penalty(self, weights):
         return sum(self.pull / 2 * (w * ~self.mask(name, w)).square().sum() for name, w in weights.items())
