@@ -53,6 +53,18 @@ if TYPE_CHECKING:
     from lightning_reg.finetuning.allora.export import applied as applied
     from lightning_reg.finetuning.allora.export import export_peft as export_peft
     from lightning_reg.finetuning.allora.export import from_peft as from_peft
+    from lightning_reg.finetuning.maestro.core import hierarchical_lasso as hierarchical_lasso
+    from lightning_reg.finetuning.maestro.core import kept_rank as kept_rank
+    from lightning_reg.finetuning.maestro.core import low_rank_gradients as low_rank_gradients
+    from lightning_reg.finetuning.maestro.core import low_rank_product as low_rank_product
+    from lightning_reg.finetuning.maestro.core import random_ranks as random_ranks
+    from lightning_reg.finetuning.maestro.core import rank_pairs as rank_pairs
+    from lightning_reg.finetuning.maestro.core import svd_factors as svd_factors
+    from lightning_reg.finetuning.maestro.core import tail_norms as tail_norms
+    from lightning_reg.finetuning.maestro.export import export_low_rank as export_low_rank
+    from lightning_reg.finetuning.maestro.export import forward_flops as forward_flops
+    from lightning_reg.finetuning.maestro.export import greedy_ranks as greedy_ranks
+    from lightning_reg.finetuning.maestro.export import low_rank_layers_ as low_rank_layers_
     from lightning_reg.finetuning.mask_tuning.bits import apply_bits_ as apply_bits_
     from lightning_reg.finetuning.mask_tuning.bits import bits_applied as bits_applied
     from lightning_reg.finetuning.mask_tuning.bits import load_bits as load_bits
@@ -200,6 +212,18 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "applied": "lightning_reg.finetuning.allora.export",
         "export_peft": "lightning_reg.finetuning.allora.export",
         "from_peft": "lightning_reg.finetuning.allora.export",
+        "hierarchical_lasso": "lightning_reg.finetuning.maestro.core",
+        "kept_rank": "lightning_reg.finetuning.maestro.core",
+        "low_rank_gradients": "lightning_reg.finetuning.maestro.core",
+        "low_rank_product": "lightning_reg.finetuning.maestro.core",
+        "random_ranks": "lightning_reg.finetuning.maestro.core",
+        "rank_pairs": "lightning_reg.finetuning.maestro.core",
+        "svd_factors": "lightning_reg.finetuning.maestro.core",
+        "tail_norms": "lightning_reg.finetuning.maestro.core",
+        "export_low_rank": "lightning_reg.finetuning.maestro.export",
+        "forward_flops": "lightning_reg.finetuning.maestro.export",
+        "greedy_ranks": "lightning_reg.finetuning.maestro.export",
+        "low_rank_layers_": "lightning_reg.finetuning.maestro.export",
         "apply_bits_": "lightning_reg.finetuning.mask_tuning.bits",
         "bits_applied": "lightning_reg.finetuning.mask_tuning.bits",
         "load_bits": "lightning_reg.finetuning.mask_tuning.bits",

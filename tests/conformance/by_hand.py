@@ -94,6 +94,7 @@ class Hand:
     """
 
     copies = 1
+    comes_first = False  # whether its use of weights comes before that of others, whatever the order of the callbacks
     kind = ""  # which of several losses it works on
 
     def __init__(self, technique: Any) -> None:
@@ -268,7 +269,7 @@ class Loop:
 
     def used(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """The weights as the network uses them."""
-        for hand in self.hands:
+        for hand in sorted(self.hands, key=lambda hand: not hand.comes_first):
             weights = {name: hand.used(name, weight) for name, weight in weights.items()}
         return weights
 

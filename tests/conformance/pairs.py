@@ -177,10 +177,11 @@ def _acts_in_training(case: Case) -> bool:
 
 
 def need_other_layers(one: Case, two: Case) -> bool:
-    """Whether both map weights, or are of one class that edits them: where they meet is known only in the fit."""
+    """Whether both map weights, or both edit them (of one class, or a map for each step): a fit knows if they meet."""
     if "map_weights" in phases_of(one.cls) and "map_weights" in phases_of(two.cls):
         return True
-    return one.cls is two.cls and "edit_weights" in phases_of(one.cls)
+    both_edit = all("edit_weights" in phases_of(case.cls) for case in (one, two))
+    return both_edit and (one.cls is two.cls or any(getattr(case.cls, "maps_steps", False) for case in (one, two)))
 
 
 def train_pair(one: Technique, two: Technique, problem: Problem, **options: Any) -> Run | None:

@@ -48,6 +48,29 @@ def test_beside_an_edit_that_comes_and_goes():
     assert technique.mapped == 1 + 8  # when it begins and after each step: the edits were no news
 
 
+class TwoByHand(Classifier):
+    automatic_optimization = False
+
+    @override
+    def configure_optimizers(self):
+        return [torch.optim.SGD(self.net[layer].parameters(), self.lr) for layer in (0, 3)]
+
+    @override
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_an_edit_that_waits_for_another_optimizer_is_no_news_either():
+    modules = [TwoByHand(lr=0.1) for _ in range(2)]
+    for module, steps in zip(modules, (1, 100), strict=True):  # weights are looked at on logging steps
+        fit(module, Halve(names=(NAME,)), Doubled(), log_every_n_steps=steps)
+    assert same_weights(*modules)
+
+
 class Sees(Callback):
     def __init__(self):
         self.seen = []

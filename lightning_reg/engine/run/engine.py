@@ -98,7 +98,7 @@ class Engine:
 
     def prepare(self) -> None:
         """Finds the named layers and parameters, once ``configure_model`` has made them."""
-        for part in self.parts:
+        for part in sorted(self.parts, key=lambda part: not part.prepares_first):
             part.prepare()
         if self._around_optimizer or self._after_closure:
             stepping = host.Replacement(self.trainer.strategy, "optimizer_step", self.optimizer_step)

@@ -31,6 +31,8 @@ class MapPart(Part):
 
     """
 
+    prepares_first = True  # weights whose gradient is pulled back at once need one again
+
     def __init__(
         self, trainer: "Trainer", module: "LightningModule", techniques: Sequence[ThroughMap], seen_by: str
     ) -> None:

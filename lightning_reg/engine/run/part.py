@@ -1,7 +1,7 @@
 """What the engine is made of: parts, each of which does one thing around the steps of a fit."""
 
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -18,6 +18,8 @@ class Part:
     techniques between the edits of layers and the observed layers, and left in reverse. What follows the forward pass
     goes in reverse too (``before_optimizer``, ``gradients_are_final``, ``before_closure``, ``rest``, ``close``).
     """
+
+    prepares_first: ClassVar[bool] = False  # before the other parts, which then find the module as it has left it
 
     def prepare_model(self) -> None:
         """The module is about to be wrapped for several processes, and its optimizers to be made."""

@@ -71,7 +71,12 @@ def make_parts(trainer: "Trainer", module: "LightningModule", techniques: Sequen
 def _sees_weights(technique: Member) -> bool:
     of_own_parts = isinstance(technique, ThroughMap) and technique.latents.frozen
     penalizes = bool(taking_part([technique], OnParameters)) and not of_own_parts
-    return penalizes or bool(taking_part([technique], OnWeights)) or "change_gradients" in phases_of(technique)
+    edits = bool(taking_part([technique], OnWeights)) and not _maps_steps(technique)
+    return penalizes or edits or "change_gradients" in phases_of(technique)
+
+
+def _maps_steps(technique: Member) -> bool:
+    return isinstance(technique, ThroughMap) and technique.maps_steps
 
 
 def _parts_on_layers(trainer: "Trainer", module: "LightningModule", techniques: Sequence[Member]) -> "list[Part]":
@@ -140,6 +145,8 @@ class SwapPart(Part):
         techniques: Sequence[OnWeights],
         own_writes: Callable[[], AbstractContextManager[None]],
     ) -> None:
+        # A map that makes other weights for the step comes first: others edit these.
+        techniques = sorted(techniques, key=lambda technique: not _maps_steps(technique))
         self._trainer, self._module, self._techniques, self._own_writes = trainer, module, techniques, own_writes
         self._active: Sequence[Member] = techniques
         self._is_in_step = False
@@ -200,7 +207,9 @@ class SwapPart(Part):
 
     @override
     def begin_validation(self) -> None:
-        self._apply()  # those of the last step
+        # Those of the last step, but for what that alone ran with.
+        self._active = [technique for technique in self._active if not _maps_steps(technique)]
+        self._apply()
 
     @override
     def close(self) -> None:

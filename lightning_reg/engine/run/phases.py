@@ -343,6 +343,9 @@ class ThroughMap(Member):
 
     # Whether f(v) is v and a product of two factors, which `factors_of` gives; latents are frozen then.
     is_product: ClassVar[bool] = False
+    # Whether it edits weights that it maps: a training step runs with other values of the map, of which the gradient is
+    # pulled back at once (`pull_back_step`). They are put in before others edit the weights, and not in validation.
+    maps_steps: ClassVar[bool] = False
 
     latents: "Latents"  # what is trained in place of the weights
 
@@ -401,6 +404,15 @@ class ThroughMap(Member):
         An optimizer is about to use them: they are accumulated, averaged over the ranks, unscaled, with those of
         penalties, and not yet clipped; and so are those of a second loss in ``latents.second``, if there are any.
         """
+
+    def pull_back_step(
+        self, latents: "Mapping[str, Tensor]", weights: "Mapping[str, Tensor]", gradients: "Mapping[str, Tensor]"
+    ) -> None:
+        """The same for gradients that come from the loss of a step; another where the step has other values of the map.
+
+        Asked where latents are frozen and the gradient is pulled back as soon as it is there.
+        """
+        self.pull_back(latents, weights, gradients)
 
     def follow_step(self, names: "Sequence[str]") -> None:
         """An optimizer has stepped the own parts of these weights, which are made of them next."""

@@ -182,6 +182,25 @@ class Latents:
         """Lets the optimizer begin anew with the own parts of a weight."""
         self._moments.pop(name, None)
 
+    def cut(self, name: str, size: int) -> None:
+        """Leaves the first entries of the last dimension of all own parts of a weight.
+
+        What the optimizer keeps of them is cut likewise; where some of it has another shape, the part begins anew.
+
+        Args:
+            name: Of the weight.
+            size: How many entries are left.
+
+        """
+        for part, tensor in self.own[name].items():
+            self.own[name][part] = tensor.detach()[..., :size].clone().requires_grad_()
+            state = self._moments.get(name, {}).get(part, {})
+            tensors = {key: value for key, value in state.items() if isinstance(value, Tensor) and value.dim()}
+            if any(value.shape != tensor.shape for value in tensors.values()):
+                state.clear()
+            else:
+                state.update({key: value[..., :size].clone() for key, value in tensors.items()})
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values."""
         index = (

@@ -57,9 +57,20 @@ class _Map:
             self.technique.map_weights(latents, weights)
         return weights
 
-    def strangers(self) -> list[str]:
-        """Names of the weights that are not what their latents are mapped to; one host sync."""
-        mapped = self.weights_of(self.technique.latents.values)
+    def strangers(self, optimizer: Any = None) -> list[str]:
+        """Names of the weights that are not what their latents are mapped to; one host sync.
+
+        Args:
+            optimizer: Whose weights are asked about: under manual optimization edits may be in others. ``None``: all.
+
+        Returns:
+            The names.
+
+        """
+        groups = () if optimizer is None else optimizer.param_groups
+        held = {id(p) for group in groups for p in group["params"]}
+        asked = [name for name, p in self.weights.items() if optimizer is None or id(p) in held]
+        mapped = self.weights_of({name: self.technique.latents.values[name] for name in asked})
         if not mapped:
             return []
         differ = torch.stack([_differs(value, self.weights[name]).cpu() for name, value in mapped.items()])
@@ -232,9 +243,9 @@ class WeightMaps:
                 self._follow(one, [name for name in written if not torch.equal(present[name], one.weights[name])])
                 self._note({name: one.weights[name] for name in written})
 
-    def _check_data(self) -> None:
+    def _check_data(self, optimizer: Any) -> None:
         for one in self._maps:
-            names = one.strangers()
+            names = one.strangers(None if len(self._optimizers) == 1 else optimizer)
             if names and not self._said:
                 host.rank_zero_warn(
                     f"{type(one.technique).__name__}: {names[0]!r} was written through `.data`, which is noticed now"
@@ -350,7 +361,7 @@ class WeightMaps:
         """
         self._follow_writes()
         if check:
-            self._check_data()
+            self._check_data(optimizer)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for one, names in self._stepped:
             if one.routes is not None:

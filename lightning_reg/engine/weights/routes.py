@@ -1,6 +1,6 @@
 """The parts of maps whose latents are frozen: where their gradients come from, when weights are made of them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -26,6 +26,7 @@ class Mapper(Protocol):
     """Who trains weights through a map; its class is named in messages."""
 
     is_product: ClassVar[bool]
+    maps_steps: ClassVar[bool]
     latents: Latents
 
     def weights_to_map(self, module: nn.Module) -> Sequence[str]:
@@ -54,6 +55,11 @@ class Mapper(Protocol):
     def change_part_gradients(self, names: Sequence[str]) -> None:
         """Changes the final gradients of the own parts of these weights."""
 
+    def pull_back_step(
+        self, latents: Mapping[str, Tensor], weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
+    ) -> None:
+        """The same for gradients that come from the loss of a step, pulled back as soon as they are there."""
+
     def follow_step(self, names: Sequence[str]) -> None:
         """An optimizer has stepped the own parts of these weights."""
 
@@ -71,6 +77,8 @@ class Routes:
 
     def __init__(self, technique: Mapper, module: nn.Module, weights: Mapping[str, nn.Parameter], seen_by: str) -> None:
         self._technique, self._module, self._weights = technique, module, weights
+        # A step that has other values of the map pulls their gradient back itself: nobody else can do anything with it.
+        seen_by = "" if technique.maps_steps else seen_by
         self.ways = ways_of(module, list(weights), seen_by, has_factors=technique.is_product)
         self._taps: dict[str, LayerTap] = {}
         self._handles: list[RemovableHandle] = []
@@ -83,7 +91,21 @@ class Routes:
         return {name for name, way in self.ways.items() if way.kind == "kept"}
 
     def keep(self, name: str, why: str) -> None:
-        """Keeps the gradient of a weight after all."""
+        """Keeps the gradient of a weight after all.
+
+        Args:
+            name: Of the weight.
+            why: As a clause.
+
+        Raises:
+            MisconfigurationException: If it has to be pulled back at once.
+
+        """
+        if self._technique.maps_steps:
+            raise MisconfigurationException(
+                f"{type(self._technique).__name__} trains in place of all parameters that need a gradient, and {why}."
+                f" Exclude the layer of {name!r}, or let another parameter be trained."
+            )
         self.ways[name] = Way("kept", why)
 
     def attach(self) -> None:
@@ -173,7 +195,7 @@ class Routes:
         left = {name: g for name in names if (g := self._weights[name].grad) is not None}
         for name, gradient in left.items():
             self._weights[name].grad = None
-            _pull_back_of(self._technique, name, self._weights[name].detach(), gradient)
+            _pull_back_of(self._technique, self._technique.pull_back, name, self._weights[name].detach(), gradient)
 
     def map_(self, names: Sequence[str], *, changed: bool = False) -> dict[str, nn.Parameter]:
         """Writes the weights anew.
@@ -212,13 +234,15 @@ class Routes:
 def _pull_back(technique: Mapper, name: str, weight: Tensor) -> None:
     gradient, weight.grad = weight.grad, None
     if gradient is not None:
-        _pull_back_of(technique, name, weight.detach(), gradient)
+        _pull_back_of(technique, technique.pull_back_step, name, weight.detach(), gradient)
 
 
 @torch.no_grad()
-def _pull_back_of(technique: Mapper, name: str, weight: Tensor, gradient: Tensor) -> None:
+def _pull_back_of(
+    technique: Mapper, pull_back: Callable[..., None], name: str, weight: Tensor, gradient: Tensor
+) -> None:
     dense = gradient.to_dense() if gradient.is_sparse else gradient
-    technique.pull_back({name: technique.latents.values[name]}, {name: weight}, {name: dense})
+    pull_back({name: technique.latents.values[name]}, {name: weight}, {name: dense})
 
 
 def home_of(optimizers: Sequence[Any], weight: nn.Parameter, owner: str) -> tuple[Any, dict[str, Any]]:

@@ -9,10 +9,11 @@ from typing_extensions import override
 
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
+from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.names import as_patterns
 from lightning_reg.engine.run import passes
 from lightning_reg.engine.run.engine import attached_engine
-from lightning_reg.engine.technique import WeightTechnique
+from lightning_reg.engine.technique import WeightMapTechnique, WeightTechnique
 from lightning_reg.engine.weights.swap import named_weights
 from lightning_reg.sparsity.nm_sparsity._layers import Choice, Weight, check_apart, check_groups, weights_table
 from lightning_reg.sparsity.nm_sparsity._network import SparseNetwork, change_gradient_, put_back_pruned_
@@ -217,7 +218,18 @@ class NMSparsity(WeightTechnique):
         for other in host.callbacks(trainer):
             if isinstance(other, NMSparsity) and other is not self:
                 check_apart(type(self).__name__, self._network.sparse, other._network.sparse)
+            if isinstance(other, WeightMapTechnique) and other.maps_steps:
+                self._check_steps_of(other, pl_module)
         self._schedule, self._has_begun = _DENSE, False  # in the sanity check
+
+    def _check_steps_of(self, other: WeightMapTechnique, module: nn.Module) -> None:
+        mapped = set(other.weights_to_map(module))
+        shared = [weight.name for weight in self._network.sparse if weight.name in mapped]
+        if shared:
+            raise MisconfigurationException(
+                f"{type(self).__name__} and {type(other).__name__} cannot stand together on {shared[0]!r}: masks are"
+                " chosen for a weight, and each step runs with another one there. Exclude it in one of them."
+            )
 
     @override
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:

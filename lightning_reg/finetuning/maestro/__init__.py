@@ -1,0 +1,1 @@
+"""Maestro: weights trained as products of factors with ordered columns, of which those that add nothing are cut."""
