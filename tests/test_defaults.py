@@ -66,6 +66,7 @@ DEFAULTS = {
     "exclusive_keep_masks": {"generator": None, "draws": None},
     "expand": {"fn": "arctan"},
     "expected_distances": {"power": 2.0, "chunk": None},
+    "export_low_rank": {"ranks": None, "prefix": ""},
     "feature_distillation_loss": {"reduction": "mean", "elements": "sum"},
     "fisher_diagonal": {"per_sample": True, "group": None},
     "fisher_losses": {"which": "argmax", "generator": None, "outputs": "classes", "variances": None},
@@ -75,6 +76,7 @@ DEFAULTS = {
     "from_peft": {"prefix": ""},
     "generator_fisher": {"generator": "generator", "discriminator": "discriminator", "params": None},
     "gradient_dropout": {"strength": 1.0, "generator": None},
+    "greedy_ranks": {"share": 0.1, "prefix": ""},
     "greedy_soup": {
         "strict": True,
         "min_delta": 0.0,
@@ -92,6 +94,8 @@ DEFAULTS = {
     "largest_eigenvalues": {"iterations": 50},
     "learned_regularizer": {"iterations": 200, "tolerance": 0.0001},
     "load_averaged": {"name": None},
+    "low_rank_gradients": {"rank": None},
+    "low_rank_product": {"rank": None},
     "make_soup": {
         "method": "uniform",
         "evaluate": None,
@@ -159,6 +163,7 @@ DEFAULTS = {
     "sparse_delta": {"prefix": ""},
     "split_pool": {"batch": 256, "most": 100000},
     "supervised_contrastive_loss": {"temperature": 0.1, "group": None, "capacity": None},
+    "svd_factors": {"rank": None},
     "symmetric_infonce": {"tau": 0.1, "group": None, "capacity": None},
     "tcm_loss": {
         "margin_plus": 0.9,

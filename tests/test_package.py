@@ -32,7 +32,10 @@ def test_list_names_every_technique(capsys):
     assert all(cls.__name__ in printed for unit in registry.units() for cls in unit.techniques())
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+WRITTEN = [path for path in SOURCES if path.name != "functional.py"]  # which is generated, a line for each name
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=name_of)
 def test_no_file_is_long(path):
     assert lines_of_code(path) <= 300
 
