@@ -14,8 +14,6 @@ from lightning_reg.engine.weights.maps import WeightMaps, check_mappable
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-    from lightning_reg.engine.step import Step
-
 __all__ = ["MapPart"]
 
 
@@ -63,10 +61,8 @@ class MapPart(Part):
         self._maps.begin(self._trainer.optimizers, fresh=host.batches_so_far(self._trainer) <= 1)
 
     @override
-    @contextmanager
-    def around(self, step: "Step") -> Iterator[None]:
-        with self._maps.watching():
-            yield
+    def before_network(self) -> None:
+        self._maps.show(shown=True)
 
     @override
     def after_closure(self) -> None:
@@ -86,6 +82,10 @@ class MapPart(Part):
     @override
     def before_closure(self) -> None:
         self._maps.before_evaluation()
+
+    @override
+    def rest(self) -> None:
+        self._maps.show(shown=False)
 
     @override
     def close(self) -> None:

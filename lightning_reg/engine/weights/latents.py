@@ -28,8 +28,6 @@ class Latents:
         own: Learned parts of the map of each weight, by the weight's name and the part's own; leaves of any shape that
             require a gradient, float32 at least. The technique puts them there when it begins.
         ways: How the gradient of each frozen weight comes to the own parts, for the report; the engine sets it.
-        is_watched: Whether the next step is looked at for weights that are read outside of their layers; the engine
-            sets it.
 
     """
 
@@ -42,7 +40,6 @@ class Latents:
         self._whole: dict[str, tuple[int, ...]] = {}
         self.own: dict[str, dict[str, Tensor]] = {}
         self.ways: dict[str, str] = {}
-        self.is_watched = False
         self._moments: dict[str, dict[str, dict[str, Any]]] = {}
 
     @property

@@ -10,7 +10,7 @@ memory. Where latents are frozen the parts alone are trained, and the parameter 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -165,13 +165,10 @@ class WeightMaps:
         for _, routes in self._routed:
             routes.attach()
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Around the user's step, the first one of a fit."""
-        with ExitStack() as stack:
-            for _, routes in self._routed:
-                stack.enter_context(routes.watching())
-            yield
+    def show(self, *, shown: bool) -> None:
+        """Lets what reads frozen weights outside of their layers have a gradient of them, for the time of a step."""
+        for _, routes in self._routed:
+            routes.show(shown=shown)
 
     # -- between optimizer steps --------------------------------------------------------------------------------------
 
