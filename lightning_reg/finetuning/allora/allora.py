@@ -41,7 +41,8 @@ class ALLoRA(FineTuning):
     convolution or embedding layer the factors get their gradients at the layer, and nothing of the weight's size is
     made; of other weights (shared ones, attention's ``in_proj_weight``, stacked experts), and beside techniques that
     act on weights, the weight's own gradient is turned into theirs. The table at the start says which. Terms of yours
-    may read such a weight in any step. All other parameters are frozen unless ``train`` names them. Factors and their moments are float32 in every precision, and W is rounded once.
+    may read such a weight in any step. All other parameters are frozen unless ``train`` names them. Factors and their
+    moments are float32 in every precision, and W is rounded once.
 
     Use it for short fine-tuning, with optimizers like SGD. An Adam divides by the size of each entry's gradient, which
     cancels a row's factor: there ``mode="update"`` scales what the optimizer did. Leave it to PEFT to train on
