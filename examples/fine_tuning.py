@@ -24,6 +24,7 @@ import sysconfig
 import tempfile
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +232,7 @@ OURS: dict[str, Any] = {
 }
 for key in ("MaskTuning", "MaestroLowRank"):
     if hasattr(lightning_reg, key):
-        OURS[key] = lambda cls=getattr(lightning_reg, key): cls(layers="net.blocks*")
+        OURS[key] = partial(getattr(lightning_reg, key), layers="net.blocks*")
 THEIRS = {"PEFT's LoRA": False, "PEFT's DoRA": True} if importlib.util.find_spec("peft") else {}
 
 

@@ -65,6 +65,31 @@ def residual():
     return ResNetModel(ResNetConfig(**sizes, layer_type="bottleneck"))
 
 
+class Denoises(nn.Module):
+    """A small network of diffusers."""
+
+    def __init__(self):
+        super().__init__()
+        from diffusers import UNet2DConditionModel  # some seconds, which no other test waits for
+
+        self.table = nn.Embedding(20, 8)
+        self.unet = UNet2DConditionModel(
+            sample_size=8,
+            in_channels=3,
+            out_channels=3,
+            layers_per_block=1,
+            block_out_channels=(8, 8),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=8,
+            attention_head_dim=4,
+            norm_num_groups=4,
+        )
+
+    def forward(self, ids, images):
+        return self.unet(images, torch.arange(len(images)), self.table(ids)).sample
+
+
 class Grouped(nn.Module):
     """Grouped, depthwise and pointwise convolutions."""
 
@@ -106,6 +131,7 @@ HOSTS = {
     "CLIP": (lambda: Reads(clip(), "logits_per_image"), "auto", AT_LAYER),
     "ViT": (lambda: Reads(ViTModel(ViTConfig(**SIZES, **IMAGES, **NO_DROPOUT))), "auto", AT_LAYER),
     "ResNet": (lambda: Reads(residual(), "pooler_output"), "auto", AT_LAYER),
+    "UNet": (Denoises, "auto", AT_LAYER),
     "convolutions": (Grouped, "auto", AT_LAYER),
     "attention": (Attention, "auto", RELEASED),
 }
