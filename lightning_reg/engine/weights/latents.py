@@ -21,6 +21,7 @@ class Latents:
         frozen: Whether the latents stay as they are, so that the own parts alone are trained: the optimizer then gets
             no gradient of the weight, keeps no moments of it and lets it not decay.
         own_decay: Whether the own parts have the weight decay of the weight's group.
+        on_cpu: Whether frozen latents lie on the CPU and come to the weight's device when it is mapped.
 
     Attributes:
         values: Latent of each weight, by the weight's name.
@@ -32,9 +33,14 @@ class Latents:
     """
 
     def __init__(
-        self, lr_factor: float | Mapping[str, float] = 1.0, *, frozen: bool = False, own_decay: bool = False
+        self,
+        lr_factor: float | Mapping[str, float] = 1.0,
+        *,
+        frozen: bool = False,
+        own_decay: bool = False,
+        on_cpu: bool = False,
     ) -> None:
-        self.lr_factor, self.frozen, self.own_decay = lr_factor, frozen, own_decay
+        self.lr_factor, self.frozen, self.own_decay, self.on_cpu = lr_factor, frozen, own_decay, on_cpu
         self.values: dict[str, Tensor] = {}
         self.index: dict[str, Tensor] = {}
         self._whole: dict[str, tuple[int, ...]] = {}
@@ -69,7 +75,9 @@ class Latents:
 
     def room(self, name: str, weight: Tensor) -> Tensor:
         """Memory to map a weight into: new, or a copy of the weight where the latent has some of its entries alone."""
-        return weight.detach().clone() if name in self.index else torch.empty_like(self.values[name])
+        if name in self.index:
+            return weight.detach().clone()
+        return torch.empty_like(self.values[name], device=weight.device)
 
     def whole(self, name: str, weight: Tensor) -> Tensor:
         """The latent as a whole weight."""
@@ -105,7 +113,7 @@ class Latents:
         """Moves everything that belongs to a weight to its device."""
         for name, device in devices.items():
             if name in self.values:
-                self.values[name] = self.values[name].to(device)
+                self.values[name] = self.values[name].to("cpu" if self.on_cpu else device)
             if name in self.index:
                 self.index[name] = self.index[name].to(device)
             for part, tensor in self.own.get(name, {}).items():

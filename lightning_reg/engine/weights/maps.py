@@ -204,6 +204,7 @@ class WeightMaps:
         if fresh or not latents.values:
             latents.clear()
             latents.values = dict(one.technique.begin_map(weights)) if weights else {}
+            latents.to({name: weight.device for name, weight in weights.items()})
             for name, mapped in one.weights_of(latents.values).items():
                 if _differs(mapped, weights[name]):  # the technique does not begin with the weights as they are
                     weights[name].copy_(mapped)
@@ -237,8 +238,9 @@ class WeightMaps:
 
     def _follow(self, one: _Map, names: list[str]) -> None:
         if names:
-            found = one.technique.latents_of({name: one.weights[name].detach() for name in names})
-            one.technique.latents.values.update(found)
+            latents = one.technique.latents
+            latents.values.update(one.technique.latents_of({name: one.weights[name].detach() for name in names}))
+            latents.to({name: one.weights[name].device for name in names})
 
     @contextmanager
     def own_writes(self) -> Iterator[None]:
