@@ -10,7 +10,17 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from tests.engine.test_frozen_maps import FIRST, HEAD, ByHand, FreezesAll, KeepsCount
-from tests.toys import QUIET, Callback, Classifier, LowRank, fit, same_weights
+from tests.toys import (
+    QUIET,
+    TWO_RANKS,
+    Callback,
+    Classifier,
+    LowRank,
+    fit,
+    make_loader,
+    same_weights,
+    weights_of,
+)
 
 pytestmark = QUIET
 
@@ -194,3 +204,21 @@ def test_compiled_code_beside_a_reading_and_with_one_in_it(inside):
     assert same_weights(*modules, atol=1e-6)
     assert not same_weights(modules[0], Classifier(), atol=1e-3)
     torch.compiler.reset()
+
+
+def _on_ranks(ranks):
+    module, technique = Late(lr=0.1), LowRank([FIRST, HEAD])
+    x, y = torch.utils.data.default_collate(list(make_loader().dataset))
+    rank = torch.distributed.get_rank() if ranks == 2 else 0
+    rows = torch.arange(32).reshape(4, 2, 4)
+    mine = (rows[:, rank] if ranks == 2 else rows).flatten()
+    loader = make_loader(torch.utils.data.TensorDataset(x[mine], y[mine]), batch_size=8 // ranks)
+    more = {**TWO_RANKS, "use_distributed_sampler": False} if ranks == 2 else {}
+    fit(module, technique, loader=loader, **more)
+    return weights_of(module)
+
+
+def test_two_ranks_that_begin_to_read_weights(two_processes):
+    first, second = two_processes.run(_on_ranks, 2)
+    assert same_weights(first, second)
+    assert same_weights(first, _on_ranks(1), atol=1e-6)
