@@ -18,6 +18,7 @@ OURS = {
     "adapt_then_unlearn",
     "continual_learning",
     "find_wrong_labels",
+    "fine_tuning",
     "imbalanced_regression",
     "llm_reweighting",
     "metric_learning",
@@ -175,6 +176,17 @@ def is_metric_learning(space, folder, printed):
     assert all(0 < scores["opis"] < 1 for found in space["results"].values() for scores in found)
     assert (folder / "metric_learning.png").read_bytes().startswith(b"\x89PNG")
     assert "digits that training has not seen" in printed
+
+
+def is_fine_tuning(space, folder, printed):
+    results, ours = space["results"], {"full", "LoRA", "rsLoRA", "ALLoRA", "SaRA", "random mask"}
+    assert results.keys() >= ours | {"PEFT's LoRA", "PEFT's DoRA"}
+    start = {name: results[name]["trained"] for name in results}
+    assert start["full"] > 5 * start["LoRA"] == 5 * start["ALLoRA"] == 5 * start["PEFT's LoRA"]
+    assert all(row["peak"] > row["held"] > 0 < row["stored"] for row in results.values())
+    assert results["full"]["held"] > results["LoRA"]["held"] > results["SaRA"]["held"]
+    assert len({row["new"] for row in results.values()}) == len(results)
+    assert printed.startswith("before: ")
 
 
 CHECKS = {name: globals()[f"is_{name}"] for name in OURS}

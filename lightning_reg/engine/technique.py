@@ -225,7 +225,7 @@ class WeightMapTechnique(ThroughMap, Technique):
 
     @override
     def is_active(self, step: "Step") -> bool:
-        return self.latents.is_watched  # nothing happens in the forward pass, but the first one may be watched
+        return False  # nothing happens in the forward pass
 
     @override
     def on_save_checkpoint(self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]) -> None:

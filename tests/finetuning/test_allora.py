@@ -20,7 +20,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from lightning_reg import ALLoRA
+from lightning_reg import ALLoRA, SaRA
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.functional import (
     allora_linear,
@@ -82,6 +82,7 @@ CASE = Case(
         ({"alpha": 0.0}, "alpha"),
         ({"alpha": 1.0}, "alpha"),
         ({"b_lr_factor": -1.0}, "b_lr_factor"),
+        ({"keep_on": "disk"}, "keep_on"),
     ],
     exempt={"neutral_is_nothing": "A rank of 0 is no rank: whoever wants no factors leaves the technique out."},
 )
@@ -259,6 +260,56 @@ def test_what_is_chosen_and_what_is_said():
     module.net.register_parameter("codes", nn.Parameter(torch.zeros(2, 2, dtype=torch.uint8), requires_grad=False))
     with pytest.raises(MisconfigurationException, match=r"ALLoRA: 'net\.codes' of Sequential is quantised, or no"):
         fit(module, ALLoRA(layers="net.codes"))
+
+
+def test_the_copy_of_the_weights_on_the_cpu():
+    """A device without memory stands for another one: what is moved there and what is not can be seen."""
+    module, technique = Classifier(), ALLoRA(rank=2, keep_on="cpu")
+    fit(module, technique)
+    plain = Classifier()
+    fit(plain, ALLoRA(rank=2))
+    assert same_weights(module, plain)
+    technique.latents.to(dict.fromkeys(technique.latents.values, torch.device("meta")))
+    for name, value in technique.latents.values.items():
+        weight = torch.empty_like(value, device="meta")
+        assert value.device.type == "cpu"
+        assert {part.device.type for part in technique.latents.own[name].values()} == {"meta"}
+        assert technique.latents.room(name, weight).device.type == "meta"
+        with torch.no_grad():
+            technique.map_weights({name: value}, {name: weight})
+    other = ALLoRA(rank=2)
+    fit(Classifier(), other)
+    other.latents.to(dict.fromkeys(other.latents.values, torch.device("meta")))
+    assert {value.device.type for value in other.latents.values.values()} == {"meta"}
+
+
+def test_weights_in_eight_and_four_bits_are_refused_by_name():
+    """As bitsandbytes and torchao keep them: bytes, and a tensor of a class of its own."""
+
+    class Linear4bit(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 4, bias=False)
+            self.weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
+
+    class Packed(torch.Tensor):
+        pass
+
+    module = Classifier()
+    module.net.append(Linear4bit())
+    for technique in (ALLoRA(layers="net.4.weight"), SaRA(layers="net.4.weight")):
+        with pytest.raises(MisconfigurationException) as raised:
+            fit(module, technique)
+        assert str(raised.value) == (
+            f"{type(technique).__name__}: 'net.4.weight' of Linear4bit is quantised, or no plain tensor, and what is"
+            " added to it cannot be written into it. Exclude it, or train it with PEFT."
+        )
+    module = Classifier()
+    module.net[3].weight = nn.Parameter(torch.randn(3, 8).as_subclass(Packed))
+    for technique in (ALLoRA(layers="net.3"), SaRA(layers="net.3")):
+        with pytest.raises(
+            MisconfigurationException, match=r"'net\.3\.weight' of Linear is quantised, or no plain tensor"
+        ):
+            fit(module, technique)
 
 
 def test_another_rank_is_refused_on_resume(tmp_path):

@@ -15,8 +15,6 @@ from lightning_reg.engine.weights.maps import WeightMaps, check_mappable
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-    from lightning_reg.engine.step import Step
-
 __all__ = ["MapPart"]
 
 
@@ -72,13 +70,8 @@ class MapPart(Part):
         self._maps.begin(self._trainer.optimizers, fresh=host.batches_so_far(self._trainer) <= 1)
 
     @override
-    @contextmanager
-    def around(self, step: "Step") -> Iterator[None]:
-        with self._maps.watching():
-            yield
-
-    @override
     def before_network(self) -> None:
+        self._maps.show(shown=True)
         # As periods do: a second network takes over before what the user has set.
         self._wake += [layer for layer in self._norms if layer.training]
         for layer in self._wake:
@@ -86,6 +79,7 @@ class MapPart(Part):
 
     @override
     def rest(self) -> None:
+        self._maps.show(shown=False)
         for layer in self._wake:
             layer.training = True
         self._wake = []

@@ -82,12 +82,12 @@ def write_product_(weight: Tensor, frozen: Tensor, factors: Factors, layout: Lay
 
     Args:
         weight: What is written into.
-        frozen: V, of its shape.
+        frozen: V, of its shape; on any device.
         factors: The factors.
         layout: How the weight lies.
 
     """
-    flat = weight.dim() == 2 and not layout.stacked
+    flat, frozen = weight.dim() == 2 and not layout.stacked, frozen.to(weight.device)
     if flat and weight.dtype == factors.left.dtype:
         one, two = (factors.right.t(), factors.left.t()) if layout.turned else (factors.left, factors.right)
         torch.addmm(frozen, one, two, alpha=factors.factor, out=weight)

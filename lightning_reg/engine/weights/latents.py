@@ -22,6 +22,7 @@ class Latents:
             no gradient of the weight, keeps no moments of it and lets it not decay.
         own_decay: Whether the own parts have the weight decay of the weight's group.
         has_second: Whether own parts have gradients of a second loss as well, see :meth:`add_second_gradients`.
+        on_cpu: Whether frozen latents lie on the CPU and come to the weight's device when it is mapped.
 
     Attributes:
         values: Latent of each weight, by the weight's name.
@@ -31,8 +32,6 @@ class Latents:
         second: Gradients of a second loss, as ``own``: accumulated, and averaged over the ranks once those of the loss
             are; forgotten when the parts have been stepped.
         ways: How the gradient of each frozen weight comes to the own parts, for the report; the engine sets it.
-        is_watched: Whether the next step is looked at for weights that are read outside of their layers; the engine
-            sets it.
 
     """
 
@@ -43,15 +42,16 @@ class Latents:
         frozen: bool = False,
         own_decay: bool = False,
         has_second: bool = False,
+        on_cpu: bool = False,
     ) -> None:
         self.lr_factor, self.frozen, self.own_decay, self.has_second = lr_factor, frozen, own_decay, has_second
+        self.on_cpu = on_cpu
         self.values: dict[str, Tensor] = {}
         self.index: dict[str, Tensor] = {}
         self._whole: dict[str, tuple[int, ...]] = {}
         self.own: dict[str, dict[str, Tensor]] = {}
         self.second: dict[str, dict[str, Tensor]] = {}
         self.ways: dict[str, str] = {}
-        self.is_watched = False
         self._moments: dict[str, dict[str, dict[str, Any]]] = {}
 
     @property
@@ -81,7 +81,9 @@ class Latents:
 
     def room(self, name: str, weight: Tensor) -> Tensor:
         """Memory to map a weight into: new, or a copy of the weight where the latent has some of its entries alone."""
-        return weight.detach().clone() if name in self.index else torch.empty_like(self.values[name])
+        if name in self.index:
+            return weight.detach().clone()
+        return torch.empty_like(self.values[name], device=weight.device)
 
     def whole(self, name: str, weight: Tensor) -> Tensor:
         """The latent as a whole weight."""
@@ -132,7 +134,7 @@ class Latents:
         """Moves everything that belongs to a weight to its device."""
         for name, device in devices.items():
             if name in self.values:
-                self.values[name] = self.values[name].to(device)
+                self.values[name] = self.values[name].to("cpu" if self.on_cpu else device)
             if name in self.index:
                 self.index[name] = self.index[name].to(device)
             for part, tensor in self.own.get(name, {}).items():

@@ -9,7 +9,7 @@ only what its output gets back is looked at. The gradient of x is the layer's ow
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,9 @@ from lightning_reg.engine.host.modules import Convolution, TransposedConvolution
 from lightning_reg.engine.layers.named import LayerHook
 from lightning_reg.engine.weights.factors import Factors
 from lightning_reg.engine.weights.multiplied import multiplied_weights
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
 
 __all__ = ["LayerTap", "Use", "layer_gradients", "use_of"]
 
@@ -38,6 +41,7 @@ class Use(NamedTuple):
         dilation: Of a convolution.
         groups: Of a convolution.
         padding_row: The row of an embedding that gets no gradient, -1 for none.
+        turned: Whether the weight of a linear layer is ``(in, out)``.
 
     """
 
@@ -49,6 +53,7 @@ class Use(NamedTuple):
     dilation: tuple[int, ...] = ()
     groups: int = 1
     padding_row: int = -1
+    turned: bool = False
 
 
 def use_of(layer: nn.Module, key: str) -> Use | None:
@@ -74,7 +79,8 @@ def use_of(layer: nn.Module, key: str) -> Use | None:
         return Use("embedding", padding_row=-1 if layer.padding_idx is None else layer.padding_idx)
     if isinstance(layer, Convolution):
         return _convolution(layer) if forward in _CONVOLUTIONS else None
-    return Use("linear") if multiplied_weights(layer).get("weight") is not None and _is_affine(layer) else None
+    summed = multiplied_weights(layer).get("weight")
+    return Use("linear", turned=summed == 0) if summed is not None and _is_affine(layer) else None
 
 
 _CONVOLUTIONS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
@@ -122,6 +128,8 @@ class LayerTap(LayerHook):
 
     Args:
         use: What the layer does with its weight.
+        weight: The weight that is made of the factors. Where the layer runs on another one (``functional_call``), they
+            get nothing of it here; ``None`` for whatever the layer has.
 
     Attributes:
         factors: The factors; ``None`` while there are none.
@@ -129,15 +137,37 @@ class LayerTap(LayerHook):
 
     """
 
-    def __init__(self, use: Use) -> None:
-        self.use = use
+    def __init__(self, use: Use, weight: nn.Parameter | None = None) -> None:
+        self.use, self.weight = use, weight
         self.factors: Factors | None = None
         self.ran: set[bool] = set()
+        self._hidden = False
 
-    def __call__(self, layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
-        """Returns the output, through which the factors get their gradients."""
-        factors = self.factors
-        if factors is None or layer.weight.requires_grad:
+    def attach(self, layer: nn.Module) -> "list[RemovableHandle]":
+        """Puts hooks around a layer: within them its weight is a constant, whatever else reads it has its gradient."""
+        before = layer.register_forward_pre_hook(_Hide(self))
+        # The first one behind the layer: whatever others make of its output is past that. A checkpoint may end its
+        # second pass in the middle of the layer.
+        return [before, layer.register_forward_hook(self, with_kwargs=True, prepend=True, always_call=True)]
+
+    def hide(self, layer: nn.Module) -> None:
+        """The layer is about to run: it gets a constant in place of its weight, if that is made of the factors."""
+        weight = self.weight
+        if self.factors is not None and weight is not None and layer.weight is weight and weight.requires_grad:
+            own_parameters(layer)["weight"] = weight.detach()  # type: ignore[assignment]  # for a moment
+            self._hidden = True
+
+    def _show(self, layer: nn.Module) -> bool:
+        """Undoes that, and says whether the layer ran on a constant that is the weight."""
+        if self._hidden:
+            own_parameters(layer)["weight"], self._hidden = self.weight, False
+            return True
+        return not layer.weight.requires_grad and (self.weight is None or layer.weight is self.weight)
+
+    def __call__(self, layer: nn.Module, args: Any, kwargs: Any, output: Tensor | None) -> Tensor | None:
+        """Returns the output, through which the factors get their gradients; there is none if the layer has failed."""
+        is_constant, factors = self._show(layer), self.factors
+        if factors is None or not is_constant or output is None:
             return None
         compiled, recorded = torch.compiler.is_compiling(), torch.is_grad_enabled()
         if not compiled:
@@ -146,39 +176,70 @@ class LayerTap(LayerHook):
             return None
         x = args[0] if args else next(iter(kwargs.values()))
         left, right, factor, scale = factors
-        tap = _Compiled if compiled else _Eager
-        tapped: Tensor = tap.apply(output, x, left, right, scale, factor, self.use)  # type: ignore[no-untyped-call]  # torch's
-        return tapped
+        if compiled:
+            return _Compiled.apply(output, x, left, right, scale, factor, self.use)  # type: ignore[no-any-return,no-untyped-call]  # torch's
+        return _Eager.apply(output, x, left, right, scale, factor, self.use, self.weight)  # type: ignore[no-any-return,no-untyped-call]
 
 
-class _Tap(torch.autograd.Function):
-    @staticmethod
-    @override
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        (gradient,) = gradients
-        x, left, right, scale = ctx.saved_tensors
-        factors = Factors(left, right, ctx.factor, scale)
-        at_left, at_right = layer_gradients(ctx.use, x, gradient, factors)
-        return gradient, None, at_left.to(left.dtype), at_right.to(right.dtype), None, None, None
+class _Hide(LayerHook):
+    def __init__(self, tap: LayerTap) -> None:
+        self.tap = tap
+
+    def __call__(self, layer: nn.Module, args: Any) -> None:
+        self.tap.hide(layer)
 
 
-class _Eager(_Tap):
-    @staticmethod
-    @override
-    def forward(ctx: Any, output: Any, x: Any, left: Any, right: Any, scale: Any, factor: Any, use: Any) -> Any:
-        ctx.save_for_backward(x, left, right, scale)
-        ctx.factor, ctx.use = factor, use
-        ctx.mark_dirty(output)  # it is the very output, which the network may change in place
-        return output
-
-
-class _Compiled(_Tap):
+class _Compiled(torch.autograd.Function):
     @staticmethod
     @override
     def forward(ctx: Any, output: Any, x: Any, left: Any, right: Any, scale: Any, factor: Any, use: Any) -> Any:
         ctx.save_for_backward(x, left, right, scale)
         ctx.factor, ctx.use = factor, use
         return output.clone()  # the compiler leaves the copy out
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0], None, *_at_factors(ctx, gradients[0]), None, None, None
+
+
+class _Eager(torch.autograd.Function):
+    @staticmethod
+    @override
+    def forward(
+        ctx: Any, output: Any, x: Any, left: Any, right: Any, scale: Any, factor: Any, use: Any, weight: Any
+    ) -> Any:
+        ctx.save_for_backward(x, left, right, scale)
+        ctx.factor, ctx.use, ctx.weight = factor, use, weight
+        ctx.mark_dirty(output)  # it is the very output, which the network may change in place
+        return output
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        at_input = None
+        # A gradient that is itself differentiated: that of the input, which the layer has given with its weight as a
+        # constant, goes by the weight.
+        if torch.is_grad_enabled() and ctx.needs_input_grad[1] and ctx.weight is not None:
+            at_input = _at_input(ctx.use, ctx.saved_tensors[0], gradients[0], ctx.weight - ctx.weight.detach())
+        return gradients[0], at_input, *_at_factors(ctx, gradients[0]), None, None, None, None
+
+
+def _at_factors(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    x, left, right, scale = ctx.saved_tensors
+    at_left, at_right = layer_gradients(ctx.use, x, gradient, Factors(left, right, ctx.factor, scale))
+    return at_left.to(left.dtype), at_right.to(right.dtype)
+
+
+def _at_input(use: Use, x: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of a layer's input, differentiable in the weight."""
+    weight = weight.to(gradient.dtype)
+    if use.kind == "linear":
+        return (gradient @ (weight.t() if use.turned else weight)).to(x.dtype)
+    of_input: Callable[..., Tensor] = _INPUT_GRADIENT[use.dims]
+    shape = x.shape if x.dim() == use.dims + 2 else (1, *x.shape)
+    g = gradient.reshape(shape[0], -1, *gradient.shape[-use.dims :])
+    return of_input(shape, weight, g, use.stride, use.padding, use.dilation, use.groups).reshape(x.shape).to(x.dtype)
 
 
 def layer_gradients(use: Use, x: Tensor, gradient: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
@@ -235,4 +296,9 @@ _WEIGHT_GRADIENT = {
     1: convolution_gradients.conv1d_weight,
     2: convolution_gradients.conv2d_weight,
     3: convolution_gradients.conv3d_weight,
+}
+_INPUT_GRADIENT = {
+    1: convolution_gradients.conv1d_input,
+    2: convolution_gradients.conv2d_input,
+    3: convolution_gradients.conv3d_input,
 }

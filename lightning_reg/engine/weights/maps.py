@@ -10,7 +10,7 @@ memory. Where latents are frozen the parts alone are trained, and the parameter 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -182,13 +182,10 @@ class WeightMaps:
         for _, routes in self._routed:
             routes.attach()
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Around the user's step, the first one of a fit."""
-        with ExitStack() as stack:
-            for _, routes in self._routed:
-                stack.enter_context(routes.watching())
-            yield
+    def show(self, *, shown: bool) -> None:
+        """Lets what reads frozen weights outside of their layers have a gradient of them, for the time of a step."""
+        for _, routes in self._routed:
+            routes.show(shown=shown)
 
     # -- between optimizer steps --------------------------------------------------------------------------------------
 
@@ -224,6 +221,7 @@ class WeightMaps:
         if fresh or not latents.values:
             latents.clear()
             latents.values = dict(one.technique.begin_map(weights)) if weights else {}
+            latents.to({name: weight.device for name, weight in weights.items()})
             for name, mapped in one.weights_of(latents.values).items():
                 if _differs(mapped, weights[name]):  # the technique does not begin with the weights as they are
                     weights[name].copy_(mapped)
@@ -257,8 +255,9 @@ class WeightMaps:
 
     def _follow(self, one: _Map, names: list[str]) -> None:
         if names:
-            found = one.technique.latents_of({name: one.weights[name].detach() for name in names})
-            one.technique.latents.values.update(found)
+            latents = one.technique.latents
+            latents.values.update(one.technique.latents_of({name: one.weights[name].detach() for name in names}))
+            latents.to({name: one.weights[name].device for name in names})
 
     @contextmanager
     def own_writes(self) -> Iterator[None]:

@@ -1,7 +1,6 @@
 """The parts of maps whose latents are frozen: where their gradients come from, when weights are made of them."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -14,7 +13,7 @@ from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.weights.factors import Factors
 from lightning_reg.engine.weights.latents import Latents
 from lightning_reg.engine.weights.layer_products import LayerTap
-from lightning_reg.engine.weights.ways import Way, outside_readings, ways_of
+from lightning_reg.engine.weights.ways import Way, ways_of
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -112,18 +111,24 @@ class Routes:
         """Puts hooks on layers and weights; those whose gradient is needed get one from now on."""
         for name, way in self.ways.items():
             if way.place is not None and way.use is not None:
-                tap = self._taps[name] = LayerTap(way.use)
-                self._handles.append(way.place.layer.register_forward_hook(tap, with_kwargs=True))
-            else:
-                self._weights[name].requires_grad_()
-            if way.kind == "released":
-                self._release(name)
-        self._technique.latents.is_watched = bool(self._taps)
+                tap = self._taps[name] = LayerTap(way.use, self._weights[name])
+                self._handles += tap.attach(way.place.layer)
+            weight = self._weights[name].requires_grad_()
+            if way.kind != "kept":
+                release = partial(self._release, name)
+                self._handles.append(weight.register_post_accumulate_grad_hook(release))  # type: ignore[no-untyped-call]
+        self.show(shown=False)
         self._tell()
 
-    def _release(self, name: str) -> None:
-        release = partial(_pull_back, self._technique, name)
-        self._handles.append(self._weights[name].register_post_accumulate_grad_hook(release))  # type: ignore[no-untyped-call]
+    def _release(self, name: str, weight: Tensor) -> None:
+        """A weight has got a gradient: what is read outside of its layer has one beside that of the layer."""
+        gradient, weight.grad = weight.grad, None
+        if gradient is None:  # compiled code comes by without one
+            return
+        if self.ways[name].kind == "at the layer":
+            self.ways[name] = Way("released", "it is read outside of its layer")
+            self._tell()
+        _pull_back_of(self._technique, self._technique.pull_back_step, name, weight.detach(), gradient)
 
     def _tell(self) -> None:
         ways = {name: f"{way.kind}{f' ({way.why})' if way.why else ''}" for name, way in self.ways.items()}
@@ -138,23 +143,10 @@ class Routes:
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Around the first step: a weight that something else than its layer reads gets a gradient of its own too."""
-        layers = {name: way.place.layer for name, way in self.ways.items() if way.place is not None}
-        watch = (
-            outside_readings({n: self._weights[n] for n in layers}, layers, self._switch) if layers else nullcontext()
-        )
-        with watch if self._technique.latents.is_watched else nullcontext():
-            yield
-        self._technique.latents.is_watched = False
-
-    def _switch(self, name: str) -> None:
-        # What the layer itself has made of it so far has its hook; from now on both go by the weight's gradient.
-        self.ways[name] = Way("released", "it is read outside of its layer")
-        self._weights[name].requires_grad_()
-        self._release(name)
-        self._tell()
+    def show(self, *, shown: bool) -> None:
+        """Lets what reads weights outside of their layers have a gradient of them, for the time of a step."""
+        for name in self._taps:
+            self._weights[name].requires_grad_(shown)
 
     def average_gradients(self, names: Sequence[str]) -> None:
         """Averages gradients of the parts over the ranks, in one collective, and looks at them in the first step."""
@@ -173,7 +165,7 @@ class Routes:
         average_([tensor.grad for tensor in parts if tensor.grad is not None] + second)
 
     def _check_first(self, names: Sequence[str]) -> None:
-        tapped = [name for name in names if self.ways[name].kind == "at the layer"]
+        tapped = [name for name in names if name in self._taps]
         dead = [n for n in tapped if all(t.grad is None for _, _, t in self._technique.latents.parts([n]))]
         unrecorded = [name for name in dead if self._taps[name].ran == {False}]
         cls = type(self._technique).__name__
@@ -228,13 +220,6 @@ class Routes:
         for handle in self._handles:
             handle.remove()
         self._handles, self._taps = [], {}
-        self._technique.latents.is_watched = False
-
-
-def _pull_back(technique: Mapper, name: str, weight: Tensor) -> None:
-    gradient, weight.grad = weight.grad, None
-    if gradient is not None:
-        _pull_back_of(technique, technique.pull_back_step, name, weight.detach(), gradient)
 
 
 @torch.no_grad()

@@ -41,9 +41,9 @@ class ALLoRA(FineTuning):
     validation, checkpoints and exports are those of an ordinary network and nothing is merged at the end. Of a linear,
     convolution or embedding layer the factors get their gradients at the layer, and nothing of the weight's size is
     made; of other weights (shared ones, attention's ``in_proj_weight``, stacked experts), and beside techniques that
-    act on weights, the weight's own gradient is turned into theirs. The table at the start says which. A term of yours
-    that begins to read such a weight after the first step finds a constant. All other parameters are frozen unless
-    ``train`` names them. Factors and their moments are float32 in every precision, and W is rounded once.
+    act on weights, the weight's own gradient is turned into theirs. The table at the start says which. Terms of yours
+    may read such a weight in any step. All other parameters are frozen unless ``train`` names them. Factors and their
+    moments are float32 in every precision, and W is rounded once.
 
     Use it for short fine-tuning, with optimizers like SGD. An Adam divides by the size of each entry's gradient, which
     cancels a row's factor: there ``mode="update"`` scales what the optimizer did. Leave it to PEFT to train on
@@ -58,8 +58,10 @@ class ALLoRA(FineTuning):
         addition. The paper's optimizer, layers and first factors were not found: A is uniform as in LoRA, B zero.
         The ablated output-dependent scales are left out.
 
-    Memory: one copy of the chosen weights (4 bytes a number in float32), the factors and what the optimizer keeps of
-    them. With several processes only factors are averaged.
+    Memory: one copy of the chosen weights, in their own type (4 bytes a number in float32, 2 in bfloat16), on their
+    device or with ``keep_on="cpu"`` off it; r (out + in) float32 numbers of factors for a weight, 4 bytes each, as many
+    of gradients and what the optimizer keeps of them (8 bytes a number for Adam). With several processes only factors
+    are averaged.
 
     Args:
         layers: Patterns of names, of layers as in ``named_modules()`` (``"*.query"``) or of weights themselves
@@ -79,6 +81,8 @@ class ALLoRA(FineTuning):
             for new ones.
         save: ``"full"`` checkpoints are those of the plain module and the callback's state beside it; ``"delta"`` ones
             hold what was trained, buffers and a hash of all else, and load where the module begins with the same.
+        keep_on: Where the copy of the chosen weights lies: on their ``"device"``, or on the ``"cpu"``, from where each
+            comes over once in a step of the optimizer.
         name: Tells several instances in one Trainer apart; they must not share a weight.
         seed: Seed of the first factors.
 
@@ -107,6 +111,7 @@ class ALLoRA(FineTuning):
         exclude: list[str] | str | None = None,
         start: str | None = None,
         save: Literal["full", "delta"] = "full",
+        keep_on: Literal["device", "cpu"] = "device",
         name: str | None = None,
         seed: int = 0,
     ) -> None:
@@ -121,10 +126,11 @@ class ALLoRA(FineTuning):
         check_choice(self, "mode", mode, ("grad", "update"))
         check_number(self, "b_lr_factor", b_lr_factor, low=0)
         check_choice(self, "save", save, ("full", "delta"))
+        check_choice(self, "keep_on", keep_on, ("device", "cpu"))
         self.layers, self.rank, self.scale, self.eta, self.alpha = layers, rank, scale, eta, alpha
         self.mode, self.b_lr_factor, self.train, self.exclude = mode, b_lr_factor, train, exclude
-        self.start, self.save = start, save
-        self.latents = Latents(lr_factor={"B": b_lr_factor}, frozen=True)
+        self.start, self.save, self.keep_on = start, save, keep_on
+        self.latents = Latents(lr_factor={"B": b_lr_factor}, frozen=True, on_cpu=keep_on == "cpu")
         self._layouts: dict[str, Layout] = {}
         self._tables: set[str] = set()
         self._left: dict[str, list[str]] = {}
