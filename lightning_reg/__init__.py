@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     )
     from lightning_reg.continual.weight_anchors.ewc import EWC as EWC
     from lightning_reg.continual.weight_anchors.l2_to_start import L2ToStart as L2ToStart
+    from lightning_reg.diffusion.denoiser import Denoiser as Denoiser
+    from lightning_reg.diffusion.denoiser import NoiseSchedule as NoiseSchedule
+    from lightning_reg.diffusion.denoiser import Prediction as Prediction
     from lightning_reg.dropout.multi_sample_dropout.core import MultiSampleDropoutLayer as MultiSampleDropoutLayer
     from lightning_reg.dropout.multi_sample_dropout.multi_sample_dropout import MultiSampleDropout as MultiSampleDropout
     from lightning_reg.engine.loss.mixin import LossMixin as LossMixin
@@ -81,6 +84,9 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "PredictionDistillation": "lightning_reg.continual.rehearsal_free_cl.prediction_distillation",
         "EWC": "lightning_reg.continual.weight_anchors.ewc",
         "L2ToStart": "lightning_reg.continual.weight_anchors.l2_to_start",
+        "Denoiser": "lightning_reg.diffusion.denoiser",
+        "NoiseSchedule": "lightning_reg.diffusion.denoiser",
+        "Prediction": "lightning_reg.diffusion.denoiser",
         "MultiSampleDropoutLayer": "lightning_reg.dropout.multi_sample_dropout.core",
         "MultiSampleDropout": "lightning_reg.dropout.multi_sample_dropout.multi_sample_dropout",
         "LossMixin": "lightning_reg.engine.loss.mixin",
