@@ -347,7 +347,9 @@ class Denoiser(nn.Module):
         return x
 
 
-def guided_prediction(with_it: Prediction, without: Prediction, scale: float, rescale: float = 0.0) -> Prediction:
+def guided_prediction(
+    with_it: Prediction, without: Prediction, scale: float | Tensor, rescale: float = 0.0
+) -> Prediction:
     """Guidance of two predictions; ``rescale`` moves the standard deviation of each row towards the conditional one."""
     output = without.output + scale * (with_it.output - without.output)
     if rescale:
