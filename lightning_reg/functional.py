@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from lightning_reg.diffusion.adaptive_guidance.core import threshold_for as threshold_for
     from lightning_reg.diffusion.adaptive_guidance.guided_sample import guided_sample as guided_sample
     from lightning_reg.diffusion.adaptive_guidance.guided_sample import search_guidance_policy as search_guidance_policy
+    from lightning_reg.diffusion.adaptive_guidance.guider import adaptive_guider as adaptive_guider
     from lightning_reg.diffusion.adaptive_guidance.linear_ag import fit_linear_ag as fit_linear_ag
     from lightning_reg.diffusion.decor.core import EmbeddingComponents as EmbeddingComponents
     from lightning_reg.diffusion.decor.core import decor_project as decor_project
@@ -193,6 +194,7 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "threshold_for": "lightning_reg.diffusion.adaptive_guidance.core",
         "guided_sample": "lightning_reg.diffusion.adaptive_guidance.guided_sample",
         "search_guidance_policy": "lightning_reg.diffusion.adaptive_guidance.guided_sample",
+        "adaptive_guider": "lightning_reg.diffusion.adaptive_guidance.guider",
         "fit_linear_ag": "lightning_reg.diffusion.adaptive_guidance.linear_ag",
         "EmbeddingComponents": "lightning_reg.diffusion.decor.core",
         "decor_project": "lightning_reg.diffusion.decor.core",

@@ -2,7 +2,7 @@
 
 A class-conditional UNet2DModel of 0.7 million parameters on 8 x 8 digits (``tests/diffusion/digits.py``), 20 steps of
 DDIM, guidance 3, 40 samples for each seed: passes for a sample, 1,000 times the mean squared distance to full guidance
-(40 passes), and the smallest cosine of a sample with its fully guided one. Adaptive guidance compares predicted samples;
+(40 passes), and the least cosine of a sample with its fully guided one. Adaptive guidance compares predicted samples;
 ``eps`` compares the predicted noise, as the formula of the paper reads. "Fixed stop" is what diffusers' ``stop``
 does. LinearAG is fitted to 60 other samples; it forecasts every second unconditional prediction.
 """

@@ -1,6 +1,7 @@
 """Adaptive guidance: counts, switching by row, forecasts against fewer steps, the search."""
 
 import math
+import sys
 from functools import cache
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 
 from lightning_reg import AdaptiveGuidance, Denoiser, GuidancePolicy, LinearAG, NoiseSchedule
 from lightning_reg.functional import (
+    adaptive_guider,
     cosine_similarity,
     fit_linear_ag,
     guided_sample,
@@ -261,3 +263,30 @@ def test_a_threshold_that_is_met_at_the_first_step_is_told():
 def test_arguments(kind, options, argument):
     with pytest.raises(ValueError, match=f"^{kind.__name__}: `{argument}`"):
         kind(**options)
+
+
+def test_the_guider_of_diffusers_does_the_same():
+    """A loop as in a modular pipeline: the guider says how many passes, the scheduler steps."""
+    noise, labels = start(1)
+    policy = AdaptiveGuidance(3.0, 0.9)
+    wanted = guided_sample(digits_denoiser(), noise, labels, NONE, policy, 8)
+    own, x = scheduler(), noise
+    guider = adaptive_guider(policy, own)
+    for _ in range(2):  # a second sampling begins anew
+        own.set_timesteps(8)
+        x = noise
+        for number, time in enumerate(own.timesteps):
+            guider.set_state(step=number, num_inference_steps=8, timestep=time)
+            passes = guider.prepare_inputs({"latents": (x, x), "labels": (labels, NONE)})
+            with torch.no_grad():
+                for one in passes:
+                    one.noise_pred = class_model()(one.latents, time[None], class_labels=one.labels).sample
+            x = own.step(guider(passes).pred, time, x).prev_sample
+        torch.testing.assert_close(x, wanted.samples, atol=1e-4, rtol=1e-4)
+        assert guider.calls == int(wanted.calls) < 16
+
+
+def test_without_diffusers_the_guider_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers.guiders", None)
+    with pytest.raises(ImportError, match=r"pip install 'lightning-reg\[diffusion\]'"):
+        adaptive_guider(AdaptiveGuidance(), scheduler())

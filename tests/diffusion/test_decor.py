@@ -145,7 +145,7 @@ def inverted_share(samples):
 
 def sampled(condition, guidance=None):
     denoiser = Denoiser(word_model()[0], scheduler("v_prediction"))
-    noise = vectors(20, 1, 8, 8)
+    noise = vectors(10, 1, 8, 8)
     policy = guidance or AdaptiveGuidance(2.0, 2.0)
     return guided_sample(denoiser, noise, condition, encoded(""), policy, 10)
 

@@ -363,7 +363,8 @@ def test_predictions_are_plain_data():
 def test_the_suite_is_imported_without_diffusers():
     code = (
         "import sys; sys.modules['diffusers'] = None\n"
-        "import lightning_reg; from lightning_reg import *; print(lightning_reg.Denoiser.__name__)"
+        "import lightning_reg as suite\n"
+        "print(suite.Denoiser.__name__, suite.DiffusionClassifierEval.__name__, suite.DecorProjection.__name__)"
     )
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "Denoiser"
+    assert run.stdout.split() == ["Denoiser", "DiffusionClassifierEval", "DecorProjection"]
