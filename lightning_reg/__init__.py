@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lightning_reg.continual.weight_anchors.ewc import EWC as EWC
     from lightning_reg.continual.weight_anchors.l2_to_start import L2ToStart as L2ToStart
     from lightning_reg.diffusion.adaptive_guidance.adaptive_guidance import AdaptiveGuidance as AdaptiveGuidance
+    from lightning_reg.diffusion.adaptive_guidance.guided_predict import GuidedPredict as GuidedPredict
     from lightning_reg.diffusion.adaptive_guidance.guided_sample import Guidance as Guidance
     from lightning_reg.diffusion.adaptive_guidance.guided_sample import GuidedSamples as GuidedSamples
     from lightning_reg.diffusion.adaptive_guidance.linear_ag import GuidancePolicy as GuidancePolicy
@@ -101,6 +102,7 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "EWC": "lightning_reg.continual.weight_anchors.ewc",
         "L2ToStart": "lightning_reg.continual.weight_anchors.l2_to_start",
         "AdaptiveGuidance": "lightning_reg.diffusion.adaptive_guidance.adaptive_guidance",
+        "GuidedPredict": "lightning_reg.diffusion.adaptive_guidance.guided_predict",
         "Guidance": "lightning_reg.diffusion.adaptive_guidance.guided_sample",
         "GuidedSamples": "lightning_reg.diffusion.adaptive_guidance.guided_sample",
         "GuidancePolicy": "lightning_reg.diffusion.adaptive_guidance.linear_ag",

@@ -6,9 +6,12 @@ from functools import cache
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_reg import AdaptiveGuidance, Denoiser, GuidancePolicy, LinearAG, NoiseSchedule
+from lightning_reg import AdaptiveGuidance, Denoiser, GuidancePolicy, GuidedPredict, LinearAG, NoiseSchedule
+from lightning_reg.engine.host.row_bits import normals
 from lightning_reg.functional import (
     adaptive_guider,
     cosine_similarity,
@@ -22,6 +25,9 @@ from lightning_reg.functional import (
 from tests.conformance.kinds.procedure import ProcedureCase
 from tests.diffusion.digits import NULL, class_model, scheduler
 from tests.diffusion.test_denoiser import CONDITION, X, small
+from tests.toys import QUIET, make_trainer
+
+pytestmark = QUIET
 
 STEPS = 10
 CASE = ProcedureCase(
@@ -290,3 +296,40 @@ def test_without_diffusers_the_guider_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers.guiders", None)
     with pytest.raises(ImportError, match=r"pip install 'lightning-reg\[diffusion\]'"):
         adaptive_guider(AdaptiveGuidance(), scheduler())
+
+
+class Sampler(GuidedPredict, LightningModule):
+    sampling_steps = 3
+
+    def __init__(self):
+        super().__init__()
+        self.unet = class_model()
+
+    def guided_denoiser(self):
+        return Denoiser(self.unet, scheduler())
+
+    def guidance(self):
+        return AdaptiveGuidance(2.0, 1.5)
+
+    def null_condition(self):
+        return NONE
+
+    def sample_shape(self):
+        return (1, 8, 8)
+
+
+def test_a_module_samples_for_the_conditions_of_its_loader():
+    module, labels = Sampler(), torch.tensor([3, 1, 4])
+    found = {}
+    for size in (2, 3):
+        made = make_trainer().predict(module, DataLoader(TensorDataset(labels), batch_size=size))
+        found[size] = torch.cat([one.samples for one in made])
+        assert torch.cat([one.calls for one in made]).tolist() == [6] * 3
+    torch.testing.assert_close(found[2], found[3])
+    noise = normals(0, torch.arange(3), (1, 8, 8))
+    with torch.no_grad():
+        wanted = Denoiser(class_model(), scheduler()).sample(noise, labels, NONE, 2.0, steps=3)
+    torch.testing.assert_close(found[3], wanted)
+    assert not [key for key in module.state_dict() if not key.startswith("unet.")]
+    with pytest.raises(NotImplementedError, match=r"define `guided_denoiser\(self\)`"):
+        GuidedPredict().guided_denoiser()
