@@ -137,6 +137,8 @@ class Denoiser(nn.Module):
 
     """
 
+    level_bits: Tensor | None
+
     def __init__(
         self,
         model: nn.Module | Callable[..., Any],
@@ -157,11 +159,11 @@ class Denoiser(nn.Module):
         levels = getattr(scheduler, "alphas_cumprod", None)
         # Their bits: a network that is moved to half precision keeps its levels.
         bits = None if levels is None else levels.detach().double().view(torch.int64)
-        self.register_buffer("_levels", bits, persistent=False)
+        self.register_buffer("level_bits", bits, persistent=False)
 
     def levels(self, times: Tensor) -> tuple[Tensor, Tensor]:
         """Alpha and sigma at times ``(N,)``, in float64."""
-        bits = self._buffers["_levels"]
+        bits = self.level_bits
         if bits is None:
             return flow_levels(times, self.scheduler)
         signal = bits.view(torch.float64)[times]
