@@ -26,6 +26,26 @@ if TYPE_CHECKING:
     )
     from lightning_reg.continual.weight_anchors.ewc import EWC as EWC
     from lightning_reg.continual.weight_anchors.l2_to_start import L2ToStart as L2ToStart
+    from lightning_reg.diffusion.adaptive_guidance.adaptive_guidance import AdaptiveGuidance as AdaptiveGuidance
+    from lightning_reg.diffusion.adaptive_guidance.guided_predict import GuidedPredict as GuidedPredict
+    from lightning_reg.diffusion.adaptive_guidance.guided_sample import Guidance as Guidance
+    from lightning_reg.diffusion.adaptive_guidance.guided_sample import GuidedSamples as GuidedSamples
+    from lightning_reg.diffusion.adaptive_guidance.linear_ag import GuidancePolicy as GuidancePolicy
+    from lightning_reg.diffusion.adaptive_guidance.linear_ag import LinearAG as LinearAG
+    from lightning_reg.diffusion.decor.core import EmbeddingComponents as EmbeddingComponents
+    from lightning_reg.diffusion.decor.decor_projection import DecorProjection as DecorProjection
+    from lightning_reg.diffusion.denoiser import Denoiser as Denoiser
+    from lightning_reg.diffusion.denoiser import NoiseSchedule as NoiseSchedule
+    from lightning_reg.diffusion.denoiser import Prediction as Prediction
+    from lightning_reg.diffusion.diffusion_classifier.classify import Classified as Classified
+    from lightning_reg.diffusion.diffusion_classifier.classify import PairMatches as PairMatches
+    from lightning_reg.diffusion.diffusion_classifier.diffusion_classifier import (
+        DiffusionClassifier as DiffusionClassifier,
+    )
+    from lightning_reg.diffusion.diffusion_classifier.diffusion_classifier_eval import (
+        DiffusionClassifierEval as DiffusionClassifierEval,
+    )
+    from lightning_reg.diffusion.diffusion_classifier.metrics import DiffusionAccuracy as DiffusionAccuracy
     from lightning_reg.dropout.multi_sample_dropout.core import MultiSampleDropoutLayer as MultiSampleDropoutLayer
     from lightning_reg.dropout.multi_sample_dropout.multi_sample_dropout import MultiSampleDropout as MultiSampleDropout
     from lightning_reg.engine.loss.mixin import LossMixin as LossMixin
@@ -85,6 +105,22 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "PredictionDistillation": "lightning_reg.continual.rehearsal_free_cl.prediction_distillation",
         "EWC": "lightning_reg.continual.weight_anchors.ewc",
         "L2ToStart": "lightning_reg.continual.weight_anchors.l2_to_start",
+        "AdaptiveGuidance": "lightning_reg.diffusion.adaptive_guidance.adaptive_guidance",
+        "GuidedPredict": "lightning_reg.diffusion.adaptive_guidance.guided_predict",
+        "Guidance": "lightning_reg.diffusion.adaptive_guidance.guided_sample",
+        "GuidedSamples": "lightning_reg.diffusion.adaptive_guidance.guided_sample",
+        "GuidancePolicy": "lightning_reg.diffusion.adaptive_guidance.linear_ag",
+        "LinearAG": "lightning_reg.diffusion.adaptive_guidance.linear_ag",
+        "EmbeddingComponents": "lightning_reg.diffusion.decor.core",
+        "DecorProjection": "lightning_reg.diffusion.decor.decor_projection",
+        "Denoiser": "lightning_reg.diffusion.denoiser",
+        "NoiseSchedule": "lightning_reg.diffusion.denoiser",
+        "Prediction": "lightning_reg.diffusion.denoiser",
+        "Classified": "lightning_reg.diffusion.diffusion_classifier.classify",
+        "PairMatches": "lightning_reg.diffusion.diffusion_classifier.classify",
+        "DiffusionClassifier": "lightning_reg.diffusion.diffusion_classifier.diffusion_classifier",
+        "DiffusionClassifierEval": "lightning_reg.diffusion.diffusion_classifier.diffusion_classifier_eval",
+        "DiffusionAccuracy": "lightning_reg.diffusion.diffusion_classifier.metrics",
         "MultiSampleDropoutLayer": "lightning_reg.dropout.multi_sample_dropout.core",
         "MultiSampleDropout": "lightning_reg.dropout.multi_sample_dropout.multi_sample_dropout",
         "LossMixin": "lightning_reg.engine.loss.mixin",

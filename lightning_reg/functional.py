@@ -40,6 +40,25 @@ if TYPE_CHECKING:
     from lightning_reg.continual.weight_anchors.core import fisher_diagonal as fisher_diagonal
     from lightning_reg.continual.weight_anchors.core import fisher_losses as fisher_losses
     from lightning_reg.continual.weight_anchors.core import quadratic_penalty as quadratic_penalty
+    from lightning_reg.diffusion.adaptive_guidance.core import cosine_similarity as cosine_similarity
+    from lightning_reg.diffusion.adaptive_guidance.core import linear_ag_coefficients as linear_ag_coefficients
+    from lightning_reg.diffusion.adaptive_guidance.core import predict_unconditional as predict_unconditional
+    from lightning_reg.diffusion.adaptive_guidance.core import threshold_for as threshold_for
+    from lightning_reg.diffusion.adaptive_guidance.guided_sample import guided_sample as guided_sample
+    from lightning_reg.diffusion.adaptive_guidance.guided_sample import search_guidance_policy as search_guidance_policy
+    from lightning_reg.diffusion.adaptive_guidance.guider import adaptive_guider as adaptive_guider
+    from lightning_reg.diffusion.adaptive_guidance.linear_ag import fit_linear_ag as fit_linear_ag
+    from lightning_reg.diffusion.decor.core import EmbeddingComponents as EmbeddingComponents
+    from lightning_reg.diffusion.decor.core import decor_project as decor_project
+    from lightning_reg.diffusion.decor.core import embedding_components as embedding_components
+    from lightning_reg.diffusion.decor.core import keep_axes as keep_axes
+    from lightning_reg.diffusion.decor.core import token_rows as token_rows
+    from lightning_reg.diffusion.decor.core import undesired_basis as undesired_basis
+    from lightning_reg.diffusion.diffusion_classifier.classify import classify_images as classify_images
+    from lightning_reg.diffusion.diffusion_classifier.classify import match_pairs as match_pairs
+    from lightning_reg.diffusion.diffusion_classifier.core import class_log_posterior as class_log_posterior
+    from lightning_reg.diffusion.diffusion_classifier.core import condition_errors as condition_errors
+    from lightning_reg.diffusion.diffusion_classifier.core import stage_times as stage_times
     from lightning_reg.dropout.multi_sample_dropout.core import MultiSampleDropoutLayer as MultiSampleDropoutLayer
     from lightning_reg.dropout.multi_sample_dropout.core import dropout_copies as dropout_copies
     from lightning_reg.dropout.multi_sample_dropout.core import fold as fold
@@ -199,6 +218,25 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "fisher_diagonal": "lightning_reg.continual.weight_anchors.core",
         "fisher_losses": "lightning_reg.continual.weight_anchors.core",
         "quadratic_penalty": "lightning_reg.continual.weight_anchors.core",
+        "cosine_similarity": "lightning_reg.diffusion.adaptive_guidance.core",
+        "linear_ag_coefficients": "lightning_reg.diffusion.adaptive_guidance.core",
+        "predict_unconditional": "lightning_reg.diffusion.adaptive_guidance.core",
+        "threshold_for": "lightning_reg.diffusion.adaptive_guidance.core",
+        "guided_sample": "lightning_reg.diffusion.adaptive_guidance.guided_sample",
+        "search_guidance_policy": "lightning_reg.diffusion.adaptive_guidance.guided_sample",
+        "adaptive_guider": "lightning_reg.diffusion.adaptive_guidance.guider",
+        "fit_linear_ag": "lightning_reg.diffusion.adaptive_guidance.linear_ag",
+        "EmbeddingComponents": "lightning_reg.diffusion.decor.core",
+        "decor_project": "lightning_reg.diffusion.decor.core",
+        "embedding_components": "lightning_reg.diffusion.decor.core",
+        "keep_axes": "lightning_reg.diffusion.decor.core",
+        "token_rows": "lightning_reg.diffusion.decor.core",
+        "undesired_basis": "lightning_reg.diffusion.decor.core",
+        "classify_images": "lightning_reg.diffusion.diffusion_classifier.classify",
+        "match_pairs": "lightning_reg.diffusion.diffusion_classifier.classify",
+        "class_log_posterior": "lightning_reg.diffusion.diffusion_classifier.core",
+        "condition_errors": "lightning_reg.diffusion.diffusion_classifier.core",
+        "stage_times": "lightning_reg.diffusion.diffusion_classifier.core",
         "MultiSampleDropoutLayer": "lightning_reg.dropout.multi_sample_dropout.core",
         "dropout_copies": "lightning_reg.dropout.multi_sample_dropout.core",
         "fold": "lightning_reg.dropout.multi_sample_dropout.core",

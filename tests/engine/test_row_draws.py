@@ -1,9 +1,11 @@
 """Draws that belong to rows: the generator against integers of Python, and what a mask has to be."""
 
+import math
+
 import pytest
 import torch
 
-from lightning_reg.engine.host.row_bits import global_rows, keep_mask, uniforms
+from lightning_reg.engine.host.row_bits import global_rows, keep_mask, normals, uniforms
 
 WORD = 2**64
 
@@ -92,3 +94,26 @@ def on_a_rank():
 
 def test_ranks_rows_lie_in_turns(two_processes):
     assert two_processes.run(on_a_rank) == [[0, 2, 4], [1, 3, 5]]
+
+
+@pytest.mark.parametrize("seed", [0, 12345678901234567])
+def test_normal_draws_are_those_of_the_integers(seed):
+    golden, rows = 0x9E3779B97F4A7C15, [0, 3, 1_000_000]
+    found = normals(seed, torch.tensor(rows), (3,), torch.double)
+    for row, drawn in zip(rows, found.tolist(), strict=True):
+        wanted = []
+        for counter in (1, 2):
+            word = splitmix((splitmix((row * golden + seed) % WORD) + counter * golden) % WORD)
+            high, low = (word >> 32) / 2**32 + 2**-33, word % 2**32 / 2**32 + 2**-33
+            radius = math.sqrt(-2 * math.log(high))
+            wanted += [radius * math.cos(2 * math.pi * low), radius * math.sin(2 * math.pi * low)]
+        assert drawn == pytest.approx(wanted[:3], rel=1e-12)
+
+
+def test_normal_draws_are_normal():
+    found = normals(1, torch.arange(200), (20, 10))
+    assert (found.dtype, found.shape) == (torch.float32, (200, 20, 10))
+    moments = [float((found.double() ** power).mean()) for power in (1, 2, 3, 4)]
+    # four standard deviations of each mean of 40,000
+    for moment, wanted, deviation in zip(moments, (0, 1, 0, 3), (1, 2**0.5, 15**0.5, 96**0.5), strict=True):
+        assert abs(moment - wanted) < 4 * deviation / 200

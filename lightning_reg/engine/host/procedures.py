@@ -79,8 +79,9 @@ def left_as_found(module: nn.Module) -> Iterator[None]:
             for param, requires_grad, gradient in params:
                 param.requires_grad_(requires_grad)
                 param.grad = gradient
-            with torch.no_grad():
-                for buffer, value in buffers:
+            for buffer, value in buffers:
+                # One that was made in inference mode, as in Lightning's validation, is written to there alone.
+                with torch.inference_mode(buffer.is_inference()), torch.no_grad():
                     buffer.copy_(value)
 
 

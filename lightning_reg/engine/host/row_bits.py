@@ -16,7 +16,7 @@ from lightning_reg.engine.host import distributed
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["global_rows", "keep_mask", "uniforms"]
+__all__ = ["global_rows", "keep_mask", "normals", "uniforms"]
 
 _GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
@@ -66,6 +66,28 @@ def uniforms(seed: int, rows: Tensor) -> Tensor:
     """
     bits = _mixed(_mixed(rows * _signed(_GOLDEN) + _signed(seed)) + _signed(_GOLDEN))
     return ((bits >> 40) & (2**24 - 1)).float() * 2**-24
+
+
+def normals(seed: int, rows: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Independent draws of the standard normal distribution, a set for each row (Box and Muller, 1958).
+
+    Args:
+        seed: Of what is drawn.
+        rows: Numbers of the rows ``(B,)`` int64.
+        shape: Shape of a row's own draws.
+        dtype: Of the result.
+
+    Returns:
+        ``(B, *shape)`` on the device of ``rows``.
+
+    """
+    count = math.prod(shape)
+    counters = torch.arange(-(-count // 2), device=rows.device) + 1  # a word of 64 bits serves two draws
+    bits = _mixed(_mixed(rows * _signed(_GOLDEN) + _signed(seed))[:, None] + counters * _signed(_GOLDEN))
+    high, low = (((half & (2**32 - 1)).double() + 0.5) * 2**-32 for half in (bits >> 32, bits))
+    radius, angle = (-2 * high.log()).sqrt(), 2 * math.pi * low
+    both = torch.stack([radius * angle.cos(), radius * angle.sin()], -1).flatten(1)
+    return both[:, :count].reshape(len(rows), *shape).to(dtype)
 
 
 def _mixed(z: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Diffusion models read, guided and probed: what is done with a denoiser that somebody has trained."""

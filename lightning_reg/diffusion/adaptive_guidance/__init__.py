@@ -1,0 +1,1 @@
+"""Adaptive guidance: the unconditional pass of guidance is skipped once it says nothing new, or forecast."""

@@ -1,0 +1,1 @@
+"""Diffusion classifier: the class under which a denoiser errs least."""
