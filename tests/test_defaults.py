@@ -122,8 +122,6 @@ DEFAULTS = {
         "exclude": None,
         "factors": "mean",
     },
-    "importance_curve": {"select": "smallest", "seed": 0},
-    "low_rank_factor": {"alpha": None},
     "mask_bits": {"prefix": ""},
     "match_pairs": {"n_samples": 50, "chunk": 512, "seed": 0},
     "mix_targets": {"num_classes": None},

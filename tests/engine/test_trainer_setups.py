@@ -336,7 +336,7 @@ def test_the_table_is_printed_with_the_model_summary(summary):
         return
     assert start.count("lightning_reg") == 1
     term, weights = lines
-    assert [cell.strip() for cell in term.split("│")[1:-1]] == ["Term", "loss_term", "-", "factor=0.25"]
+    assert [cell.strip() for cell in term.split("│")[1:-1]] == ["Term", "the loss", "-", "factor=0.25"]
     assert [cell.strip() for cell in weights.split("│")[1:-1]] == ["WeightsByPosition [x]", "sample_weights", "-", ""]
 
 
