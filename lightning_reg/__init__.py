@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from lightning_reg.engine.technique import WeightMapTechnique as WeightMapTechnique
     from lightning_reg.engine.technique import WeightTechnique as WeightTechnique
     from lightning_reg.finetuning.allora.allora import ALLoRA as ALLoRA
+    from lightning_reg.finetuning.dr_tune.core import FeatureBank as FeatureBank
+    from lightning_reg.finetuning.dr_tune.dr_tune import DRTune as DRTune
     from lightning_reg.finetuning.sara.sara import SaRA as SaRA
     from lightning_reg.metric_learning.conr.conr import ConR as ConR
     from lightning_reg.metric_learning.loki.loki import Loki as Loki
@@ -95,6 +97,8 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "WeightMapTechnique": "lightning_reg.engine.technique",
         "WeightTechnique": "lightning_reg.engine.technique",
         "ALLoRA": "lightning_reg.finetuning.allora.allora",
+        "FeatureBank": "lightning_reg.finetuning.dr_tune.core",
+        "DRTune": "lightning_reg.finetuning.dr_tune.dr_tune",
         "SaRA": "lightning_reg.finetuning.sara.sara",
         "ConR": "lightning_reg.metric_learning.conr.conr",
         "Loki": "lightning_reg.metric_learning.loki.loki",

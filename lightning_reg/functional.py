@@ -53,6 +53,11 @@ if TYPE_CHECKING:
     from lightning_reg.finetuning.allora.export import applied as applied
     from lightning_reg.finetuning.allora.export import export_peft as export_peft
     from lightning_reg.finetuning.allora.export import from_peft as from_peft
+    from lightning_reg.finetuning.dr_tune.core import FeatureBank as FeatureBank
+    from lightning_reg.finetuning.dr_tune.core import calibrate as calibrate
+    from lightning_reg.finetuning.dr_tune.core import class_translate as class_translate
+    from lightning_reg.finetuning.dr_tune.core import dr_loss as dr_loss
+    from lightning_reg.finetuning.dr_tune.core import kabsch as kabsch
     from lightning_reg.finetuning.sara.core import magnitude_threshold as magnitude_threshold
     from lightning_reg.finetuning.sara.core import nuclear_norm as nuclear_norm
     from lightning_reg.finetuning.sara.core import pack_positions as pack_positions
@@ -182,6 +187,11 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "applied": "lightning_reg.finetuning.allora.export",
         "export_peft": "lightning_reg.finetuning.allora.export",
         "from_peft": "lightning_reg.finetuning.allora.export",
+        "FeatureBank": "lightning_reg.finetuning.dr_tune.core",
+        "calibrate": "lightning_reg.finetuning.dr_tune.core",
+        "class_translate": "lightning_reg.finetuning.dr_tune.core",
+        "dr_loss": "lightning_reg.finetuning.dr_tune.core",
+        "kabsch": "lightning_reg.finetuning.dr_tune.core",
         "magnitude_threshold": "lightning_reg.finetuning.sara.core",
         "nuclear_norm": "lightning_reg.finetuning.sara.core",
         "pack_positions": "lightning_reg.finetuning.sara.core",
