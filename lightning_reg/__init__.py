@@ -60,6 +60,8 @@ if TYPE_CHECKING:
     from lightning_reg.engine.technique import WeightMapTechnique as WeightMapTechnique
     from lightning_reg.engine.technique import WeightTechnique as WeightTechnique
     from lightning_reg.finetuning.allora.allora import ALLoRA as ALLoRA
+    from lightning_reg.finetuning.dr_tune.core import FeatureBank as FeatureBank
+    from lightning_reg.finetuning.dr_tune.dr_tune import DRTune as DRTune
     from lightning_reg.finetuning.maestro.maestro import MaestroLowRank as MaestroLowRank
     from lightning_reg.finetuning.mask_tuning.mask_tuning import MaskTuning as MaskTuning
     from lightning_reg.finetuning.sara.sara import SaRA as SaRA
@@ -135,6 +137,8 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "WeightMapTechnique": "lightning_reg.engine.technique",
         "WeightTechnique": "lightning_reg.engine.technique",
         "ALLoRA": "lightning_reg.finetuning.allora.allora",
+        "FeatureBank": "lightning_reg.finetuning.dr_tune.core",
+        "DRTune": "lightning_reg.finetuning.dr_tune.dr_tune",
         "MaestroLowRank": "lightning_reg.finetuning.maestro.maestro",
         "MaskTuning": "lightning_reg.finetuning.mask_tuning.mask_tuning",
         "SaRA": "lightning_reg.finetuning.sara.sara",

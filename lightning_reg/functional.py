@@ -72,6 +72,11 @@ if TYPE_CHECKING:
     from lightning_reg.finetuning.allora.export import applied as applied
     from lightning_reg.finetuning.allora.export import export_peft as export_peft
     from lightning_reg.finetuning.allora.export import from_peft as from_peft
+    from lightning_reg.finetuning.dr_tune.core import FeatureBank as FeatureBank
+    from lightning_reg.finetuning.dr_tune.core import calibrate as calibrate
+    from lightning_reg.finetuning.dr_tune.core import class_translate as class_translate
+    from lightning_reg.finetuning.dr_tune.core import dr_loss as dr_loss
+    from lightning_reg.finetuning.dr_tune.core import kabsch as kabsch
     from lightning_reg.finetuning.maestro.core import hierarchical_lasso as hierarchical_lasso
     from lightning_reg.finetuning.maestro.core import kept_rank as kept_rank
     from lightning_reg.finetuning.maestro.core import low_rank_gradients as low_rank_gradients
@@ -250,6 +255,11 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "applied": "lightning_reg.finetuning.allora.export",
         "export_peft": "lightning_reg.finetuning.allora.export",
         "from_peft": "lightning_reg.finetuning.allora.export",
+        "FeatureBank": "lightning_reg.finetuning.dr_tune.core",
+        "calibrate": "lightning_reg.finetuning.dr_tune.core",
+        "class_translate": "lightning_reg.finetuning.dr_tune.core",
+        "dr_loss": "lightning_reg.finetuning.dr_tune.core",
+        "kabsch": "lightning_reg.finetuning.dr_tune.core",
         "hierarchical_lasso": "lightning_reg.finetuning.maestro.core",
         "kept_rank": "lightning_reg.finetuning.maestro.core",
         "low_rank_gradients": "lightning_reg.finetuning.maestro.core",

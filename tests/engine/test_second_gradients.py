@@ -6,8 +6,8 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from typing_extensions import override
 
-from lightning_reg.engine.networks.peer import Peer, copy_of
-from lightning_reg.engine.networks.reference import Reference
+from lightning_reg.engine.networks.first_network import FirstNetwork
+from lightning_reg.engine.networks.peer import Peer
 from lightning_reg.engine.technique import BatchTechnique, LossTechnique, WeightMapTechnique
 from lightning_reg.engine.weights.latents import Latents
 from lightning_reg.engine.weights.second import second_gradients
@@ -23,7 +23,7 @@ class Second(BatchTechnique, LossTechnique, WeightMapTechnique):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.latents = Latents(frozen=True, has_second=True)
-        self.reference, self.noted, self.said = Reference(), [], []
+        self.reference, self.noted, self.said = FirstNetwork(), [], []
 
     @override
     def is_active(self, step):
@@ -125,16 +125,11 @@ def test_a_reference_shares_memory_and_stays_as_it_was():
         assert torch.equal(value, start.state_dict()[name[4:]])
 
 
-def test_a_copy_of_given_tensors():
+def test_a_skeleton_has_the_memory_of_the_module():
     module = Classifier()
-    module.register_buffer("count", torch.zeros(3))
-    given = {"net.0.weight": module.net[0].weight.detach(), "count": torch.ones(3)}
-    twin = copy_of(module, given)
-    assert twin.net[0].weight.data_ptr() == module.net[0].weight.data_ptr()
-    assert twin.count is given["count"]
-    assert twin.net[3].weight.data_ptr() != module.net[3].weight.data_ptr()
-    assert twin.net[0].weight.requires_grad
-    peer = Peer(module, owner=Second(), given=given)
+    peer = Peer(module, owner=Second())
+    assert peer.module.net[0].weight.data_ptr() != module.net[0].weight.data_ptr()
+    peer.share_memory_with(module)
     assert peer.module.net[0].weight.data_ptr() == module.net[0].weight.data_ptr()
 
 

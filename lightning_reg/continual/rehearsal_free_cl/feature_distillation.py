@@ -11,7 +11,8 @@ from lightning_reg.continual.rehearsal_free_cl.core import feature_distillation_
 from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.networks.peer import check_runs_on_copy, weights_of
-from lightning_reg.engine.technique import BatchTechnique, LossTechnique
+from lightning_reg.engine.networks.references import ReferenceTechnique
+from lightning_reg.engine.technique import LossTechnique
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,14 +20,14 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
     from lightning_reg.engine.loss.call import LossCall
-    from lightning_reg.engine.networks.peer import Sight
+    from lightning_reg.engine.networks.references import Reference
     from lightning_reg.engine.step import Step
 
 __all__ = ["FeatureDistillation"]
 
 
 @final
-class FeatureDistillation(TaskTechnique, BatchTechnique, LossTechnique):
+class FeatureDistillation(TaskTechnique, ReferenceTechnique, LossTechnique):
     r"""Keeps the outputs of a layer as the network of the task before has them, on the new samples.
 
     .. math:: \frac{\lambda}{B} \sum_b \lVert f(x_b; \theta) - f(x_b; \theta^\text{old}) \rVert_2^2
@@ -98,7 +99,7 @@ class FeatureDistillation(TaskTechnique, BatchTechnique, LossTechnique):
     @property
     @override
     def acts(self) -> bool:
-        return self._teacher.peer is not None
+        return self._teacher.weights is not None
 
     @override
     def describe(self) -> str:
@@ -124,11 +125,18 @@ class FeatureDistillation(TaskTechnique, BatchTechnique, LossTechnique):
     def begin(self, step: "Step") -> None:
         if self.anchor == "start_of_fit" and not self._tasks.goes_on:
             self._tasks.kept = {"teacher": weights_of(step.module)}
-        self._teacher.take(self, step.module, self._tasks.kept)
+        self._teacher.weights = self._tasks.kept.get("teacher")
+
+    @property
+    @override
+    def references(self) -> "Sequence[Reference]":
+        return self._teacher.there
 
     @override
     def observe_batch(self, step: "Step") -> None:
-        self._teacher.observe(step, self)
+        super().observe_batch(step)
+        if self._teacher.weights is not None:
+            self._tasks.kept["teacher"] = self._teacher.weights  # the same, by the shapes that the module has now
 
     @override
     def loss_term(self, call: "LossCall") -> Tensor | None:
@@ -140,8 +148,7 @@ class FeatureDistillation(TaskTechnique, BatchTechnique, LossTechnique):
 
     def _distances(self, step: "Step", size: int | None) -> Tensor:
         """Distance of each sample times lambda; as many as the layer's output has if that is not known."""
-        sight: Sight | None = step.notes.get(self)
-        own, theirs = (None if s is None else s.features.get(self.layer) for s in (step, sight))
+        own, theirs = (s.features.get(self.layer) for s in (step, self.sight(step, self._teacher)))
         fits = isinstance(own, Tensor) and own.dim() > 0 and (size is None or len(own) == size)
         if not fits or not isinstance(own, Tensor) or not isinstance(theirs, Tensor) or theirs.shape != own.shape:
             found = f"a tensor of shape {tuple(own.shape)}" if isinstance(own, Tensor) else f"a {type(own).__name__}"
@@ -158,4 +165,4 @@ class FeatureDistillation(TaskTechnique, BatchTechnique, LossTechnique):
 
     @override
     def forget(self) -> None:
-        self._teacher.clear()
+        self._teacher.weights = None

@@ -16,20 +16,23 @@ from lightning_reg.continual.rehearsal_free_cl.core import (
 from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.networks.peer import check_runs_on_copy, weights_of
-from lightning_reg.engine.technique import BatchTechnique, LossTechnique
+from lightning_reg.engine.networks.references import ReferenceTechnique
+from lightning_reg.engine.technique import LossTechnique
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lightning.pytorch import LightningModule, Trainer
 
     from lightning_reg.engine.loss.call import LossCall
-    from lightning_reg.engine.networks.peer import Sight
+    from lightning_reg.engine.networks.references import Reference
     from lightning_reg.engine.step import Step
 
 __all__ = ["PredictionDistillation"]
 
 
 @final
-class PredictionDistillation(TaskTechnique, BatchTechnique, LossTechnique):
+class PredictionDistillation(TaskTechnique, ReferenceTechnique, LossTechnique):
     r"""Keeps the outputs for old classes as the network of the task before has them, on the new samples (LwF).
 
     ``loss_form="bce"`` replaces your loss by a sum of one-vs-all losses, from the first task on:
@@ -126,12 +129,19 @@ class PredictionDistillation(TaskTechnique, BatchTechnique, LossTechnique):
         known = {_layer(name) for name in self._tasks.kept.get("teacher", ())}
         named = weights_of(step.module) if known else {}
         self._new_rows = {name: len(p) for name, p in named.items() if p.dim() and _layer(name) not in known}
-        self._teacher.take(self, step.module, self._tasks.kept)
+        self._teacher.weights = self._tasks.kept.get("teacher")
         self._columns = 0
+
+    @property
+    @override
+    def references(self) -> "Sequence[Reference]":
+        return self._teacher.there
 
     @override
     def observe_batch(self, step: "Step") -> None:
-        self._teacher.observe(step, self)
+        super().observe_batch(step)
+        if self._teacher.weights is not None:
+            self._tasks.kept["teacher"] = self._teacher.weights  # the same, by the shapes that the module has now
 
     @override
     def change_losses(self, call: "LossCall") -> Tensor | None:
@@ -167,7 +177,7 @@ class PredictionDistillation(TaskTechnique, BatchTechnique, LossTechnique):
 
     @override
     def forget(self) -> None:
-        self._teacher.clear()
+        self._teacher.weights = None
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -238,9 +248,9 @@ class PredictionDistillation(TaskTechnique, BatchTechnique, LossTechnique):
             )
 
     def _teacher_logits(self, call: "LossCall") -> Tensor | None:
-        sight: Sight | None = call.step.notes.get(self)
-        if sight is None:
+        if self._teacher.weights is None:
             return None
+        sight = self.sight(call.step, self._teacher)
         if sight.call is None:
             raise MisconfigurationException(
                 "PredictionDistillation: on a copy of the module `training_step` called no loss with a gradient, so the"

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torchmetrics import Metric
+from typing_extensions import override
 
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.autograd import version_of
@@ -43,6 +45,7 @@ __all__ = [
     "Sight",
     "check_runs_on_copy",
     "copy_of",
+    "fill_",
     "is_grown",
     "load_weights_",
     "update_average_",
@@ -55,7 +58,7 @@ __all__ = [
 _EMPTY = CellType()  # of a name that has no value yet
 
 
-def copy_of(module: "LightningModule", given: Mapping[str, Tensor] | None = None) -> "LightningModule":
+def copy_of(module: "LightningModule") -> "LightningModule":
     """A copy of the user's module: the same weights on the same device, and nothing of the Trainer or the engine.
 
     Compiled parts are copied as they were before ``torch.compile``; gradients are not copied, and what is frozen for
@@ -63,7 +66,6 @@ def copy_of(module: "LightningModule", given: Mapping[str, Tensor] | None = None
 
     Args:
         module: The user's module, with dense weights in.
-        given: Tensors that parameters and buffers of the copy are, by name, in place of copies.
 
     Returns:
         The copy, in the module's present mode, attached to no Trainer.
@@ -82,7 +84,6 @@ def copy_of(module: "LightningModule", given: Mapping[str, Tensor] | None = None
     # Such as `self.last_logits`: torch refuses to copy a tensor with a history.
     kept = (leaf for layer in module.modules() for leaf in tree_leaves(vars(layer)) if isinstance(leaf, Tensor))
     memo |= {id(leaf): leaf.detach().clone() for leaf in kept if not leaf.is_leaf}
-    memo |= _memo_of(module, given or {})
     try:
         # The innermost first, so that a compiled network inside another one is found in the memo.
         for layer in reversed(list(module.modules())):
@@ -103,15 +104,6 @@ def copy_of(module: "LightningModule", given: Mapping[str, Tensor] | None = None
     for parameter, copied in zip(module.parameters(), twin.parameters(), strict=True):
         copied.requires_grad_(needs_gradient(parameter))
     return twin
-
-
-def _memo_of(module: nn.Module, given: Mapping[str, Tensor]) -> dict[int, Tensor]:
-    named = [(plain_name(name), tensor) for name, tensor in (*module.named_parameters(), *module.named_buffers())]
-    return {
-        id(tensor): nn.Parameter(given[name], requires_grad=False) if isinstance(tensor, nn.Parameter) else given[name]
-        for name, tensor in named
-        if name in given
-    }
 
 
 def _check_functions(module: nn.Module) -> None:
@@ -191,9 +183,14 @@ def load_weights_(module: nn.Module, weights: Mapping[str, Tensor], owner: objec
         MisconfigurationException: If the module lacks one of them, or has it in a shape of another kind.
 
     """
-    own = weights_of(module)
+    fill_(weights_of(module), weights, owner)
+
+
+@torch.no_grad()
+def fill_(places: Mapping[str, Tensor], weights: Mapping[str, Tensor], owner: object) -> None:
+    """Copies weights into tensors of the same names, as :func:`load_weights_` does; arguments and errors as there."""
     for name, value in weights.items():
-        place = own.get(name)
+        place = places.get(name)
         if place is None or not is_grown(place, value):
             found = "is not there" if place is None else f"has shape {tuple(place.shape)}"
             raise MisconfigurationException(
@@ -261,7 +258,6 @@ class Peer:
         layers: Layers whose outputs :meth:`see` returns, named as in ``named_modules()``.
         training: Whether it runs in train mode (dropout, statistics of the batch) or in eval mode.
         owner: Whose it is; its class is named in messages.
-        given: Tensors that its parameters and buffers are, by name, in place of copies; they must stay as they are.
 
     Raises:
         MisconfigurationException: If the module cannot be copied, a layer is not there, or ``training_step`` fetches
@@ -276,11 +272,10 @@ class Peer:
         layers: Sequence[str] = (),
         training: bool = False,
         owner: object,
-        given: Mapping[str, Tensor] | None = None,
     ) -> None:
         check_runs_on_copy(module, owner)
         self._owner = type(owner).__name__
-        self.module = copy_of(module, given).train(training)
+        self.module = copy_of(module).train(training)
         self._tap = FeatureTap(self.module, layers)
         self._metrics = [layer for layer in self.module.modules() if isinstance(layer, Metric)]
         self._pairs = list(self.module.parameters()), list(module.parameters())
@@ -294,7 +289,25 @@ class Peer:
         """Moves its parameters to those of the module it was copied from: :func:`update_average_`."""
         return update_average_(*self._pairs, decay)
 
-    def see(self, step: "Step", technique: "Owner | None" = None, *, gradient: bool = False) -> Sight:
+    def share_memory_with(self, module: "LightningModule") -> None:
+        """Gives up its own weights: from now on :meth:`see` needs weights to see through.
+
+        Args:
+            module: The module that it was copied from, whose parameters' memory becomes its own.
+
+        """
+        theirs = {plain_name(name): p for name, p in module.named_parameters()}
+        for name, p in self.module.named_parameters():
+            p.data = theirs[plain_name(name)].data
+
+    def see(
+        self,
+        step: "Step",
+        technique: "Owner | None" = None,
+        *,
+        gradient: bool = False,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> Sight:
         """Runs its ``training_step`` on the step's batch.
 
         Nobody notices: random states are put back (so it draws what the user's module draws, if it is asked in
@@ -305,6 +318,8 @@ class Peer:
             step: The step, with its final batch.
             technique: Whose ``loss`` chooses the loss call to return; ``None`` if only features are wanted.
             gradient: Whether to keep the graph, for gradients with respect to its parameters, in full precision.
+            weights: Parameters and buffers to run with in place of its own, by name as :func:`weights_of` gives them,
+                on any device and in any precision; never written to. ``None``: its own.
 
         Returns:
             The loss call and the features.
@@ -336,7 +351,7 @@ class Peer:
                     undo.enter_context(saved_tensors_hooks(_forget, _forgotten))
                 undo.enter_context(self._watch())
                 self._tap.open = True
-                loss = loss_of(self.module.training_step(step.batch, *step.arguments))
+                loss = loss_of(self._run(step, weights))
             outputs = dict(self._tap.outputs)
             features = outputs if gradient else tree_map_only(Tensor, Tensor.detach, outputs)
         except RuntimeError as error:
@@ -364,6 +379,19 @@ class Peer:
                 " another batch than the module. Write `x = x + noise` for `x += noise`."
             )
         return Sight(self._chosen(), features, made_loss=loss is not None and loss.requires_grad)
+
+    def _run(self, step: "Step", weights: Mapping[str, Tensor] | None) -> Any:
+        arguments = step.batch, *step.arguments
+        if weights is None:
+            return self.module.training_step(*arguments)
+        others: dict[str, Tensor] = {}
+        for name, place in (*self.module.named_parameters(), *self.module.named_buffers()):
+            other = weights[plain_name(name)].to(place.device, place.dtype).detach()
+            # A leaf of its own, so that calls with a gradient are told apart; a buffer that the step may write to.
+            is_parameter = isinstance(place, nn.Parameter)
+            others[f"module.{name}"] = other.requires_grad_(place.requires_grad) if is_parameter else other.clone()
+        # Not by exchanging `.data`: inside one autocast region torch goes on with the old weights.
+        return functional_call(_TrainingStep(self.module), others, arguments)
 
     @contextmanager
     def _watch(self) -> Iterator[None]:
@@ -408,6 +436,18 @@ class Peer:
             self._selection.check()
         call, self._taken = self._taken, None
         return call
+
+
+class _TrainingStep(nn.Module):
+    """A module's ``training_step`` as a ``forward``, for ``functional_call``."""
+
+    def __init__(self, module: "LightningModule") -> None:
+        super().__init__()
+        self.module = module
+
+    @override
+    def forward(self, *arguments: Any) -> Any:
+        return self.module.training_step(*arguments)
 
 
 def _detached(arguments: dict[str, Any]) -> dict[str, Any]:

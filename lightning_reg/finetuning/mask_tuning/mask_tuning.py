@@ -10,8 +10,8 @@ from typing_extensions import override
 
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
+from lightning_reg.engine.networks.first_network import FirstNetwork
 from lightning_reg.engine.networks.peer import check_runs_on_copy
-from lightning_reg.engine.networks.reference import Reference
 from lightning_reg.engine.technique import BatchTechnique, LossTechnique
 from lightning_reg.engine.weights.entries import entries_of, write_entries_
 from lightning_reg.engine.weights.latents import Latents
@@ -149,7 +149,7 @@ class MaskTuning(BatchTechnique, LossTechnique, FineTuning):
         self.norm_weight, self.temperature, self.lr_factor = norm_weight, temperature, lr_factor
         self.train, self.exclude, self.rest_norms, self.save = train, exclude, rest_norms, save
         self.latents = Latents(lr_factor, frozen=True, has_second=gradient_dropout > 0)
-        self._reference = Reference()
+        self._reference = FirstNetwork()
         self._positions: dict[str, Tensor] = {}
         self._steps: dict[str, int] = {}
         self._left: dict[str, list[str]] = {}

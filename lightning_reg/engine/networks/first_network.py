@@ -1,4 +1,4 @@
-"""The user's network as it was when its training began, beside what it has become."""
+"""The user's network as it was when its training began: what a fit with frozen latents has of it, and no more."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from lightning_reg.engine.host.owner import Owner
     from lightning_reg.engine.step import Step
 
-__all__ = ["Reference"]
+__all__ = ["FirstNetwork"]
 
 
-class Reference:
+class FirstNetwork:
     """The network with its first weights, and what it makes of the batches; of a fit with frozen latents.
 
     Weights that nobody trains are those of the module itself, and what its owner has of the first weights is not copied
@@ -34,11 +34,12 @@ class Reference:
 
     def __init__(self) -> None:
         self.kept: dict[str, Tensor] = {}
+        self._given: dict[str, Tensor] = {}
         self._peer: Peer | None = None
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        return {"kept": self.kept, "_peer": None}
+        return {"kept": self.kept, "_given": {}, "_peer": None}
 
     @property
     def is_there(self) -> bool:
@@ -47,15 +48,17 @@ class Reference:
 
     def forget(self) -> None:
         """Another training begins."""
-        self.kept, self._peer = {}, None
+        self.kept = {}
+        self.rest()
 
     def rest(self) -> None:
         """The fit is over; first values are kept for one that goes on."""
-        self._peer = None
+        self._given, self._peer = {}, None
 
     def load(self, kept: Mapping[str, Tensor]) -> None:
         """Goes on with first values that were kept."""
-        self.kept, self._peer = dict(kept), None
+        self.kept = dict(kept)
+        self.rest()
 
     def observe(self, step: "Step", owner: "Owner", first: Mapping[str, Tensor]) -> None:
         """Has a look at the step's batch; ``step.notes`` keeps for the owner what it saw.
@@ -67,11 +70,13 @@ class Reference:
 
         """
         if self._peer is None:
-            self._peer = Peer(step.module, owner=owner, given=self._weights(step.module, step, first))
+            self._peer = Peer(step.module, owner=owner)
+            self._peer.share_memory_with(step.module)
+            self._given = self._weights(step.module, step, first)
             for name, parameter in self._peer.module.named_parameters():
                 if name in first:  # the user may have frozen all: a loss call is one by its gradient
                     parameter.requires_grad_()
-        step.notes[owner] = self._peer.see(step, owner)
+        step.notes[owner] = self._peer.see(step, owner, weights=self._given)
 
     def _weights(self, module: "LightningModule", step: "Step", first: Mapping[str, Tensor]) -> dict[str, Tensor]:
         mapping = taking_part([t for t in host.callbacks(step.trainer) if isinstance(t, Member)], ThroughMap)
