@@ -27,6 +27,8 @@ NAMES = [path.stem for path in FOLDER.glob("*.py")] + ["gpu_sections"]
 @pytest.fixture
 def modules(monkeypatch):
     """Modules of the benchmarks by name; none of them stays imported."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in NAMES]:
+        monkeypatch.delitem(sys.modules, name)  # an example may have the same name
     monkeypatch.syspath_prepend(str(FOLDER))
     threads = torch.get_num_threads()
     precision = torch.get_float32_matmul_precision()

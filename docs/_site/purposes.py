@@ -37,6 +37,7 @@ TROUBLES = (
     Trouble("The network is too big to run", ["sparsity"], "how-to/sparsify.md"),
     Trouble("A big pretrained network, of which little can be trained", ["finetuning"]),
     Trouble("An inverse problem: denoise, deblur, reconstruct", ["proximal"]),
+    Trouble("A trained network knows something that it should forget", ["unlearning"]),
     Trouble("A diffusion model, to be read, guided more cheaply, or probed", ["diffusion"]),
 )
 

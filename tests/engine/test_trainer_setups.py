@@ -337,7 +337,8 @@ def test_the_table_is_printed_with_the_model_summary(summary):
     assert start.count("lightning_reg") == 1
     term, weights = lines
     assert [cell.strip() for cell in term.split("│")[1:-1]] == ["Term", "the loss", "-", "factor=0.25"]
-    assert [cell.strip() for cell in weights.split("│")[1:-1]] == ["WeightsByPosition [x]", "sample_weights", "-", ""]
+    cells = [cell.strip() for cell in weights.split("│")[1:-1]]
+    assert cells == ["WeightsByPosition [x]", "weights of samples", "-", ""]
 
 
 # -- random draws -----------------------------------------------------------------------------------------------------

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.networks.peer import Peer, weights_of
-from lightning_reg.engine.run.phases import Member, ThroughMap, taking_part
+from lightning_reg.engine.run.engine import attached_engine
+from lightning_reg.engine.run.phases import ThroughMap, taking_part
 from lightning_reg.engine.weights.deltas import frozen_names
 
 if TYPE_CHECKING:
@@ -79,7 +79,8 @@ class FirstNetwork:
         step.notes[owner] = self._peer.see(step, owner, weights=self._given)
 
     def _weights(self, module: "LightningModule", step: "Step", first: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        mapping = taking_part([t for t in host.callbacks(step.trainer) if isinstance(t, Member)], ThroughMap)
+        # Not those of the Trainer, which has none while it looks for a learning rate.
+        mapping = taking_part(attached_engine(step.trainer).techniques, ThroughMap)
         mapped = {name for technique in mapping for name in technique.latents.values}
         resting = frozen_names(module, [t for t in mapping if t.latents.frozen], mapped)
         given = dict(first)

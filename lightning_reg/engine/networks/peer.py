@@ -266,12 +266,7 @@ class Peer:
     """
 
     def __init__(
-        self,
-        module: "LightningModule",
-        *,
-        layers: Sequence[str] = (),
-        training: bool = False,
-        owner: object,
+        self, module: "LightningModule", *, layers: Sequence[str] = (), training: bool = False, owner: object
     ) -> None:
         check_runs_on_copy(module, owner)
         self._owner = type(owner).__name__

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_choice
 from lightning_reg.engine.networks.peer import Peer, Sight, check_runs_on_copy, fill_, weights_of
 from lightning_reg.engine.run.engine import Engine, attached_engine
@@ -191,6 +190,7 @@ _NETWORKS: WeakKeyDictionary[Engine, _Network] = WeakKeyDictionary()
 def _network_of(step: "Step") -> _Network:
     engine = attached_engine(step.trainer)
     if engine not in _NETWORKS:
-        everybody = [t for t in host.callbacks(step.trainer) if isinstance(t, ReferenceTechnique)]
+        # Not those of the Trainer, which has none while it looks for a learning rate.
+        everybody = [t for t in engine.techniques if isinstance(t, ReferenceTechnique)]
         _NETWORKS[engine] = _Network(step.module, everybody)
     return _NETWORKS[engine]

@@ -11,11 +11,11 @@ from lightning_reg.engine.host import distributed
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.layers.embeddings import Pooling, class_numbers, embeddings
 from lightning_reg.engine.layers.named import find_layer, named_layers
 from lightning_reg.engine.networks.references import PLACES, Reference, ReferenceTechnique
 from lightning_reg.engine.technique import StepTechnique
 from lightning_reg.finetuning.dr_tune.core import FeatureBank, calibrate, dr_loss, kabsch
-from lightning_reg.metric_learning._embeddings import Pooling, class_numbers, embeddings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

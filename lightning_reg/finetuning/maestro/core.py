@@ -138,7 +138,7 @@ def svd_factors(matrix: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor
 
     Example:
         >>> U, V = svd_factors(torch.tensor([[0.0, 2.0], [8.0, 0.0]]))
-        >>> low_rank_product(U, V, rank=1).round()
+        >>> low_rank_product(U, V, rank=1).abs().round()
         tensor([[0., 0.],
                 [8., 0.]])
 

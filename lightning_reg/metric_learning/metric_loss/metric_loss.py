@@ -12,10 +12,10 @@ from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.user_functions import user_function
+from lightning_reg.engine.layers.embeddings import Pooling, class_numbers, embeddings
 from lightning_reg.engine.loss.contrastive import rows_with_labels
 from lightning_reg.engine.technique import ModuleTechnique, StepTechnique
 from lightning_reg.engine.weights.owned import OwnModules
-from lightning_reg.metric_learning._embeddings import Pooling, class_numbers, embeddings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

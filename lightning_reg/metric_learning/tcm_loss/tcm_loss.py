@@ -8,8 +8,8 @@ from typing_extensions import override
 
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
+from lightning_reg.engine.layers.embeddings import Pooling, class_numbers, embeddings
 from lightning_reg.engine.technique import StepTechnique
-from lightning_reg.metric_learning._embeddings import Pooling, class_numbers, embeddings
 from lightning_reg.metric_learning.tcm_loss.core import margin_terms
 
 if TYPE_CHECKING:

@@ -25,8 +25,8 @@ def prefix_probabilities(size: int, eta: float, mu: float = 0.0) -> Tensor:
         ``(D,)``, float64.
 
     Example:
-        >>> prefix_probabilities(3, 1.0)
-        tensor([0.9523, 0.0474, 0.0003], dtype=torch.float64)
+        >>> prefix_probabilities(3, 2.0)
+        tensor([0.6220, 0.2938, 0.0842], dtype=torch.float64)
 
     """
     lengths = torch.arange(1, size + 1, dtype=torch.float64)
