@@ -10,6 +10,7 @@ from typing_extensions import override
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.run.engine import attached_engine
 from lightning_reg.engine.run.phases import Member, phases_of
 from lightning_reg.engine.technique import PenaltyTechnique, WeightMapTechnique, WeightTechnique
 from lightning_reg.engine.weights.latents import Latents
@@ -270,9 +271,7 @@ class MaestroLowRank(WeightTechnique, PenaltyTechnique, WeightMapTechnique):
         self._truncated = {}
         if host.is_logging_step(trainer) and self.latents.own:
             full = sum(min(p["U"].shape[-2], p["V"].shape[-2]) for p in self.latents.own.values())
-            # The same on all ranks, so there is nothing to reduce.
-            share = sum(self.ranks.values()) / full
-            pl_module.log(f"{self.log_key}/rank", share, on_step=True, on_epoch=False)
+            attached_engine(trainer).log_own(self, {"rank": sum(self.ranks.values()) / full})
 
     @override
     def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:

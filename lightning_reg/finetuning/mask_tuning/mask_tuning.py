@@ -12,6 +12,7 @@ from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
 from lightning_reg.engine.networks.first_network import FirstNetwork
 from lightning_reg.engine.networks.peer import check_runs_on_copy
+from lightning_reg.engine.run.engine import attached_engine
 from lightning_reg.engine.technique import BatchTechnique, LossTechnique
 from lightning_reg.engine.weights.entries import entries_of, write_entries_
 from lightning_reg.engine.weights.latents import Latents
@@ -311,9 +312,7 @@ class MaskTuning(BatchTechnique, LossTechnique, FineTuning):
     ) -> None:
         if host.is_logging_step(trainer) and self.latents.own:
             off = [(mask <= self.threshold).sum() for _, _, mask in self.latents.parts()]
-            # The same on all ranks, so there is nothing to reduce.
-            share = torch.stack(off).sum() / max(1, self.latents.size)
-            pl_module.log(f"{self.log_key}/off", share, on_step=True, on_epoch=False)
+            attached_engine(trainer).log_own(self, {"off": torch.stack(off).sum() / max(1, self.latents.size)})
 
     @override
     def state_dict(self) -> dict[str, Any]:
