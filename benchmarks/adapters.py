@@ -102,7 +102,7 @@ class Bytes:
         return sum(self.seen.values()) / 2**20
 
 
-def memory(module, callbacks, batch):
+def memory(module, callbacks, batches):
     """MB saved for the backward pass of a step, and held by parameters, gradients and moments after it."""
     held, saved = Bytes(), Bytes()
     step = module.training_step
@@ -110,7 +110,8 @@ def memory(module, callbacks, batch):
     def watched(rows, batch_idx):
         if batch_idx == 0:
             return step(rows, batch_idx)
-        own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+        parts = [t for technique in callbacks for _, _, t in technique.latents.parts()]
+        own = {p.untyped_storage().data_ptr() for p in (*module.parameters(), *parts)}
         pack = lambda t: t if t.untyped_storage().data_ptr() in own else saved.add(t)  # noqa: E731
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             return step(rows, batch_idx)
@@ -125,7 +126,7 @@ def memory(module, callbacks, batch):
         sums["gradients"] = sum(p.grad.numel() * p.grad.element_size() for p in params) / 2**20
 
     module.on_before_optimizer_step = gradients
-    trainer.fit(module, loader(batch))
+    trainer.fit(module, batches)
     states = [*trainer.optimizers[0].state.values()]
     for technique in callbacks:
         moments = technique.latents.state_dict()["moments"]
@@ -157,7 +158,7 @@ def main(argv=None):
         show(times, pairs, title, options.save, skip=min(10, options.rounds // 3))
         table = Table("arm", "trained", "saved MB", "held MB", title=f"{name}: bytes of a step")
         for arm, (module, callbacks) in arms(name).items():
-            saved, held, trained = memory(module, callbacks, options.batch)
+            saved, held, trained = memory(module, callbacks, loader(options.batch))
             table.add_row(arm, f"{trained:,}", f"{saved:.1f}", f"{held:.1f}")
         Console().print(table)
         if options.save:

@@ -192,9 +192,12 @@ class Model(LightningModule):
 def arguments(cls: type, setting: Setting) -> dict[str, Any]:
     """What a user of the model would name."""
     parameters, names = inspect.signature(cls).parameters, setting.names
-    # Loki's layer puts out the logits; others' the features before them. A regression has its own loss.
+    # The layer of some puts out the logits; others' the features before them. A regression has its own loss.
     known = {
-        "layer": names["logits"] if cls.__name__ == "Loki" else names["features"],
+        "layer": names["logits"] if cls.__name__ in ("Loki", "NestedDropout") else names["features"],
+        "head": names["logits"] if cls.__name__ == "DRTune" else None,
+        "gamma_min": 0.1,
+        "classes": 4 if cls.__name__ == "DiffusionClassifierEval" else None,
         "dropout": names["dropout"],
         "window": 0.5,
         "params": next(f"net.{name}" for name, _ in setting.make().named_parameters()),
@@ -204,7 +207,7 @@ def arguments(cls: type, setting: Setting) -> dict[str, Any]:
         "mode": "min",
         "views": "none",
         "null": "zero",
-        "loss": names.get("loss") if cls.__name__ != "ConR" else names.get("numbers"),
+        "loss": names.get("numbers" if cls.__name__ in ("ConR", "ProximalMatching") else "loss"),
     }
     ours = {"mode": "monitor"}  # of several words with one name those are meant that go with another argument
     given = {name: value for name, value in known.items() if name in parameters and ours.get(name, name) in parameters}

@@ -49,6 +49,7 @@ class Moment:
         share: Each sample's own share.
         outputs: The network's output for each copy of the rows.
         features: Outputs of the layers by name, for the first copy.
+        weights: Those that the network runs with, by name, with gradient to what is trained.
 
     """
 
@@ -61,6 +62,7 @@ class Moment:
     share: float = 1.0
     outputs: list[Tensor] = field(default_factory=list)
     features: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
 
     def of(self, part: Part) -> "Moment":
         """The step as one of several losses has it."""
@@ -286,7 +288,7 @@ class Loop:
 
     def _loss(self, moment: Moment) -> Tensor:
         weights = self.weights()
-        used = self.used(weights)
+        used = moment.weights = self.used(weights)
         for copy in range(max([1, *(hand.copies for hand in self.hands)])):
             edit = partial(self.edited, moment=moment, copy=copy)
             output, features = self.run(used, moment.x, edit, partial(self.given, moment=moment))

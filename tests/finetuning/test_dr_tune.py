@@ -40,7 +40,6 @@ class BankByHand(Hand):
 
     def observe(self, loop, moment):
         self.seen = loop.run(self.first, moment.x)[1]["net.act_body"].detach()
-        self.head = loop.weights()
 
     def term(self, loop, moment):
         now, bank = moment.features["net.act_body"].detach(), self.bank[-10:]
@@ -48,7 +47,7 @@ class BankByHand(Hand):
         if not bank:
             return None
         first, then, labels = map(torch.stack, zip(*bank, strict=True))
-        weight, bias = (loop.weights()[f"net.head.{name}"] for name in ("weight", "bias"))
+        weight, bias = (moment.weights[f"net.head.{name}"] for name in ("weight", "bias"))
         rows = moved(first, then, labels, weight.detach(), now.square().sum(1).sqrt().mean(), rotate=False)
         return 2.0 * F.cross_entropy(rows @ weight.T + bias, labels)
 
