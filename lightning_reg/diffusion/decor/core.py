@@ -90,7 +90,7 @@ def undesired_basis(
 class EmbeddingComponents(NamedTuple):
     """The axes of a prompt's embedding, strongest first.
 
-    Args:
+    Attributes:
         singular_values: ``(r,)``.
         words: Share of the word rows' energy on each axis, ``(r,)``.
         padding: Share of the other rows', ``(r,)``.
