@@ -22,6 +22,7 @@ from rich.table import Table
 from tests.conformance.discovery import case_of, technique_classes
 from tests.conformance.laws import LAWS, NEED_TWO_PROCESSES
 from tests.conformance.pairs import check_pair, neutral_beside_references, pairs_with_references
+from tests.conformance.recomputation import touches_layers
 from tests.quick import make_fits_quick
 from tests.tutorial.test_label_smoothing import CASE
 
@@ -39,7 +40,8 @@ def costs_of_a_technique():
     """Seconds by what is done with a technique that no law has seen."""
     case = replace(CASE, make=partial(CASE.make), neutral=partial(CASE.neutral))
     pairs, techniques = pairs_with_references(case), list(technique_classes())
-    costs = {law: seconds_of(LAWS[law], case) for law in LAWS if law not in (*NEED_TWO_PROCESSES, "order")}
+    left_out = {*NEED_TWO_PROCESSES, "order", *([] if touches_layers(case) else ["recomputation"])}
+    costs = {law: seconds_of(LAWS[law], case) for law in LAWS if law not in left_out}
     costs[f"{len(pairs)} pairs with references"] = sum(seconds_of(check_pair, *pair) for pair in pairs)
     costs["neutral beside references"] = seconds_of(neutral_beside_references, case)
     costs["a pair of the slice"] = seconds_of(check_pair, case_of(techniques[0]), case_of(techniques[1]))
