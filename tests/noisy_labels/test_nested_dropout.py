@@ -151,7 +151,7 @@ def test_one_length_for_the_whole_batch_and_no_gradient_beyond():
         return F.cross_entropy(module.net[3](module.net[0](batch[0]).tanh()), batch[1])
 
     seen = Gradients("net.3")
-    fit(Classifier(step), NestedDropout("net.3", eta=4), seen, max_epochs=10)
+    fit(Classifier(step), NestedDropout("net.3", eta=4, k="all"), seen, max_epochs=10)
     lengths = [int(columns.sum()) for (columns,) in seen.columns]
     assert all(
         columns.tolist() == [True] * k + [False] * (8 - k) for (columns,), k in zip(seen.columns, lengths, strict=True)
@@ -168,7 +168,7 @@ def test_of_several_layers_one_is_cut_in_its_turn_or_all(in_turns):
     def step(module, batch):
         return F.cross_entropy(module.net[3](module.net[0](batch[0]).tanh()), batch[1])
 
-    fit(Classifier(step), NestedDropout(["net.0", "net.3"], eta=2, in_turns=in_turns), seen, max_epochs=4)
+    fit(Classifier(step), NestedDropout(["net.0", "net.3"], eta=2, k="all", in_turns=in_turns), seen, max_epochs=4)
     cut = [(not first.all(), not second.all()) for first, second in seen.columns]
     if in_turns:
         assert not any(first and second for first, second in cut)
@@ -179,7 +179,7 @@ def test_of_several_layers_one_is_cut_in_its_turn_or_all(in_turns):
 
 
 def test_copies_of_the_rows_are_cut_alike():
-    nested, copies = NestedDropout("net.3", eta=2), MultiSampleDropout("net.2", 3)
+    nested, copies = NestedDropout("net.3", eta=2, k="all"), MultiSampleDropout("net.2", 3)
     seen = Gradients("net.3")
 
     def step(module, batch):
@@ -294,6 +294,21 @@ def test_what_no_length_can_be_chosen_for_is_refused(layer, labels, message):
     loader = make_loader(TensorDataset(torch.rand(32, INPUTS), labels))
     with pytest.raises(MisconfigurationException, match=message):
         make_trainer(callbacks=[NestedDropout(layer, eta=2)], num_sanity_val_steps=0).fit(module, make_loader(), loader)
+
+
+def test_positions_of_a_text_choose_no_length():
+    module = Classifier()
+    module.validation_step = lambda batch, batch_idx: module.net(batch[0])
+    texts = make_loader(TensorDataset(torch.rand(32, 4, INPUTS), torch.zeros(32, 4, dtype=torch.long)))
+    with pytest.raises(MisconfigurationException, match=r"rows \(8, 4, 8\)"):
+        make_trainer(callbacks=[NestedDropout("net.3", eta=2)], num_sanity_val_steps=0).fit(
+            module, make_loader(), texts
+        )
+
+
+def test_a_fit_without_validation_says_that_nothing_was_chosen():
+    with pytest.warns(UserWarning, match="no validation ran in this fit"):
+        fit(Classifier(), NestedDropout("net.3", eta=2))
 
 
 def test_what_has_no_features_is_refused():

@@ -195,14 +195,14 @@ class NestedDropout(LayerTechnique):
                 f"NestedDropout: K is chosen for an nn.Linear, and {call.name!r} is a {type(layer).__name__}. Name the"
                 ' linear classifier in `layer`, or pass `k="all"` or a number.'
             )
-        if labels.shape != features.shape[:-1] or labels.is_floating_point():
+        # Of positions of a text it is not known which label belongs to which: a language model's are shifted.
+        if features.dim() != 2 or labels.shape != features.shape[:-1] or labels.is_floating_point():
             raise MisconfigurationException(
-                f"NestedDropout: labels must be class indices {tuple(features.shape[:-1])}, one for each row that"
-                f" {call.name!r} is given, got {labels.dtype} {tuple(labels.shape)}. Name them in `target_key`, or pass"
-                ' `k="all"` or a number.'
+                f"NestedDropout: K is chosen by class indices (B,), one for each row (B, D) of {call.name!r},"
+                f" got {labels.dtype} {tuple(labels.shape)} and rows {tuple(features.shape)}. Name the labels in"
+                ' `target_key`, or pass `k="all"` or a number.'
             )
-        labels, rows = labels.flatten(), features.detach().flatten(0, -2)
-        correct = prefix_correct(rows, layer.weight.detach(), labels, layer.bias)
+        correct = prefix_correct(features.detach(), layer.weight.detach(), labels, layer.bias)
         self._correct = correct if self._correct is None else self._correct + correct
         self._samples = self._samples + (labels >= 0).sum()
 
@@ -241,6 +241,14 @@ class NestedDropout(LayerTechnique):
             self.chosen_k = best_prefix(accuracies)
             accuracy = float(accuracies[self.chosen_k - 1])
             host.log_beside(trainer, {f"{self.log_key}/k": self.chosen_k, f"{self.log_key}/accuracy": accuracy})
+
+    @override
+    def on_fit_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        if self.eta and self.k == "chosen" and self.chosen_k is None:
+            host.rank_zero_warn(
+                "NestedDropout: no validation ran in this fit, so no number of features was chosen and a test will see"
+                ' all of them. Give the fit validation data, or pass `k="all"` or a number.'
+            )
 
     @override
     def state_dict(self) -> dict[str, Any]:
