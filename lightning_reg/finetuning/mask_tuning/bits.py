@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_reg.engine.host.names import plain_name
 from lightning_reg.engine.weights.entries import write_entries_
+from lightning_reg.finetuning._applied import put_back, weights_for
 from lightning_reg.finetuning.mask_tuning.core import pack_bits, unpack_bits
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def apply_bits_(module: nn.Module, bits: Mapping[str, Tensor]) -> None:
         ValueError: If the network has no such weight.
 
     """
-    for name, weight in _weights_of(module, bits).items():
+    for name, weight in weights_for(module, bits, "The mask").items():
         weight.masked_fill_(~bits[name].to(weight.device), 0)
 
 
@@ -109,20 +109,6 @@ def bits_applied(module: nn.Module, bits: Mapping[str, Tensor]) -> Iterator[nn.M
         ValueError: If the network has no such weight.
 
     """
-    weights = _weights_of(module, bits)
-    kept = {name: weight.clone() for name, weight in weights.items()}
-    try:
+    with put_back(weights_for(module, bits, "The mask")):
         apply_bits_(module, bits)
         yield module
-    finally:
-        with torch.no_grad():
-            for name, value in kept.items():
-                weights[name].copy_(value)
-
-
-def _weights_of(module: nn.Module, bits: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    weights = {plain_name(name): parameter.detach() for name, parameter in module.named_parameters()}
-    for name, mask in bits.items():
-        if name not in weights or weights[name].shape != mask.shape:
-            raise ValueError(f"The mask is of {name!r} {tuple(mask.shape)}, and the network has no such weight.")
-    return {name: weights[name] for name in bits}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_reg.engine.host.names import plain_name
 from lightning_reg.engine.weights.entries import entries_of
+from lightning_reg.finetuning._applied import put_back, weights_for
 from lightning_reg.finetuning.sara.core import pack_positions, unpack_positions
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def apply_delta_(module: nn.Module, delta: Mapping[str, Tensor], alpha: float = 
         ValueError: If the network has no such weight.
 
     """
-    for name, weight in _weights_of(module, delta).items():
+    for name, weight in weights_for(module, delta, "The change").items():
         change = delta[name].to(weight.device) * alpha
         weight.copy_(weight.to(torch.promote_types(weight.dtype, change.dtype)) + change)
 
@@ -114,23 +115,9 @@ def delta_applied(module: nn.Module, delta: Mapping[str, Tensor], alpha: float =
         ValueError: If the network has no such weight.
 
     """
-    weights = _weights_of(module, delta)
-    kept = {name: weight.clone() for name, weight in weights.items()}
-    try:
+    with put_back(weights_for(module, delta, "The change")):
         apply_delta_(module, delta, alpha)
         yield module
-    finally:
-        with torch.no_grad():
-            for name, value in kept.items():
-                weights[name].copy_(value)
-
-
-def _weights_of(module: nn.Module, delta: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    weights = _named(module)
-    for name, change in delta.items():
-        if name not in weights or weights[name].shape != change.shape:
-            raise ValueError(f"The change is of {name!r} {tuple(change.shape)}, and the network has no such weight.")
-    return {name: weights[name].detach() for name in delta}
 
 
 def save_delta(delta: Mapping[str, Tensor], path: str | Path) -> None:
