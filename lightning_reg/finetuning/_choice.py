@@ -10,7 +10,7 @@ from typing_extensions import override
 from lightning_reg.engine.host.errors import MisconfigurationException, check_patterns
 from lightning_reg.engine.host.names import Patterns, matches
 from lightning_reg.engine.technique import WeightMapTechnique
-from lightning_reg.engine.weights.summed import all_names
+from lightning_reg.engine.weights.summed import all_names, summed_weights
 from lightning_reg.engine.weights.swap import named_weights
 
 __all__ = ["FineTuning", "check_plain", "trained_as_they_are"]
@@ -19,12 +19,41 @@ __all__ = ["FineTuning", "check_plain", "trained_as_they_are"]
 class FineTuning(WeightMapTechnique, ABC):
     """Trains through a map while all other weights are frozen, but for those that ``train`` names."""
 
+    layers: Patterns
     train: Patterns
+    exclude: Patterns
     save: Literal["full", "delta"]
+    _left: dict[str, list[str]]  # names of weights that are left alone, by the reason
+    _sizes: str  # of what was chosen, for the table
 
     @override
     @abstractmethod
     def weights_to_map(self, module: nn.Module) -> Sequence[str]: ...
+
+    def choose_numbers(self, module: nn.Module, verb: str) -> list[str]:
+        """Names of the weights that are mapped number by number; notes what is left alone, and how many there are.
+
+        Args:
+            module: The user's module.
+            verb: What is done with them, for messages.
+
+        Returns:
+            As in ``named_parameters()``.
+
+        Raises:
+            MisconfigurationException: If a pattern matches nothing, or a weight is quantised.
+
+        """
+        trained, weights = trained_as_they_are(self, module, self.train), named_weights(module)
+        names, self._left = summed_weights(self, module, self.layers, self.exclude, verb, any_matrix=True)
+        chosen = [name for name in names if name not in trained]
+        check_plain(self, module, chosen)
+        size = sum(weights[name].numel() for name in chosen)
+        frozen = len(weights.keys() - trained - set(chosen))
+        self._sizes = (
+            f"{len(chosen)} weights of {size:,} numbers; {len(trained)} parameters as they are, {frozen} frozen"
+        )
+        return chosen
 
     @property
     @override

@@ -17,9 +17,9 @@ from lightning_reg.engine.technique import BatchTechnique, LossTechnique
 from lightning_reg.engine.weights.entries import entries_of, write_entries_
 from lightning_reg.engine.weights.latents import Latents
 from lightning_reg.engine.weights.second import second_gradients
-from lightning_reg.engine.weights.summed import names_said, summed_weights
+from lightning_reg.engine.weights.summed import names_said
 from lightning_reg.engine.weights.swap import named_weights
-from lightning_reg.finetuning._choice import FineTuning, check_plain, trained_as_they_are
+from lightning_reg.finetuning._choice import FineTuning
 from lightning_reg.finetuning.mask_tuning._selection import importance
 from lightning_reg.finetuning.mask_tuning.core import (
     gradient_dropout,
@@ -241,16 +241,7 @@ class MaskTuning(BatchTechnique, LossTechnique, FineTuning):
 
     @override
     def weights_to_map(self, module: nn.Module) -> list[str]:
-        trained, weights = trained_as_they_are(self, module, self.train), named_weights(module)
-        names, self._left = summed_weights(self, module, self.layers, self.exclude, "mask", any_matrix=True)
-        chosen = [name for name in names if name not in trained]
-        check_plain(self, module, chosen)
-        size = sum(weights[name].numel() for name in chosen)
-        frozen = len(weights.keys() - trained - set(chosen))
-        self._sizes = (
-            f"{len(chosen)} weights of {size:,} numbers; {len(trained)} parameters as they are, {frozen} frozen"
-        )
-        return chosen
+        return self.choose_numbers(module, "mask")
 
     @override
     def begin_map(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

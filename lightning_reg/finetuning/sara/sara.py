@@ -15,9 +15,9 @@ from lightning_reg.engine.run.engine import attached_engine
 from lightning_reg.engine.technique import PenaltyTechnique
 from lightning_reg.engine.weights.entries import entries_of, positions_of, write_entries_
 from lightning_reg.engine.weights.latents import Latents
-from lightning_reg.engine.weights.summed import names_said, summed_weights
+from lightning_reg.engine.weights.summed import names_said
 from lightning_reg.engine.weights.swap import named_weights
-from lightning_reg.finetuning._choice import FineTuning, check_plain, trained_as_they_are
+from lightning_reg.finetuning._choice import FineTuning
 from lightning_reg.finetuning.sara.core import magnitude_threshold, nuclear_norm, small_masks
 
 if TYPE_CHECKING:
@@ -195,16 +195,8 @@ class SaRA(PenaltyTechnique, FineTuning):
 
     @override
     def weights_to_map(self, module: nn.Module) -> list[str]:
-        trained, weights = trained_as_they_are(self, module, self.train), named_weights(module)
-        names, self._left = summed_weights(self, module, self.layers, self.exclude, "train", any_matrix=True)
-        chosen = [name for name in names if name not in trained]
-        check_plain(self, module, chosen)
+        chosen, weights = self.choose_numbers(module, "train"), named_weights(module)
         self._matrices = [n for n in chosen if weights[n].dim() == 2 and min(weights[n].shape) >= self.min_side]
-        size = sum(weights[name].numel() for name in chosen)
-        frozen = len(weights.keys() - trained - set(chosen))
-        self._sizes = (
-            f"{len(chosen)} weights of {size:,} numbers; {len(trained)} parameters as they are, {frozen} frozen"
-        )
         return chosen
 
     @override
