@@ -10,7 +10,7 @@ from lightning_reg.engine.host.errors import MisconfigurationException
 if TYPE_CHECKING:
     from lightning_reg.engine.step import Step
 
-__all__ = ["Pooling", "class_numbers", "embeddings"]
+__all__ = ["Pooling", "class_numbers", "embeddings", "pooled"]
 
 Pooling = Literal["flatten", "first", "mean"]
 
@@ -73,6 +73,11 @@ def embeddings(owner: object, step: "Step", layer: str, rows: int, pooling: Pool
             f" embedding {wanted} of each of {rows} labels is needed. Name a layer that puts out one tensor with a row"
             " per sample; views of a batch must pass it one after the other, or have labels of their own in the batch."
         )
+    return [pooled(features, pooling) for features in trained]
+
+
+def pooled(output: Tensor, pooling: Pooling) -> Tensor:
+    """What counts of a layer's output ``(B, T, D)``, or of ``(B, ...)`` where it is flattened: ``(B, D)``."""
     if pooling == "first":
-        return [features[:, 0] for features in trained]
-    return [features.mean(1) if pooling == "mean" else features.flatten(1) for features in trained]
+        return output[:, 0]
+    return output.mean(1) if pooling == "mean" else output.flatten(1)

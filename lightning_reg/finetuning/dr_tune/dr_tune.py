@@ -11,7 +11,7 @@ from lightning_reg.engine.host import distributed
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.layers.embeddings import Pooling, class_numbers, embeddings
+from lightning_reg.engine.layers.embeddings import Pooling, class_numbers, embeddings, pooled
 from lightning_reg.engine.layers.named import find_layer, named_layers
 from lightning_reg.engine.networks.references import PLACES, Reference, ReferenceTechnique
 from lightning_reg.engine.technique import StepTechnique
@@ -185,9 +185,7 @@ class DRTune(ReferenceTechnique, StepTechnique):
         return gathered[:, :width], gathered[:, width:-1], gathered[:, -1].long()
 
     def _first_features(self, step: "Step", present: Tensor) -> Tensor:
-        output = self.sight(step, self._reference).features[self.layer]
-        pooled = output[:, 0] if self.pooling == "first" else output.mean(1) if self.pooling == "mean" else output
-        first: Tensor = pooled.flatten(1).float()
+        first = pooled(self.sight(step, self._reference).features[self.layer], self.pooling).float()
         if first.shape != present.shape:
             raise MisconfigurationException(
                 f"DRTune: layer {self.layer!r} gives {tuple(present.shape)} in this step, and {tuple(first.shape)} in"
