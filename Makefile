@@ -26,6 +26,7 @@ test-lowest:  ## the same with the lowest version of everything that pyproject.t
 	$(PYTHON) -m venv --clear .venv/lowest
 	$(PYTHON) .ci/lowest_versions.py > .venv/lowest/constraints.txt
 	.venv/lowest/bin/python -m pip install -c .venv/lowest/constraints.txt -e '.[dev]'
+	.venv/lowest/bin/python .ci/torchvision_operators.py
 	.venv/lowest/bin/python -m pytest -n 2 --dist worksteal
 
 wheel: .venv/.dev  ## build and check wheel and sdist, install the wheel where nothing is, run the README's first example
@@ -83,4 +84,5 @@ clean:  ## remove .venv, caches and builds
 # The development set holds the examples' set.
 .venv/.dev: pyproject.toml | .venv/.made
 	$(BIN)/python -m pip install -e '.[dev]'
+	$(BIN)/python .ci/torchvision_operators.py
 	touch .venv/.demo $@
