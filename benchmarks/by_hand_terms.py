@@ -2,10 +2,10 @@
 
 import torch
 import torch.nn.functional as F
-from by_hand import Plain
+from by_hand import Numbers, Plain
 from torch import nn
 
-from lightning_reg.functional import frechet_scores, tcm_loss
+from lightning_reg.functional import frechet_scores, proximal_matching_gamma, proximal_matching_loss, tcm_loss
 
 CLASSES, WIDTH = 10, 64
 STEPS_APART = (torch.arange(CLASSES)[:, None] - torch.arange(CLASSES)).abs().double()  # labels on a scale
@@ -78,3 +78,12 @@ class Clamped(Plain):
         super().optimizer_step(*args, **kwargs)
         with torch.no_grad():
             self.net.head.weight.clamp_(min=0)
+
+
+class Matched(Numbers):
+    """Proximal matching in four stages, from the first step on."""
+
+    def training_step(self, batch, batch_idx):
+        x, y, _ = batch
+        gamma = proximal_matching_gamma(self.trainer.global_step, 0.1, self.trainer.estimated_stepping_batches, 0)
+        return proximal_matching_loss(self.net(x)[:, 0], y / self.scale, gamma).mean()

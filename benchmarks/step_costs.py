@@ -31,7 +31,7 @@ from by_hand import (
     after_one_task,
     ewc,
 )
-from by_hand_terms import STEPS_APART, Clamped, Dropped, Margins, Scored, WithCentres
+from by_hand_terms import STEPS_APART, Clamped, Dropped, Margins, Matched, Scored, WithCentres
 from overhead import ResNet18, SmallTransformer, data, in_turns, quiet, show
 
 from lightning_reg import (
@@ -46,6 +46,7 @@ from lightning_reg import (
     ModalityDropout,
     NonNegative,
     PredictionDistillation,
+    ProximalMatching,
 )
 from lightning_reg.functional import fisher_diagonal, fisher_losses
 
@@ -79,6 +80,7 @@ def arms(key, samples):
         "text_dropout": Dropped,
         "loki": Scored,
         "non_negative": Clamped,
+        "proximal_matching": Matched,
     }.get(key)
     technique = {
         "l2_to_start": lambda: L2ToStart(LAM),
@@ -93,14 +95,15 @@ def arms(key, samples):
         "text_dropout": lambda: ModalityDropout(0.5, layer="net.pool", null_shape=[64]),
         "loki": lambda: Loki("net.head", STEPS_APART, modes=["train"]),
         "non_negative": lambda: NonNegative("net.head.weight"),
+        "proximal_matching": lambda: ProximalMatching(0.1, pretrain=0),
     }[key]()
-    plain = Numbers if key == "conr" else Plain
+    plain = Numbers if key in {"conr", "proximal_matching"} else Plain
     by_hand = Averaged(copy.deepcopy(net), samples) if key == "elr_plus" else hand(copy.deepcopy(net))
     return {"plain": (plain(copy.deepcopy(net)), []), "by hand": (by_hand, []), "engine": (plain(net), [technique])}
 
 
 POOLED = ("conr", "tcm_loss", "metric_loss", "text_dropout")
-NEW = ("tcm_loss", "metric_loss", "text_dropout", "loki", "non_negative")
+NEW = ("tcm_loss", "metric_loss", "text_dropout", "loki", "non_negative", "proximal_matching")
 KEYS = ("l2_to_start", "ewc", "prediction_distillation", "feature_distillation", "conr", "cutmix", "elr_plus", *NEW)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
 from lightning_reg import ConR, CutMix, LossMixin, LossReweighting, Mixup
@@ -14,6 +15,7 @@ from tests.toys import (
     Classifier,
     LossRecorder,
     StepLosses,
+    Term,
     WeightsByPosition,
     fit,
     make_loader,
@@ -221,3 +223,17 @@ def test_by_mixin_the_call_is_waited_for():
     with pytest.raises(MisconfigurationException, match="inherits LossMixin but `training_step` did not call"):
         fit(module, LossReweighting(warmup_steps=5), loader=signals())
     assert module.steps == 1
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("begins", [0, 1])
+def test_a_loss_in_what_a_checkpoint_runs_again_is_refused_in_the_first_step(reentrant, begins):
+    def step(module, batch):
+        x, y = batch
+        return checkpoint(lambda x: F.cross_entropy(module(x), y), x.requires_grad_(), use_reentrant=reentrant)
+
+    module = Classifier(step=step)
+    fit(module)  # torch alone allows it
+    sentence = r"^(Term|LossReweighting): `cross_entropy` at test_first_step\.py:\d+ is called in a function that"
+    with pytest.raises(MisconfigurationException, match=sentence):
+        fit(module, LossReweighting(warmup_steps=4) if begins else Term())

@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from tests.toys import QUIET, Classifier, StepLosses, fit, make_loader, make_ten
 pytestmark = QUIET
 
 BIASES = ["net.body*.bias", "net.head.bias"]
+SMOOTH = torch.tensor([[[[1.0, 2, 1], [2, 4, 2], [1, 2, 1]]]]) / 16
 MATRIX = torch.tensor([[1.0, 0.5, 0.0], [0.0, -1.0, 0.25]], dtype=torch.double)
 ROWS = torch.tensor([[0.5, -1.0, 0.25], [1.5, 0.3, -0.7]], dtype=torch.double)
 
@@ -172,6 +174,8 @@ def test_the_loss_by_hand():
     alone = [[1 - math.exp(-((a - b) ** 2) / 9) for a, b in zip(p, q, strict=True)] for p, q in zip(x, y, strict=True)]
     elements = proximal_matching_loss(one, two, 3.0, elementwise=True, reduction="none")
     assert elements.flatten().tolist() == pytest.approx([*alone[0], *alone[1]], rel=1e-14)
+    numbers = proximal_matching_loss(one[:, 1], two[:, 1], 3.0, reduction="none")  # (B,): one number of a sample
+    assert numbers.tolist() == pytest.approx([alone[0][1], alone[1][1]], rel=1e-14, abs=1e-15)
 
 
 def test_the_loss_at_its_limits():
@@ -419,6 +423,30 @@ def test_conditions_are_checked_and_can_be_left():
     pnp_admm(Shrinks(), y, forwards, backwards, penalty=0.05, iterations=1, check=False)
     # Without a number the condition holds of itself, for an operator of zeros too.
     assert pgd(Shrinks(), 0 * y, lambda x: 0 * x[:, :2], lambda y: F.pad(y, (0, 1))).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda physics: physics.Blur(filter=SMOOTH, padding="circular"),
+        lambda physics: physics.Inpainting(img_size=(1, 6, 6), mask=(torch.arange(36) % 3 > 0).view(1, 6, 6)),
+        lambda physics: physics.Downsampling(img_size=(1, 6, 6), factor=2, filter=SMOOTH, padding="circular"),
+    ],
+    ids=["blur", "inpainting", "downsampling"],
+)
+def test_operators_of_deepinv_fit(made):
+    physics = made(import_module("deepinv.physics"))  # three seconds: not for those who run other tests of this file
+    y = physics.A(torch.rand(2, 1, 6, 6, generator=torch.Generator().manual_seed(0)))
+    matrix = physics.A(torch.eye(36).view(36, 1, 6, 6)).flatten(1).T
+    gram, back = matrix.T @ matrix, matrix.T @ y.flatten(1).T
+    norm, eye = float(torch.linalg.eigvalsh(gram)[-1]), torch.eye(36)
+    step, penalty = 0.9 / norm, 1.1 * norm
+    ours = pgd(Shrinks(), y, physics.A, physics.A_adjoint, step=step, iterations=200)
+    wanted = torch.linalg.solve((1 / 0.6 - 1) * eye + step * gram, step * back)
+    torch.testing.assert_close(ours.flatten(1).T, wanted)
+    ours = pnp_admm(Shrinks(), y, physics.A, physics.A_adjoint, penalty=penalty, iterations=200)
+    wanted = torch.linalg.solve(gram + penalty * (1 / 0.6 - 1) * eye, back)
+    torch.testing.assert_close(ours.flatten(1).T, wanted)
 
 
 # -- weights that are not negative ------------------------------------------------------------------------------------

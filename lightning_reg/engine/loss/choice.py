@@ -8,7 +8,7 @@ from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.owner import Owner
 from lightning_reg.engine.host.user_functions import place_of_code
 
-__all__ = ["Selection", "no_loss_seen"]
+__all__ = ["Selection", "loss_in_checkpoint", "no_loss_seen"]
 
 _MIXIN_EXAMPLE = """
     class MyModel(LossMixin, {base}):    # from lightning_reg import LossMixin
@@ -162,6 +162,26 @@ def no_loss_seen(techniques: Sequence[Owner], module: Any, *, by_mixin: bool) ->
     place, installed = place_of_code(module.training_step)
     library = type(module).__name__ if installed else ""
     return Selection(techniques).nothing_seen(by_mixin=by_mixin, place=place, library=library)
+
+
+def loss_in_checkpoint(techniques: Sequence[Owner], function: str, site: str) -> MisconfigurationException:
+    """The error for a loss that is called in what the backward pass runs once more, where nobody watches.
+
+    Args:
+        techniques: Those that work on it.
+        function: Name of the loss function.
+        site: Where it is called, as ``file.py:line``, or "".
+
+    Returns:
+        The error.
+
+    """
+    names, at = ", ".join(type(t).__name__ for t in techniques), f" at {site}" if site else ""
+    return MisconfigurationException(
+        f"{names}: `{function}`{at} is called in a function that `torch.utils.checkpoint` runs again in the backward"
+        " pass, where the loss would be the plain one. Let the checkpoint return what the loss is made of, and call the"
+        " loss after it."
+    )
 
 
 def _chooses(loss: int | str | None, position: int, function: str, site: str) -> bool:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from lightning_reg.engine.host import lightning as host
-from lightning_reg.engine.host.autograd import version_of
+from lightning_reg.engine.host.autograd import is_checkpointed, version_of
 from lightning_reg.engine.host.errors import MisconfigurationException, in_the_name_of
 from lightning_reg.engine.loss.call import LossCall
 from lightning_reg.engine.loss.call_by_hand import call_by_hand
 from lightning_reg.engine.loss.call_mixed import mixed_call
-from lightning_reg.engine.loss.choice import Selection, no_loss_seen
+from lightning_reg.engine.loss.choice import Selection, loss_in_checkpoint, no_loss_seen
 from lightning_reg.engine.loss.elements import bind, has_gradient
 from lightning_reg.engine.loss.evaluation import FunctionEvaluation
 from lightning_reg.engine.loss.result import check_contributes, check_part, loss_of, swapped, with_loss
@@ -141,6 +141,8 @@ class LossPath:
     def see(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a call of a loss function returns to the user's code."""
         arguments, step = bind(function, args, kwargs), self._step
+        if not self._sightings.any_call and is_checkpointed():
+            self._refuse_recomputed(function.__name__)
         counts = torch.is_grad_enabled() and has_gradient(arguments)
         if not counts and not step.call_changes:  # a teacher, a metric, a loss that is only logged
             return function(*args, **kwargs)
@@ -154,6 +156,10 @@ class LossPath:
         if counts:
             return self._take(call, owners)
         return function(*args, **kwargs) if call is seen else call.plain
+
+    def _refuse_recomputed(self, function: str) -> None:
+        if techniques := [*self._techniques, *(r.technique for r in self._rehearsals)]:
+            raise loss_in_checkpoint(techniques, function, call_site())
 
     def reduce_loss(
         self, per_sample: Tensor, logits: Tensor | None, targets: Tensor | None, indices: Tensor | None

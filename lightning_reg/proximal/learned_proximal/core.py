@@ -24,8 +24,8 @@ def proximal_matching_loss(
     absolute error first. For a wide one it is the squared distance over :math:`\gamma^2`.
 
     Args:
-        predictions: ``(B, ...)``.
-        targets: ``(B, ...)``.
+        predictions: ``(B,)`` or ``(B, ...)``.
+        targets: In the same shape.
         gamma: Width, above 0, in the unit of the distance; it grows with the root of the number of elements of a
             sample.
         elementwise: Whether each element is a sample of its own, which is right for one dimension and for priors that
@@ -54,7 +54,7 @@ def proximal_matching_loss(
         raise ValueError(f"proximal_matching_loss: `reduction` must be 'mean', 'sum' or 'none', got {reduction!r}.")
     wide = torch.promote_types(predictions.dtype, torch.float32)  # the exponential of a half has few digits near 1
     squares = (predictions.to(wide) - targets.to(wide)).square()
-    distances = squares if elementwise else squares.flatten(1).sum(1)
+    distances = squares if elementwise or squares.dim() == 1 else squares.flatten(1).sum(1)
     losses = -torch.expm1(-distances / gamma**2)
     return losses if reduction == "none" else getattr(losses, reduction)()
 
