@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from by_hand import Numbers, Plain
+from by_hand import Numbers, Plain, Tied
 from torch import nn
 
 from lightning_reg.functional import frechet_scores, proximal_matching_gamma, proximal_matching_loss, tcm_loss
@@ -87,3 +87,15 @@ class Matched(Numbers):
         x, y, _ = batch
         gamma = proximal_matching_gamma(self.trainer.global_step, 0.1, self.trainer.estimated_stepping_batches, 0)
         return proximal_matching_loss(self.net(x)[:, 0], y / self.scale, gamma).mean()
+
+
+class Repelled(Tied):
+    """EL2 away from the weights at the start, in the unit of their squared norm."""
+
+    def __init__(self, net):
+        super().__init__(net)
+        self.scale = 1 / sum(float(a.square().sum()) for a in self.anchors)
+
+    def training_step(self, batch, batch_idx):
+        distance = sum((p - a).square().sum() for p, a in zip(self.net.parameters(), self.anchors, strict=True))
+        return Plain.training_step(self, batch, batch_idx) + torch.exp(-self.scale * distance)

@@ -23,11 +23,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from turns import Turns, fit_in_turns, ratio
 
-from lightning_reg import ELRCallback
+from lightning_reg import ELRCallback, LossTechnique
 from lightning_reg.functional import elr_loss
 
 CLASSES = 10
-ARMS = ("plain", "inactive", "by hand", "core by hand", "engine")
+ARMS = ("plain", "inactive", "nothing added", "by hand", "core by hand", "engine")
 
 
 class ResNet18(nn.Sequential):
@@ -96,11 +96,22 @@ def measure(model, batch, steps, chosen):
     arms = {
         "plain": (Plain(net()), []),
         "inactive": (Plain(net()), [ELRCallback(lam=0.0)]),
+        "nothing added": (Plain(net()), [NothingAdded()]),
         "by hand": (ByHand(net(), len(dataset)), []),
         "core by hand": (Core(net(), len(dataset)), []),
         "engine": (Plain(net()), [ELRCallback(lam=3.0, beta=0.7)]),
     }
     return in_turns({arm: arms[arm] for arm in chosen}, dataset, batch, steps)
+
+
+class NothingAdded(LossTechnique):
+    """Sees every loss call and adds nothing to it: what is left is the engine's own cost."""
+
+    def describe(self):
+        return "adds nothing"
+
+    def loss_term(self, call):
+        return None
 
 
 class Core(ByHand):
@@ -149,7 +160,7 @@ def main(argv=None):
     times = measure(options.model, options.batch, options.steps, options.arms)
     pairs = [("engine", "by hand"), ("engine", "plain"), ("by hand", "plain"), ("core by hand", "by hand")]
     title = f"{options.model}, batch {options.batch}, {options.steps} rounds"
-    show(times, [*pairs, ("inactive", "plain")], title, options.save)
+    show(times, [*pairs, ("nothing added", "plain"), ("inactive", "plain")], title, options.save)
     return times
 
 

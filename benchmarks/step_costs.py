@@ -31,7 +31,7 @@ from by_hand import (
     after_one_task,
     ewc,
 )
-from by_hand_terms import STEPS_APART, Clamped, Dropped, Margins, Matched, Scored, WithCentres
+from by_hand_terms import STEPS_APART, Clamped, Dropped, Margins, Matched, Repelled, Scored, WithCentres
 from overhead import ResNet18, SmallTransformer, data, in_turns, quiet, show
 
 from lightning_reg import (
@@ -47,6 +47,7 @@ from lightning_reg import (
     NonNegative,
     PredictionDistillation,
     ProximalMatching,
+    WeightRepulsion,
 )
 from lightning_reg.functional import fisher_diagonal, fisher_losses
 
@@ -81,6 +82,7 @@ def arms(key, samples):
         "loki": Scored,
         "non_negative": Clamped,
         "proximal_matching": Matched,
+        "weight_repulsion": Repelled,
     }.get(key)
     technique = {
         "l2_to_start": lambda: L2ToStart(LAM),
@@ -96,6 +98,7 @@ def arms(key, samples):
         "loki": lambda: Loki("net.head", STEPS_APART, modes=["train"]),
         "non_negative": lambda: NonNegative("net.head.weight"),
         "proximal_matching": lambda: ProximalMatching(0.1, pretrain=0),
+        "weight_repulsion": WeightRepulsion,
     }[key]()
     plain = Numbers if key in {"conr", "proximal_matching"} else Plain
     by_hand = Averaged(copy.deepcopy(net), samples) if key == "elr_plus" else hand(copy.deepcopy(net))
@@ -103,7 +106,7 @@ def arms(key, samples):
 
 
 POOLED = ("conr", "tcm_loss", "metric_loss", "text_dropout")
-NEW = ("tcm_loss", "metric_loss", "text_dropout", "loki", "non_negative", "proximal_matching")
+NEW = ("tcm_loss", "metric_loss", "text_dropout", "loki", "non_negative", "proximal_matching", "weight_repulsion")
 KEYS = ("l2_to_start", "ewc", "prediction_distillation", "feature_distillation", "conr", "cutmix", "elr_plus", *NEW)
 
 
