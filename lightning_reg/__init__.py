@@ -46,6 +46,10 @@ if TYPE_CHECKING:
         DiffusionClassifierEval as DiffusionClassifierEval,
     )
     from lightning_reg.diffusion.diffusion_classifier.metrics import DiffusionAccuracy as DiffusionAccuracy
+    from lightning_reg.diffusion.sage.adversarial_search import AdversarialSearch as AdversarialSearch
+    from lightning_reg.diffusion.sage.latent_search import SearchResult as SearchResult
+    from lightning_reg.diffusion.sage.word_search import PromptResult as PromptResult
+    from lightning_reg.diffusion.sage.word_search import TokenResult as TokenResult
     from lightning_reg.dropout.multi_sample_dropout.core import MultiSampleDropoutLayer as MultiSampleDropoutLayer
     from lightning_reg.dropout.multi_sample_dropout.multi_sample_dropout import MultiSampleDropout as MultiSampleDropout
     from lightning_reg.engine.loss.mixin import LossMixin as LossMixin
@@ -123,6 +127,10 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "DiffusionClassifier": "lightning_reg.diffusion.diffusion_classifier.diffusion_classifier",
         "DiffusionClassifierEval": "lightning_reg.diffusion.diffusion_classifier.diffusion_classifier_eval",
         "DiffusionAccuracy": "lightning_reg.diffusion.diffusion_classifier.metrics",
+        "AdversarialSearch": "lightning_reg.diffusion.sage.adversarial_search",
+        "SearchResult": "lightning_reg.diffusion.sage.latent_search",
+        "PromptResult": "lightning_reg.diffusion.sage.word_search",
+        "TokenResult": "lightning_reg.diffusion.sage.word_search",
         "MultiSampleDropoutLayer": "lightning_reg.dropout.multi_sample_dropout.core",
         "MultiSampleDropout": "lightning_reg.dropout.multi_sample_dropout.multi_sample_dropout",
         "LossMixin": "lightning_reg.engine.loss.mixin",

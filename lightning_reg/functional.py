@@ -59,6 +59,20 @@ if TYPE_CHECKING:
     from lightning_reg.diffusion.diffusion_classifier.core import class_log_posterior as class_log_posterior
     from lightning_reg.diffusion.diffusion_classifier.core import condition_errors as condition_errors
     from lightning_reg.diffusion.diffusion_classifier.core import stage_times as stage_times
+    from lightning_reg.diffusion.sage.core import ensemble_prob as ensemble_prob
+    from lightning_reg.diffusion.sage.core import failure_groups as failure_groups
+    from lightning_reg.diffusion.sage.core import is_failure as is_failure
+    from lightning_reg.diffusion.sage.core import non_gaussian as non_gaussian
+    from lightning_reg.diffusion.sage.core import residual_path as residual_path
+    from lightning_reg.diffusion.sage.core import sphere_step as sphere_step
+    from lightning_reg.diffusion.sage.core import to_sphere as to_sphere
+    from lightning_reg.diffusion.sage.latent_search import conditions_failed as conditions_failed
+    from lightning_reg.diffusion.sage.latent_search import latent_search as latent_search
+    from lightning_reg.diffusion.sage.latent_search import random_failures as random_failures
+    from lightning_reg.diffusion.sage.latent_search import region_size as region_size
+    from lightning_reg.diffusion.sage.word_search import append_token as append_token
+    from lightning_reg.diffusion.sage.word_search import prompt_search as prompt_search
+    from lightning_reg.diffusion.sage.word_search import token_search as token_search
     from lightning_reg.dropout.multi_sample_dropout.core import MultiSampleDropoutLayer as MultiSampleDropoutLayer
     from lightning_reg.dropout.multi_sample_dropout.core import dropout_copies as dropout_copies
     from lightning_reg.dropout.multi_sample_dropout.core import fold as fold
@@ -242,6 +256,20 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "class_log_posterior": "lightning_reg.diffusion.diffusion_classifier.core",
         "condition_errors": "lightning_reg.diffusion.diffusion_classifier.core",
         "stage_times": "lightning_reg.diffusion.diffusion_classifier.core",
+        "ensemble_prob": "lightning_reg.diffusion.sage.core",
+        "failure_groups": "lightning_reg.diffusion.sage.core",
+        "is_failure": "lightning_reg.diffusion.sage.core",
+        "non_gaussian": "lightning_reg.diffusion.sage.core",
+        "residual_path": "lightning_reg.diffusion.sage.core",
+        "sphere_step": "lightning_reg.diffusion.sage.core",
+        "to_sphere": "lightning_reg.diffusion.sage.core",
+        "conditions_failed": "lightning_reg.diffusion.sage.latent_search",
+        "latent_search": "lightning_reg.diffusion.sage.latent_search",
+        "random_failures": "lightning_reg.diffusion.sage.latent_search",
+        "region_size": "lightning_reg.diffusion.sage.latent_search",
+        "append_token": "lightning_reg.diffusion.sage.word_search",
+        "prompt_search": "lightning_reg.diffusion.sage.word_search",
+        "token_search": "lightning_reg.diffusion.sage.word_search",
         "MultiSampleDropoutLayer": "lightning_reg.dropout.multi_sample_dropout.core",
         "dropout_copies": "lightning_reg.dropout.multi_sample_dropout.core",
         "fold": "lightning_reg.dropout.multi_sample_dropout.core",

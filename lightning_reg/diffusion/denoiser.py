@@ -14,7 +14,9 @@ from typing_extensions import override
 from lightning_reg.diffusion._conditions import Condition, can_join, joined, spread
 from lightning_reg.diffusion._schedule import Path, Scheduler, flow_levels, path_of, prediction_of
 
-__all__ = ["Denoiser", "NoiseSchedule", "Prediction"]
+__all__ = ["Denoiser", "NoiseSchedule", "Prediction", "PredictionType"]
+
+PredictionType = Literal["auto", "epsilon", "v_prediction", "sample", "flow"]
 
 
 @dataclass(frozen=True)

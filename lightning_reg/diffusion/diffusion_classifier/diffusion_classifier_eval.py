@@ -1,14 +1,13 @@
 """DiffusionClassifierEval: in validation, how well a denoiser classifies, as a figure of how it heeds its condition."""
 
 from collections.abc import Sequence
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_reg.diffusion._service import Denoiser, NoiseSchedule
+from lightning_reg.diffusion._service import attribute_of, denoiser_of
 from lightning_reg.diffusion.diffusion_classifier.core import LOSSES, ErrorLoss
 from lightning_reg.diffusion.diffusion_classifier.diffusion_classifier import DiffusionClassifier, check_stages
 from lightning_reg.diffusion.diffusion_classifier.metrics import DiffusionAccuracy
@@ -117,7 +116,7 @@ class DiffusionClassifierEval(Technique):
         if trainer.sanity_checking or not self.max_images:
             return
         classifier = DiffusionClassifier(
-            self._denoiser(pl_module),
+            denoiser_of(self, pl_module, self.denoiser, self.scheduler, self.prediction, self.alphas_cumprod),
             self._conditions(pl_module),
             self.n_samples,
             self.keep,
@@ -127,20 +126,10 @@ class DiffusionClassifierEval(Technique):
         )
         self._metric = DiffusionAccuracy(classifier).to(pl_module.device)
 
-    def _denoiser(self, module: "LightningModule") -> Denoiser:
-        found = self._named(module, "denoiser", self.denoiser)
-        if isinstance(found, Denoiser):
-            return found
-        if self.alphas_cumprod is not None:
-            schedule: Any = NoiseSchedule(torch.as_tensor(self.alphas_cumprod))
-        else:
-            schedule = self._named(module, "scheduler", self.scheduler)
-        return Denoiser(found, schedule, self.prediction).to(module.device)
-
     def _conditions(self, module: "LightningModule") -> Tensor:
         if self.conditions is None:
             return torch.arange(self.classes, device=module.device)
-        rows = self._named(module, "conditions", self.conditions)
+        rows = attribute_of(self, module, "conditions", self.conditions)
         if not isinstance(rows, Tensor) or len(rows) != self.classes:
             found = f"{len(rows)} rows" if isinstance(rows, Tensor) else type(rows).__name__
             raise MisconfigurationException(
@@ -148,16 +137,6 @@ class DiffusionClassifierEval(Technique):
                 f" {self.classes} classes, found {found}."
             )
         return rows.detach()
-
-    def _named(self, module: "LightningModule", argument: str, name: str) -> Any:  # noqa: ANN401 # the user's own
-        try:
-            return attrgetter(name)(module)
-        except AttributeError as error:
-            hint = ", or give `alphas_cumprod`" if argument == "scheduler" else ""
-            raise MisconfigurationException(
-                f"DiffusionClassifierEval: {argument}={name!r} names nothing in {type(module).__name__}. Write the name"
-                f" of its attribute{hint}."
-            ) from error
 
     @override
     def on_validation_batch_end(
