@@ -116,7 +116,8 @@ class AdversarialSearch(Technique):
         check_bool(self, "sampler_gradient", sampler_gradient)
         check_bool(self, "baseline", baseline)
         check_choice(self, "prediction", prediction, ("auto", "epsilon", "v_prediction", "sample", "flow"))
-        if not isinstance(shape, list | tuple) or not all(isinstance(n, int) and n >= 1 for n in shape) or not shape:
+        sizes: Any = shape
+        if not isinstance(sizes, list | tuple) or not sizes or not all(isinstance(n, int) and n > 0 for n in sizes):
             raise ValueError(f"AdversarialSearch: `shape` must be whole numbers of at least 1, got {shape!r}.")
         if not as_patterns(judges):
             raise ValueError("AdversarialSearch: `judges` must name at least one classifier, got [].")
