@@ -188,7 +188,8 @@ class CoreTuning(ModuleTechnique, LossTechnique):
         mixed, own = self._mixed(call)
         head = linear_head(self, call.step.module, self.layer, self.head, mixed.features.shape[1])
         with torch.autocast(mixed.features.device.type, enabled=False):
-            bias = None if head.bias is None else head.bias.to(mixed.features)
+            bias: Tensor | None = getattr(head, "bias", None)
+            bias = None if bias is None else bias.to(mixed.features)
             logits = F.linear(mixed.features, head.weight.to(mixed.features), bias)
             return two_label_losses(logits, mixed).view(3, -1)[:, own].mean(0)
 
