@@ -179,6 +179,23 @@ def test_each_sample_that_is_drawn_has_one_row_in_the_order_of_the_indices(how, 
         found.rows_of(torch.tensor([rows[0], 31 if 31 not in rows else 99]))
 
 
+SEEN = []
+
+
+def noting(module, batch):
+    if not module.training:
+        SEEN.append(batch[0])
+    return F.cross_entropy(module(batch[0]), batch[1])
+
+
+def test_samples_come_in_the_order_of_their_indices_whatever_the_order_of_the_fit():
+    SEEN.clear()
+    technique = Records(augmented=True)
+    fit(Classifier(step=noting), technique, loader=shuffled(drop_last=True, batch_size=5), max_epochs=1)
+    assert [len(x) for x in SEEN] == [5, 5, 5, 5, 5, 5, 2]
+    assert torch.equal(torch.cat(SEEN), make_tensors()[0])
+
+
 def test_weights_of_another_time_and_a_view_of_the_features():
     x, _ = make_tensors()
     start = Classifier(seed=4)
