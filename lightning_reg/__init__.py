@@ -64,6 +64,8 @@ if TYPE_CHECKING:
     from lightning_reg.engine.technique import WeightMapTechnique as WeightMapTechnique
     from lightning_reg.engine.technique import WeightTechnique as WeightTechnique
     from lightning_reg.finetuning.allora.allora import ALLoRA as ALLoRA
+    from lightning_reg.finetuning.core_tuning.core import MixedRows as MixedRows
+    from lightning_reg.finetuning.core_tuning.core_tuning import CoreTuning as CoreTuning
     from lightning_reg.finetuning.dr_tune.core import FeatureBank as FeatureBank
     from lightning_reg.finetuning.dr_tune.dr_tune import DRTune as DRTune
     from lightning_reg.finetuning.maestro.maestro import MaestroLowRank as MaestroLowRank
@@ -145,6 +147,8 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "WeightMapTechnique": "lightning_reg.engine.technique",
         "WeightTechnique": "lightning_reg.engine.technique",
         "ALLoRA": "lightning_reg.finetuning.allora.allora",
+        "MixedRows": "lightning_reg.finetuning.core_tuning.core",
+        "CoreTuning": "lightning_reg.finetuning.core_tuning.core_tuning",
         "FeatureBank": "lightning_reg.finetuning.dr_tune.core",
         "DRTune": "lightning_reg.finetuning.dr_tune.dr_tune",
         "MaestroLowRank": "lightning_reg.finetuning.maestro.maestro",

@@ -86,6 +86,13 @@ if TYPE_CHECKING:
     from lightning_reg.finetuning.allora.export import applied as applied
     from lightning_reg.finetuning.allora.export import export_peft as export_peft
     from lightning_reg.finetuning.allora.export import from_peft as from_peft
+    from lightning_reg.finetuning.core_tuning.core import MixedRows as MixedRows
+    from lightning_reg.finetuning.core_tuning.core import focal_contrastive_loss as focal_contrastive_loss
+    from lightning_reg.finetuning.core_tuning.core import foreign_rows as foreign_rows
+    from lightning_reg.finetuning.core_tuning.core import hard_pairs as hard_pairs
+    from lightning_reg.finetuning.core_tuning.core import mix_pairs as mix_pairs
+    from lightning_reg.finetuning.core_tuning.core import positive_pairs as positive_pairs
+    from lightning_reg.finetuning.core_tuning.core import two_label_losses as two_label_losses
     from lightning_reg.finetuning.dr_tune.core import FeatureBank as FeatureBank
     from lightning_reg.finetuning.dr_tune.core import calibrate as calibrate
     from lightning_reg.finetuning.dr_tune.core import class_translate as class_translate
@@ -283,6 +290,13 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "applied": "lightning_reg.finetuning.allora.export",
         "export_peft": "lightning_reg.finetuning.allora.export",
         "from_peft": "lightning_reg.finetuning.allora.export",
+        "MixedRows": "lightning_reg.finetuning.core_tuning.core",
+        "focal_contrastive_loss": "lightning_reg.finetuning.core_tuning.core",
+        "foreign_rows": "lightning_reg.finetuning.core_tuning.core",
+        "hard_pairs": "lightning_reg.finetuning.core_tuning.core",
+        "mix_pairs": "lightning_reg.finetuning.core_tuning.core",
+        "positive_pairs": "lightning_reg.finetuning.core_tuning.core",
+        "two_label_losses": "lightning_reg.finetuning.core_tuning.core",
         "FeatureBank": "lightning_reg.finetuning.dr_tune.core",
         "calibrate": "lightning_reg.finetuning.dr_tune.core",
         "class_translate": "lightning_reg.finetuning.dr_tune.core",

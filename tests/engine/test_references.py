@@ -6,8 +6,9 @@ from lightning.pytorch import Callback
 from torch import nn
 from torch.optim import SGD
 
-from lightning_reg.engine.networks.peer import Peer
-from lightning_reg.engine.networks.references import Reference, ReferenceTechnique
+from lightning_reg.engine.host.modules import checksum as exact_checksum
+from lightning_reg.engine.networks.peer import Peer, weights_of
+from lightning_reg.engine.networks.references import PLACES, Reference, ReferenceTechnique
 from lightning_reg.engine.technique import LossTechnique
 from tests.toys import BATCH, QUIET, Classifier, _Toy, fit, make_loader, make_trainer, same_weights
 
@@ -144,3 +145,41 @@ def test_it_is_in_no_key_no_optimizer_and_no_average():
     assert isinstance(trainer.optimizers[0], SGD)
     assert not held & {value.data_ptr() for value in technique.reference.weights.values()}
     assert len(technique.sights[0]) == BATCH
+
+
+class Gradients(Callback):
+    """Keeps what the optimizer gets in each step."""
+
+    def __init__(self):
+        self.kept = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.kept.append([p.grad.clone() for p in pl_module.parameters()])
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("place", PLACES)
+def test_the_users_gradient_is_the_same_to_the_last_bit(precision, place):
+    without, beside = Gradients(), Gradients()
+    fit(Normed(dropout=0.3), without, precision=precision, max_epochs=1)
+    fit(Normed(dropout=0.3), beside, Compares(place=place), Compares((), name="b"), precision=precision, max_epochs=1)
+    assert len(without.kept) == len(inputs())
+    for one, two in zip(without.kept, beside.kept, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_its_checksum_is_that_of_the_first_weights_during_and_after_a_fit_that_goes_on(tmp_path):
+    first = exact_checksum(weights_of(Normed()))
+
+    class Sums(Compares):
+        def loss_term(self, call):
+            self.sums.append(exact_checksum(self.reference.weights))
+
+    technique = Sums()
+    trainer = fit(Normed(), technique, max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    resumed, model = Sums(), Normed(seed=5)
+    make_trainer(callbacks=[resumed]).fit(model, make_loader(), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    assert technique.sums == resumed.sums == [first] * len(inputs())
+    assert exact_checksum(technique.reference.weights) == exact_checksum(resumed.reference.weights) == first
+    assert exact_checksum(weights_of(model)) != first

@@ -1,11 +1,13 @@
 """DRTune: the head is also trained on calibrated features of the first encoder."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import IterableDataset, TensorDataset
 
 from lightning_reg import DRTune
 from lightning_reg.engine.host.errors import MisconfigurationException
@@ -13,7 +15,7 @@ from lightning_reg.functional import FeatureBank, calibrate, class_translate, dr
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
 from tests.conformance.problems import KINDS, Problem
-from tests.toys import QUIET, Classifier, StepLosses, fit, same_weights
+from tests.toys import QUIET, Callback, Classifier, StepLosses, fit, make_loader, make_tensors, same_weights
 
 pytestmark = QUIET
 
@@ -37,6 +39,11 @@ def moved(first, then, labels, prototypes, length, rotate):
 class BankByHand(Hand):
     def begin(self, loop):
         self.first, self.bank = loop.constants(), []
+        if self.technique.warm_up:
+            rows = loop.run(self.first, loop.x)[1]["net.act_body"].detach()
+            first_step = SimpleNamespace(batches_so_far=1, stream="")
+            drawn = torch.randperm(len(rows), generator=self.technique.generator(first_step))
+            self.bank += [(rows[i], rows[i], loop.y[i]) for i in drawn]
 
     def observe(self, loop, moment):
         self.seen = loop.run(self.first, moment.x)[1]["net.act_body"].detach()
@@ -76,7 +83,7 @@ CASE = Case(
     data=Problem(KINDS["classification"].net, labelled, F.cross_entropy, serves=["classification"]),
     exempt={"instances": "equal first weights of two instances are one memory, which nobody writes to"},
     variants=[
-        partial(DRTune, **LAYERS, rotate_every=2, reference="cpu"),
+        partial(DRTune, **LAYERS, rotate_every=2, warm_up=False, reference="cpu"),
         partial(DRTune, **LAYERS, bank_size=3, calibration=False, reference="bfloat16"),
     ],
     invalid=[
@@ -85,6 +92,7 @@ CASE = Case(
         ({**LAYERS, "bank_size": 1.5}, "bank_size"),
         ({**LAYERS, "rotate_every": -1}, "rotate_every"),
         ({**LAYERS, "rotate_every": 0.5}, "rotate_every"),
+        ({**LAYERS, "warm_up": 1}, "warm_up"),
         ({**LAYERS, "pooling": "max"}, "pooling"),
         ({**LAYERS, "reference": "disk"}, "reference"),
     ],
@@ -185,10 +193,58 @@ def test_first_step_and_encoder_are_those_of_plain_fine_tuning():
 
     plain, tuned = OneStep(lr=0.0), OneStep(lr=0.0)
     fit(plain, max_epochs=1)
-    fit(tuned, DRTune(**TOY, weight=3.0), max_epochs=1)
+    fit(tuned, DRTune(**TOY, weight=3.0, warm_up=False), max_epochs=1)
     for step, (without, with_it) in enumerate(zip(plain.grads, tuned.grads, strict=True)):
         assert all(torch.equal(a, b) for a, b in zip(without[:2], with_it[:2], strict=True))  # the encoder's
         assert torch.equal(without[2], with_it[2]) == (step == 0)  # the head's, once there are features
+
+
+class Noisy(TensorDataset):
+    def __getitem__(self, index):
+        x, y = super().__getitem__(index)
+        return x + torch.rand(()), y
+
+
+class Banks(Callback):
+    """Keeps the bank of the first step, before the step adds to it."""
+
+    def __init__(self, technique):
+        self.technique, self.first = technique, None
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        if self.first is None:
+            self.first = self.technique.state_dict()["bank"]
+
+
+@pytest.mark.parametrize("size", [5, 20])
+def test_the_bank_is_full_before_the_first_step_with_what_the_first_encoder_makes_of_the_data(size):
+    x, y = make_tensors()
+    model, technique = Classifier(), DRTune(**TOY, bank_size=size, warm_up=True)
+    first = model.net[:3](x).detach()
+    seen = Banks(technique)
+    fit(model, technique, seen, max_epochs=1)
+    kept, then, labels = seen.first["kept"]
+    assert seen.first["filled"] == size
+    rows = make_loader().batch_size  # the batch of the first step has come in place of the oldest
+    old = slice(rows, None) if size > rows else slice(0, 0)
+    at = [(first == row).all(1).nonzero()[0].item() for row in kept[old]]
+    assert len({*at}) == len(at) == max(size - rows, 0)
+    assert torch.equal(kept[old], then[old])
+    assert torch.equal(labels[old], y[at])
+    assert at != sorted(at) or not at
+
+
+def test_augmented_data_fill_the_bank_and_what_has_no_indices_is_refused():
+    technique = DRTune(**TOY, bank_size=64)
+    fit(Classifier(), technique, loader=make_loader(Noisy(*make_tensors())), max_epochs=1)
+    assert technique.state_dict()["bank"]["filled"] == 64
+
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(TensorDataset(*make_tensors()))
+
+    with pytest.raises(MisconfigurationException, match=r"DRTune needs sample indices.*Or write DRTune\(warm_up=False"):
+        fit(Classifier(), DRTune(**TOY), loader=make_loader(Stream()))
 
 
 def test_a_head_that_does_not_fit_is_refused_in_words():
@@ -212,7 +268,9 @@ def test_a_hugging_face_vision_transformer():
     x, y = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 3
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 4)
     torch.manual_seed(0)
-    technique = DRTune("net.vit.layernorm", "net.classifier", pooling="first", rotate_every=2, reference="bfloat16")
+    technique = DRTune(
+        "net.vit.layernorm", "net.classifier", pooling="first", rotate_every=2, warm_up=False, reference="bfloat16"
+    )
     model = Vision()
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     losses = StepLosses()

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_reg.engine.data.entries import find_entry
 from lightning_reg.engine.host.errors import MisconfigurationException
 
-__all__ = ["BatchIndices", "IndexSource", "entry_of_batch"]
+__all__ = ["BatchIndices", "IndexSource", "check_has_indices", "entry_of_batch"]
 
 _ALTERNATIVE = (
     'let the dataset put its index into the batch and name that entry with `index_key="..."` (a key, or a position such'
@@ -147,7 +147,7 @@ class IndexSource:
                 of order, or an iteration of the loader's own.
 
         """
-        _check(loader)
+        check_has_indices(loader)
         twin = copy.copy(loader)
         place = "sampler" if loader.batch_sampler is None else "batch_sampler"
         tap = _Tap(getattr(loader, place))
@@ -188,7 +188,17 @@ class IndexSource:
         )
 
 
-def _check(loader: Any) -> None:
+def check_has_indices(loader: Any, owner: object | None = None) -> None:
+    """Refuses a loader of whose batches nobody knows which samples they hold.
+
+    Args:
+        loader: Any.
+        owner: Who needs the indices; its class is named in the message.
+
+    Raises:
+        MisconfigurationException: If it is no DataLoader, has an iterable dataset, or gives its batches out of order.
+
+    """
     if not isinstance(loader, DataLoader):
         problem = f"a {type(loader).__name__} is no torch DataLoader, so sample indices cannot be followed"
     elif isinstance(loader.dataset, IterableDataset):
@@ -202,7 +212,9 @@ def _check(loader: Any) -> None:
         )
     else:
         return
-    raise MisconfigurationException(f"Sample indices are needed, but {problem}; or {_ALTERNATIVE}")
+    if owner is None:
+        raise MisconfigurationException(f"Sample indices are needed, but {problem}; or {_ALTERNATIVE}")
+    raise MisconfigurationException(f"{type(owner).__name__} needs sample indices, but {problem}.")
 
 
 def entry_of_batch(batch: Any, key: str) -> Tensor:

@@ -106,11 +106,12 @@ class TrainLoaders:
         """The loader behind a followed one; any other as it is."""
         return next((f.original for f in self._followed if f.twin is loader), loader)
 
-    def the_only_one(self, technique: Owner) -> Any:
+    def the_only_one(self, technique: Owner, why: str) -> Any:
         """The training loader, as Lightning made it ready and without a tap.
 
         Args:
             technique: Who asks, for the error.
+            why: What for.
 
         Returns:
             The loader.
@@ -122,8 +123,8 @@ class TrainLoaders:
         loaders = host.combined_loader(self._trainer).flattened
         if self.several or len(loaders) != 1:
             raise MisconfigurationException(
-                f"{type(technique).__name__} trains a second network on the training loader in another order, and there"
-                f" are {len(loaders)} training loaders. Give the Trainer one DataLoader."
+                f"{type(technique).__name__} {why}, and there are {len(loaders)} training loaders. Give the Trainer one"
+                " DataLoader."
             )
         return self.original(loaders[0])
 

@@ -85,7 +85,9 @@ __all__ = [
     "set_callbacks",
     "silenced_metrics",
     "skips_step",
+    "stage_of_trainer",
     "validates_in_fit",
+    "validation_loaders",
     "without_compiled_steps",
 ]
 
@@ -349,6 +351,30 @@ def log_beside(trainer: "Trainer", metrics: dict[str, float]) -> None:
 def validates_in_fit(trainer: "Trainer") -> bool:
     """Whether the validation under way is one of a fit, and not its sanity check."""
     return trainer.state.fn == "fit" and bool(trainer.validating)
+
+
+@contextmanager
+def stage_of_trainer(trainer: "Trainer", stage: str) -> Iterator[None]:
+    """The Trainer says that it trains (``"train"``) or validates, to the module's hooks for batches."""
+    before = trainer.state.stage
+    try:
+        if stage == "train":
+            trainer.training = True
+        else:
+            trainer.validating = True
+        yield
+    finally:
+        trainer.state.stage = before
+
+
+def validation_loaders(trainer: "Trainer") -> tuple[list[Any], list[float]]:
+    """The loaders that a fit validates with, and how many batches of each count; made ready if they are not yet."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    if loop._combined_loader is None:
+        with stage_of_trainer(trainer, "validate"):
+            loop.setup_data()
+    combined = loop._combined_loader
+    return ([], []) if combined is None else (list(combined.flattened), list(loop.max_batches))
 
 
 def arguments_of_training_step(module: "LightningModule") -> int:

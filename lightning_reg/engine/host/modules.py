@@ -1,18 +1,24 @@
 """Private names of torch's modules: own tensors, hooks, what ``torch.compile`` puts around a network."""
 
+import hashlib
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.conv import _ConvNd as Convolution
 from torch.nn.modules.conv import _ConvTransposeNd as TransposedConvolution
 from torch.nn.modules.dropout import _DropoutNd as Dropout
 
+from lightning_reg.engine.host.names import plain_name
+
 __all__ = [
     "BatchNorm",
     "Convolution",
     "Dropout",
     "TransposedConvolution",
+    "checksum",
     "forget_compiled_call",
     "is_compiled",
     "own_buffers",
@@ -76,3 +82,13 @@ def semi_structured(weight: Tensor, *, by_cutlass: bool) -> Tensor:
         return to_sparse_semi_structured(weight)
     finally:
         SparseSemiStructuredTensor._FORCE_CUTLASS = forced
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of tensors, of their names, types and shapes, in any order; reads them to the last bit."""
+    found = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        found.update(f"{plain_name(name)} {value.dtype} {tuple(value.shape)} ".encode())
+        found.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()

@@ -14,6 +14,7 @@ __all__ = [
     "RankRows",
     "contrastive_losses",
     "info_nce",
+    "rows_in_turn",
     "rows_of_ranks",
     "rows_with_labels",
     "supervised_contrastive",
@@ -184,6 +185,35 @@ def rows_with_labels(
     found = rows_of_ranks(torch.cat([rows, bits], dim=1), group, capacity)
     own, gathered = torch.split(found.rows, [rows.shape[1], bits.shape[1]], dim=1)
     return found._replace(rows=own), gathered.detach().contiguous().view(torch.int64)[:, 0]
+
+
+def rows_in_turn(
+    rows: Tensor, labels: Tensor, group: "ProcessGroup | None", capacity: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of all ranks, in turn from each rank, as torch's sampler has dealt them: the order of the joined batch.
+
+    Where each rank computes the same loss of all these rows, the mean of their gradients is that of the joined batch.
+
+    Args:
+        rows: ``(n, D)``, float32 or float64.
+        labels: Whole numbers ``(n,)``.
+        group: The ranks; ``None``: this one alone.
+        capacity: Most rows that a rank can have, see ``all_gather_rows``.
+
+    Returns:
+        The rows ``(m, D)`` with gradient, their labels ``(m,)``, and where this rank's own are ``(n,)``.
+
+    """
+    own = torch.arange(len(rows), device=rows.device)
+    if group is None:
+        return rows, labels, own
+    found, labels = rows_with_labels(rows, labels, group, capacity)
+    positions = torch.arange(len(found.rows), device=rows.device)
+    there = torch.ones_like(positions, dtype=torch.bool) if found.there is None else found.there
+    turns = positions.view(found.ranks, -1).T.flatten()
+    turns = turns[there[turns]]
+    place = torch.zeros_like(positions).index_copy(0, turns, positions[: len(turns)])
+    return found.rows[turns], labels[turns], place[found.first + own]
 
 
 def unit_rows(features: Tensor) -> Tensor:

@@ -303,7 +303,7 @@ class Peer:
         gradient: bool = False,
         weights: Mapping[str, Tensor] | None = None,
     ) -> Sight:
-        """Runs its ``training_step`` on the step's batch.
+        """Runs its ``training_step`` on the step's batch; its ``validation_step`` on one of the validation.
 
         Nobody notices: random states are put back (so it draws what the user's module draws, if it is asked in
         :meth:`BatchTechnique.observe_batch`), nothing is logged, its buffers and metrics stay what they were. No
@@ -377,8 +377,9 @@ class Peer:
 
     def _run(self, step: "Step", weights: Mapping[str, Tensor] | None) -> Any:
         arguments = step.batch, *step.arguments
+        method = "training_step" if step.stage == "train" else "validation_step"
         if weights is None:
-            return self.module.training_step(*arguments)
+            return getattr(self.module, method)(*arguments)
         others: dict[str, Tensor] = {}
         for name, place in (*self.module.named_parameters(), *self.module.named_buffers()):
             other = weights[plain_name(name)].to(place.device, place.dtype).detach()
@@ -386,7 +387,7 @@ class Peer:
             is_parameter = isinstance(place, nn.Parameter)
             others[f"module.{name}"] = other.requires_grad_(place.requires_grad) if is_parameter else other.clone()
         # Not by exchanging `.data`: inside one autocast region torch goes on with the old weights.
-        return functional_call(_TrainingStep(self.module), others, arguments)
+        return functional_call(_Step(self.module, method), others, arguments)
 
     @contextmanager
     def _watch(self) -> Iterator[None]:
@@ -433,16 +434,16 @@ class Peer:
         return call
 
 
-class _TrainingStep(nn.Module):
-    """A module's ``training_step`` as a ``forward``, for ``functional_call``."""
+class _Step(nn.Module):
+    """A module's ``training_step``, or another of its methods, as a ``forward``, for ``functional_call``."""
 
-    def __init__(self, module: "LightningModule") -> None:
+    def __init__(self, module: "LightningModule", method: str) -> None:
         super().__init__()
-        self.module = module
+        self.module, self._method = module, method
 
     @override
     def forward(self, *arguments: Any) -> Any:
-        return self.module.training_step(*arguments)
+        return getattr(self.module, self._method)(*arguments)
 
 
 def _detached(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_reg.engine.host.arguments import check_choice
+from lightning_reg.engine.networks.foreign import ForeignNetwork, MadeNetwork, stored_at
 from lightning_reg.engine.networks.peer import Peer, Sight, check_runs_on_copy, fill_, weights_of
 from lightning_reg.engine.run.engine import Engine, attached_engine
 from lightning_reg.engine.technique import BatchTechnique
@@ -60,12 +61,7 @@ class Reference:
 
     def stored(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A copy of weights as they lie here."""
-        stored = {}
-        for name, value in weights.items():
-            device = "cpu" if "cpu" in self.place else value.device
-            rounds = "bfloat16" in self.place and value.is_floating_point()
-            stored[name] = value.detach().to(device, torch.bfloat16 if rounds else value.dtype, copy=True)
-        return stored
+        return stored_at(self.place, weights)
 
     def state_dict(self) -> dict[str, Any]:
         """The weights; techniques that share them save one memory, which a file holds once."""
@@ -80,7 +76,7 @@ class ReferenceTechnique(BatchTechnique):
     """A technique that compares the network with references; those that ask for the same weights share one pass."""
 
     @property
-    def references(self) -> Sequence[Reference]:
+    def references(self) -> Sequence[Reference | ForeignNetwork]:
         """What it asks for, the same objects in every step."""
         raise NotImplementedError
 
@@ -94,7 +90,7 @@ class ReferenceTechnique(BatchTechnique):
     def observe_batch(self, step: "Step") -> None:
         _network_of(step).look(step)
 
-    def sight(self, step: "Step", reference: Reference) -> Sight:
+    def sight(self, step: "Step", reference: Reference | ForeignNetwork) -> Sight:
         """What a reference made of the step's batch.
 
         Args:
@@ -102,7 +98,7 @@ class ReferenceTechnique(BatchTechnique):
             reference: One of :attr:`references`.
 
         Returns:
-            Outputs of its layers, or the loss call, without gradient.
+            Outputs of its layers, or the loss call, without gradient; of a foreign network its output is under "".
 
         """
         found: Sight = step.notes[self][id(reference)]
@@ -118,6 +114,7 @@ class _Network:
     def __init__(self, module: "LightningModule", techniques: Sequence[ReferenceTechnique]) -> None:
         self._module, self._techniques = module, techniques
         self._peer, self._layers = self._skeleton([])
+        self._made: dict[str, MadeNetwork] = {}
         self._ready: dict[int, dict[str, Tensor]] = {}  # by the reference, the weights that it had then
 
     def _skeleton(self, layers: Sequence[str]) -> tuple[Peer, set[str]]:
@@ -138,11 +135,13 @@ class _Network:
         asking = [t for t in step.active if isinstance(t, ReferenceTechnique)]
         if asking[0] in step.notes:
             return
-        asked = [(t, reference) for t in asking for reference in t.references]
+        everything = [(t, reference) for t in asking for reference in t.references]
+        asked = [(t, reference) for t, reference in everything if isinstance(reference, Reference)]
         for technique, reference in asked:
             self._make_ready(technique, reference, [other for _, other in asked])
         for technique in asking:
             step.notes[technique] = {}
+        self._see_foreign(step, [(t, other) for t, other in everything if isinstance(other, ForeignNetwork)])
         groups: dict[int, list[tuple[ReferenceTechnique, Reference]]] = {}
         for pair in asked:
             groups.setdefault(id(pair[1].weights), []).append(pair)
@@ -159,6 +158,18 @@ class _Network:
         any_of_them = next(iter(sights.values()))
         for technique, reference in group:
             step.notes[technique][id(reference)] = any_of_them if reference.layers else sights[technique.loss]
+
+    def _see_foreign(self, step: "Step", asked: Sequence[tuple[ReferenceTechnique, ForeignNetwork]]) -> None:
+        """One pass of each network for all that want the same of it."""
+        seen: dict[tuple[str, str, tuple[str, ...]], Sight] = {}
+        for technique, foreign in asked:
+            if foreign.key not in self._made:
+                self._made[foreign.key] = MadeNetwork(foreign, step, technique)
+            made, what = self._made[foreign.key], (foreign.key, foreign.entry, foreign.layers)
+            made.check(foreign)
+            if what not in seen:
+                seen[what] = made.see(foreign, step)
+            step.notes[technique][id(foreign)] = seen[what]
 
     def _make_ready(self, technique: ReferenceTechnique, reference: Reference, others: Sequence[Reference]) -> None:
         """Weights with the shapes that the module has now, in one memory where they are equal."""

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from lightning_reg.engine.data.indices import check_has_indices
 from lightning_reg.engine.data.loaders import TrainLoaders
 from lightning_reg.engine.data.order import Reordered
 from lightning_reg.engine.host import lightning as host
+from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.loss.lookup import ENGINES
 from lightning_reg.engine.loss.result import loss_of
 from lightning_reg.engine.run import passes, report
@@ -19,7 +21,7 @@ from lightning_reg.engine.run.part import Part, overriding
 from lightning_reg.engine.run.parts import BatchPart, LossPart, make_parts
 from lightning_reg.engine.run.phases import Member, OnBatch
 from lightning_reg.engine.run.watching import Watch
-from lightning_reg.engine.step import Step
+from lightning_reg.engine.step import Stage, Step
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -209,7 +211,36 @@ class Engine:
 
     def reordered(self, technique: "Owner") -> Reordered:
         """The training loader in another order, chosen by the technique's seed, for a network of its own."""
-        return Reordered(self._loaders.the_only_one(technique), technique)
+        why = "trains a second network on the training loader in another order"
+        return Reordered(self._loaders.the_only_one(technique, why), technique)
+
+    def loader_for(self, owner: "Owner", stage: Stage) -> tuple[Any, float]:
+        """The one loader of the training or of the validation, without a tap.
+
+        Args:
+            owner: Who asks what the network makes of its samples; its class is named in errors.
+            stage: ``"train"`` or ``"validate"``.
+
+        Returns:
+            The loader, and how many of its batches count.
+
+        Raises:
+            MisconfigurationException: If there is none or several, or its batches have no sample indices.
+
+        """
+        what = "records what the network makes of each sample of the"
+        if stage == "train":
+            found: list[Any] = [self._loaders.the_only_one(owner, f"{what} training data")]
+            limits: list[float] = [self.trainer.num_training_batches]
+        else:
+            found, limits = host.validation_loaders(self.trainer)
+        if len(found) != 1:
+            raise MisconfigurationException(
+                f"{type(owner).__name__} {what} validation data, and there are {len(found)} validation loaders. Give"
+                " the Trainer one DataLoader for it."
+            )
+        check_has_indices(found[0], owner)
+        return found[0], limits[0]
 
 
 @contextmanager

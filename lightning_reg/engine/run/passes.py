@@ -2,14 +2,14 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 from typing_extensions import override
 
 from lightning_reg.engine.host import lightning as host
@@ -21,7 +21,9 @@ from lightning_reg.engine.run.watching import progress
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["replay_step", "training_batches", "validation_metrics"]
+    from lightning_reg.engine.step import Stage
+
+__all__ = ["ordered_batches", "replay_step", "training_batches", "validation_metrics"]
 
 
 def validation_metrics(trainer: "Trainer", what: str = "") -> dict[str, float]:
@@ -71,29 +73,86 @@ def training_batches(trainer: "Trainer", original: Callable[[Any], Any]) -> Iter
     combined = host.combined_loader(trainer)
     loaders = [original(loader) for loader in combined.flattened]
     # Of `limit_train_batches` the loader knows in its length only.
-    limit = None if trainer.num_training_batches == math.inf else int(trainer.num_training_batches)
+    limit = _number(trainer.num_training_batches)
     twins = dict(zip(map(id, combined.flattened), map(_fresh, loaders), strict=True))
     iterables = tree_map(lambda loader: twins[id(loader)], combined.iterables, is_leaf=lambda x: id(x) in twins)
     fresh = host.joined_like(combined, iterables)
+    with _unnoticed(trainer, loaders):
+        yield (host.batch_on_device(trainer, batch) for batch, *_ in islice(fresh, limit))
+
+
+@contextmanager
+def _unnoticed(trainer: "Trainer", loaders: Iterable[Any]) -> Iterator[None]:
     with ExitStack() as undo:
         undo.enter_context(isolated_randomness())
         undo.enter_context(host.metrics_kept(trainer.lightning_module))
         for loader in loaders:
             undo.enter_context(kept_generators(loader))
-        yield (host.batch_on_device(trainer, batch) for batch, *_ in islice(fresh, limit))
+            undo.enter_context(kept_generators(getattr(loader, "dataset", None)))
+        yield
 
 
 def _fresh(loader: Any) -> Any:
     if not isinstance(loader, DataLoader):
         return loader
-    twin = copy.copy(loader)
-    changes: dict[str, Any] = {"_iterator": None, "persistent_workers": False}
-    for name in ("sampler", "batch_sampler"):
-        changes[name] = copy.copy(getattr(loader, name))
+    changes = {name: copy.copy(getattr(loader, name)) for name in ("sampler", "batch_sampler")}
     if hasattr(changes["batch_sampler"], "sampler"):
         changes["batch_sampler"].sampler = copy.copy(changes["batch_sampler"].sampler)
-    twin.__dict__.update(changes)  # torch forbids to set them
+    return _with(loader, **changes)
+
+
+def _with(loader: Any, **changes: Any) -> Any:
+    """A copy of a loader that has not begun, with other samplers."""
+    twin = copy.copy(loader)
+    twin.__dict__.update({"_iterator": None, "persistent_workers": False, **changes})  # torch forbids to set them
     return twin
+
+
+@contextmanager
+def ordered_batches(
+    trainer: "Trainer", loader: Any, limit: float, stage: "Stage"
+) -> Iterator[tuple[list[list[int]], Callable[[], tuple[Any, Any]], Iterator[Any]]]:
+    """A pass over the samples of one loader, each once and in the order of their indices, of which nobody notices.
+
+    The samples are those that the loader's own sampler draws for an epoch, ``drop_last`` or not; a batch sampler of
+    another class than torch's keeps its batches as they are.
+
+    Args:
+        trainer: A Trainer that fits.
+        loader: A DataLoader with indices, on this rank.
+        limit: Most batches.
+        stage: ``"train"`` or ``"validate"``: what the module's hooks for batches are told.
+
+    Yields:
+        The indices of each batch; a function that fetches the first batch twice; the batches, on the module's device.
+
+    """
+    with _unnoticed(trainer, [loader]), host.stage_of_trainer(trainer, stage):
+        drawn = _index_batches(loader, limit)
+
+        def on_device(draws: list[list[int]], **changes: Any) -> Iterator[Any]:
+            place = "sampler" if loader.batch_sampler is None else "batch_sampler"
+            return (host.batch_on_device(trainer, batch) for batch in _with(loader, **{place: draws}, **changes))
+
+        def twice() -> tuple[Any, Any]:
+            here: dict[str, Any] = {"num_workers": 0, "timeout": 0}
+            return next(on_device(drawn[:1], **here)), next(on_device(drawn[:1], **here))
+
+        yield drawn, twice, on_device(drawn)
+
+
+def _index_batches(loader: Any, limit: float) -> list[list[int]]:
+    sampler = _fresh(loader).batch_sampler
+    if type(sampler) is not BatchSampler:
+        return [[int(index) for index in draw] for draw in islice(sampler, _number(limit))]
+    size = sampler.batch_size
+    most = None if limit >= len(loader) else int(limit) * size
+    indices = sorted({int(index) for index in islice(sampler.sampler, most)})
+    return [indices[start : start + size] for start in range(0, len(indices), size)]
+
+
+def _number(limit: float) -> int | None:
+    return None if limit == math.inf else int(limit)
 
 
 def replay_step(trainer: "Trainer", module: "LightningModule", batch: Any, batch_idx: int) -> None:

@@ -1,6 +1,5 @@
 """Checkpoints without what was not trained: frozen weights, and latents that they began with, are told by a hash."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.host.names import plain_name
+from lightning_reg.engine.host.modules import checksum
 from lightning_reg.engine.weights.entries import entries_of, write_entries_
 from lightning_reg.engine.weights.latents import Latents
 from lightning_reg.engine.weights.swap import named_weights
@@ -97,7 +96,7 @@ def strip_(checkpoint: dict[str, Any], module: nn.Module, frozen: Sequence[Savin
         if state:
             checkpoint["callbacks"][technique.state_key] = {**state, "values": {}}
     types = {name: str(value.dtype).removeprefix("torch.") for name, value in base.items()}
-    checkpoint[_KEY] = {"types": types, "hash": _hash(base), "entries": entries}
+    checkpoint[_KEY] = {"types": types, "hash": checksum(base), "entries": entries}
 
 
 def fill_(checkpoint: dict[str, Any], module: nn.Module, frozen: Sequence[Saving], owner: str) -> None:
@@ -120,7 +119,7 @@ def fill_(checkpoint: dict[str, Any], module: nn.Module, frozen: Sequence[Saving
         for name, kind in note["types"].items()
         if name in parameters
     }
-    if missing or _hash(base) != note["hash"]:
+    if missing or checksum(base) != note["hash"]:
         why = f"it lacks {missing[0]!r}" if missing else "its weights differ"
         raise MisconfigurationException(
             f"{owner}: the checkpoint holds what was trained on top of other weights than the module's: {why}. Make the"
@@ -157,12 +156,3 @@ def _with_entries(
     for name, weight in weights.items():
         write_entries_(weight, index[name], entries[name].to(weight.device))
     return weights
-
-
-def _hash(tensors: Mapping[str, Tensor]) -> str:
-    found = hashlib.blake2b(digest_size=16)
-    for name in sorted(tensors):
-        value = tensors[name].detach().cpu().contiguous()
-        found.update(f"{plain_name(name)} {value.dtype} {tuple(value.shape)} ".encode())
-        found.update(value.reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()

@@ -1,5 +1,6 @@
 """DR-Tune: the head must also classify what the encoder made of images before fine-tuning."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,9 +13,11 @@ from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.layers.embeddings import Pooling, class_numbers, embeddings, pooled
-from lightning_reg.engine.layers.named import find_layer, named_layers
+from lightning_reg.engine.loss.contrastive import rows_in_turn
+from lightning_reg.engine.networks.records import Wanted, record
 from lightning_reg.engine.networks.references import PLACES, Reference, ReferenceTechnique
 from lightning_reg.engine.technique import StepTechnique
+from lightning_reg.finetuning._head import linear_head
 from lightning_reg.finetuning.dr_tune.core import FeatureBank, calibrate, dr_loss, kabsch
 
 if TYPE_CHECKING:
@@ -47,8 +50,9 @@ class DRTune(ReferenceTechnique, StepTechnique):
     Differs:
         The term is added as in the paper's formula; the authors' code takes one mean over B + K rows, which is this
         with ``weight=K / B`` times B / (B + K), and has learning rates for that. Between two rotations the last one
-        stays; in the code there is none in nine of ten steps. The bank fills during the first steps; the code fills it
-        in a pass before them. It holds rows of all ranks, and batches need not divide it.
+        stays; in the code there is none in nine of ten steps. The pass that fills the bank before the first step takes
+        each sample once, and of more than K those that are drawn; the code keeps the last K of a shuffled epoch. The
+        bank holds rows of all ranks, and batches need not divide it.
 
     Memory: the module's parameters and buffers once more (see ``reference``), and ``2 * bank_size * D`` numbers; a
     forward pass of the first network per step. A rotation decomposes a ``(D, D)`` matrix: about a second on a CPU for
@@ -61,6 +65,8 @@ class DRTune(ReferenceTechnique, StepTechnique):
             beside one learning rate: 1 to 4.
         bank_size: K, at least 1. Paper: 2048; sensible: several images for each class, no more than there are.
         calibration: Whether the first features are brought to the present ones, or are taken as they were.
+        warm_up: Whether the bank is filled with what the first encoder makes of the training data, in a pass before
+            the first step; else it fills in the first steps. Such a pass needs a DataLoader with sample indices.
         rotate_every: Batches between two rotations, at least 0; 0: none. Authors' code: 10.
         label_key: Entry of the batch with the class number of each sample, ``(B,)``: keys and positions, separated by
             dots (``"labels"``).
@@ -69,6 +75,7 @@ class DRTune(ReferenceTechnique, StepTechnique):
         reference: Where the first weights lie: ``"device"``, ``"cpu"`` (copied there in each step), ``"bfloat16"``
             (half the bytes, rounded) or ``"cpu_bfloat16"``.
         name: Tells several instances in one Trainer apart.
+        seed: Of the draw among more samples than the bank holds.
 
     Raises:
         ValueError: If an argument is outside its range.
@@ -88,20 +95,23 @@ class DRTune(ReferenceTechnique, StepTechnique):
         bank_size: int = 2048,
         calibration: bool = True,
         rotate_every: int = 10,
+        warm_up: bool = True,
         label_key: str = "1",
         pooling: Pooling = "flatten",
         reference: str = "device",
         name: str | None = None,
+        seed: int = 0,
     ) -> None:
-        super().__init__(name=name)
+        super().__init__(name=name, seed=seed)
         check_number(self, "weight", weight, low=0)
         check_number(self, "bank_size", bank_size, low=1, integer=True)
         check_number(self, "rotate_every", rotate_every, low=0, integer=True)
         check_bool(self, "calibration", calibration)
+        check_bool(self, "warm_up", warm_up)
         check_choice(self, "pooling", pooling, ("flatten", "first", "mean"))
         check_choice(self, "reference", reference, PLACES)
         self.layer, self.head, self.weight, self.bank_size = layer, head, weight, bank_size
-        self.calibration, self.rotate_every = calibration, rotate_every
+        self.calibration, self.rotate_every, self.warm_up = calibration, rotate_every, warm_up
         self.label_key, self.pooling, self.reference = label_key, pooling, reference
         self._reference = Reference([layer], reference)
         self._bank = FeatureBank(bank_size)
@@ -133,10 +143,16 @@ class DRTune(ReferenceTechnique, StepTechnique):
         return [self._reference]
 
     @override
+    def observe_batch(self, step: "Step") -> None:
+        super().observe_batch(step)
+        if self.warm_up and not self._bank.filled:
+            self._fill_bank(step)
+
+    @override
     def step_term(self, step: "Step") -> Tensor | None:
         labels = class_numbers(self, step, self.label_key)
         present = embeddings(self, step, self.layer, len(labels), self.pooling)[0].detach().float()
-        head = self._linear_head(step.module, present.shape[1])
+        head = linear_head(self, step.module, self.layer, self.head, present.shape[1])
         first = self._first_features(step, present)
         term = self._term(step, present, head) if self._bank.filled else None
         self._bank.add(*self._of_all_ranks(step, first, present, labels))
@@ -152,6 +168,17 @@ class DRTune(ReferenceTechnique, StepTechnique):
         self._reference.load_state_dict(state_dict["reference"])
         self._bank.load_state_dict(state_dict["bank"])
         self._rotation = state_dict["rotation"]
+
+    def _fill_bank(self, step: "Step") -> None:
+        wanted = Wanted([self.layer], [self.label_key], view=partial(pooled, pooling=self.pooling))
+        try:  # both encoders are the same still, so one draw of an augmented image is as good as another
+            found = record(step.trainer, self, wanted, augmented=True, weights=self._reference.weights)
+        except MisconfigurationException as error:
+            raise MisconfigurationException(f"{error} Or write DRTune(warm_up=False).") from error
+        drawn = torch.randperm(len(found.indices), generator=self.generator(step, same_on_ranks=True))
+        features = found.features[self.layer][drawn].to(step.module.device)
+        labels = found.entries[self.label_key].flatten()[drawn].to(step.module.device)
+        self._bank.add(features, features, labels)
 
     def _term(self, step: "Step", present: Tensor, head: nn.Linear) -> Tensor:
         first, then, labels = (kept.to(present.device) for kept in self._bank.entries())
@@ -176,13 +203,8 @@ class DRTune(ReferenceTechnique, StepTechnique):
         group = host.data_parallel_group(step.trainer)
         if group is None:
             return first, present, labels
-        rows = torch.cat([first, present, labels[:, None].float()], dim=1)
-        gathered, there, _ = distributed.all_gather_rows(rows, group, step.capacity)
-        # In turn from each rank, as torch's sampler has dealt them: the order of the joined batch.
-        ranks, width = distributed.world_size(group), present.shape[1]
-        turns = torch.arange(len(gathered), device=gathered.device).view(ranks, -1).T.flatten()
-        gathered = gathered[turns][there[turns]]
-        return gathered[:, :width], gathered[:, width:-1], gathered[:, -1].long()
+        both, labels, _ = rows_in_turn(torch.cat([first, present], dim=1), labels, group, step.capacity)
+        return both[:, : first.shape[1]], both[:, first.shape[1] :], labels
 
     def _first_features(self, step: "Step", present: Tensor) -> Tensor:
         first = pooled(self.sight(step, self._reference).features[self.layer], self.pooling).float()
@@ -192,12 +214,3 @@ class DRTune(ReferenceTechnique, StepTechnique):
                 " the network as it was. Both must see the same batch in the same way."
             )
         return first
-
-    def _linear_head(self, module: nn.Module, width: int) -> nn.Linear:
-        head = find_layer(named_layers(module), self.head)
-        if not isinstance(head, nn.Linear) or head.in_features != width:
-            raise MisconfigurationException(
-                f"DRTune(head={self.head!r}) must name the linear layer that gets the {width} features of"
-                f" {self.layer!r}, found {head}. Name the layer whose output the head gets as it is, and the head."
-            )
-        return head
