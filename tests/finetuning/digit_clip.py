@@ -2,9 +2,9 @@
 
     python -m tests.finetuning.digit_clip    # trains it, in two minutes on one quiet core
 
-It is one set of weights for two libraries: :func:`hugging_face` is a ``transformers.CLIPModel`` and :func:`open_clip` an
+One set of weights for two libraries: :func:`hugging_face` is a ``transformers.CLIPModel`` and :func:`open_clip` an
 ``open_clip.CLIP``, with the same features. Images are ``(B, 3, 8, 8)`` in [-1, 1], texts ``(B, 10)`` numbers of words.
-It has seen the first 1,397 digits; those after are held out, 200 for training further and 200 for tests.
+It has seen the first 1,397 digits; the 400 after them are held out.
 """
 
 from functools import cache
