@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lightning_reg.averaging.model_soups.core import SoupResult as SoupResult
     from lightning_reg.averaging.model_soups.core import average_state_dicts as average_state_dicts
     from lightning_reg.averaging.model_soups.core import ema_decay as ema_decay
+    from lightning_reg.averaging.model_soups.core import gaussian_epoch_weights as gaussian_epoch_weights
     from lightning_reg.averaging.model_soups.core import greedy_soup as greedy_soup
     from lightning_reg.averaging.model_soups.core import reestimate_batchnorm as reestimate_batchnorm
     from lightning_reg.averaging.model_soups.files import load_averaged as load_averaged
@@ -210,6 +211,7 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "SoupResult": "lightning_reg.averaging.model_soups.core",
         "average_state_dicts": "lightning_reg.averaging.model_soups.core",
         "ema_decay": "lightning_reg.averaging.model_soups.core",
+        "gaussian_epoch_weights": "lightning_reg.averaging.model_soups.core",
         "greedy_soup": "lightning_reg.averaging.model_soups.core",
         "reestimate_batchnorm": "lightning_reg.averaging.model_soups.core",
         "load_averaged": "lightning_reg.averaging.model_soups.files",

@@ -265,7 +265,8 @@ class OnModules(Member):
         """Returns new modules for a training that begins, by name, if any; weights are drawn from its seed.
 
         They are float32, on the module's device, and take part in the loss by a term or an edited layer. They are in
-        no key of the module's and in no average of its weights; :attr:`own` has them, after the fit as well.
+        no key of the module's, and averages of its weights have them under names of their own; :attr:`own` has them,
+        after the fit as well.
         """
         raise NotImplementedError
 
