@@ -105,7 +105,9 @@ if TYPE_CHECKING:
     from lightning_reg.finetuning.mask_tuning.core import unpack_bits as unpack_bits
     from lightning_reg.finetuning.promptsrc.core import class_template_mean as class_template_mean
     from lightning_reg.finetuning.promptsrc.core import feature_l1 as feature_l1
+    from lightning_reg.finetuning.promptsrc.core import harmonic_mean as harmonic_mean
     from lightning_reg.finetuning.promptsrc.core import logit_agreement as logit_agreement
+    from lightning_reg.finetuning.promptsrc.core import prompted_tokens as prompted_tokens
     from lightning_reg.finetuning.sara.core import magnitude_threshold as magnitude_threshold
     from lightning_reg.finetuning.sara.core import nuclear_norm as nuclear_norm
     from lightning_reg.finetuning.sara.core import pack_positions as pack_positions
@@ -292,7 +294,9 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "unpack_bits": "lightning_reg.finetuning.mask_tuning.core",
         "class_template_mean": "lightning_reg.finetuning.promptsrc.core",
         "feature_l1": "lightning_reg.finetuning.promptsrc.core",
+        "harmonic_mean": "lightning_reg.finetuning.promptsrc.core",
         "logit_agreement": "lightning_reg.finetuning.promptsrc.core",
+        "prompted_tokens": "lightning_reg.finetuning.promptsrc.core",
         "magnitude_threshold": "lightning_reg.finetuning.sara.core",
         "nuclear_norm": "lightning_reg.finetuning.sara.core",
         "pack_positions": "lightning_reg.finetuning.sara.core",

@@ -1,5 +1,6 @@
 """PromptSRC: a network held to what it said before, and prompts in both towers of a CLIP."""
 
+from collections import OrderedDict
 from functools import partial
 
 import pytest
@@ -8,15 +9,32 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_reg import CutMix, FrozenTwinAgreement
+from lightning_reg import CutMix, DeepPrompts, FrozenTwinAgreement, SoupAverager
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.functional import class_template_mean, feature_l1, logit_agreement
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
+from tests.conformance.problems import Problem
 from tests.finetuning.digit_clip import DIGITS, TEMPLATES, hugging_face, open_clip, tokens, unseen
-from tests.toys import QUIET, Classifier, StepLosses, fit, make_loader, make_trainer, same_weights, weights_of
+from tests.toys import (
+    QUIET,
+    Callback,
+    Classifier,
+    StepLosses,
+    fit,
+    make_loader,
+    make_trainer,
+    same_weights,
+    seed_everything,
+    weights_of,
+)
 
-pytestmark = QUIET
+pytestmark = [
+    *QUIET,
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),
+    pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training"),
+]
 
 
 class AgreementByHand(Hand):
@@ -37,7 +55,124 @@ class AgreementByHand(Hand):
         return 3.0 * (now - then).abs().sum() / now.numel() + 0.5 * sum(divergences) / len(divergences)
 
 
+class Block(nn.Module):
+    """A layer of a toy transformer."""
+
+    def __init__(self):
+        super().__init__()
+        self.ln_1, self.mix = nn.LayerNorm(6), nn.Linear(6, 6)
+
+    def forward(self, x, attn_mask=None):
+        y = self.ln_1(x)
+        return x + torch.tanh(self.mix(y + y.mean(1, keepdim=True)))
+
+
+class Blocks(nn.Module):
+    batch_first = True
+
+    def __init__(self):
+        super().__init__()
+        self.resblocks = nn.ModuleList([Block(), Block(), Block()])
+
+    def forward(self, x):
+        for block in self.resblocks:
+            x = block(x)
+        return x
+
+
+class Visual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.ln_pre, self.transformer = nn.Linear(4, 6), nn.LayerNorm(6), Blocks()
+
+    def forward(self, x):
+        return self.transformer(self.ln_pre(self.conv1(x.unflatten(1, (4, 4)))))[:, 0]
+
+
+class ToyClip(nn.Module):
+    """With layers named as in open_clip; the last word of a text is its end."""
+
+    def __init__(self):
+        super().__init__()
+        self.visual, self.token_embedding, self.transformer = Visual(), nn.Embedding(9, 6), Blocks()
+        self.register_buffer("texts", torch.tensor([[0, 1, 2, 5, 8], [0, 1, 2, 6, 8], [0, 1, 2, 7, 8]]), False)
+
+    def forward(self, x):
+        texts = self.transformer(self.token_embedding(self.texts))[:, -1]
+        images = self.visual(x)
+        return torch.cat([images, images @ texts.T / 6], 1)
+
+
+def labelled(size):
+    x = torch.randn(size, 8)
+    return x, (x[:, :4] + torch.randn(size, 4)).argmax(1)
+
+
+def toy():
+    layers = {"first": nn.Linear(8, 16), "act": nn.Tanh(), "body": ToyClip(), "act_body": nn.Tanh()}
+    return nn.Sequential(OrderedDict(layers, head=nn.Linear(9, 4)))
+
+
+class PromptsByHand(Hand):
+    """The toy's towers written out, with prompts for images in three layers and for texts in two."""
+
+    def begin(self, loop):
+        def drawn(kind, *shape):
+            generator = torch.Generator().manual_seed(self.technique.derived_seed(f"{kind} prompts"))
+            return (0.5 * torch.randn(*shape, generator=generator)).requires_grad_()
+
+        self.visual, self.text = drawn("visual", 3, 2, 6), drawn("text", 2, 1, 6)
+
+    def own(self):
+        return [self.visual, self.text]
+
+    def edit_input(self, name, rows, moment):
+        if name == "net.body":
+            self.given = rows
+        return rows
+
+    def edit(self, name, rows, moment, copy):
+        return self.clip(moment.weights, self.given) if name == "net.body" else rows
+
+    def end(self, weights):
+        self.final = weights
+        return weights
+
+    def edit_evaluation(self, name, rows):
+        if name == "net.act":
+            self.given = rows
+        return self.clip(self.final, self.given) if name == "net.body" else rows
+
+    def clip(self, weights, x):
+        w = {name[len("net.body.") :]: value for name, value in weights.items() if name.startswith("net.body.")}
+
+        def norm(rows, name):
+            return F.layer_norm(rows, (6,), w[f"{name}.weight"], w[f"{name}.bias"])
+
+        def block(rows, name):
+            y = norm(rows, f"{name}.ln_1")
+            y = y + y.mean(1, keepdim=True)
+            return rows + torch.tanh(y @ w[f"{name}.mix.weight"].T + w[f"{name}.mix.bias"])
+
+        def many(prompts, rows):
+            return prompts.to(rows).expand(len(rows), -1, -1)
+
+        rows = x.reshape(-1, 4, 4) @ w["visual.conv1.weight"].T + w["visual.conv1.bias"]
+        rows = norm(torch.cat([rows, many(self.visual[0], rows)], 1), "visual.ln_pre")
+        for i in range(3):
+            if i:
+                rows = torch.cat([rows[:, :4], many(self.visual[i], rows)], 1)
+            rows = block(rows, f"visual.transformer.resblocks.{i}")
+        texts = w["token_embedding.weight"][torch.tensor([[0, 1, 2, 5, 8], [0, 1, 2, 6, 8], [0, 1, 2, 7, 8]])]
+        for i in range(3):
+            if i < 2:
+                texts = torch.cat([texts[:, :1], many(self.text[i], texts), texts[:, 2:]], 1)
+            texts = block(texts, f"transformer.resblocks.{i}")
+        return torch.cat([rows[:, 0], rows[:, 0] @ texts[:, -1].T / 6], 1)
+
+
 LAYER = {"features": {"net.act_body": 3.0}}
+PROMPTS = partial(DeepPrompts, clip="net.body", visual=2, text=1, visual_depth=3, text_depth=2, init_std=0.5)
 CASE = (
     Case(
         make=partial(FrozenTwinAgreement, **LAYER, logit_weight=0.5),
@@ -66,6 +201,35 @@ CASE = (
             ({**LAYER, "reduction": "sum"}, "reduction"),
             ({**LAYER, "reference": "disk"}, "reference"),
             ({**LAYER, "templates": {"net.body": "phrasings"}}, "templates"),
+        ],
+    ),
+    Case(
+        make=PROMPTS,
+        neutral=partial(PROMPTS, visual=0, text=0),
+        by_hand=PromptsByHand,
+        says=(
+            "prompts in net.body: 2 for images in 3 layers, 1 for texts in 2 layers",
+            "no prompts: inactive",
+            "prompts in net.body: 2 for texts in 1 layers; 2 texts at a time",
+            "prompts in net.body: 3 for images in 1 layers",
+        ),
+        data=Problem(toy, labelled, F.cross_entropy, serves=["classification"]),
+        variants=[
+            partial(DeepPrompts, "net.body", 0, 2, text_depth=1, text_init=[1, 2], class_chunk=2),
+            partial(DeepPrompts, "net.body", 3, 0, visual_depth=1, lr_factor=2.0, weight_decay=0.1),
+        ],
+        invalid=[
+            ({"visual": -1}, "visual"),
+            ({"text": -1}, "text"),
+            ({"visual_depth": 0}, "visual_depth"),
+            ({"text_depth": 0}, "text_depth"),
+            ({"text_init": [3]}, "text_init"),
+            ({"text": 1, "text_init": [-1]}, "text_init"),
+            ({"init_std": -0.1}, "init_std"),
+            ({"class_chunk": 0}, "class_chunk"),
+            ({"lr_factor": -0.1}, "lr_factor"),
+            ({"weight_decay": -0.1}, "weight_decay"),
+            ({"own_optimizer": -1}, "own_optimizer"),
         ],
     ),
 )
@@ -293,3 +457,247 @@ def test_phrasings_of_another_shape_are_refused(given, words):
     model = Wrong(hugging_face(), trained="logit_scale")
     with pytest.raises(MisconfigurationException, match=words):
         fit(model, technique, loader=digits(4), max_epochs=1)
+
+
+# -- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def drawn_prompts(visual=(3, 2), text=(3, 4), width=64):
+    generator = torch.Generator().manual_seed(5)
+    made = {"visual": torch.randn(*visual, width, generator=generator), "text": torch.randn(*text, width)}
+    made["text"] = torch.randn(*text, width, generator=generator)
+    return {kind: 0.3 * rows for kind, rows in made.items()}
+
+
+def trained(prompts, **options):
+    """As it is after a fit that has led to such prompts."""
+    shapes = {f"{kind}_depth": len(rows) for kind, rows in prompts.items()}
+    technique = DeepPrompts("", prompts["visual"].shape[1], prompts["text"].shape[1], **shapes, **options)
+    technique.load_state_dict({"modules": {kind: {"prompts": rows} for kind, rows in prompts.items()}, "moments": {}})
+    return technique
+
+
+def features(clip, images, texts):
+    """Of images and texts, as they come out of the towers."""
+    if hasattr(clip, "encode_text"):
+        return clip.encode_image(images), clip.encode_text(texts)
+    return clip.get_image_features(images).pooler_output, clip.get_text_features(texts).pooler_output
+
+
+def written_out(clip, images, texts, prompts):
+    """The two towers of open_clip with prompts, as in `VisionTransformer`, `TextEncoder` and
+    `ResidualAttentionBlock_IVLP` of the authors' clip/model.py."""
+    visual, text = prompts["visual"], prompts["text"]
+    x = clip.visual.conv1(images).flatten(2).transpose(1, 2)
+    x = torch.cat([clip.visual.class_embedding.expand(len(x), 1, -1), x], 1) + clip.visual.positional_embedding
+    x = clip.visual.ln_pre(torch.cat([x, visual[0].expand(len(x), -1, -1)], 1))
+    for i, block in enumerate(clip.visual.transformer.resblocks):
+        if 0 < i < len(visual):
+            x = torch.cat([x[:, : -visual.shape[1]], visual[i].expand(len(x), -1, -1)], 1)
+        x = block(x)
+    t, n = clip.token_embedding(texts), text.shape[1]
+    t = torch.cat([t[:, :1], text[0].expand(len(t), -1, -1), t[:, 1 + n :]], 1) + clip.positional_embedding
+    for i, block in enumerate(clip.transformer.resblocks):
+        if 0 < i < len(text):
+            t = torch.cat([t[:, :1], text[i].expand(len(t), -1, -1), t[:, 1 + n :]], 1)
+        t = block(t, attn_mask=clip.attn_mask)
+    t = clip.ln_final(t)[torch.arange(len(t)), texts.argmax(1)] @ clip.text_projection
+    return clip.visual.ln_post(x[:, 0]) @ clip.visual.proj, t
+
+
+def names(*words):
+    return tokens(*(f"a photo of a {name}" for name in words or DIGITS))
+
+
+@torch.no_grad()
+def test_both_libraries_have_the_prompts_where_the_authors_have_them():
+    images, prompts = unseen()[0][:5], drawn_prompts()
+    wanted = written_out(open_clip(), images, names(), prompts)
+    plain = features(open_clip(), images, names())
+    for clip in (open_clip(), open_clip(custom_text=True), hugging_face(), hugging_face().eval()):
+        with trained(prompts).used_in(clip):
+            found = features(clip, images, names())
+        for one, other, before in zip(found, wanted, plain, strict=True):
+            torch.testing.assert_close(one, other, atol=2e-5, rtol=0)  # features of size 5, other kernels
+            assert (one - before).abs().max() > 0.1
+        for one, before in zip(features(clip, images, names()), plain, strict=True):
+            torch.testing.assert_close(one, before, atol=2e-5, rtol=0)  # and it is as it was
+
+
+def test_the_order_of_dimensions_is_the_librarys():
+    clip, images, prompts = open_clip(), unseen()[0][:3], drawn_prompts()
+    wanted = written_out(clip, images, names(), prompts)
+    for tower in (clip.visual.transformer, clip.transformer):
+        tower.batch_first = False
+        for block in tower.resblocks:
+            block.attn.batch_first = False
+    with trained(prompts, class_chunk=4).used_in(clip):
+        found = features(clip, images, names())
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=0)
+
+
+class Start(Callback):
+    """The prompts that a fit begins with."""
+
+    def __init__(self, technique):
+        self.technique = technique
+
+    def on_train_start(self, trainer, pl_module):
+        self.prompts = {kind: self.technique.own[kind].prompts.detach().clone() for kind in ("visual", "text")}
+
+
+def test_a_fit_trains_prompts_alone_and_they_serve_other_names():
+    class Frozen(Names):
+        def __init__(self, clip):
+            super().__init__(clip, trained="")
+            self.net.eval()  # as `from_pretrained` gives it
+
+        def validation_step(self, batch, batch_idx):
+            self.seen = self.logits(batch[0])
+
+    for clip in (open_clip(), hugging_face()):
+        model, before = Frozen(clip), weights_of(clip)
+        words = tokens("a photo of a")[0, 1:5].tolist()
+        technique = DeepPrompts("net", 2, 4, 3, 3, text_init=words, seed=3)
+        start = Start(technique)
+        trainer = fit(model, technique, start, loader=digits(40, 8), max_epochs=2)
+        assert same_weights(clip, before)
+        table = clip.token_embedding if hasattr(clip, "token_embedding") else clip.text_model.embeddings.token_embedding
+        assert torch.equal(start.prompts["text"][0], table.weight[words])
+        assert start.prompts["visual"].std().item() == pytest.approx(0.02, rel=0.2)
+        prompts = {kind: technique.own[kind].prompts.detach() for kind in ("visual", "text")}
+        assert prompts["text"].shape == (3, 4, 64)
+        assert all((rows - start.prompts[kind]).abs().max() > 1e-3 for kind, rows in prompts.items())
+        images, others = unseen()[0][:4], names("nine", "eight", "inverted seven")
+        with technique.used_in(clip), torch.no_grad():
+            found = features(clip, images, others)
+        with torch.no_grad():
+            for one, other in zip(found, written_out(open_clip(), images, others, prompts), strict=True):
+                torch.testing.assert_close(one, other, atol=2e-5, rtol=0)
+        model.names = DIGITS[5:]  # a validation with names that had no part in the fit
+        trainer.validate(model, digits(4), verbose=False)
+        with technique.used_in(clip), torch.no_grad():
+            torch.testing.assert_close(model.seen, model.logits(next(iter(digits(4)))[0]), atol=1e-5, rtol=0)
+
+
+def thousand():
+    """Names of 1,000 classes."""
+    return names(*(f"{a} {b} {c}" for a in DIGITS for b in DIGITS for c in DIGITS))
+
+
+def kept_by(clip, technique, texts):
+    """Features and gradients of prompts, and the bytes that the forward pass keeps for the backward pass."""
+    held = {}
+
+    def note(tensor):
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with technique.used_in(clip):
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            rows = features(clip, unseen()[0][:1].double(), texts)[1]
+        (rows * torch.linspace(-1, 1, rows.numel()).reshape(rows.shape)).sum().backward()
+    return rows.detach(), technique.own["text"].prompts.grad, sum(held.values()) / 2**20
+
+
+@pytest.mark.parametrize("host", [open_clip, hugging_face])
+def test_a_thousand_classes_need_the_memory_of_a_few(host):
+    clip, prompts = host().requires_grad_(False).double(), drawn_prompts()
+    rows, gradient, whole = kept_by(clip, trained(prompts), thousand())
+    of_chunks, same, few = kept_by(clip, trained(prompts, class_chunk=50), thousand())
+    torch.testing.assert_close(of_chunks, rows, atol=1e-12, rtol=1e-12)
+    assert (same - gradient).norm() < 1e-6 * gradient.norm()  # float32, as prompts are
+    assert few < 0.3 * whole
+    with trained(prompts, class_chunk=300).used_in(clip), torch.no_grad():
+        found = features(clip, unseen()[0][:1].double(), thousand())[1]
+        torch.testing.assert_close(found, rows, atol=1e-12, rtol=1e-12)
+
+
+def test_prompts_are_float32_beside_weights_of_less():
+    prompts, clip = drawn_prompts(), hugging_face().bfloat16().requires_grad_(False)
+    technique = trained(prompts)
+    with technique.used_in(clip):
+        image, text = features(clip, unseen()[0][:3].bfloat16(), names())
+    (image.sum() + text.sum()).backward()
+    assert text.dtype == torch.bfloat16
+    for kind in ("visual", "text"):
+        assert technique.own[kind].prompts.dtype == technique.own[kind].prompts.grad.dtype == torch.float32
+        assert technique.own[kind].prompts.grad.abs().max() > 0
+
+
+def test_prompts_beside_the_frozen_twin_and_the_average_resume_exactly(tmp_path):
+    def callbacks():
+        agreement = FrozenTwinAgreement(TOWERS, templates={"net.text_projection": "phrasings"})
+        soup = SoupAverager(method="gaussian", mean_epoch=3, std_epochs=1.0, exclude="net.*", include="*prompts*")
+        return [DeepPrompts("net", 2, 4, 3, 3), agreement, soup]
+
+    class Stop(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.should_stop = trainer.current_epoch == 1
+            trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}.ckpt")
+
+    def run(*more, **options):
+        model, own = Names(hugging_face(), trained="logit_scale"), callbacks()
+        seed_everything(1, verbose=False)
+        trainer = make_trainer(callbacks=[*own, *more], max_epochs=3)
+        trainer.fit(model, digits(8), **options)
+        return own[0], model
+
+    whole, model = run()
+    run(Stop())
+    resumed, other = run(ckpt_path=tmp_path / "1.ckpt", weights_only=False)
+    assert same_weights(model, other)
+    for kind in ("visual", "text"):
+        assert torch.equal(whole.own[kind].prompts, resumed.own[kind].prompts)
+    alone = callbacks()[0]
+    make_trainer(callbacks=[alone]).test(
+        Graded(hugging_face()), digits(4), ckpt_path=tmp_path / "1.ckpt", verbose=False
+    )
+    assert alone.own["text"].prompts.shape == (3, 4, 64)
+
+
+class Graded(Names):
+    def test_step(self, batch, batch_idx):
+        self.logits(batch[0])
+
+
+def test_the_twin_has_no_prompts():
+    """Its features are those of the CLIP: with prompts that do something the first step has a distance already."""
+    losses = []
+    for words in (tokens("a photo of a")[0, 1:5].tolist(), None):
+        prompts, seen = DeepPrompts("net", 0, 4, text_depth=1, text_init=words, init_std=0.5), StepLosses()
+        agreement = FrozenTwinAgreement({"net.text_projection": 100.0})
+        fit(Names(hugging_face(), trained=""), prompts, agreement, seen, loader=digits(4), max_epochs=1)
+        losses.append(seen.losses[0])
+    model = Names(hugging_face())
+    images, labels = next(iter(digits(4)))
+    assert losses[0] == pytest.approx(F.cross_entropy(model.logits(images), labels).item(), rel=1e-5)
+    assert losses[1] > losses[0] + 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"clip": "ney"}, r"clip='ney'\) must name a CLIP of open_clip or transformers .* found no such layer"),
+        ({"visual_depth": 5}, r"visual_depth=5\): the tower 'net.vision_model.encoder' has 4 layers"),
+        ({"text_depth": 5}, r"text_depth=5\): the tower 'net.text_model.encoder' has 4 layers"),
+        ({"text": 6}, r"6 prompts take the place of the 6 words .* the shortest one ends at position 6"),
+    ],
+)
+def test_what_is_no_place_for_prompts_is_refused_in_words(options, words):
+    technique = DeepPrompts(**{"clip": "net", "visual_depth": 2, "text_depth": 2, **options})
+    with pytest.raises(MisconfigurationException, match=words):
+        fit(Names(hugging_face(), trained="logit_scale"), technique, loader=digits(4), max_epochs=1)
+
+
+def test_a_test_without_trained_prompts_and_pooled_images_are_refused():
+    with pytest.raises(MisconfigurationException, match=r"there are no trained prompts\. Fit with DeepPrompts first"):
+        make_trainer(callbacks=[DeepPrompts("net", 2, 4, 2, 2)]).test(Graded(hugging_face()), digits(4))
+    clip = open_clip()
+    clip.visual.pool_type = "avg"
+    with (
+        pytest.raises(MisconfigurationException, match="prompts would be among them"),
+        trained(drawn_prompts()).used_in(clip),
+    ):
+        pass

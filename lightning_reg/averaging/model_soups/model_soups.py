@@ -88,9 +88,9 @@ class SoupAverager(Technique):
     Memory: greedy and LAWA keep a copy of the weights per snapshot, in host memory and in each checkpoint
     (``keep="disk"``: in files; a checkpoint has their names). Uniform, gaussian and SWA keep a sum in float64, EMA one
     float32 copy. At the end there are two models more. Under DDP every rank averages, and scores are the mean over the
-    ranks, so all decide the same. Under ``ModelParallelStrategy`` (``fully_shard``, tensor parallelism) every rank averages
-    its own shards and :attr:`raw_weights` holds those; asking for the state, as a checkpoint does, gathers whole
-    tensors on all ranks, one after the other, in host memory. FSDP1 and DeepSpeed are refused.
+    ranks, so all decide the same. Under ``ModelParallelStrategy`` (``fully_shard``, tensor parallelism) every rank
+    averages its own shards and :attr:`raw_weights` holds those; asking for the state, as a checkpoint does, gathers
+    whole tensors on all ranks, one after the other, in host memory. FSDP1 and DeepSpeed are refused.
 
     Args:
         method: What to average.

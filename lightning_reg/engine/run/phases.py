@@ -278,6 +278,9 @@ class OnLayers(Member):
     evaluation mode inside ``validation_step``, ``test_step`` and ``predict_step``, if :attr:`stages` says so.
     """
 
+    # Whether it changes layers in evaluation mode in a training step as well: those of a network that is frozen.
+    in_any_mode: ClassVar[bool] = False
+
     def inputs_to_edit(self, module: nn.Module) -> "Sequence[str]":
         """Names of the layers whose inputs :meth:`edit_inputs` changes, as in ``named_modules()``."""
         return ()

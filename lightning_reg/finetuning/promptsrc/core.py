@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["class_template_mean", "feature_l1", "logit_agreement"]
+__all__ = ["class_template_mean", "feature_l1", "harmonic_mean", "logit_agreement", "prompted_tokens"]
 
 
 def feature_l1(features: Tensor, frozen: Tensor, normalize: bool = True) -> Tensor:
@@ -85,3 +85,50 @@ def class_template_mean(features: Tensor) -> Tensor:
 
     """
     return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)).mean(0), dim=-1)
+
+
+def prompted_tokens(tokens: Tensor, prompts: Tensor, start: int | None = None, dim: int = 1) -> Tensor:
+    """Tokens of which some are prompts, the same ones in every row.
+
+    Args:
+        tokens: ``(B, T, D)``, or ``(T, B, D)`` with ``dim=0``.
+        prompts: ``(n, D)``, cast to the type of ``tokens``.
+        start: Position of the token that the first prompt takes the place of, counted from the end if negative;
+            ``None`` to append the prompts.
+        dim: The dimension of the tokens.
+
+    Returns:
+        With T tokens, or T + n where they are appended; a new tensor.
+
+    Example:
+        >>> prompted_tokens(torch.zeros(1, 4, 1), torch.ones(2, 1), start=1)[0, :, 0]
+        tensor([0., 1., 1., 0.])
+
+    """
+    count, length = len(prompts), tokens.shape[dim]
+    own = prompts.to(tokens).unsqueeze(1 - dim)
+    own = own.expand(*(count if d == dim else size for d, size in enumerate(tokens.shape)))
+    if start is None:
+        return torch.cat([tokens, own], dim)
+    first = start if start >= 0 else length + start
+    after = first + count
+    return torch.cat([tokens.narrow(dim, 0, first), own, tokens.narrow(dim, after, length - after)], dim)
+
+
+def harmonic_mean(base: Tensor, novel: Tensor) -> Tensor:
+    r"""Harmonic mean of two accuracies, :math:`2 b n / (b + n)`; 0 where one is 0.
+
+    Args:
+        base: At least 0.
+        novel: At least 0, of a shape that broadcasts.
+
+    Returns:
+        In the same units.
+
+    Example:
+        >>> harmonic_mean(torch.tensor(0.5), torch.tensor(1.0))
+        tensor(0.6667)
+
+    """
+    both = base + novel
+    return torch.where(both == 0, both, 2 * base * novel / torch.where(both == 0, 1.0, both))
