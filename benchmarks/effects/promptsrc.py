@@ -31,7 +31,7 @@ def average():
 
 
 ARMS = {
-    "cross-entropy": lambda: [],
+    "cross-entropy": list,
     "frozen": None,
     "+ features": lambda: [agreement(logits=0.0)],
     "+ logits": lambda: [agreement(features=0.0)],
