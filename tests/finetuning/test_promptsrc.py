@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_reg import BaseToNovelAccuracy, CutMix, DeepPrompts, FrozenTwinAgreement, SoupAverager
+from lightning_reg import BaseToNovelAccuracy, CutMix, DeepPrompts, DRTune, FrozenTwinAgreement, SoupAverager
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.functional import class_template_mean, feature_l1, harmonic_mean, logit_agreement
 from tests.conformance.by_hand import Hand
@@ -409,6 +409,20 @@ def test_a_text_tower_whose_features_are_given_has_no_pass_of_its_own():
     assert Counted.passes == 3 + 2  # the phrasings, and the user's two steps
     fit(Counted(), FrozenTwinAgreement(layers), loader=digits(8), max_epochs=1)
     assert Counted.passes == 5 + 4  # and once more for the twin
+
+
+def test_all_that_ask_for_the_first_network_share_its_pass():
+    passes = []
+
+    def step(module, batch):
+        passes.append(module.training)
+        return F.cross_entropy(module(batch[0]), batch[1])
+
+    asking = [FrozenTwinAgreement({"net.0": 1.0, "net.2": 1.0}), DRTune("net.2", "net.3", bank_size=4)]
+    fit(Classifier(step), *asking, max_epochs=1)
+    assert passes == [False, True] * 4  # the twin's and the user's, in each step
+    one, other = (technique.state_dict()["reference"] for technique in asking)
+    assert all(one[name].data_ptr() == other[name].data_ptr() for name in one)
 
 
 def test_a_later_fit_and_a_resumed_one_keep_the_first_twin(tmp_path):
