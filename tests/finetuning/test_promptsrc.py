@@ -186,7 +186,7 @@ def base_to_novel_by_loops(batches):
             side = 0 if label in sides[0] else 1
             hits[side].append(max(sides[side], key=lambda c, row=row: row[c]) == label)
     base, novel = (sum(side) / len(side) for side in hits)
-    return {"base": base, "novel": novel, "harmonic_mean": 2 / (1 / base + 1 / novel)}
+    return {"base": base, "novel": novel, "harmonic_mean": 2 / (1 / base + 1 / novel) if base and novel else 0.0}
 
 
 LAYER = {"features": {"net.act_body": 3.0}}
