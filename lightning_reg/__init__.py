@@ -70,6 +70,9 @@ if TYPE_CHECKING:
     from lightning_reg.finetuning.dr_tune.dr_tune import DRTune as DRTune
     from lightning_reg.finetuning.maestro.maestro import MaestroLowRank as MaestroLowRank
     from lightning_reg.finetuning.mask_tuning.mask_tuning import MaskTuning as MaskTuning
+    from lightning_reg.finetuning.promptsrc.base_to_novel import BaseToNovelAccuracy as BaseToNovelAccuracy
+    from lightning_reg.finetuning.promptsrc.deep_prompts import DeepPrompts as DeepPrompts
+    from lightning_reg.finetuning.promptsrc.frozen_twin_agreement import FrozenTwinAgreement as FrozenTwinAgreement
     from lightning_reg.finetuning.sara.sara import SaRA as SaRA
     from lightning_reg.metric_learning.conr.conr import ConR as ConR
     from lightning_reg.metric_learning.loki.loki import Loki as Loki
@@ -153,6 +156,9 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "DRTune": "lightning_reg.finetuning.dr_tune.dr_tune",
         "MaestroLowRank": "lightning_reg.finetuning.maestro.maestro",
         "MaskTuning": "lightning_reg.finetuning.mask_tuning.mask_tuning",
+        "BaseToNovelAccuracy": "lightning_reg.finetuning.promptsrc.base_to_novel",
+        "DeepPrompts": "lightning_reg.finetuning.promptsrc.deep_prompts",
+        "FrozenTwinAgreement": "lightning_reg.finetuning.promptsrc.frozen_twin_agreement",
         "SaRA": "lightning_reg.finetuning.sara.sara",
         "ConR": "lightning_reg.metric_learning.conr.conr",
         "Loki": "lightning_reg.metric_learning.loki.loki",

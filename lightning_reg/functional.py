@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lightning_reg.averaging.model_soups.core import SoupResult as SoupResult
     from lightning_reg.averaging.model_soups.core import average_state_dicts as average_state_dicts
     from lightning_reg.averaging.model_soups.core import ema_decay as ema_decay
+    from lightning_reg.averaging.model_soups.core import gaussian_epoch_weights as gaussian_epoch_weights
     from lightning_reg.averaging.model_soups.core import greedy_soup as greedy_soup
     from lightning_reg.averaging.model_soups.core import reestimate_batchnorm as reestimate_batchnorm
     from lightning_reg.averaging.model_soups.files import load_averaged as load_averaged
@@ -123,6 +124,11 @@ if TYPE_CHECKING:
     from lightning_reg.finetuning.mask_tuning.core import norm_gradient as norm_gradient
     from lightning_reg.finetuning.mask_tuning.core import pack_bits as pack_bits
     from lightning_reg.finetuning.mask_tuning.core import unpack_bits as unpack_bits
+    from lightning_reg.finetuning.promptsrc.core import class_template_mean as class_template_mean
+    from lightning_reg.finetuning.promptsrc.core import feature_l1 as feature_l1
+    from lightning_reg.finetuning.promptsrc.core import harmonic_mean as harmonic_mean
+    from lightning_reg.finetuning.promptsrc.core import logit_agreement as logit_agreement
+    from lightning_reg.finetuning.promptsrc.core import prompted_tokens as prompted_tokens
     from lightning_reg.finetuning.sara.core import magnitude_threshold as magnitude_threshold
     from lightning_reg.finetuning.sara.core import nuclear_norm as nuclear_norm
     from lightning_reg.finetuning.sara.core import pack_positions as pack_positions
@@ -228,6 +234,7 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "SoupResult": "lightning_reg.averaging.model_soups.core",
         "average_state_dicts": "lightning_reg.averaging.model_soups.core",
         "ema_decay": "lightning_reg.averaging.model_soups.core",
+        "gaussian_epoch_weights": "lightning_reg.averaging.model_soups.core",
         "greedy_soup": "lightning_reg.averaging.model_soups.core",
         "reestimate_batchnorm": "lightning_reg.averaging.model_soups.core",
         "load_averaged": "lightning_reg.averaging.model_soups.files",
@@ -327,6 +334,11 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "norm_gradient": "lightning_reg.finetuning.mask_tuning.core",
         "pack_bits": "lightning_reg.finetuning.mask_tuning.core",
         "unpack_bits": "lightning_reg.finetuning.mask_tuning.core",
+        "class_template_mean": "lightning_reg.finetuning.promptsrc.core",
+        "feature_l1": "lightning_reg.finetuning.promptsrc.core",
+        "harmonic_mean": "lightning_reg.finetuning.promptsrc.core",
+        "logit_agreement": "lightning_reg.finetuning.promptsrc.core",
+        "prompted_tokens": "lightning_reg.finetuning.promptsrc.core",
         "magnitude_threshold": "lightning_reg.finetuning.sara.core",
         "nuclear_norm": "lightning_reg.finetuning.sara.core",
         "pack_positions": "lightning_reg.finetuning.sara.core",

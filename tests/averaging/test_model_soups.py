@@ -62,6 +62,7 @@ CASE = (
             "lawa: every 3 steps, latest 2, loaded at the end",
             "ema: every step, decay 0.870551, loaded at the end",
             "swa: every step, after step 5, loaded at the end",
+            "gaussian: every epoch, around epoch 2 (std 1), loaded at the end",
         ),
         also=["regression"],
         variants=[
@@ -74,6 +75,7 @@ CASE = (
             partial(SoupAverager, method="lawa", last_k=2, every_n_steps=3, include=["net.*"], exclude=["*.bias"]),
             partial(SoupAverager, method="ema", half_life_steps=5.0, warmup_steps=4, swap_for_validation=True),
             partial(SoupAverager, method="swa", start_step=5, swap_for_validation=True),
+            partial(SoupAverager, method="gaussian", mean_epoch=2, std_epochs=1.0),
         ],
         invalid=[
             ({"method": "mean"}, "method"),
@@ -97,6 +99,10 @@ CASE = (
             ({"method": "greedy", "half_life_steps": 1.0}, "half_life_steps"),
             ({"method": "ema", "warmup_steps": -1}, "warmup_steps"),
             ({"method": "swa", "warmup_steps": 1}, "warmup_steps"),
+            ({"method": "gaussian", "std_epochs": 1.0}, "mean_epoch"),
+            ({"method": "gaussian", "mean_epoch": 0.5, "std_epochs": 1.0}, "mean_epoch"),
+            ({"method": "gaussian", "mean_epoch": 2.0, "std_epochs": 0.0}, "std_epochs"),
+            ({"method": "ema", "std_epochs": 1.0}, "std_epochs"),
             ({"bn_update_batches": -1}, "bn_update_batches"),
             ({"keep": "gpu"}, "keep"),
             ({"method": "greedy", "swap_for_validation": True}, "swap_for_validation"),

@@ -1,14 +1,24 @@
 """SoupAverager's arguments: what is refused, and what they say about schedule and collector."""
 
+import math
 import re
 from collections.abc import Container
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from lightning_reg.averaging.model_soups._gathered import Gathered, MovingAverage, RunningMean, Shelf
 from lightning_reg.averaging.model_soups._soup import GreedyRules, Soup
 from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
 
-__all__ = ["SoupArguments", "check_arguments", "describe", "mode_of", "new_soup", "schedule", "score_by"]
+__all__ = [
+    "SoupArguments",
+    "check_arguments",
+    "describe",
+    "mode_of",
+    "new_soup",
+    "schedule",
+    "score_by",
+    "share_of_epoch",
+]
 
 _LAWA_K = 10
 
@@ -16,7 +26,7 @@ _LAWA_K = 10
 class SoupArguments(Protocol):
     """The arguments of ``SoupAverager``, as attributes."""
 
-    method: Literal["uniform", "greedy", "lawa", "ema", "swa"]
+    method: Literal["uniform", "greedy", "lawa", "ema", "swa", "gaussian"]
     monitor: str | None
     mode: Literal["max", "min"] | None
     every_n_epochs: int | None
@@ -31,6 +41,8 @@ class SoupArguments(Protocol):
     decay: float | None
     half_life_steps: float | None
     warmup_steps: int
+    mean_epoch: float | None
+    std_epochs: float | None
     bn_update_batches: int | None
     include: list[str] | str | None
     exclude: list[str] | str | None
@@ -42,7 +54,7 @@ class SoupArguments(Protocol):
 
 def check_arguments(soup: SoupArguments) -> None:
     """Refuses arguments outside their range, and those that contradict one another."""
-    check_choice(soup, "method", soup.method, ("uniform", "greedy", "lawa", "ema", "swa"))
+    check_choice(soup, "method", soup.method, ("uniform", "greedy", "lawa", "ema", "swa", "gaussian"))
     check_choice(soup, "mode", soup.mode or "max", ("max", "min"))
     check_choice(soup, "greedy_at", soup.greedy_at, ("end", "snapshot"))
     check_choice(soup, "keep", soup.keep, ("cpu", "disk"))
@@ -51,24 +63,32 @@ def check_arguments(soup: SoupArguments) -> None:
     check_number(soup, "min_delta", soup.min_delta, low=0)
     for name, low in (("start_step", 0), ("warmup_steps", 0)):
         check_number(soup, name, getattr(soup, name), low=low, integer=True)
-    for name, low in (("every_n_epochs", 1), ("every_n_steps", 1), ("last_k", 1), ("max_ingredients", 1)):
+    for name, limits in _OPTIONAL.items():
         if getattr(soup, name) is not None:
-            check_number(soup, name, getattr(soup, name), low=low, integer=True)
-    if soup.bn_update_batches is not None:
-        check_number(soup, "bn_update_batches", soup.bn_update_batches, low=0, integer=True)
-    if soup.decay is not None:
-        check_number(soup, "decay", soup.decay, low=0, high=1, high_open=True)
-    if soup.half_life_steps is not None:
-        # Above, the share of an update is below float32's resolution, and the average stays as it began.
-        check_number(soup, "half_life_steps", soup.half_life_steps, low=0, high=1e7, low_open=True)
+            check_number(soup, name, getattr(soup, name), **limits)
     for fault, sentence in _contradictions(soup):
         if fault:
             raise ValueError(f"SoupAverager: {sentence}")
 
 
+_OPTIONAL: dict[str, dict[str, Any]] = {
+    **{name: {"low": 1, "integer": True} for name in ("every_n_epochs", "every_n_steps", "last_k", "max_ingredients")},
+    "bn_update_batches": {"low": 0, "integer": True},
+    "decay": {"low": 0, "high": 1, "high_open": True},
+    # Above, the share of an update is below float32's resolution, and the average stays as it began.
+    "half_life_steps": {"low": 0, "high": 1e7, "low_open": True},
+    "mean_epoch": {"low": 1},
+    "std_epochs": {"low": 0, "low_open": True},
+}
+
+
 def _contradictions(soup: SoupArguments) -> list[tuple[bool, str]]:
-    ema, greedy = soup.method == "ema", soup.method == "greedy"
+    ema, greedy, gaussian = soup.method == "ema", soup.method == "greedy", soup.method == "gaussian"
+    both = soup.mean_epoch, soup.std_epochs
     return [
+        (gaussian and None in both, "method='gaussian' needs `mean_epoch` and `std_epochs`."),
+        (not gaussian and both != (None, None), "`mean_epoch` and `std_epochs` are for method='gaussian' only."),
+        (gaussian and soup.every_n_steps is not None, "`every_n_steps` is not for 'gaussian', which weights epochs."),
         (
             None not in (soup.every_n_epochs, soup.every_n_steps),
             "`every_n_epochs` and `every_n_steps` exclude each other.",
@@ -126,6 +146,14 @@ def mode_of(soup: SoupArguments, metric: str) -> Literal["max", "min"]:
     return "min" if re.search("loss|error", metric.lower()) else "max"
 
 
+def share_of_epoch(soup: SoupArguments, epoch: int) -> float:
+    """How much the weights at the end of an epoch count, the first being 1; 1 where that is the same for all."""
+    if soup.mean_epoch is None or soup.std_epochs is None:
+        return 1.0
+    # Not 0: until epochs come that count, the mean is one of those that there are.
+    return max(math.exp(-(((epoch - soup.mean_epoch) / soup.std_epochs) ** 2) / 2), 1e-200)
+
+
 def new_soup(soup: SoupArguments) -> Soup:
     """An empty soup."""
     rules = GreedyRules(mode_of(soup, soup.monitor or "val_acc"), soup.strict, soup.min_delta, soup.max_ingredients)
@@ -140,7 +168,7 @@ def _new_collector(soup: SoupArguments) -> Gathered:
         return MovingAverage(decay, soup.warmup_steps)
     if soup.method == "swa":
         return RunningMean(on_cpu=False, with_names=False)
-    if soup.method == "uniform" or (soup.method == "greedy" and soup.greedy_at == "snapshot"):
+    if soup.method in ("uniform", "gaussian") or (soup.method == "greedy" and soup.greedy_at == "snapshot"):
         return RunningMean(on_cpu=True, with_names=True)
     last_k = soup.last_k or (_LAWA_K if soup.method == "lawa" else None)
     return Shelf(None, last_k, keep_files=soup.keep_files)
@@ -156,6 +184,8 @@ def describe(soup: SoupArguments) -> str:
     if soup.method == "greedy":
         scores = ("val_acc", "val_loss") if soup.monitor is None else (soup.monitor,)
         extras.append("by " + " or ".join(f"{name} ({mode_of(soup, name)})" for name in scores))
+    if soup.method == "gaussian":
+        extras.append(f"around epoch {soup.mean_epoch:g} (std {soup.std_epochs:g})")
     if isinstance(collector := _new_collector(soup), MovingAverage):
         extras.append(f"decay {collector.decay:g}")
     extras.append("loaded at the end" if soup.load_at_end else "not loaded at the end")

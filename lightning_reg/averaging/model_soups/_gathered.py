@@ -28,12 +28,14 @@ class Ingredient:
         name: Its name.
         step: Optimizer steps before it, as Lightning counts them.
         score: Of the validation on exactly these weights; ``None`` if there was none yet.
+        share: How much it counts in a mean.
 
     """
 
     name: str
     step: int
     score: float | None = None
+    share: float = 1.0
 
 
 def are_finite(weights: Weights) -> Tensor:
@@ -169,7 +171,7 @@ class MovingAverage(_Fused):
 
 
 class RunningMean(_Fused):
-    """Sum in float64, divided when the mean is asked for.
+    """Sum in float64, divided when the mean is asked for; one with names takes each by its share.
 
     Memory: two copies of float32 weights, on the CPU if ``on_cpu``.
 
@@ -201,10 +203,12 @@ class RunningMean(_Fused):
             # Apple's GPUs know no float64.
             least = torch.float32 if values[0].device.type == "mps" else torch.float64
             self._sums = {name: _widened(value, least) for name, value in zip(weights, values, strict=True)}
+            if ingredient.share != 1:
+                torch._foreach_mul_(list(self._sums.values()), ingredient.share)
         else:
             lists = self._lists = _lists(self._lists, self._sums, weights)
             if self.on_cpu:
-                torch._foreach_add_(lists.own, [w.cpu() for w in lists.theirs])
+                torch._foreach_add_(lists.own, [w.cpu() for w in lists.theirs], alpha=ingredient.share)
             else:
                 finite = all_finite(lists.judged)
                 torch._foreach_add_(lists.own, chosen_if(finite, lists.theirs))
@@ -216,7 +220,8 @@ class RunningMean(_Fused):
     def average(self, more: Weights | None = None) -> dict[str, Tensor]:
         """The mean, of one more if there is one, which is not taken in; new tensors."""
         if more is None:
-            return {name: total / self.taken for name, total in self._sums.items()}
+            mass = sum(i.share for i in self.ingredients) if self.with_names else self.taken
+            return {name: total / mass for name, total in self._sums.items()}
         return {name: (total + more[name].detach().to(total)) / (self.taken + 1) for name, total in self._sums.items()}
 
     def state(self) -> dict[str, Any]:

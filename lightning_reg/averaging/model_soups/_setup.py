@@ -15,14 +15,24 @@ from lightning_reg.averaging.model_soups._arguments import SoupArguments
 from lightning_reg.averaging.model_soups._gathered import Ingredient, Snapshots
 from lightning_reg.averaging.model_soups._live_weights import LiveWeights, averaged_tensors
 from lightning_reg.averaging.model_soups._soup import fault_of_shapes, weights_of_state
+from lightning_reg.averaging.model_soups.core import gaussian_epoch_weights
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.errors import MisconfigurationException, check_patterns
 from lightning_reg.engine.host.names import is_selected
+from lightning_reg.engine.run.phases import OnModules
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-__all__ = ["KeptCheckpoints", "check_setup", "check_state", "chosen_tensors", "kept_checkpoints", "new_folder"]
+__all__ = [
+    "KeptCheckpoints",
+    "check_setup",
+    "check_state",
+    "chosen_tensors",
+    "kept_checkpoints",
+    "missing_mass",
+    "new_folder",
+]
 
 
 def check_setup(soup: SoupArguments, trainer: "Trainer") -> None:
@@ -42,6 +52,11 @@ def check_setup(soup: SoupArguments, trainer: "Trainer") -> None:
             " place of the average. Put ModelPruning before SoupAverager among the callbacks."
         )
     savers = [callback for callback in host.callbacks(trainer) if hasattr(callback, "best_k_models")]
+    if soup.method == "gaussian" and 0 < (trainer.max_epochs or 0) < (soup.mean_epoch or 0):
+        raise MisconfigurationException(
+            f"SoupAverager(method='gaussian', mean_epoch={soup.mean_epoch:g}) lies beyond the last epoch of"
+            f" Trainer(max_epochs={trainer.max_epochs}). Paper: three quarters of them."
+        )
     if soup.from_checkpoints and not savers:
         raise MisconfigurationException(
             "SoupAverager(from_checkpoints=True) takes the checkpoints that ModelCheckpoint keeps, but there is none"
@@ -76,21 +91,42 @@ def _check_strategy(soup: SoupArguments, strategy: str) -> None:
             )
 
 
-def chosen_tensors(soup: SoupArguments, module: nn.Module) -> dict[str, Tensor]:
+def missing_mass(soup: SoupArguments, trainer: "Trainer", epochs: int) -> str:
+    """Why a gaussian average is none when a fit ends after so many epochs, as a clause; "" if it is one."""
+    if soup.method != "gaussian" or soup.mean_epoch is None or soup.std_epochs is None:
+        return ""
+    most = trainer.max_epochs if (trainer.max_epochs or -1) > 0 else None
+    all_of_them = gaussian_epoch_weights(most or max(epochs, int(soup.mean_epoch)), soup.mean_epoch, soup.std_epochs)
+    held = float(all_of_them[:epochs].sum())
+    if held >= _LEAST_MASS:
+        return ""
+    return (
+        f"the fit ended after epoch {epochs}, and epochs around {soup.mean_epoch:g} (mean_epoch, std_epochs="
+        f"{soup.std_epochs:g}) were to count: those that there were have {held:.1g} of the weight"
+    )
+
+
+_LEAST_MASS = 1e-3
+
+
+def chosen_tensors(soup: SoupArguments, trainer: "Trainer", module: nn.Module) -> dict[str, Tensor]:
     """What is averaged.
 
     Args:
         soup: Chooses by ``include`` and ``exclude``.
+        trainer: Whose techniques' own modules are averaged too, but for the average of files.
         module: The user's.
 
     Returns:
-        Live tensors of the module, by name.
+        Live tensors of the module, and of what techniques train beside it, by name.
 
     Raises:
         MisconfigurationException: If there is none, or a pattern matches nothing.
 
     """
     tensors = averaged_tensors(module)
+    owners = [t for t in host.callbacks(trainer) if isinstance(t, OnModules) and not soup.from_checkpoints]
+    tensors |= {f"{t.state_key}/{name}": p for t in owners for name, p in t.own.parameters.items()}
     chosen = {name: t for name, t in tensors.items() if is_selected(name, soup.include, soup.exclude)}
     if not chosen:
         raise MisconfigurationException(

@@ -99,7 +99,9 @@ class Soup:
             if ingredient.step == step and ingredient.score is None:
                 ingredient.score = score
 
-    def take(self, name: str, step: int, weights: Weights, score_of: ScoreOf, *, write: bool) -> None:
+    def take(
+        self, name: str, step: int, weights: Weights, score_of: ScoreOf, *, write: bool, share: float = 1.0
+    ) -> None:
         """Takes the present weights in, or lets a greedy soup decide at once; leaves out those that are not finite.
 
         Args:
@@ -108,13 +110,14 @@ class Soup:
             weights: The live tensors.
             score_of: Scores weights by a validation.
             write: Whether this process writes the files, if there are any.
+            share: How much they count in a mean.
 
         """
         if self.gathered.on_host and not are_finite(weights):
             self.gathered.left_out.add(1)
             return
         score = self._validated[1] if self._validated is not None and self._validated[0] == step else None
-        ingredient = Ingredient(name, step, score)
+        ingredient = Ingredient(name, step, score, share)
         if self.method == "greedy" and isinstance(self.gathered, RunningMean):
             self._decide(self.gathered, ingredient, weights, score_of)
         else:
@@ -307,7 +310,8 @@ def average_of_state(state: Mapping[str, Any]) -> dict[str, Tensor]:
     if gathered.get("average"):
         return {name: value.clone() for name, value in gathered["average"].items()}
     if gathered.get("sums") and gathered["count"]:
-        return {name: value / gathered["count"] for name, value in gathered["sums"].items()}
+        mass = sum(i.get("share", 1.0) for i in gathered["ingredients"]) or gathered["count"]
+        return {name: value / mass for name, value in gathered["sums"].items()}
     if gathered.get("ingredients"):
         shelf = Shelf(None, None)
         shelf.load(gathered)

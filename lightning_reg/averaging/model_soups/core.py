@@ -35,6 +35,7 @@ __all__ = [
     "SoupResult",
     "average_state_dicts",
     "ema_decay",
+    "gaussian_epoch_weights",
     "greedy_soup",
     "reestimate_batchnorm",
 ]
@@ -350,6 +351,38 @@ def _check(
         raise ValueError(f"greedy_soup: `min_delta` must be at least 0, got {min_delta!r}.")
     if max_ingredients is not None and max_ingredients < 1:
         raise ValueError(f"greedy_soup: `max_ingredients` must be at least 1, got {max_ingredients!r}.")
+
+
+def gaussian_epoch_weights(epochs: int, mean: float, std: float) -> Tensor:
+    r"""Weights of the weights at the ends of epochs 1 to N, the most for those around one of them.
+
+    .. math:: w_t = \exp\Bigl(-\frac{(t - \mu)^2}{2 s^2}\Bigr) \Big/ \sum_{k=1}^N
+        \exp\Bigl(-\frac{(k - \mu)^2}{2 s^2}\Bigr)
+
+    Source: Khattak, Wasim et al., "Self-regulating Prompts", ICCV 2023, arXiv 2307.06948.
+
+    Args:
+        epochs: N, at least 1.
+        mean: :math:`\mu`, in epochs; the first is 1.
+        std: s, in epochs, above 0.
+
+    Returns:
+        ``(N,)`` float64, with sum 1.
+
+    Raises:
+        ValueError: If ``epochs`` is below 1 or ``std`` not above 0.
+
+    Example:
+        >>> gaussian_epoch_weights(3, mean=2.0, std=1.0)
+        tensor([0.2741, 0.4519, 0.2741], dtype=torch.float64)
+
+    """
+    for argument, value, good in (("epochs", epochs, epochs >= 1), ("std", std, std > 0)):
+        if not good:
+            least = "at least 1" if argument == "epochs" else "above 0"
+            raise ValueError(f"gaussian_epoch_weights: `{argument}` must be {least}, got {value!r}.")
+    at = torch.arange(1, epochs + 1, dtype=torch.float64)
+    return (-(((at - mean) / std) ** 2) / 2).softmax(0)
 
 
 def ema_decay(updates: int, decay: float, warmup_steps: int) -> float:

@@ -17,6 +17,7 @@ from lightning_reg.averaging.model_soups._arguments import (
     new_soup,
     schedule,
     score_by,
+    share_of_epoch,
 )
 from lightning_reg.averaging.model_soups._gathered import Gathered, Shelf, Snapshots
 from lightning_reg.averaging.model_soups._live_weights import LiveWeights, own_parts
@@ -25,6 +26,7 @@ from lightning_reg.averaging.model_soups._setup import (
     check_state,
     chosen_tensors,
     kept_checkpoints,
+    missing_mass,
     new_folder,
 )
 from lightning_reg.averaging.model_soups._soup import average_of_state, fault_of_state
@@ -48,13 +50,15 @@ _NO_NUMBER = "no snapshot has a score that is a number"
 
 
 class SoupAverager(Technique):
-    r"""Averages of the weights that one fit passes through: greedy soup, uniform soup, LAWA, EMA, SWA.
+    r"""Averages of the weights that one fit passes through: greedy soup, uniform soup, LAWA, EMA, SWA, gaussian.
 
     - ``"greedy"``: snapshots are ranked by the validation metric; the soup starts as the best one and takes each
       further one in that makes it better on the validation set. Never worse there than the best snapshot.
     - ``"uniform"``: mean of all snapshots. ``"lawa"``: mean of the ``last_k`` latest.
     - ``"swa"``: mean of the weights from ``start_step`` on. ``"ema"``: :math:`\bar\theta \leftarrow d\,\bar\theta +
       (1-d)\,\theta`.
+    - ``"gaussian"``: mean of the weights at the ends of epochs, each with the weight
+      :math:`\exp(-(t - \mu)^2 / 2 s^2)`; of those that there were, if the fit ends early.
 
     When the fit ends, the module holds the average (``load_at_end``), with the statistics of its batch-norm layers
     estimated anew on training batches; the raw weights are in :attr:`raw_weights`. Checkpoints say what they hold
@@ -64,26 +68,29 @@ class SoupAverager(Technique):
 
     Weights that are not finite are left out and counted (``not_finite`` in the log), and a snapshot whose score is NaN
     ranks last and is never taken, with a warning. Averaged are floating-point parameters and the statistics of batch
-    norm; other buffers stay the module's own. Optimizer states are not averaged: training on from a soup needs a new
-    optimizer.
+    norm; other buffers stay the module's own. What techniques train beside the module (prompts, a projection) is
+    averaged with it, under names such as ``"DeepPrompts/..."``, and is in no file of weights. Optimizer states are not
+    averaged: training on from a soup needs a new optimizer.
 
     Source:
         Wortsman et al., "Model soups", ICML 2022, arXiv 2203.05482, recipe 1 (greedy); Kaddour, "Stop wasting my
         time!", arXiv 2209.14981 (LAWA); Izmailov et al., "Averaging weights leads to wider optima and better
-        generalization", UAI 2018, arXiv 1803.05407 (SWA).
+        generalization", UAI 2018, arXiv 1803.05407 (SWA); Khattak, Wasim et al., "Self-regulating Prompts", ICCV
+        2023, arXiv 2307.06948 (gaussian).
 
     Differs:
         Ingredients are snapshots of one run, where the soups paper takes the ends of several (for those there is
         ``make_soup``). A candidate is accepted if strictly better, as in the authors' code; the paper's text has
         "at least as good" (``strict=False``). Sums are divided once instead of averages being updated. SWA's learning
-        rate is left to the user's scheduler.
+        rate is left to the user's scheduler. The gaussian average is kept in float64 and lost in no resume, where the
+        authors' is in float16, frozen weights and all.
 
     Memory: greedy and LAWA keep a copy of the weights per snapshot, in host memory and in each checkpoint
-    (``keep="disk"``: in files; a checkpoint has their names). Uniform and SWA keep a sum in float64, EMA one float32
-    copy. At the end there are two models more. Under DDP every rank averages, and scores are the mean over the ranks,
-    so all decide the same. Under ``ModelParallelStrategy`` (``fully_shard``, tensor parallelism) every rank averages
-    its own shards and :attr:`raw_weights` holds those; asking for the state, as a checkpoint does, gathers whole
-    tensors on all ranks, one after the other, in host memory. FSDP1 and DeepSpeed are refused.
+    (``keep="disk"``: in files; a checkpoint has their names). Uniform, gaussian and SWA keep a sum in float64, EMA one
+    float32 copy. At the end there are two models more. Under DDP every rank averages, and scores are the mean over the
+    ranks, so all decide the same. Under ``ModelParallelStrategy`` (``fully_shard``, tensor parallelism) every rank
+    averages its own shards and :attr:`raw_weights` holds those; asking for the state, as a checkpoint does, gathers
+    whole tensors on all ranks, one after the other, in host memory. FSDP1 and DeepSpeed are refused.
 
     Args:
         method: What to average.
@@ -93,7 +100,7 @@ class SoupAverager(Technique):
         mode: Whether a larger (``"max"``) or smaller metric is better. ``None``: a smaller one if its name has "loss"
             or "error" in it.
         every_n_epochs: Snapshot at the end of each n-th epoch, at least 1. ``None``: every one for ``"greedy"``,
-            ``"uniform"``, ``"lawa"``, unless ``every_n_steps`` is given.
+            ``"uniform"``, ``"lawa"``, ``"gaussian"``, unless ``every_n_steps`` is given.
         every_n_steps: Snapshot or update after each n-th batch with an optimizer step, at least 1. ``None``: every one
             for ``"ema"`` and ``"swa"``, unless ``every_n_epochs`` is given.
         from_checkpoints: Whether the snapshots are the checkpoints that ``ModelCheckpoint`` keeps (``"greedy"`` and
@@ -109,6 +116,9 @@ class SoupAverager(Technique):
         decay: d of ``"ema"``, in [0, 1); ``None`` for 0.999, or for what ``half_life_steps`` says.
         half_life_steps: Updates after which a weight counts half in ``"ema"``, in (0, 1e7], in place of ``decay``.
         warmup_steps: Updates during which ``"ema"`` is at most as slow as the plain mean, at least 0.
+        mean_epoch: :math:`\mu` of ``"gaussian"``, at least 1: the epoch that counts most, the first is 1. Paper: 15 or
+            6 of 20, 30 or 45 of 50.
+        std_epochs: s of ``"gaussian"``, in epochs, above 0. Paper: 1 or 10 of 20, 30 or 5 of 50.
         bn_update_batches: Training batches to estimate batch statistics on, at least 0; ``None`` for one epoch. Only
             used if there are batch-norm layers.
         include: Patterns of parameters to average (``["net.*"]``), or one pattern; ``None`` for all. Others stay as
@@ -136,7 +146,7 @@ class SoupAverager(Technique):
 
     def __init__(
         self,
-        method: Literal["uniform", "greedy", "lawa", "ema", "swa"] = "greedy",
+        method: Literal["uniform", "greedy", "lawa", "ema", "swa", "gaussian"] = "greedy",
         monitor: str | None = None,
         mode: Literal["max", "min"] | None = None,
         every_n_epochs: int | None = None,
@@ -151,6 +161,8 @@ class SoupAverager(Technique):
         decay: float | None = None,
         half_life_steps: float | None = None,
         warmup_steps: int = 0,
+        mean_epoch: float | None = None,
+        std_epochs: float | None = None,
         bn_update_batches: int | None = None,
         include: list[str] | str | None = None,
         exclude: list[str] | str | None = None,
@@ -167,6 +179,7 @@ class SoupAverager(Technique):
         self.start_step, self.last_k, self.max_ingredients = start_step, last_k, max_ingredients
         self.min_delta, self.strict, self.greedy_at = min_delta, strict, greedy_at
         self.decay, self.half_life_steps, self.warmup_steps = decay, half_life_steps, warmup_steps
+        self.mean_epoch, self.std_epochs = mean_epoch, std_epochs
         self.bn_update_batches, self.include, self.exclude = bn_update_batches, include, exclude
         self.keep, self.dirpath, self.keep_files = keep, dirpath, keep_files
         self.swap_for_validation, self.load_at_end = swap_for_validation, load_at_end
@@ -212,7 +225,7 @@ class SoupAverager(Technique):
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         if not self._resumed:
             self._begin()
-        self._live = LiveWeights(pl_module, chosen_tensors(self, pl_module), self._masks)
+        self._live = LiveWeights(pl_module, chosen_tensors(self, trainer, pl_module), self._masks)
         shelf = self._soup.gathered
         if self.keep == "disk" and isinstance(shelf, Shelf) and shelf.folder is None:
             shelf.folder = new_folder(trainer, self.dirpath)
@@ -273,6 +286,7 @@ class SoupAverager(Technique):
             self._live.tensors,
             self._validation(trainer, module).score_of,
             write=trainer.is_global_zero,
+            share=share_of_epoch(self, epoch + 1),
         )
 
     def _validation(self, trainer: "Trainer", module: "LightningModule") -> Validation:
@@ -308,7 +322,9 @@ class SoupAverager(Technique):
         self._live.find_masks()
         source = self._source(trainer)
         self._soup.gathered.left_out.say()
-        if source.taken:
+        if source.taken and (late := missing_mass(self, trainer, self._epochs)):
+            self._say_it_keeps(late)
+        elif source.taken:
             self._finish(trainer, source, self._validation(trainer, pl_module))
         elif not self._soup.trace:
             kind = "finite snapshot" if self._soup.gathered.left_out.read() else "snapshot"

@@ -90,6 +90,7 @@ class LayerEdit(NamedTuple):
         edit: Gets a :class:`LayerCall` and returns what a layer returns in its place, ``None`` for its own output; of
             inputs it gets an :class:`InputCall` and returns arguments by position and by name, ``None`` for its own.
         of_inputs: Whether it changes what layers are given.
+        in_any_mode: Whether layers that are in the other mode are changed too.
 
     """
 
@@ -97,6 +98,7 @@ class LayerEdit(NamedTuple):
     layers: Sequence[str]
     edit: Callable[[Any], Any]
     of_inputs: bool = False
+    in_any_mode: bool = False
 
     @property
     def sentence(self) -> str:
@@ -191,13 +193,13 @@ class LayerEdits:
             return None
         if self._unseen:
             self._seen.add(name)
-        if layer.training is not self._training or (self._training and not torch.is_grad_enabled()):
+        if not self._are_at(name, layer) or (self._training and not torch.is_grad_enabled()):
             return None
         if again and (name, True) not in self._numbers:
             self._refuse_reentrant(name)
             return None
         call = InputCall(name, layer, args, named, step, self._numbers[name, True] if again else self._number, again)
-        for edit in self._acting(name, step, of_inputs=True):
+        for edit in self._acting(name, layer, step, of_inputs=True):
             answer = edit.edit(call)
             call = call if answer is None else replace(call, args=answer[0], named=answer[1])
         changed = call.args is not args or call.named is not named
@@ -215,14 +217,19 @@ class LayerEdits:
             return None
         given, result = self._inputs.pop(name), output
         number = self._numbers[name, False] if again else self._number
-        for edit in self._acting(name, step, of_inputs=False):
+        for edit in self._acting(name, layer, step, of_inputs=False):
             answer = edit.edit(LayerCall(name, layer, given, result, step, number, again))
             result = result if answer is None else answer
         self._count(name, again, of_inputs=False, changed=result is not output)
         return None if result is output else result
 
-    def _acting(self, name: str, step: "Step", *, of_inputs: bool) -> list[LayerEdit]:
+    def _are_at(self, name: str, layer: nn.Module) -> bool:
+        """Whether any edit of a layer is made in the mode that it is in."""
+        return layer.training is self._training or any(e.in_any_mode for e in self._edits if name in e.layers)
+
+    def _acting(self, name: str, layer: nn.Module, step: "Step", *, of_inputs: bool) -> list[LayerEdit]:
         its = [edit for edit in self._edits if edit.of_inputs is of_inputs and name in edit.layers]
+        its = [edit for edit in its if edit.in_any_mode or layer.training is self._training]
         return [edit for edit in its if edit.owner in step.active]
 
     def _count(self, name: str, again: bool, *, of_inputs: bool, changed: bool) -> None:

@@ -39,6 +39,7 @@ class Reference:
 
     Attributes:
         weights: By the names of the module; ``None`` before they are taken. Never written to.
+        outputs: What layers put out in place of their own, by name; without their pass. Not saved.
 
     """
 
@@ -46,6 +47,7 @@ class Reference:
         check_choice(self, "place", place, PLACES)
         self.layers, self.place = tuple(layers), place
         self.weights: dict[str, Tensor] | None = None
+        self.outputs: dict[str, Tensor] = {}
 
     @property
     def bytes(self) -> int:
@@ -142,19 +144,20 @@ class _Network:
         for technique in asking:
             step.notes[technique] = {}
         self._see_foreign(step, [(t, other) for t, other in everything if isinstance(other, ForeignNetwork)])
-        groups: dict[int, list[tuple[ReferenceTechnique, Reference]]] = {}
+        groups: dict[object, list[tuple[ReferenceTechnique, Reference]]] = {}
         for pair in asked:
-            groups.setdefault(id(pair[1].weights), []).append(pair)
+            given = frozenset((layer, id(rows)) for layer, rows in pair[1].outputs.items())
+            groups.setdefault((id(pair[1].weights), given), []).append(pair)
         for group in groups.values():
             self._see(step, group)
 
     def _see(self, step: "Step", group: list[tuple[ReferenceTechnique, Reference]]) -> None:
         """One pass for all that want features, joined with the first of those that want a loss call."""
         callers = {t.loss: t for t, reference in group[::-1] if not reference.layers}
-        weights = group[0][1].weights
-        sights = {loss: self._peer.see(step, t, weights=weights) for loss, t in callers.items()}
+        as_then: dict[str, Any] = {"weights": group[0][1].weights, "outputs": group[0][1].outputs}
+        sights = {loss: self._peer.see(step, t, **as_then) for loss, t in callers.items()}
         if not sights:
-            sights = {None: self._peer.see(step, weights=weights)}
+            sights = {None: self._peer.see(step, **as_then)}
         any_of_them = next(iter(sights.values()))
         for technique, reference in group:
             step.notes[technique][id(reference)] = any_of_them if reference.layers else sights[technique.loss]

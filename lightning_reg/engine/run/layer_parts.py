@@ -34,9 +34,11 @@ def edits_of(techniques: Sequence[OnLayers], module: "LightningModule") -> list[
     for technique in techniques:
         phases = phases_of(technique)
         if "edit_inputs" in phases:
-            edits.append(LayerEdit(technique, technique.inputs_to_edit(module), technique.edit_inputs, of_inputs=True))
+            inputs = LayerEdit(technique, technique.inputs_to_edit(module), technique.edit_inputs, of_inputs=True)
+            edits.append(inputs._replace(in_any_mode=technique.in_any_mode))
         if "edit_features" in phases:
-            edits.append(LayerEdit(technique, technique.features_to_edit(module), technique.edit_features))
+            outputs = LayerEdit(technique, technique.features_to_edit(module), technique.edit_features)
+            edits.append(outputs._replace(in_any_mode=technique.in_any_mode))
     return edits
 
 

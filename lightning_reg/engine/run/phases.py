@@ -265,7 +265,8 @@ class OnModules(Member):
         """Returns new modules for a training that begins, by name, if any; weights are drawn from its seed.
 
         They are float32, on the module's device, and take part in the loss by a term or an edited layer. They are in
-        no key of the module's and in no average of its weights; :attr:`own` has them, after the fit as well.
+        no key of the module's, and averages of its weights have them under names of their own; :attr:`own` has them,
+        after the fit as well.
         """
         raise NotImplementedError
 
@@ -276,6 +277,9 @@ class OnLayers(Member):
     Called when a layer runs inside the user's ``training_step``, in training mode and with gradients recorded; and in
     evaluation mode inside ``validation_step``, ``test_step`` and ``predict_step``, if :attr:`stages` says so.
     """
+
+    # Whether it changes layers in evaluation mode in a training step as well: those of a network that is frozen.
+    in_any_mode: ClassVar[bool] = False
 
     def inputs_to_edit(self, module: nn.Module) -> "Sequence[str]":
         """Names of the layers whose inputs :meth:`edit_inputs` changes, as in ``named_modules()``."""
