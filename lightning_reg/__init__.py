@@ -64,6 +64,9 @@ if TYPE_CHECKING:
     from lightning_reg.finetuning.dr_tune.dr_tune import DRTune as DRTune
     from lightning_reg.finetuning.maestro.maestro import MaestroLowRank as MaestroLowRank
     from lightning_reg.finetuning.mask_tuning.mask_tuning import MaskTuning as MaskTuning
+    from lightning_reg.finetuning.ogen.core import FeatureGenerator as FeatureGenerator
+    from lightning_reg.finetuning.ogen.local_mean_teacher import LocalMeanTeacher as LocalMeanTeacher
+    from lightning_reg.finetuning.ogen.synthetic_unknowns import SyntheticUnknowns as SyntheticUnknowns
     from lightning_reg.finetuning.sara.sara import SaRA as SaRA
     from lightning_reg.metric_learning.conr.conr import ConR as ConR
     from lightning_reg.metric_learning.loki.loki import Loki as Loki
@@ -141,6 +144,9 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "DRTune": "lightning_reg.finetuning.dr_tune.dr_tune",
         "MaestroLowRank": "lightning_reg.finetuning.maestro.maestro",
         "MaskTuning": "lightning_reg.finetuning.mask_tuning.mask_tuning",
+        "FeatureGenerator": "lightning_reg.finetuning.ogen.core",
+        "LocalMeanTeacher": "lightning_reg.finetuning.ogen.local_mean_teacher",
+        "SyntheticUnknowns": "lightning_reg.finetuning.ogen.synthetic_unknowns",
         "SaRA": "lightning_reg.finetuning.sara.sara",
         "ConR": "lightning_reg.metric_learning.conr.conr",
         "Loki": "lightning_reg.metric_learning.loki.loki",

@@ -102,6 +102,11 @@ if TYPE_CHECKING:
     from lightning_reg.finetuning.mask_tuning.core import norm_gradient as norm_gradient
     from lightning_reg.finetuning.mask_tuning.core import pack_bits as pack_bits
     from lightning_reg.finetuning.mask_tuning.core import unpack_bits as unpack_bits
+    from lightning_reg.finetuning.ogen.core import FeatureGenerator as FeatureGenerator
+    from lightning_reg.finetuning.ogen.core import nearest_classes as nearest_classes
+    from lightning_reg.finetuning.ogen.core import synthesis_losses as synthesis_losses
+    from lightning_reg.finetuning.ogen.core import window_shares as window_shares
+    from lightning_reg.finetuning.ogen.core import window_size as window_size
     from lightning_reg.finetuning.sara.core import magnitude_threshold as magnitude_threshold
     from lightning_reg.finetuning.sara.core import nuclear_norm as nuclear_norm
     from lightning_reg.finetuning.sara.core import pack_positions as pack_positions
@@ -285,6 +290,11 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "norm_gradient": "lightning_reg.finetuning.mask_tuning.core",
         "pack_bits": "lightning_reg.finetuning.mask_tuning.core",
         "unpack_bits": "lightning_reg.finetuning.mask_tuning.core",
+        "FeatureGenerator": "lightning_reg.finetuning.ogen.core",
+        "nearest_classes": "lightning_reg.finetuning.ogen.core",
+        "synthesis_losses": "lightning_reg.finetuning.ogen.core",
+        "window_shares": "lightning_reg.finetuning.ogen.core",
+        "window_size": "lightning_reg.finetuning.ogen.core",
         "magnitude_threshold": "lightning_reg.finetuning.sara.core",
         "nuclear_norm": "lightning_reg.finetuning.sara.core",
         "pack_positions": "lightning_reg.finetuning.sara.core",
