@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_reg.averaging.model_soups.core import SoupResult as SoupResult
     from lightning_reg.averaging.model_soups.evaluation import TrainerEvaluation as TrainerEvaluation
     from lightning_reg.averaging.model_soups.model_soups import SoupAverager as SoupAverager
+    from lightning_reg.averaging.weight_merging.wise_ft import WiSEFT as WiSEFT
     from lightning_reg.continual.rehearsal_free_cl.feature_distillation import (
         FeatureDistillation as FeatureDistillation,
     )
@@ -105,6 +106,7 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "SoupResult": "lightning_reg.averaging.model_soups.core",
         "TrainerEvaluation": "lightning_reg.averaging.model_soups.evaluation",
         "SoupAverager": "lightning_reg.averaging.model_soups.model_soups",
+        "WiSEFT": "lightning_reg.averaging.weight_merging.wise_ft",
         "FeatureDistillation": "lightning_reg.continual.rehearsal_free_cl.feature_distillation",
         "ContinualMetrics": "lightning_reg.continual.rehearsal_free_cl.metrics",
         "PredictionDistillation": "lightning_reg.continual.rehearsal_free_cl.prediction_distillation",

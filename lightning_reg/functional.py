@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lightning_reg.averaging.weight_merging.core import slerp_merge as slerp_merge
     from lightning_reg.averaging.weight_merging.core import ties_merge as ties_merge
     from lightning_reg.averaging.weight_merging.core import wise_ft as wise_ft
+    from lightning_reg.averaging.weight_merging.core import wise_ft_curve as wise_ft_curve
     from lightning_reg.continual.rehearsal_free_cl.core import bce_distillation_loss as bce_distillation_loss
     from lightning_reg.continual.rehearsal_free_cl.core import cross_entropy_shift as cross_entropy_shift
     from lightning_reg.continual.rehearsal_free_cl.core import feature_distillation_loss as feature_distillation_loss
@@ -220,6 +221,7 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "slerp_merge": "lightning_reg.averaging.weight_merging.core",
         "ties_merge": "lightning_reg.averaging.weight_merging.core",
         "wise_ft": "lightning_reg.averaging.weight_merging.core",
+        "wise_ft_curve": "lightning_reg.averaging.weight_merging.core",
         "bce_distillation_loss": "lightning_reg.continual.rehearsal_free_cl.core",
         "cross_entropy_shift": "lightning_reg.continual.rehearsal_free_cl.core",
         "feature_distillation_loss": "lightning_reg.continual.rehearsal_free_cl.core",

@@ -126,9 +126,9 @@ class SynthesizedByHand(Hand):
             near = sorted(others, key=lambda c: -float(means[y] @ means[c]))[:2]
             values = torch.stack([means[n] + 0.5 * draws * spread[n] for n in near])
             found = losses_of_row(
-                p, v, y, w, u, near, values, 5.0, technique.scheme, {k: m[i] for k, m in keep.items()}, share=0.25
+                p, v, y, w, u, near, values, 2.0, technique.scheme, {k: m[i] for k, m in keep.items()}, share=0.25
             )
-            total = total + 0.5 * found["regression"] + found["a"] + (found["b"] + 2.0 * found["c"]) / 2
+            total = total + 0.1 * found["regression"] + 0.2 * found["a"] + (0.2 * found["b"] + 0.4 * found["c"]) / 2
         return total / len(rows) if torch.is_tensor(total) else rows.sum() * 0.0
 
 
@@ -161,9 +161,17 @@ def small_generator(width=8, heads=2, **options):
         return FeatureGenerator(width, heads, **options)
 
 
-MAKES = {"layer": "net.act_body", "known": "net.head.weight", "unknown": UNKNOWN, "neighbours": 2, "scale": 5.0}
+MAKES = {"layer": "net.act_body", "known": "net.head.weight", "unknown": UNKNOWN, "neighbours": 2, "scale": 2.0}
 WEIGHTS = [f"{of}_weight" for of in ("regression", "known", "neighbour", "unknown")]
-MAKES |= {"regression_weight": 0.5, "noise": 0.5, "dropout": 0.25, "warmup": 0.0}
+MAKES |= {
+    "regression_weight": 0.1,
+    "known_weight": 0.2,
+    "neighbour_weight": 0.2,
+    "unknown_weight": 0.4,
+    "noise": 0.5,
+    "dropout": 0.25,
+    "warmup": 0.0,
+}
 TOKENS = waves(3, 16).tolist()
 TEACHES = {"layer": "net.act_body", "weight": 3.0, "decay": 0.4, "window_min": 1}
 CASE = (
@@ -172,9 +180,9 @@ CASE = (
         neutral=partial(SyntheticUnknowns, **(MAKES | dict.fromkeys(WEIGHTS, 0.0) | {"warmup": 0.2})),
         by_hand=SynthesizedByHand,
         says=(
-            "net.act_body, 3 unknown classes, 2 neighbours, joint, weights 0.5, 1, 1, 2",
+            "net.act_body, 3 unknown classes, 2 neighbours, joint, weights 0.1, 0.2, 0.2, 0.4",
             "all weights 0: inactive",
-            "net.act_body, 3 unknown classes, 2 neighbours, each, weights 0.5, 1, 1, 2; generator alone for 40%",
+            "net.act_body, 3 unknown classes, 2 neighbours, each, weights 0.1, 0.2, 0.2, 0.4; generator alone for 40%",
             "net.act_body, 3 unknown classes, 1 neighbours, joint, weights 4, 1, 1, 2; generator alone for 20%",
         ),
         # Of its own: the head's rows are the embeddings of the classes, and the batch's entry their numbers.
@@ -347,6 +355,8 @@ def test_classes_without_features_are_no_neighbours():
     near = nearest_classes(means, 2, seen=torch.tensor([True, True, False, True]))
     assert near.tolist()[0] in ([1, 3], [3, 1])
     assert all(c not in row for c, row in enumerate(near.tolist()))
+    alike = nearest_classes(torch.ones(4, 8), 3, classes=torch.tensor([2, 0]))
+    assert alike.tolist() == [[0, 1, 3], [1, 2, 3]]
 
 
 def test_the_window_grows_by_half_a_cosine():
@@ -374,7 +384,7 @@ class Cosine(Classifier):
         return F.cross_entropy(5 * hidden @ F.normalize(self.table, dim=1).T, batch[1])
 
 
-TOY = {"layer": "net.1", "known": "table", "unknown": waves(2, 8, step=1.4).float(), "neighbours": 2, "scale": 5.0}
+TOY = {"layer": "net.1", "known": "table", "unknown": waves(2, 8, step=1.4).float(), "neighbours": 2, "scale": 2.0}
 
 
 def test_the_generator_is_alone_at_first():

@@ -71,7 +71,7 @@ class FeatureGenerator(nn.Module):
         heads = self.attention.num_heads
         weights, biases = self.attention.in_proj_weight.chunk(3), self.attention.in_proj_bias.chunk(3)
         q, k, v = (
-            F.linear(given, w, b).unflatten(-1, (heads, -1)).transpose(1, 2)
+            F.linear(given, w, b).reshape(*given.shape[:2], heads, -1).transpose(1, 2)
             for given, w, b in zip((queries, keys, values), weights, biases, strict=True)
         )
         shares = (q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])).softmax(-1)
@@ -81,26 +81,31 @@ class FeatureGenerator(nn.Module):
         return F.normalize(self.ffn(queries) + attended, dim=-1)
 
 
-def nearest_classes(means: Tensor, count: int, seen: Tensor | None = None) -> Tensor:
+def nearest_classes(means: Tensor, count: int, seen: Tensor | None = None, classes: Tensor | None = None) -> Tensor:
     """The classes whose mean features have the largest products with that of each class, itself left out.
+
+    Of classes that are as near the one with the lower number comes first.
 
     Args:
         means: ``(C, D)``, not normalised again, as in the authors' code.
         count: How many, below C.
         seen: Which classes have a mean, bool ``(C,)``; others come last. ``None``: all.
+        classes: Whose neighbours are wanted, ``(B,)``; ``None``: those of all.
 
     Returns:
-        Class numbers ``(C, count)``, the nearest first.
+        Class numbers ``(C, count)``, or ``(B, count)``, the nearest first.
 
     """
-    products = means @ means.T
+    classes = torch.arange(len(means), device=means.device) if classes is None else classes
+    products = means[classes] @ means.T
     if seen is not None:
         products = products.masked_fill(~seen, torch.finfo(products.dtype).min)
-    return products.fill_diagonal_(-math.inf).topk(count).indices
+    products = products.scatter(1, classes[:, None], -math.inf)
+    return products.argsort(dim=1, descending=True, stable=True)[:, :count]
 
 
 def synthesis_losses(
-    generator: FeatureGenerator,
+    generator: nn.Module,
     features: Tensor,
     labels: Tensor,
     known: Tensor,
@@ -125,7 +130,7 @@ def synthesis_losses(
     In a and b the embeddings that the generator is asked with are constants; in c those of the unknown classes are not.
 
     Args:
-        generator: G.
+        generator: G, a :class:`FeatureGenerator`.
         features: Of the images, v, ``(B, D)`` of length 1.
         labels: y, ``(B,)``.
         known: Class embeddings W, ``(C, D)`` of length 1.
@@ -159,15 +164,13 @@ def synthesis_losses(
     }
 
 
-def _one_at_a_time(
-    generator: FeatureGenerator, own: Tensor, near: Tensor, values: Tensor, keep: Tensor | None
-) -> Tensor:
+def _one_at_a_time(generator: nn.Module, own: Tensor, near: Tensor, values: Tensor, keep: Tensor | None) -> Tensor:
     count = near.shape[1]
     if keep is not None:
         keep = keep.permute(0, 3, 1, 2).flatten(0, 1)[..., None]
     queries = own.repeat_interleave(count, 0)
     made: Tensor = generator(queries, near.flatten(0, 1)[:, None], values.flatten(0, 1)[:, None], keep)
-    return made[:, 0].unflatten(0, (-1, count))
+    return made.reshape(*near.shape)
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -139,8 +139,8 @@ class SyntheticUnknowns(ModuleTechnique, StepTechnique):
         check_number(self, "scale", scale, low=0, low_open=True)
         check_number(self, "lr_factor", lr_factor, low=0)
         given = (regression_weight, known_weight, neighbour_weight, unknown_weight)
-        for argument, value in zip(("regression", "known", "neighbour", "unknown"), given, strict=True):
-            check_number(self, f"{argument}_weight", value, low=0)
+        for of, weight in zip(("regression", "known", "neighbour", "unknown"), given, strict=True):
+            check_number(self, f"{of}_weight", weight, low=0)
         check_choice(self, "scheme", scheme, ("joint", "each"))
         check_choice(self, "pooling", pooling, ("flatten", "first", "mean"))
         if own_optimizer is not None:
@@ -259,7 +259,7 @@ class SyntheticUnknowns(ModuleTechnique, StepTechnique):
 
     def _losses(self, step: "Step", v: Tensor, labels: Tensor, w: Tensor, u: Tensor) -> dict[str, Tensor]:
         means, deviations, seen = self._statistics.read()
-        near = nearest_classes(means, self.neighbours, seen)[labels]
+        near = nearest_classes(means, self.neighbours, seen, labels)
         draws = torch.rand(v.shape[1], generator=self.generator(step, v.device, same_on_ranks=True), device=v.device)
         values = means[near] + self.noise * draws * deviations[near]
         generator = self.own["generator"]
