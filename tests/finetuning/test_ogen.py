@@ -16,7 +16,8 @@ from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
 from tests.conformance.kinds.network import NetworkCase
 from tests.conformance.problems import KINDS, Problem
-from tests.toys import QUIET, Classifier, fit, same_weights
+from tests.finetuning import digit_clip
+from tests.toys import QUIET, Classifier, StepLosses, fit, same_weights
 
 pytestmark = QUIET
 
@@ -462,3 +463,43 @@ def test_a_layer_that_gives_no_tensor_is_refused():
 
     with pytest.raises(MisconfigurationException, match="gives tuple in this step, and tuple in the teacher"):
         fit(Wrapped(), LocalMeanTeacher("pair"))
+
+
+class Names(Classifier):
+    """The digit CLIP of two libraries, tuned on the names of the digits 0 to 4."""
+
+    def __init__(self, library):
+        super().__init__(lr=0.01)
+        self.net, self.library = nn.Identity(), library
+        self.clip = digit_clip.hugging_face() if library == "transformers" else digit_clip.open_clip()
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        if self.library == "transformers":
+            return F.cross_entropy(self.clip(input_ids=TEXTS[:5], pixel_values=x).logits_per_image, y)
+        image, text, scale = self.clip(x, TEXTS[:5])
+        return F.cross_entropy(scale * image @ text.T, y)
+
+
+TEXTS = digit_clip.tokens(*(digit_clip.TEMPLATES[0].format(name) for name in digit_clip.DIGITS))
+HOSTS = {
+    "layer": ("transformers", "clip.visual_projection", {"known": "clip.text_projection"}, "clip.get_text_features"),
+    "tokens": ("transformers", "clip.visual_projection", {"known_tokens": TEXTS[:5]}, "clip.get_text_features"),
+    "open_clip": ("open_clip", "clip.visual", {"known_tokens": TEXTS[:5].tolist()}, "clip.encode_text"),
+}
+
+
+def test_the_digit_clip_of_two_libraries_by_layer_and_by_tokens():
+    images, labels = digit_clip.unseen()
+    chosen = torch.stack([(labels == c).nonzero()[:3, 0] for c in range(5)], 1).flatten()  # all classes in a batch
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images[chosen], labels[chosen]), 8)
+    losses = {}
+    for name, (library, layer, known, encoder) in HOSTS.items():
+        technique = SyntheticUnknowns(layer, **known, unknown_tokens=TEXTS[5:], encoder=encoder, scale=13.9, warmup=0.0)
+        seen = losses[name] = StepLosses()
+        fit(Names(library), technique, seen, loader=loader, max_epochs=1)
+    plain = StepLosses()
+    fit(Names("open_clip"), plain, loader=loader, max_epochs=1)
+    assert losses["layer"].losses == pytest.approx(losses["tokens"].losses, abs=1e-4)  # one pass more, in another batch
+    assert losses["layer"].losses == pytest.approx(losses["open_clip"].losses, abs=1e-3)  # another library
+    assert losses["layer"].losses[0] - plain.losses[0] > 1.0
