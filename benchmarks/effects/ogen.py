@@ -21,7 +21,6 @@ ARMS = {
     "plain": None,
     "first weights (no tuning)": None,
     "SyntheticUnknowns": MAKES,
-    "SyntheticUnknowns, one neighbour at a time": MAKES | {"scheme": "each"},
     "SyntheticUnknowns, unknown_weight=0": MAKES | {"unknown_weight": 0.0},
     "LocalMeanTeacher on the text features": {"layer": "clip.text_projection", "weight": 100.0},
 }
