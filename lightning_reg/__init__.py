@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_reg.averaging.model_soups.core import SoupResult as SoupResult
     from lightning_reg.averaging.model_soups.evaluation import TrainerEvaluation as TrainerEvaluation
     from lightning_reg.averaging.model_soups.model_soups import SoupAverager as SoupAverager
+    from lightning_reg.averaging.weight_merging.wise_ft import WiSEFT as WiSEFT
     from lightning_reg.continual.rehearsal_free_cl.feature_distillation import (
         FeatureDistillation as FeatureDistillation,
     )
@@ -70,6 +71,9 @@ if TYPE_CHECKING:
     from lightning_reg.finetuning.dr_tune.dr_tune import DRTune as DRTune
     from lightning_reg.finetuning.maestro.maestro import MaestroLowRank as MaestroLowRank
     from lightning_reg.finetuning.mask_tuning.mask_tuning import MaskTuning as MaskTuning
+    from lightning_reg.finetuning.ogen.core import FeatureGenerator as FeatureGenerator
+    from lightning_reg.finetuning.ogen.local_mean_teacher import LocalMeanTeacher as LocalMeanTeacher
+    from lightning_reg.finetuning.ogen.synthetic_unknowns import SyntheticUnknowns as SyntheticUnknowns
     from lightning_reg.finetuning.promptsrc.base_to_novel import BaseToNovelAccuracy as BaseToNovelAccuracy
     from lightning_reg.finetuning.promptsrc.deep_prompts import DeepPrompts as DeepPrompts
     from lightning_reg.finetuning.promptsrc.frozen_twin_agreement import FrozenTwinAgreement as FrozenTwinAgreement
@@ -111,6 +115,7 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "SoupResult": "lightning_reg.averaging.model_soups.core",
         "TrainerEvaluation": "lightning_reg.averaging.model_soups.evaluation",
         "SoupAverager": "lightning_reg.averaging.model_soups.model_soups",
+        "WiSEFT": "lightning_reg.averaging.weight_merging.wise_ft",
         "FeatureDistillation": "lightning_reg.continual.rehearsal_free_cl.feature_distillation",
         "ContinualMetrics": "lightning_reg.continual.rehearsal_free_cl.metrics",
         "PredictionDistillation": "lightning_reg.continual.rehearsal_free_cl.prediction_distillation",
@@ -156,6 +161,9 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "DRTune": "lightning_reg.finetuning.dr_tune.dr_tune",
         "MaestroLowRank": "lightning_reg.finetuning.maestro.maestro",
         "MaskTuning": "lightning_reg.finetuning.mask_tuning.mask_tuning",
+        "FeatureGenerator": "lightning_reg.finetuning.ogen.core",
+        "LocalMeanTeacher": "lightning_reg.finetuning.ogen.local_mean_teacher",
+        "SyntheticUnknowns": "lightning_reg.finetuning.ogen.synthetic_unknowns",
         "BaseToNovelAccuracy": "lightning_reg.finetuning.promptsrc.base_to_novel",
         "DeepPrompts": "lightning_reg.finetuning.promptsrc.deep_prompts",
         "FrozenTwinAgreement": "lightning_reg.finetuning.promptsrc.frozen_twin_agreement",

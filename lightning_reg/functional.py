@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lightning_reg.averaging.weight_merging.core import slerp_merge as slerp_merge
     from lightning_reg.averaging.weight_merging.core import ties_merge as ties_merge
     from lightning_reg.averaging.weight_merging.core import wise_ft as wise_ft
+    from lightning_reg.averaging.weight_merging.core import wise_ft_curve as wise_ft_curve
     from lightning_reg.continual.rehearsal_free_cl.core import bce_distillation_loss as bce_distillation_loss
     from lightning_reg.continual.rehearsal_free_cl.core import cross_entropy_shift as cross_entropy_shift
     from lightning_reg.continual.rehearsal_free_cl.core import feature_distillation_loss as feature_distillation_loss
@@ -124,6 +125,11 @@ if TYPE_CHECKING:
     from lightning_reg.finetuning.mask_tuning.core import norm_gradient as norm_gradient
     from lightning_reg.finetuning.mask_tuning.core import pack_bits as pack_bits
     from lightning_reg.finetuning.mask_tuning.core import unpack_bits as unpack_bits
+    from lightning_reg.finetuning.ogen.core import FeatureGenerator as FeatureGenerator
+    from lightning_reg.finetuning.ogen.core import nearest_classes as nearest_classes
+    from lightning_reg.finetuning.ogen.core import synthesis_losses as synthesis_losses
+    from lightning_reg.finetuning.ogen.core import window_shares as window_shares
+    from lightning_reg.finetuning.ogen.core import window_size as window_size
     from lightning_reg.finetuning.promptsrc.core import class_template_mean as class_template_mean
     from lightning_reg.finetuning.promptsrc.core import feature_l1 as feature_l1
     from lightning_reg.finetuning.promptsrc.core import harmonic_mean as harmonic_mean
@@ -243,6 +249,7 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "slerp_merge": "lightning_reg.averaging.weight_merging.core",
         "ties_merge": "lightning_reg.averaging.weight_merging.core",
         "wise_ft": "lightning_reg.averaging.weight_merging.core",
+        "wise_ft_curve": "lightning_reg.averaging.weight_merging.core",
         "bce_distillation_loss": "lightning_reg.continual.rehearsal_free_cl.core",
         "cross_entropy_shift": "lightning_reg.continual.rehearsal_free_cl.core",
         "feature_distillation_loss": "lightning_reg.continual.rehearsal_free_cl.core",
@@ -334,6 +341,11 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "norm_gradient": "lightning_reg.finetuning.mask_tuning.core",
         "pack_bits": "lightning_reg.finetuning.mask_tuning.core",
         "unpack_bits": "lightning_reg.finetuning.mask_tuning.core",
+        "FeatureGenerator": "lightning_reg.finetuning.ogen.core",
+        "nearest_classes": "lightning_reg.finetuning.ogen.core",
+        "synthesis_losses": "lightning_reg.finetuning.ogen.core",
+        "window_shares": "lightning_reg.finetuning.ogen.core",
+        "window_size": "lightning_reg.finetuning.ogen.core",
         "class_template_mean": "lightning_reg.finetuning.promptsrc.core",
         "feature_l1": "lightning_reg.finetuning.promptsrc.core",
         "harmonic_mean": "lightning_reg.finetuning.promptsrc.core",

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "compared",
     "forgetting",
+    "interpolation",
     "masks",
     "memorisation",
     "read_log",
@@ -108,6 +109,32 @@ def compared(runs: Mapping[str, Log], names: Sequence[str]) -> Figure:
     for axes in panels[len(names) :]:
         axes.axis("off")
     figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=2, fontsize=8)
+    return figure
+
+
+@_styled
+def interpolation(curve: Mapping[str, Sequence[float]]) -> Figure:
+    """Scores of the mixes between a network before and after fine-tuning, over alpha.
+
+    A mix that is better than both ends in one score, and hardly worse in another, is what WiSE-FT looks for.
+
+    Args:
+        curve: From ``WiSEFT.curve`` or ``wise_ft_curve``: ``"alpha"``, and at least one score.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: If there is no alpha or no score.
+
+    """
+    scores = {name: values for name, values in curve.items() if name != "alpha"}
+    if "alpha" not in curve or not scores:
+        raise ValueError(f"interpolation: `curve` must have 'alpha' and a score, got {sorted(curve)}.")
+    figure, axes = _one("Between first and fine-tuned weights", "alpha", "score")
+    for (name, values), (color, style) in zip(scores.items(), _LINES * len(scores), strict=False):
+        axes.plot(curve["alpha"], values, linestyle=style, color=color, marker="o", markersize=3, label=name)
+    axes.legend(fontsize=8)
     return figure
 
 

@@ -18,6 +18,7 @@ OURS = {
     "adapt_then_unlearn",
     "continual_learning",
     "find_wrong_labels",
+    "few_shot",
     "fine_tuning",
     "imbalanced_regression",
     "llm_reweighting",

@@ -66,6 +66,15 @@ def test_compared_runs_have_a_panel_for_each_metric_and_one_legend():
         plots.compared({"a": LOG}, [])
 
 
+def test_interpolation_draws_each_score_over_alpha():
+    curve = {"alpha": [0.0, 0.5, 1.0], "known": [0.5, 0.8, 0.9], "unknown": [0.7, 0.7, 0.3]}
+    (axes,) = plots.interpolation(curve).axes
+    assert drawn(axes)["unknown"] == [[0.0, 0.7], [0.5, 0.7], [1.0, 0.3]]
+    assert {*drawn(axes)} == {"known", "unknown"}
+    with pytest.raises(ValueError, match=r"^interpolation: `curve` must have 'alpha' and a score, got \['alpha'\]"):
+        plots.interpolation({"alpha": [0.0]})
+
+
 def test_memorisation_draws_agreement_suspects_and_what_is_named():
     axes = plots.memorisation(LOG, metrics=["val_acc"]).axes[0]
     assert drawn(axes) == {

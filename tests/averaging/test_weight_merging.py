@@ -1,11 +1,42 @@
 """Mixes of few models: TIES, DARE, slerp, WiSE-FT."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from lightning_reg.functional import average_state_dicts, dare_merge, slerp_merge, ties_merge, wise_ft
+from lightning_reg import SoupAverager, WiSEFT
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.functional import average_state_dicts, dare_merge, slerp_merge, ties_merge, wise_ft, wise_ft_curve
+from tests.conformance.by_hand import Hand
+from tests.conformance.case import Case
+from tests.toys import QUIET, Callback, Classifier, fit, make_loader, make_trainer, same_weights, weights_of
+
+pytestmark = QUIET
+
+
+class MixedByHand(Hand):
+    def begin(self, loop):
+        self.first = loop.constants()
+
+    def end(self, weights):
+        return {name: 0.7 * self.first[name] + 0.3 * weight for name, weight in weights.items()}
+
+
+CASE = Case(
+    make=partial(WiSEFT, 0.3),
+    neutral=partial(WiSEFT, 1.0),
+    by_hand=MixedByHand,
+    says=(
+        "ends at alpha=0.3 between first and fine-tuned weights; first weights on the CPU, taken at the first batch",
+        "ends at alpha=1 between first and fine-tuned weights; first weights on the CPU, taken at the first batch",
+        "ends at alpha=0.5 between first and fine-tuned weights; first weights on the CPU, taken at the first batch",
+    ),
+    also=["images", "regression", "tokens"],
+    variants=[partial(WiSEFT, exclude="*.head.*")],
+    invalid=[({"alpha": -0.1}, "alpha"), ({"alpha": 1.1}, "alpha")],
+)
 
 
 def draw(*shape, seed=0, dtype=torch.float32):
@@ -157,3 +188,97 @@ def test_merges_refuse(call, sentence):
     base, *rest = models(3)
     with pytest.raises(ValueError, match=sentence):
         call(base, rest)
+
+
+# -- in a fit ---------------------------------------------------------------------------------------------------------
+
+
+class Loads(Callback):
+    """Puts weights in when training starts, as a user's own callback may."""
+
+    def on_train_start(self, trainer, pl_module):
+        with torch.no_grad():
+            for p in pl_module.parameters():
+                p.mul_(0.5)
+
+
+def test_the_module_ends_between_the_weights_of_the_first_batch_and_the_last():
+    plain = Classifier()
+    fit(plain, Loads())
+    start, end = {k: 0.5 * v for k, v in weights_of(Classifier()).items()}, weights_of(plain)
+    model, technique = Classifier(), WiSEFT(0.25, exclude="net.3.bias")
+    fit(model, technique, Loads())
+    for name, value in weights_of(model).items():
+        wanted = start[name] if name == "net.3.bias" else 0.75 * start[name] + 0.25 * end[name]
+        torch.testing.assert_close(value, wanted, atol=1e-7, rtol=0.0)  # one rounding
+    assert same_weights(technique.mixed(1.0), end)
+    assert same_weights(technique.mixed(0.0), start)
+
+
+def test_the_curve_scores_each_mix_and_leaves_the_module_as_it_was():
+    model, technique, (x, y) = Classifier(), WiSEFT(), next(iter(make_loader()))
+    fit(model, technique)
+    held, ends = weights_of(model), [technique.mixed(alpha) for alpha in (0.0, 0.5, 1.0)]
+
+    def evaluate():
+        with torch.no_grad():
+            return {"loss": torch.nn.functional.cross_entropy(model(x), y)}
+
+    curve = technique.curve(model, evaluate, alphas=[0.0, 0.5, 1.0])
+    assert same_weights(model, held)
+    for weights, loss in zip(ends, curve["loss"], strict=True):
+        model.load_state_dict(weights)
+        assert evaluate()["loss"].item() == loss
+    assert curve["alpha"] == [0.0, 0.5, 1.0]
+    model.load_state_dict(held)
+    with pytest.raises(ZeroDivisionError):
+        technique.curve(model, lambda: 1 / 0)
+    assert same_weights(model, held)
+
+
+def test_a_run_resumed_from_its_end_goes_on_with_the_weights_that_were_reached(tmp_path):
+    whole = Classifier()
+    fit(whole, WiSEFT(0.25), max_epochs=2)
+    fit(Classifier(), WiSEFT(0.25), max_epochs=1).save_checkpoint(tmp_path / "end.ckpt")
+    resumed = Classifier(seed=3)
+    trainer = make_trainer(callbacks=[WiSEFT(0.25)], max_epochs=2)
+    trainer.fit(resumed, make_loader(), ckpt_path=tmp_path / "end.ckpt", weights_only=True)
+    assert same_weights(whole, resumed)
+
+
+def test_a_further_fit_keeps_the_first_weights():
+    model, technique = Classifier(), WiSEFT(0.0)
+    fit(model, technique, max_epochs=1)
+    with torch.no_grad():
+        model.net[0].weight.add_(1.0)
+    fit(model, technique, max_epochs=1)
+    assert same_weights(model, Classifier())
+
+
+def test_what_has_no_two_ends_is_told():
+    with pytest.raises(RuntimeError, match="no two ends to mix before a fit has ended"):
+        WiSEFT().mixed(0.5)
+    technique, model = WiSEFT(), Classifier()
+    fit(model, technique, limit_train_batches=0)
+    assert same_weights(model, Classifier())
+    with pytest.raises(RuntimeError, match="no two ends to mix"):
+        technique.curve(model, dict)
+
+
+@pytest.mark.parametrize("other", [SoupAverager(method="ema"), WiSEFT(name="b")])
+def test_two_that_put_weights_in_at_the_end_are_refused(other):
+    with pytest.raises(MisconfigurationException, match="when the fit ends"):
+        fit(Classifier(), WiSEFT(), other)
+    fit(Classifier(), WiSEFT(1.0), other)
+
+
+def test_a_curve_of_state_dicts():
+    start, end = models(2)
+    curve = wise_ft_curve(start, end, lambda state: {"sum": state["w"].sum().item()}, [0.25])
+    assert curve == {"alpha": [0.25], "sum": [wise_ft(start, end, 0.25)["w"].sum().item()]}
+    assert len(wise_ft_curve(start, end, lambda state: {"one": 1.0})["alpha"]) == 11
+    with pytest.raises(ValueError, match="at least one number, got none"):
+        wise_ft_curve(start, end, dict, [])
+    names = iter("ab")
+    with pytest.raises(ValueError, match=r"same names each time, got \['b'\] after \['a'\]"):
+        wise_ft_curve(start, end, lambda _: {next(names): 0.0}, [0.0, 1.0])

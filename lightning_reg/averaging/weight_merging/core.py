@@ -12,7 +12,7 @@ from lightning_reg.averaging._not_finite import spoilers, warn_of_spoiled
 from lightning_reg.averaging._state_dicts import StateDict, accumulated, aligned, check_patterns, is_averaged
 from lightning_reg.engine.host.names import Patterns, matches
 
-__all__ = ["dare_merge", "slerp_merge", "ties_merge", "wise_ft"]
+__all__ = ["dare_merge", "slerp_merge", "ties_merge", "wise_ft", "wise_ft_curve"]
 
 
 def ties_merge(
@@ -273,6 +273,50 @@ def wise_ft(
         return (1 - alpha) * start + alpha * end
 
     return _combine("wise_ft", [zeroshot, finetuned], ["zeroshot", "finetuned"], mix, exclude, like=int(alpha >= 0.5))
+
+
+def wise_ft_curve(
+    zeroshot: StateDict,
+    finetuned: StateDict,
+    evaluate: Callable[[dict[str, Any]], Mapping[str, float]],
+    alphas: Sequence[float] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+    *,
+    exclude: Patterns = None,
+) -> dict[str, list[float]]:
+    """What mixes between a model before and after fine-tuning score, from the one end to the other.
+
+    Args:
+        zeroshot: State dict before fine-tuning.
+        finetuned: State dict after it.
+        evaluate: Gives the scores of a state dict by name, the same names each time.
+        alphas: The mixes, see :func:`wise_ft`; at least one.
+        exclude: Patterns of keys to leave as the nearer end has them.
+
+    Returns:
+        ``"alpha"`` and each score, a value for each mix; ``lightning_reg.plots.interpolation`` draws it.
+
+    Raises:
+        ValueError: If there is no ``alpha`` or one is outside [0, 1], or the scores have other names than before.
+
+    Example:
+        >>> ends = {"w": torch.zeros(2)}, {"w": torch.ones(2)}
+        >>> wise_ft_curve(*ends, lambda state: {"sum": float(state["w"].sum())}, alphas=[0.0, 0.5, 1.0])
+        {'alpha': [0.0, 0.5, 1.0], 'sum': [0.0, 1.0, 2.0]}
+
+    """
+    if not alphas:
+        raise ValueError("wise_ft_curve: `alphas` must have at least one number, got none.")
+    curve: dict[str, list[float]] = {}
+    for alpha in alphas:
+        scores = {"alpha": alpha, **evaluate(wise_ft(zeroshot, finetuned, alpha, exclude=exclude))}
+        if curve and scores.keys() != curve.keys():
+            raise ValueError(
+                f"wise_ft_curve: `evaluate` must give scores of the same names each time, got {[*scores][1:]} after"
+                f" {[*curve][1:]}."
+            )
+        for name, value in scores.items():
+            curve.setdefault(name, []).append(float(value))
+    return curve
 
 
 def _combine(

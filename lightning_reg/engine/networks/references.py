@@ -1,6 +1,7 @@
 """References: the module as it was at another time, frozen, shared by all techniques that ask for the same one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -64,6 +65,20 @@ class Reference:
     def stored(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A copy of weights as they lie here."""
         return stored_at(self.place, weights)
+
+    @property
+    def written_by(self) -> object:
+        """What tells references apart that may not be one memory although they are equal; ``None``: never written."""
+        return None
+
+    def begin_step(self, step: "Step", taken: "Callable[[Reference], dict[str, Tensor]]") -> None:
+        """Comes before it is looked through in a step; references that move can take weights here.
+
+        Args:
+            step: The step, with its final batch.
+            taken: Gives the module's present weights as they lie here; equal ones of a step are one memory.
+
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """The weights; techniques that share them save one memory, which a file holds once."""
@@ -139,6 +154,9 @@ class _Network:
             return
         everything = [(t, reference) for t in asking for reference in t.references]
         asked = [(t, reference) for t, reference in everything if isinstance(reference, Reference)]
+        taken: dict[str, dict[str, Tensor]] = {}
+        for _, reference in asked:
+            reference.begin_step(step, partial(self._taken, taken))
         for technique, reference in asked:
             self._make_ready(technique, reference, [other for _, other in asked])
         for technique in asking:
@@ -150,6 +168,11 @@ class _Network:
             groups.setdefault((id(pair[1].weights), given), []).append(pair)
         for group in groups.values():
             self._see(step, group)
+
+    def _taken(self, taken: dict[str, dict[str, Tensor]], reference: Reference) -> dict[str, Tensor]:
+        if reference.place not in taken:
+            taken[reference.place] = reference.stored(weights_of(self._module))
+        return taken[reference.place]
 
     def _see(self, step: "Step", group: list[tuple[ReferenceTechnique, Reference]]) -> None:
         """One pass for all that want features, joined with the first of those that want a loss call."""
@@ -179,14 +202,11 @@ class _Network:
         if reference.weights is not None and self._ready.get(id(reference)) is reference.weights:
             return
         self._check_skeleton({*reference.layers})
-        now = weights_of(self._module)
-        if reference.weights is None:
-            full = reference.stored(now)
-        else:
-            whole = {name: value.clone() for name, value in now.items()}
-            fill_(whole, reference.weights, technique)
-            full = reference.stored(whole)
-        ready = [o.weights for o in others if o.weights is not None and self._ready.get(id(o)) is o.weights]
+        full = reference.stored(weights_of(self._module))
+        if reference.weights is not None:
+            fill_(full, reference.weights, technique)
+        alike = [o for o in others if o.written_by == reference.written_by]
+        ready = [o.weights for o in alike if o.weights is not None and self._ready.get(id(o)) is o.weights]
         reference.weights = next((weights for weights in ready if _are_equal(weights, full)), full)
         self._ready[id(reference)] = reference.weights
 
