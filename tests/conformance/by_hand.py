@@ -157,6 +157,10 @@ class Hand:
         """Whether a weight is left alone by the optimizer in this step."""
         return False
 
+    def freezes_own(self, moment: Moment) -> bool:
+        """Whether what others train beside the weights is left alone by the optimizer in this step."""
+        return False
+
     def follow(self, loop: "View") -> None:
         """After the optimizer's step, before anybody looks at the new weights."""
 
@@ -243,8 +247,9 @@ class Loop:
         """All epochs."""
         for hand in self.hands:
             hand.begin(self.views[hand.kind])
-        own = [leaf for hand in self.hands for leaf in hand.own()]
-        optimizer = torch.optim.SGD([*self.leaves.values(), *own], LEARNING_RATE, MOMENTUM)
+        own = {hand: list(hand.own()) for hand in self.hands}
+        leaves = [*self.leaves.values(), *(leaf for of_hand in own.values() for leaf in of_hand)]
+        optimizer = torch.optim.SGD(leaves, LEARNING_RATE, MOMENTUM)
         for epoch in range(EPOCHS):
             for moment in self.steps(epoch):
                 self._mix(moment)
@@ -254,6 +259,7 @@ class Loop:
                 for name, leaf in self.leaves.items():
                     if any(hand.rests(name, moment) for hand in self.hands):
                         leaf.grad = None
+                self._drop(own, moment)
                 optimizer.step()
                 for hand in self.hands:
                     hand.follow(self.views[hand.kind])
@@ -261,6 +267,13 @@ class Loop:
                     hand.after_step(self.views[hand.kind], moment)
             for hand in self.hands:
                 hand.after_epoch(self.views[hand.kind], epoch)
+
+    def _drop(self, own: dict[Hand, list[Tensor]], moment: Moment) -> None:
+        freezing = [hand for hand in self.hands if hand.freezes_own(moment)]
+        for hand, leaves in own.items():
+            if any(other is not hand for other in freezing):
+                for leaf in leaves:
+                    leaf.grad = None
 
     def result(self) -> dict[str, Tensor]:
         """The module's weights when the fit has ended."""

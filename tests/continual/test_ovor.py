@@ -1,8 +1,12 @@
 """VirtualOutliers and OnePrompt: the head knows what is outside the data; one prompt for all tasks."""
 
+from functools import partial
+
 import pytest
 import torch
+import torch.nn.functional as F
 
+from lightning_reg import VirtualOutliers
 from lightning_reg.functional import (
     boundary_points,
     energy,
@@ -11,9 +15,93 @@ from lightning_reg.functional import (
     outlier_candidates,
     synthesize_outliers,
 )
+from tests.conformance.by_hand import Hand
+from tests.conformance.case import Case
+from tests.conformance.problems import BATCHES, KINDS, Problem
 from tests.toys import QUIET
 
 pytestmark = QUIET
+
+
+class OutliersByHand(Hand):
+    """In the second of two epochs the head alone, on features of the first one's network."""
+
+    def rests(self, name, moment):
+        return moment.count > BATCHES and not name.startswith("net.head")
+
+    def freezes_own(self, moment):
+        return moment.count > BATCHES
+
+    def term(self, loop, moment):
+        batch = moment.count - BATCHES - 1
+        if batch < 0:
+            return None
+        if batch == 0:
+            weights = {name: weight.detach() for name, weight in moment.weights.items()}
+            features = loop.run(weights, loop.x)[1]["net.act_body"]
+            noise = torch.randn(4, 4, 16, generator=moment.draws(self.technique))
+            self.outliers = kept(features, boundary_points(features, 4, 4), noise, 16, 0.5, 4).float()
+        rows = self.outliers[2 * batch : 2 * batch + 2]
+        logits = rows @ moment.weights["net.head.weight"].T + moment.weights["net.head.bias"]
+        inside = -moment.features["net.head"].exp().sum(1).log() + 3.0
+        outside = -0.5 + logits.exp().sum(1).log()
+        return 0.7 * sum(F.huber_loss(side.relu(), torch.zeros_like(side)) for side in (inside, outside))
+
+
+def labelled(size):
+    x = torch.randn(size, 8)
+    return x, (x[:, :4] + torch.randn(size, 4)).argmax(1)
+
+
+SMALL = {"head": "net.head", "epochs": 1, "weight": 0.7, "threshold": -3.0, "outlier_threshold": -0.5, "sigma": 0.5}
+SMALL |= {"k": 4, "select": 4, "sample_from": 4, "per_class": 4}
+INVALID = [
+    ({"head": "h", name: value}, name)
+    for name, values in {
+        **dict.fromkeys(("epochs", "k", "select", "sample_from", "per_class"), (0, 1.5)),
+        "weight": (-0.1,),
+        "sigma": (0.0,),
+        "threshold": (float("nan"),),
+        "outlier_threshold": (-15.0,),
+        "candidates": ("ours",),
+        "feature_noise": ("unit",),
+    }.items()
+    for value in values
+]
+OF_OUTLIERS = Case(
+    make=partial(VirtualOutliers, **SMALL),
+    neutral=partial(VirtualOutliers, "net.head", weight=0.0),
+    by_hand=OutliersByHand,
+    says=(
+        "net.head alone in the last 1 epochs, weight=0.7, 4 outliers a class (paper, sigma=0.5); energies below -3, of"
+        " outliers above -0.5; tasks before: 0",
+        "weight=0: inactive",
+        "net.head alone in the last 2 epochs, weight=0.1, 2 outliers a class (released, sigma=1 of the features');"
+        " energies below the median, of outliers above that of the bias; your loss over the task's own classes;"
+        " tasks before: 0",
+    ),
+    # A problem of its own: where there are several losses, the batch's entry is no class number.
+    data=Problem(KINDS["classification"].net, labelled, F.cross_entropy, serves=["classification"]),
+    variants=[
+        partial(
+            VirtualOutliers,
+            "net.head",
+            2,
+            threshold=None,
+            outlier_threshold=None,
+            sigma=1.0,
+            k=4,
+            select=3,
+            sample_from=4,
+            per_class=2,
+            candidates="released",
+            feature_noise="relative",
+            new_classes=[4, 4],
+        )
+    ],
+    invalid=[*INVALID, ({"head": "h", "new_classes": [2, -1]}, "new_classes")],
+)
+CASE = (OF_OUTLIERS,)
 
 
 # -- the formulas -----------------------------------------------------------------------------------------------------
@@ -91,7 +179,7 @@ def test_the_hinge_is_zero_with_zero_gradient_between_the_thresholds():
 # faiss (its distances are squared L2) and these draws: `_boundary`, the distances behind it, `_generate`, `loss`.
 FEATURES = torch.sin(torch.arange(48.0) ** 1.5).reshape(12, 4) + 1.5
 NOISE = torch.cos(torch.arange(20.0) ** 1.3).reshape(5, 4)
-OF_DATA, OF_OUTLIERS = 6 * torch.sin(torch.arange(15.0)).reshape(5, 3), 4 * torch.cos(torch.arange(12.0)).reshape(4, 3)
+OF_DATA, OUTSIDE = 6 * torch.sin(torch.arange(15.0)).reshape(5, 3), 4 * torch.cos(torch.arange(12.0)).reshape(4, 3)
 
 
 def test_what_the_code_of_the_authors_gives():
@@ -108,7 +196,7 @@ def test_what_the_code_of_the_authors_gives():
 
 
 def test_what_the_loss_of_the_authors_gives():
-    data, outliers = OF_DATA.clone().requires_grad_(), OF_OUTLIERS.clone().requires_grad_()
+    data, outliers = OF_DATA.clone().requires_grad_(), OUTSIDE.clone().requires_grad_()
     energies = energy(data), energy(outliers)
     loss = 0.1 * energy_hinge_loss(*energies, -4.0, -3.5)
     loss.backward()

@@ -40,7 +40,7 @@ def neighbour_distances(rows: Tensor, data: Tensor, k: int) -> Tensor:
     with torch.autocast(rows.device.type, enabled=False):
         parts = [
             torch.cdist(part, data.to(wide)).kthvalue(k, dim=1).values.square()
-            for part in rows.to(wide).split(_ROWS_AT_ONCE)
+            for part in torch.split(rows.to(wide), _ROWS_AT_ONCE)
         ]
     return torch.cat(parts)
 
@@ -152,7 +152,11 @@ def energy(logits: Tensor, classes: Tensor | slice | None = None) -> Tensor:
 
 
 def energy_hinge_loss(
-    energies: Tensor, outlier_energies: Tensor, threshold: float | Tensor, outlier_threshold: float | Tensor
+    energies: Tensor,
+    outlier_energies: Tensor,
+    threshold: float | Tensor,
+    outlier_threshold: float | Tensor,
+    reduction: Literal["mean", "none"] = "mean",
 ) -> Tensor:
     r"""What draws the energy of the data below one threshold, and that of outliers above another.
 
@@ -165,9 +169,10 @@ def energy_hinge_loss(
         outlier_energies: Of the outliers, ``(B',)``; an empty one counts 0.
         threshold: :math:`\tau`, which energies of the data are to be below.
         outlier_threshold: :math:`\tau_o`, which energies of outliers are to be above; larger.
+        reduction: ``"mean"`` over the data, or ``"none"``. Over the outliers it is always the mean.
 
     Returns:
-        A scalar with gradient.
+        With gradient: a scalar, or ``(B,)``.
 
     Example:
         >>> energy_hinge_loss(torch.tensor([-14.0]), torch.tensor([-5.0]), threshold=-15.0, outlier_threshold=-3.0)
@@ -176,5 +181,5 @@ def energy_hinge_loss(
     """
     inside = F.relu(energies - threshold)
     outside = F.relu(outlier_threshold - outlier_energies)
-    loss = F.huber_loss(inside, torch.zeros_like(inside))
+    loss = F.huber_loss(inside, torch.zeros_like(inside), reduction=reduction)
     return loss + F.huber_loss(outside, torch.zeros_like(outside)) if len(outside) else loss
