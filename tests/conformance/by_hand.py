@@ -130,6 +130,9 @@ class Hand:
         """Input of a layer."""
         return rows
 
+    def begin_evaluation(self, weights: dict[str, Tensor]) -> None:
+        """Before an evaluation with these weights; the technique is the trained one."""
+
     def edit_evaluation(self, name: str, rows: Tensor) -> Tensor:
         """Output of a layer in evaluation."""
         return rows
@@ -417,6 +420,8 @@ def evaluate_by_hand(problem: Problem, weights: dict[str, Tensor], hand: Hand | 
 
     """
     loop = Loop(problem, [])
+    if hand is not None:
+        hand.begin_evaluation(weights)
     edit = (lambda _, rows: rows) if hand is None else hand.edit_evaluation
     with torch.no_grad():
         return float(problem.loss(loop.run(weights, loop.x, edit)[0], loop.y))

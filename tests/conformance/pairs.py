@@ -60,7 +60,7 @@ def _is_evaluated_otherwise(case: Case, run: Run) -> bool:
     if "validate" not in stages_of(run.techniques[0]):
         return False
     logged = [row["val_loss"] for _, row in run.logged if "val_loss" in row][-1]
-    hand = evaluate_by_hand(case.problem, run.weights, case.by_hand(case.make()))
+    hand = evaluate_by_hand(case.problem, run.weights, case.by_hand(run.techniques[0]))
     found = difference(hand, logged, **_TOLERANCE)
     assert not found, f"{case.cls.__name__}: the validation by hand and that of the fit differ: {found}"
     return bool(difference(hand, evaluate_by_hand(case.problem, run.weights), **_EFFECT))

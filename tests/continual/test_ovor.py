@@ -1,12 +1,14 @@
 """VirtualOutliers and OnePrompt: the head knows what is outside the data; one prompt for all tasks."""
 
+from collections import OrderedDict
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from lightning_reg import VirtualOutliers
+from lightning_reg import OnePrompt, VirtualOutliers
 from lightning_reg.functional import (
     boundary_points,
     energy,
@@ -40,7 +42,7 @@ class OutliersByHand(Hand):
             weights = {name: weight.detach() for name, weight in moment.weights.items()}
             features = loop.run(weights, loop.x)[1]["net.act_body"]
             noise = torch.randn(4, 4, 16, generator=moment.draws(self.technique))
-            self.outliers = kept(features, boundary_points(features, 4, 4), noise, 16, 0.5, 4).float()
+            self.outliers = kept(features, boundary_points(features, 4, 3), noise, 16, 0.5, 3).float()
         rows = self.outliers[2 * batch : 2 * batch + 2]
         logits = rows @ moment.weights["net.head.weight"].T + moment.weights["net.head.bias"]
         inside = -moment.features["net.head"].exp().sum(1).log() + 3.0
@@ -54,7 +56,7 @@ def labelled(size):
 
 
 SMALL = {"head": "net.head", "epochs": 1, "weight": 0.7, "threshold": -3.0, "outlier_threshold": -0.5, "sigma": 0.5}
-SMALL |= {"k": 4, "select": 4, "sample_from": 4, "per_class": 4}
+SMALL |= {"k": 3, "select": 4, "sample_from": 4, "per_class": 4}
 INVALID = [
     ({"head": "h", name: value}, name)
     for name, values in {
@@ -101,7 +103,95 @@ OF_OUTLIERS = Case(
     ],
     invalid=[*INVALID, ({"head": "h", "new_classes": [2, -1]}, "new_classes")],
 )
-CASE = (OF_OUTLIERS,)
+
+
+class Attention(nn.Module):
+    """Two heads, as timm has it."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, tokens):
+        size, count, width = tokens.shape
+        q, k, v = self.qkv(tokens).reshape(size, count, 3, 2, width // 2).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(mixed.transpose(1, 2).reshape(size, count, width))
+
+
+def tokens_network():
+    first = nn.Sequential(nn.Unflatten(1, (2, 4)), nn.Linear(4, 16))
+    head = nn.Sequential(nn.Flatten(), nn.Linear(32, 4))
+    return nn.Sequential(OrderedDict(first=first, act=nn.Tanh(), body=Attention(), act_body=nn.Tanh(), head=head))
+
+
+def attended(tokens, weights, key, value):
+    """Attention of two heads with keys and values in front, head by head."""
+    q, k, v = (tokens @ weights["qkv.weight"].T + weights["qkv.bias"]).chunk(3, dim=2)
+    k, v = (torch.cat([p.expand(len(tokens), -1, -1), rows], 1) for p, rows in ((key, k), (value, v)))
+    heads = []
+    for part in (slice(0, 8), slice(8, 16)):
+        scores = q[:, :, part] @ k[:, :, part].transpose(1, 2) / 8**0.5
+        heads.append(scores.softmax(2) @ v[:, :, part])
+    return torch.cat(heads, 2) @ weights["proj.weight"].T + weights["proj.bias"]
+
+
+class PromptedByHand(Hand):
+    def begin(self, loop):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.technique.derived_seed("own modules"))
+            self.key, self.value = (torch.rand(3, 16).requires_grad_() for _ in range(2))
+
+    def own(self):
+        return [self.key, self.value]
+
+    def rests(self, name, moment):
+        return not name.startswith("net.head")
+
+    def edit_input(self, name, rows, moment):
+        if name == "net.body":
+            self.tokens = rows
+        return rows
+
+    def edit(self, name, rows, moment, copy):
+        return self.prompted(moment.weights) if name == "net.body" else rows
+
+    def begin_evaluation(self, weights):
+        prefix = self.technique.own["net.body"]
+        self.key, self.value, self.weights = prefix.key.detach(), prefix.value.detach(), weights
+
+    def edit_evaluation(self, name, rows):
+        if name == "net.act":
+            self.tokens = rows
+        return self.prompted(self.weights) if name == "net.body" else rows
+
+    def prompted(self, weights):
+        own = {key[len("net.body.") :]: w for key, w in weights.items() if key.startswith("net.body.")}
+        return attended(self.tokens, own, self.key, self.value)
+
+
+OF_PROMPTS = Case(
+    make=partial(OnePrompt, "net.head*", [6]),
+    neutral=partial(OnePrompt, "net.head*", []),
+    by_hand=PromptedByHand,
+    says=(
+        "3 keys and values before those of the first 1 attention layers; trained beside them: net.head*",
+        "no prompts: inactive",
+        "1 keys and values before those of the first 1 attention layers among *body; trained beside them: what you"
+        " have left trainable",
+    ),
+    data=Problem(tokens_network, labelled, F.cross_entropy, serves=["classification"]),
+    variants=[partial(OnePrompt, lengths=[2], layers="*body", lr_factor=2.0, weight_decay=0.1)],
+    invalid=[
+        ({"lengths": [3]}, "lengths"),
+        ({"lengths": [-2]}, "lengths"),
+        ({"lengths": [2.5]}, "lengths"),
+        ({"lr_factor": -1.0}, "lr_factor"),
+        ({"weight_decay": -1.0}, "weight_decay"),
+        ({"own_optimizer": -1}, "own_optimizer"),
+    ],
+)
+CASE = (OF_OUTLIERS, OF_PROMPTS)
 
 
 # -- the formulas -----------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ __all__ = [
     "energy_hinge_loss",
     "neighbour_distances",
     "outlier_candidates",
+    "prefix_rows",
     "synthesize_outliers",
 ]
 
@@ -183,3 +184,21 @@ def energy_hinge_loss(
     outside = F.relu(outlier_threshold - outlier_energies)
     loss = F.huber_loss(inside, torch.zeros_like(inside), reduction=reduction)
     return loss + F.huber_loss(outside, torch.zeros_like(outside)) if len(outside) else loss
+
+
+def prefix_rows(rows: Tensor, prefix: Tensor) -> Tensor:
+    """Puts learned rows in the place of the first ones of each sample: keys or values of a prompt.
+
+    Args:
+        rows: ``(B, T, D)``, of which the first are placeholders.
+        prefix: ``(P, D)``, the same for all samples; with gradient.
+
+    Returns:
+        ``(B, T, D)``, in the precision of ``rows``.
+
+    Example:
+        >>> prefix_rows(torch.zeros(1, 3, 1), torch.ones(2, 1))[0, :, 0]
+        tensor([1., 1., 0.])
+
+    """
+    return torch.cat([prefix.to(rows.dtype).expand(len(rows), -1, -1), rows[:, len(prefix) :]], dim=1)
