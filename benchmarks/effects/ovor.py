@@ -3,8 +3,9 @@
 The small images of scikit-learn, two thirds to train on; a perceptron 64-128-64 learns, without labels, by how many
 quarter turns an image was rotated (20 epochs), and is frozen; a linear head for all ten classes is trained on its 64
 features: Adam 1e-2 (new for each task), batch 32, 40 epochs, and 10 more in which VirtualOutliers acts (lambda 0.1,
-thresholds -15 and -3, k 20, 100 draws for each point of the border). All arms have the softmax over the task's own classes. Accuracy over all ten classes after
-the last task, no task told; within: the task told. The last arm is the bound: all classes at once, 50 epochs.
+thresholds -15 and -3, k 20, 100 draws for each point of the border). All arms have the softmax over the task's own
+classes. Accuracy over all ten classes after the last task, no task told; within: the task told. The last arm is the
+bound: all classes at once, 50 epochs.
 """
 
 from collections.abc import Sequence

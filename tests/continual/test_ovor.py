@@ -7,8 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_reg import OnePrompt, VirtualOutliers
+from lightning_reg import CutMix, OnePrompt, PredictionDistillation, VirtualOutliers
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.run.composition import conflict_between
 from lightning_reg.functional import (
     boundary_points,
     energy,
@@ -19,8 +22,19 @@ from lightning_reg.functional import (
 )
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
-from tests.conformance.problems import BATCHES, KINDS, Problem
-from tests.toys import QUIET
+from tests.conformance.problems import BATCHES, KINDS, Problem, seeded
+from tests.toys import (
+    QUIET,
+    Callback,
+    Classifier,
+    LightningModule,
+    fit,
+    make_loader,
+    make_tensors,
+    make_trainer,
+    same_weights,
+    weights_of,
+)
 
 pytestmark = QUIET
 
@@ -296,3 +310,283 @@ def test_what_the_loss_of_the_authors_gives():
     assert data.grad[1].tolist() == pytest.approx(second, abs=1e-6)
     first = [0.013990660198032856, 0.002224649302661419, 4.849970355280675e-05]
     assert outliers.grad[0].tolist() == pytest.approx(first, abs=1e-6)
+
+
+# -- virtual outliers in a fit ----------------------------------------------------------------------------------------
+
+
+class Task(Classifier):
+    """Labels of some classes of six, and a plain training step."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.net[3] = nn.Linear(8, 6)
+
+
+def task(number, size=24):
+    x = torch.randn(size, 6, generator=torch.Generator().manual_seed(number)) + number
+    return TensorDataset(x, 2 * number + (x[:, 0] > x[:, 1]).long())
+
+
+FITTED = partial(VirtualOutliers, "net.3", 1, k=4, select=4, sample_from=8, per_class=6, sigma=1.0)
+
+
+class Tells(Callback):
+    """What was trained in each epoch."""
+
+    def __init__(self):
+        self.weights = []
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.weights.append(weights_of(pl_module))
+
+    on_train_end = on_train_epoch_start
+
+
+def test_the_head_alone_is_trained_in_the_last_epochs_and_rows_of_other_classes_keep_their_bits():
+    module, technique, tells = Task(), FITTED(new_classes=[2, 2, 2]), Tells()
+    adam = lambda: torch.optim.Adam(module.parameters(), 0.1)  # noqa: E731 # moves whatever has a gradient
+    module.configure_optimizers = adam
+    for number in range(3):
+        tells.weights.clear()
+        fit(module, technique, tells, loader=make_loader(task(number)), max_epochs=3)
+        first, *_, third, end = tells.weights
+        others = [row for row in range(6) if row // 2 != number]
+        for name in ("net.0.weight", "net.0.bias"):
+            assert not torch.equal(first[name], third[name])
+            assert torch.equal(third[name], end[name])
+        for name in ("net.3.weight", "net.3.bias"):
+            assert torch.equal(first[name][others], end[name][others])
+            assert not torch.equal(third[name], end[name])
+    assert technique.tasks == 3
+    assert technique.state_dict().keys() == {"tasks"}  # what was made is let go of when the task is over
+
+
+def test_outliers_are_of_the_features_in_evaluation_mode_and_of_all_batches_once():
+    seen = []
+
+    class Remembers(VirtualOutliers):
+        def _synthesize(self, step, features, classes, batches):
+            seen.append((features, classes, batches, weights_of(step.module), step.module.training))
+            super()._synthesize(step, features, classes, batches)
+
+    module = Classifier(dropout=0.5)
+    fit(module, Remembers("net.3", 2, k=4, select=4, sample_from=8, per_class=6), max_epochs=3)
+    ((features, classes, batches, weights, training),) = seen
+    x, y = make_tensors()
+    wanted = F.relu(x @ weights["net.0.weight"].T + weights["net.0.bias"])  # nothing is dropped
+    torch.testing.assert_close(features, wanted)
+    assert (classes, batches, training) == (y.unique().tolist(), 4, True)
+
+
+def test_thresholds_of_the_trained_head():
+    technique, module = FITTED(threshold=None, outlier_threshold=None), Classifier(lr=0.0)
+    seen = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, *_):
+            seen.append(technique.state_dict())
+
+    fit(module, technique, Look(), max_epochs=1)
+    x, _ = make_tensors()
+    with torch.no_grad():
+        energies = -module(x).logsumexp(1)
+        above = -module.net[3].bias.logsumexp(0)
+    below = energies.sort().values[15]  # the lower of the two in the middle
+    wanted = torch.stack([below, torch.maximum(below, above)])
+    torch.testing.assert_close(seen[0]["thresholds"], wanted)
+    assert seen[0]["outliers"].shape == (1, 18, 8)
+
+
+def refused(match, module, technique, **options):
+    with pytest.raises(MisconfigurationException, match=match):
+        fit(module, technique, **{"max_epochs": 2, **options})
+
+
+def test_what_cannot_be_is_told_before_the_head_is_alone():
+    refused("in the last epochs of a fit, and the Trainer trains 2 epochs", Classifier(), VirtualOutliers("net.3", 3))
+    refused(
+        "the Trainer has no number of epochs", Classifier(), VirtualOutliers("net.3", 3), max_epochs=-1, max_steps=3
+    )
+    refused("net.4", Classifier(), VirtualOutliers("net.4", 1))
+    tokens = Classifier(lambda m, b: F.cross_entropy(m(b[0][:, None])[:, 0], b[1]))
+    refused(r"must be the logits \(B, C\) of the 8 samples of the loss, got a tensor \(8, 1, 3\)", tokens, FITTED())
+    refused("there are numbers for 0", Classifier(), FITTED(new_classes=[]))
+    refused("there are 9 classes by task 1, and 'net.3' has 3 outputs", Classifier(), FITTED(new_classes=[9]))
+    refused("has the classes 0 to 1, and a label is 2", Classifier(), FITTED(new_classes=[2]))
+    smooth = Classifier(lambda m, b: F.cross_entropy(m(b[0]), b[1], label_smoothing=0.1))
+    refused("gives weight to classes of other tasks", smooth, FITTED(new_classes=[3]))
+    for other, said in ((CutMix(), "lies between classes"), (PredictionDistillation(), "replaces it. Leave out `new")):
+        technique = FITTED(new_classes=[3])
+        assert said in conflict_between(technique, other)
+    assert conflict_between(FITTED(), PredictionDistillation()) is None
+
+
+# -- prompts in a fit -------------------------------------------------------------------------------------------------
+
+
+class Sees(LightningModule):
+    """A vision transformer of a library, with its head as a layer of its own, and nothing of prompts."""
+
+    def __init__(self, net, head="head"):
+        super().__init__()
+        self.net, self.head = net, head
+
+    def scores(self, images):
+        output = self.net(images)
+        return getattr(output, "logits", output)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.scores(batch[0]), batch[1])
+
+    def test_step(self, batch, batch_idx):
+        self.last = self.scores(batch[0])
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 0.02)
+
+
+def vit(**options):
+    timm = pytest.importorskip("timm")
+    small = {"img_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 3, "embed_dim": 16, "depth": 3}
+    with seeded(0):
+        return Sees(timm.models.VisionTransformer(**small, num_heads=2, **options))
+
+
+def hf():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=8,
+        patch_size=4,
+        num_channels=1,
+        num_labels=3,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    with seeded(0):
+        return Sees(transformers.ViTForImageClassification(config), "classifier")
+
+
+def images(count=16):
+    draw = torch.Generator().manual_seed(0)
+    return TensorDataset(torch.randn(count, 1, 8, 8, generator=draw), torch.arange(count) % 3)
+
+
+def prefixed_scores(module, prompts, pictures):
+    """timm's network block by block, with :func:`attended` where there is a prompt."""
+    net = module.net
+    x = net.norm_pre(net.patch_drop(net._pos_embed(net.patch_embed(pictures))))
+    for number, block in enumerate(net.blocks):
+        own = dict(block.attn.named_parameters())
+        key, value = prompts.get(number, (torch.zeros(0, 16),) * 2)
+        x = x + attended(block.norm1(x), own, key, value)
+        x = x + block.mlp(block.norm2(x))
+    return net.head(net.norm(x)[:, 0])
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_vision_transformer_of_timm(fused):
+    module, prompt = vit(), OnePrompt("net.head*", [4, 0, 6])
+    for block in module.net.blocks:
+        block.attn.fused_attn = fused
+    before, keys = weights_of(module), module.state_dict().keys()
+    trainer = fit(module, prompt, loader=DataLoader(images(), 8), max_epochs=3)
+    assert module.state_dict().keys() == keys
+    assert all(p.requires_grad for p in module.parameters())
+    moved = {name for name, value in weights_of(module).items() if not torch.equal(value, before[name])}
+    assert moved == {"net.head.weight", "net.head.bias"}
+    assert prompt.own.size == (2 + 2 + 3 + 3) * 16
+    prompts = {
+        number: (prompt.own[f"net.blocks.{number}.attn"].key, prompt.own[f"net.blocks.{number}.attn"].value)
+        for number in (0, 2)
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(prompt.derived_seed("own modules"))
+        assert (torch.rand(2, 16) - prompts[0][0]).abs().min() > 0  # they have moved from the uniform draws
+    trainer.test(module, DataLoader(images(), 16), verbose=False)
+    with torch.no_grad():
+        wanted = prefixed_scores(module, prompts, images().tensors[0])
+    torch.testing.assert_close(module.last, wanted, atol=1e-5, rtol=1e-5)  # float32, another order of sums
+    with torch.no_grad():
+        plain = module.scores(images().tensors[0])
+    assert (plain - wanted).abs().max() > 0.01
+
+
+def test_prompts_go_from_task_to_task_and_with_a_checkpoint_into_a_test_alone(tmp_path):
+    module, prompt = vit(), OnePrompt("net.head*", [4])
+    loader = DataLoader(images(), 8)
+    fit(module, prompt, loader=loader)
+    first = weights_of(prompt.own["net.blocks.0.attn"])
+
+    class Starts(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 0:
+                self.weights, self.state = weights_of(prompt.own["net.blocks.0.attn"]), prompt.state_dict()["moments"]
+
+    starts = Starts()
+    trainer = fit(module, prompt, starts, loader=loader)
+    assert same_weights(starts.weights, first)  # the second task goes on with them
+    assert starts.state == {}  # and with a new optimizer
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    trainer.test(module, loader, verbose=False)
+    again = vit()
+    alone = make_trainer(callbacks=[OnePrompt("net.head*", [4])])
+    alone.test(again, loader, ckpt_path=tmp_path / "end.ckpt", verbose=False)
+    torch.testing.assert_close(again.last, module.last, atol=0.0, rtol=0.0)
+    with pytest.raises(MisconfigurationException, match="there is no prompt for 'net"):
+        make_trainer(callbacks=[OnePrompt("net.head*", [4])]).test(again, loader, verbose=False)
+
+
+def test_a_vision_transformer_of_transformers():
+    module, prompt = hf(), OnePrompt("net.classifier*", [4, 6])
+    trainer = fit(module, prompt, loader=DataLoader(images(), 8), max_epochs=3)
+    assert [len(prefix.key) for prefix in prompt.own.modules.values()] == [2, 3]
+    trainer.test(module, DataLoader(images(), 16), verbose=False)
+    named = dict(module.named_modules())
+    with torch.no_grad():
+        plain = module.scores(images().tensors[0])
+        for name, prefix in prompt.own.modules.items():
+
+            def attend(layer, args, named, output, prefix=prefix):
+                x = args[0] if args else named["hidden_states"]
+                parts = [layer.q_proj, layer.k_proj, layer.v_proj]
+                weights = {f"qkv.{kind}": torch.cat([getattr(p, kind) for p in parts]) for kind in ("weight", "bias")}
+                weights |= {f"proj.{kind}": getattr(layer.o_proj, kind) for kind in ("weight", "bias")}
+                return attended(x, weights, prefix.key, prefix.value), None
+
+            named[name].register_forward_hook(attend, with_kwargs=True)
+        wanted = module.scores(images().tensors[0])
+    torch.testing.assert_close(module.last, wanted, atol=1e-5, rtol=1e-5)  # float32, another order of sums
+    assert (plain - wanted).abs().max() > 0.01
+
+
+def test_what_has_no_attention_that_can_be_told_is_refused():
+    refused("has 0 whose keys and values can be told", Classifier(), OnePrompt(lengths=[2]))
+    refused("no attention layer has such a name", vit(), OnePrompt(lengths=[2], layers="encoder*"))
+    refused("no parameter has such a name", vit(), OnePrompt("classifier*", [2]))
+    assert "longer `lengths`" in conflict_between(OnePrompt(), OnePrompt(name="two"))
+
+
+def test_the_head_learns_from_features_with_prompts_which_rest_then():
+    """What the paper is: both together."""
+    seen, module = [], vit()
+
+    class Remembers(VirtualOutliers):
+        def _synthesize(self, step, features, classes, batches):
+            prefix = prompt.own["net.blocks.0.attn"]
+            seen.append((features, {0: (prefix.key.detach().clone(), prefix.value.detach().clone())}))
+            super()._synthesize(step, features, classes, batches)
+
+    prompt = OnePrompt("net.head*", [4])
+    outliers = Remembers("net.head", 1, k=4, select=4, sample_from=8, per_class=6, new_classes=[3])
+    fit(module, prompt, outliers, loader=DataLoader(images(), 8), max_epochs=3)
+    ((features, prompts),) = seen
+    module.net.head = nn.Identity()
+    with torch.no_grad():
+        wanted = prefixed_scores(module, prompts, images().tensors[0])
+    torch.testing.assert_close(features, wanted, atol=1e-5, rtol=1e-5)  # float32, another order of sums
+    assert torch.equal(prompt.own["net.blocks.0.attn"].key, prompts[0][0])  # in the last epoch they have not moved
