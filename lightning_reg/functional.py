@@ -34,6 +34,13 @@ if TYPE_CHECKING:
     from lightning_reg.averaging.weight_merging.core import ties_merge as ties_merge
     from lightning_reg.averaging.weight_merging.core import wise_ft as wise_ft
     from lightning_reg.averaging.weight_merging.core import wise_ft_curve as wise_ft_curve
+    from lightning_reg.continual.ovor.core import boundary_points as boundary_points
+    from lightning_reg.continual.ovor.core import energy as energy
+    from lightning_reg.continual.ovor.core import energy_hinge_loss as energy_hinge_loss
+    from lightning_reg.continual.ovor.core import neighbour_distances as neighbour_distances
+    from lightning_reg.continual.ovor.core import outlier_candidates as outlier_candidates
+    from lightning_reg.continual.ovor.core import prefix_rows as prefix_rows
+    from lightning_reg.continual.ovor.core import synthesize_outliers as synthesize_outliers
     from lightning_reg.continual.rehearsal_free_cl.core import bce_distillation_loss as bce_distillation_loss
     from lightning_reg.continual.rehearsal_free_cl.core import cross_entropy_shift as cross_entropy_shift
     from lightning_reg.continual.rehearsal_free_cl.core import feature_distillation_loss as feature_distillation_loss
@@ -250,6 +257,13 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "ties_merge": "lightning_reg.averaging.weight_merging.core",
         "wise_ft": "lightning_reg.averaging.weight_merging.core",
         "wise_ft_curve": "lightning_reg.averaging.weight_merging.core",
+        "boundary_points": "lightning_reg.continual.ovor.core",
+        "energy": "lightning_reg.continual.ovor.core",
+        "energy_hinge_loss": "lightning_reg.continual.ovor.core",
+        "neighbour_distances": "lightning_reg.continual.ovor.core",
+        "outlier_candidates": "lightning_reg.continual.ovor.core",
+        "prefix_rows": "lightning_reg.continual.ovor.core",
+        "synthesize_outliers": "lightning_reg.continual.ovor.core",
         "bce_distillation_loss": "lightning_reg.continual.rehearsal_free_cl.core",
         "cross_entropy_shift": "lightning_reg.continual.rehearsal_free_cl.core",
         "feature_distillation_loss": "lightning_reg.continual.rehearsal_free_cl.core",

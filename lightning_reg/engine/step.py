@@ -75,6 +75,7 @@ class Step:
         add_terms: Joins terms of the step with a loss that the user's code hands over, under manual optimization.
         alone: Whether the loss of the step is one technique's own term, and the user's has no effect.
         resting: The techniques whose work on the loss rests, and what they train of their own.
+        frozen_own: The techniques of which that alone rests, what they train of their own.
         feature_view: What is kept of the output of an observed layer.
         output: What ``training_step`` has returned.
         made_loss: Whether it made a loss, as far as that is known when it has returned.
@@ -104,6 +105,7 @@ class Step:
         self.active: Sequence[Owner] = ()
         self.alone = False
         self.resting: Sequence[Owner] = ()
+        self.frozen_own: Sequence[Owner] = ()
         self.network: Callable[[Any], Any] = _no_network
         self.call_changes: dict[Owner, Callable[[Any], Any]] = {}
         self.add_terms: Callable[[Tensor], Tensor] = _no_terms

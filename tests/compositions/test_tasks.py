@@ -1,6 +1,7 @@
 """Techniques that carry something from task to task beside others, against loops written by hand."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +16,19 @@ from lightning_reg import (
     NMSparsity,
     PredictionDistillation,
     SoupAverager,
+    VirtualOutliers,
 )
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.functional import elr_regularizer, elr_targets, nm_mask, reweight
+from lightning_reg.functional import (
+    boundary_points,
+    elr_regularizer,
+    elr_targets,
+    energy,
+    energy_hinge_loss,
+    nm_mask,
+    reweight,
+    synthesize_outliers,
+)
 from tests.compositions.shared import Net, data, train
 from tests.toys import QUIET
 
@@ -158,3 +169,94 @@ def test_channels_are_put_in_another_order_in_the_first_task_only(tie):
         again = Net()
         for _ in range(2):
             train(other, permuting, module=again)
+
+
+def train_with_outliers(net, outliers, loss, pull=lambda p: 0.0):
+    """A task by hand: an epoch of all weights, and one of the head on the data and outliers; ``pull`` is of each."""
+    x, y = data().tensors
+    names = [name for name, _ in net.named_parameters()]
+    for step in range(6):
+        rows, head = slice(8 * (step % 3), 8 * (step % 3) + 8), step > 2
+        value = loss(net, x[rows], y[rows])
+        if step == 3:
+            features = net.net[:4](x).detach()
+            border = boundary_points(features, 4, 3)
+            draws = outliers.generator(SimpleNamespace(batches_so_far=4, stream=""), same_on_ranks=True)
+            noise = torch.randn(4, 5, 16, generator=draws)
+            made = synthesize_outliers(features, border, noise, 12, sigma=0.5, k=3).split(4)
+        if head:
+            energies = energy(net(x[rows])), energy(net.net[4](made[step - 3]))
+            value = value + 0.5 * energy_hinge_loss(*energies, -3.0, -1.0)
+        found = torch.autograd.grad(value, list(net.parameters()))
+        with torch.no_grad():
+            for name, p, g in zip(names, net.parameters(), found, strict=True):
+                if not head or name.startswith("net.4"):
+                    p.sub_(0.2 * (g + pull(name)))
+
+
+def one_vs_all_of_labels(net, x, y):
+    return F.binary_cross_entropy_with_logits(net(x), F.one_hot(y, 3).float(), reduction="none").sum(1).mean()
+
+
+class PullsByHand:
+    """What ties weights to those of tasks before, and the loss of the next task."""
+
+    def __init__(self, net):
+        self.net, self.terms, self.loss = net, [], lambda net, x, y: F.cross_entropy(net(x), y)
+
+    def __call__(self, name):
+        now = dict(self.net.named_parameters())[name]
+        return sum((factor[name] * (now - anchors[name]) for factor, anchors in self.terms), torch.zeros_like(now))
+
+    def after_task(self):
+        """A task is over."""
+
+
+class ToStart(PullsByHand):
+    technique = L2ToStart(0.3, anchor="end_of_task")
+
+    def after_task(self):
+        kept = {name: p.detach().clone() for name, p in self.net.named_parameters()}
+        self.terms = [({name: torch.full_like(p, 2 * 0.3) for name, p in kept.items()}, kept)]
+
+
+class ByFisher(PullsByHand):
+    technique = EWC(3.0)
+
+    def after_task(self):
+        kept = {name: p.detach().clone() for name, p in self.net.named_parameters()}
+        fisher = dict(zip(kept, fisher_by_hand(self.net), strict=True))
+        self.terms.append(({name: 6.0 * f for name, f in fisher.items()}, kept))
+
+
+class ByOutputs(PullsByHand):
+    technique = PredictionDistillation(new_classes=[3, 0, 0])
+
+    def __init__(self, net):
+        super().__init__(net)
+        self.loss = one_vs_all_of_labels
+
+    def after_task(self):
+        teacher = copy.deepcopy(self.net)
+        self.loss = lambda net, x, y: one_vs_all(net, teacher, x).mean()
+
+
+@pytest.mark.by_hand("L2ToStart", "VirtualOutliers")
+@pytest.mark.by_hand("EWC", "VirtualOutliers")
+@pytest.mark.by_hand("PredictionDistillation", "VirtualOutliers")
+@pytest.mark.parametrize("first", [True, False], ids=["outliers first", "tie first"])
+@pytest.mark.parametrize("tie", [ToStart, ByFisher, ByOutputs])
+def test_outliers_of_three_tasks_beside_what_remembers_them(tie, first):
+    outliers = VirtualOutliers("net.4", 1, 0.5, -3.0, -1.0, 0.5, k=3, select=4, sample_from=5, per_class=4)
+    techniques = [outliers, copy.deepcopy(tie.technique)]
+    module, hand, without = Net(), Net(), Net()
+    by_hand, alone = tie(hand), PullsByHand(without)
+    for _ in range(3):
+        train(*(techniques if first else techniques[::-1]), module=module)
+        train_with_outliers(hand, outliers, by_hand.loss, by_hand)
+        by_hand.after_task()
+        train_with_outliers(without, outliers, alone.loss, alone)
+    assert [technique.tasks for technique in techniques] == [3, 3]
+    for one, two in zip(module.parameters(), hand.parameters(), strict=True):
+        torch.testing.assert_close(one, two, atol=5e-6, rtol=1e-5)  # float32, 18 steps
+    assert not torch.allclose(hand.net[4].weight, without.net[4].weight, atol=1e-3)

@@ -131,7 +131,7 @@ class Hand:
         return rows
 
     def begin_evaluation(self, weights: dict[str, Tensor]) -> None:
-        """Before an evaluation with such weights, of a technique that was trained."""
+        """Before an evaluation with these weights; the technique is the trained one."""
 
     def edit_evaluation(self, name: str, rows: Tensor) -> Tensor:
         """Output of a layer in evaluation."""
@@ -158,6 +158,10 @@ class Hand:
 
     def rests(self, name: str, moment: Moment) -> bool:
         """Whether a weight is left alone by the optimizer in this step."""
+        return False
+
+    def freezes_own(self, moment: Moment) -> bool:
+        """Whether what others train beside the weights is left alone by the optimizer in this step."""
         return False
 
     def follow(self, loop: "View") -> None:
@@ -246,8 +250,9 @@ class Loop:
         """All epochs."""
         for hand in self.hands:
             hand.begin(self.views[hand.kind])
-        own = [leaf for hand in self.hands for leaf in hand.own()]
-        optimizer = torch.optim.SGD([*self.leaves.values(), *own], LEARNING_RATE, MOMENTUM)
+        own = {hand: list(hand.own()) for hand in self.hands}
+        leaves = [*self.leaves.values(), *(leaf for of_hand in own.values() for leaf in of_hand)]
+        optimizer = torch.optim.SGD(leaves, LEARNING_RATE, MOMENTUM)
         for epoch in range(EPOCHS):
             for moment in self.steps(epoch):
                 self._mix(moment)
@@ -257,6 +262,7 @@ class Loop:
                 for name, leaf in self.leaves.items():
                     if any(hand.rests(name, moment) for hand in self.hands):
                         leaf.grad = None
+                self._drop(own, moment)
                 optimizer.step()
                 for hand in self.hands:
                     hand.follow(self.views[hand.kind])
@@ -264,6 +270,13 @@ class Loop:
                     hand.after_step(self.views[hand.kind], moment)
             for hand in self.hands:
                 hand.after_epoch(self.views[hand.kind], epoch)
+
+    def _drop(self, own: dict[Hand, list[Tensor]], moment: Moment) -> None:
+        freezing = [hand for hand in self.hands if hand.freezes_own(moment)]
+        for hand, leaves in own.items():
+            if any(other is not hand for other in freezing):
+                for leaf in leaves:
+                    leaf.grad = None
 
     def result(self) -> dict[str, Tensor]:
         """The module's weights when the fit has ended."""
@@ -407,8 +420,8 @@ def evaluate_by_hand(problem: Problem, weights: dict[str, Tensor], hand: Hand | 
 
     """
     loop = Loop(problem, [])
-    edit = (lambda _, rows: rows) if hand is None else hand.edit_evaluation
     if hand is not None:
         hand.begin_evaluation(weights)
+    edit = (lambda _, rows: rows) if hand is None else hand.edit_evaluation
     with torch.no_grad():
         return float(problem.loss(loop.run(weights, loop.x, edit)[0], loop.y))

@@ -281,6 +281,14 @@ def test_what_is_trained_of_its_own_rests_where_its_loss_does():
     assert moved == 3 * [True] + 4 * [False] + 4 * [True]
 
 
+@pytest.mark.parametrize("period", [Period(1, 2, trained="net.3"), Period(1, 2, frozen="net.0")], ids=str)
+def test_what_others_train_of_their_own_rests_where_all_but_some_weights_do(period):
+    technique, rests = Projects(), period.trained is not None
+    fit(Hand([1] * 3, [0] * 3), Freezes(period, name="head"), technique, max_epochs=3)
+    moved = [not same_weights(one, two) for one, two in zip(technique.seen, technique.seen[1:], strict=False)]
+    assert moved == 3 * [True] + 4 * [not rests] + 4 * [True]
+
+
 def test_own_modules_without_gradient_are_told_once():
     with pytest.warns(UserWarning, match=r"^Projects trains 'spare\.weight', 'spare\.bias' of its own, and in") as told:
         fit(Classifier(), Projects(detached=True))

@@ -121,6 +121,9 @@ class PeriodPart(Part):
     def around(self, step: "Step") -> Iterator[None]:
         active = [(technique, period.loss) for technique, period in self._holding if technique in step.active]
         step.resting = [technique for technique, loss in active if loss == "user"]
+        # Where all but a few weights are frozen, so are those that other techniques train beside the module.
+        freezing = [technique for technique, period in self._holding if period.trained is not None]
+        step.frozen_own = [t for t in self._techniques if any(t is not technique for technique in freezing)]
         alone = [technique for technique, loss in active if loss == "own"]
         if alone:
             step.alone = True

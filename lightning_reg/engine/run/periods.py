@@ -35,7 +35,8 @@ class Period:
             what they train of their own. Penalties, which are no part of the loss, act on. ``"user"``: what the
             technique makes of the loss rests, and what it trains of its own.
         frozen: Shell patterns of names: of a weight, of its layer, or of a module around that.
-        trained: The same, of what is trained while all other weights are frozen; in place of ``frozen``.
+        trained: The same, of what is trained while all other weights are frozen, with those that other techniques train
+            of their own; in place of ``frozen``.
 
     Raises:
         ValueError: If an argument is outside its range, or the period changes nothing.

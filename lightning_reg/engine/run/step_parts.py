@@ -283,7 +283,7 @@ class OwnPart(Part):
         if step is None:
             return
         for technique in self._stepping:
-            if technique in step.resting:
+            if technique in step.resting or technique in step.frozen_own:
                 technique.own.drop_gradients()
             elif technique in step.active:
                 self._ask(technique)

@@ -1,0 +1,1 @@
+"""OVOR: a head that is told what lies outside the data, and one prompt for all tasks."""
