@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from lightning_reg.diffusion.adaptive_guidance.guided_sample import GuidedSamples as GuidedSamples
     from lightning_reg.diffusion.adaptive_guidance.linear_ag import GuidancePolicy as GuidancePolicy
     from lightning_reg.diffusion.adaptive_guidance.linear_ag import LinearAG as LinearAG
+    from lightning_reg.diffusion.attention import AttentionMaps as AttentionMaps
+    from lightning_reg.diffusion.attention import AttentionPlace as AttentionPlace
     from lightning_reg.diffusion.decor.core import EmbeddingComponents as EmbeddingComponents
     from lightning_reg.diffusion.decor.decor_projection import DecorProjection as DecorProjection
     from lightning_reg.diffusion.denoiser import Denoiser as Denoiser
@@ -113,6 +115,8 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "GuidedSamples": "lightning_reg.diffusion.adaptive_guidance.guided_sample",
         "GuidancePolicy": "lightning_reg.diffusion.adaptive_guidance.linear_ag",
         "LinearAG": "lightning_reg.diffusion.adaptive_guidance.linear_ag",
+        "AttentionMaps": "lightning_reg.diffusion.attention",
+        "AttentionPlace": "lightning_reg.diffusion.attention",
         "EmbeddingComponents": "lightning_reg.diffusion.decor.core",
         "DecorProjection": "lightning_reg.diffusion.decor.decor_projection",
         "Denoiser": "lightning_reg.diffusion.denoiser",
