@@ -48,6 +48,10 @@ if TYPE_CHECKING:
         DiffusionClassifierEval as DiffusionClassifierEval,
     )
     from lightning_reg.diffusion.diffusion_classifier.metrics import DiffusionAccuracy as DiffusionAccuracy
+    from lightning_reg.diffusion.null_text_inversion.core import TokenMap as TokenMap
+    from lightning_reg.diffusion.null_text_inversion.null_text_inversion import NullTextInversion as NullTextInversion
+    from lightning_reg.diffusion.null_text_inversion.prompt_to_prompt import EditedSamples as EditedSamples
+    from lightning_reg.diffusion.null_text_inversion.prompt_to_prompt import LocalBlend as LocalBlend
     from lightning_reg.dropout.multi_sample_dropout.core import MultiSampleDropoutLayer as MultiSampleDropoutLayer
     from lightning_reg.dropout.multi_sample_dropout.multi_sample_dropout import MultiSampleDropout as MultiSampleDropout
     from lightning_reg.engine.loss.mixin import LossMixin as LossMixin
@@ -127,6 +131,10 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "DiffusionClassifier": "lightning_reg.diffusion.diffusion_classifier.diffusion_classifier",
         "DiffusionClassifierEval": "lightning_reg.diffusion.diffusion_classifier.diffusion_classifier_eval",
         "DiffusionAccuracy": "lightning_reg.diffusion.diffusion_classifier.metrics",
+        "TokenMap": "lightning_reg.diffusion.null_text_inversion.core",
+        "NullTextInversion": "lightning_reg.diffusion.null_text_inversion.null_text_inversion",
+        "EditedSamples": "lightning_reg.diffusion.null_text_inversion.prompt_to_prompt",
+        "LocalBlend": "lightning_reg.diffusion.null_text_inversion.prompt_to_prompt",
         "MultiSampleDropoutLayer": "lightning_reg.dropout.multi_sample_dropout.core",
         "MultiSampleDropout": "lightning_reg.dropout.multi_sample_dropout.multi_sample_dropout",
         "LossMixin": "lightning_reg.engine.loss.mixin",

@@ -59,6 +59,15 @@ if TYPE_CHECKING:
     from lightning_reg.diffusion.diffusion_classifier.core import class_log_posterior as class_log_posterior
     from lightning_reg.diffusion.diffusion_classifier.core import condition_errors as condition_errors
     from lightning_reg.diffusion.diffusion_classifier.core import stage_times as stage_times
+    from lightning_reg.diffusion.null_text_inversion.core import TokenMap as TokenMap
+    from lightning_reg.diffusion.null_text_inversion.core import align_tokens as align_tokens
+    from lightning_reg.diffusion.null_text_inversion.core import blend_mask as blend_mask
+    from lightning_reg.diffusion.null_text_inversion.core import ddim_invert as ddim_invert
+    from lightning_reg.diffusion.null_text_inversion.core import edited_maps as edited_maps
+    from lightning_reg.diffusion.null_text_inversion.core import null_text_rate as null_text_rate
+    from lightning_reg.diffusion.null_text_inversion.null_text_invert import null_text_invert as null_text_invert
+    from lightning_reg.diffusion.null_text_inversion.null_text_invert import null_text_sample as null_text_sample
+    from lightning_reg.diffusion.null_text_inversion.prompt_to_prompt import prompt_to_prompt as prompt_to_prompt
     from lightning_reg.dropout.multi_sample_dropout.core import MultiSampleDropoutLayer as MultiSampleDropoutLayer
     from lightning_reg.dropout.multi_sample_dropout.core import dropout_copies as dropout_copies
     from lightning_reg.dropout.multi_sample_dropout.core import fold as fold
@@ -242,6 +251,15 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "class_log_posterior": "lightning_reg.diffusion.diffusion_classifier.core",
         "condition_errors": "lightning_reg.diffusion.diffusion_classifier.core",
         "stage_times": "lightning_reg.diffusion.diffusion_classifier.core",
+        "TokenMap": "lightning_reg.diffusion.null_text_inversion.core",
+        "align_tokens": "lightning_reg.diffusion.null_text_inversion.core",
+        "blend_mask": "lightning_reg.diffusion.null_text_inversion.core",
+        "ddim_invert": "lightning_reg.diffusion.null_text_inversion.core",
+        "edited_maps": "lightning_reg.diffusion.null_text_inversion.core",
+        "null_text_rate": "lightning_reg.diffusion.null_text_inversion.core",
+        "null_text_invert": "lightning_reg.diffusion.null_text_inversion.null_text_invert",
+        "null_text_sample": "lightning_reg.diffusion.null_text_inversion.null_text_invert",
+        "prompt_to_prompt": "lightning_reg.diffusion.null_text_inversion.prompt_to_prompt",
         "MultiSampleDropoutLayer": "lightning_reg.dropout.multi_sample_dropout.core",
         "dropout_copies": "lightning_reg.dropout.multi_sample_dropout.core",
         "fold": "lightning_reg.dropout.multi_sample_dropout.core",

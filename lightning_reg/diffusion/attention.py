@@ -72,7 +72,8 @@ class AttentionMaps:
         kind: ``"cross"`` or ``"self"``; of the others nothing is kept.
         rows: Which rows of a batch are kept; ``None``: all. Of guidance in one pass, ``slice(0, B)`` is the
             conditional half.
-        size_limit: Layers with more places than this are left alone, since their maps are large; ``None``: none are.
+        size_limit: Layers where more places than this attend to one another are left alone, since their maps are
+            large; ``None``: none are.
         replace: Gets all maps ``(R, H, Q, K)`` of a layer and its :class:`AttentionPlace`, and returns those that take
             their place.
         keep: Whether maps are summed; ``False`` where they are only replaced.
@@ -218,9 +219,6 @@ class _Watched:
             return self.processor(attention, *args, **kwargs)
         places = math.prod(hidden.shape[2:]) if hidden.dim() == 4 else hidden.shape[1]
         tokens = 0 if context is None else context.shape[1]
-        is_large = self.maps.size_limit is not None and places > self.maps.size_limit
-        if is_large or (not tokens and self.maps.kind == "cross" and self.maps.replace is None):
-            return self.processor(attention, *args, **kwargs)
         eyes = _Eyes(self.maps, self.layer, places, tokens, "Joint" in type(self.processor).__name__)
         with eyes, _scores_seen(attention, eyes):
             result = self.processor(attention, *args, **kwargs)
@@ -255,7 +253,7 @@ class _Eyes(TorchFunctionMode):
         call = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False))
         call |= kwargs
         place = self.place(call["query"].shape[-2], call["key"].shape[-2])
-        if place is None:
+        if place is None or not self.wants(place):
             return output
         weights = _weights(call)
         changed = self.looked_at(weights, place)
@@ -278,9 +276,16 @@ class _Eyes(TorchFunctionMode):
         words = slice(places, keys) if self.is_image_first else slice(0, tokens)
         return AttentionPlace(self.layer, image if queries == keys else slice(0, places), image, words)
 
+    def wants(self, place: AttentionPlace) -> bool:
+        """Whether the maps of a layer are asked for; its call is the one that was looked for in any case."""
+        self.has_seen = True
+        limit = self.maps.size_limit
+        if place.pixels.stop and limit is not None and self.places > limit:
+            return False
+        return self.maps.replace is not None or bool(place.keys(self.maps.kind).stop)
+
     def looked_at(self, weights: Tensor, place: AttentionPlace) -> Tensor:
         """The maps, or those in their place."""
-        self.has_seen = True
         if self.maps.keep and place.keys(self.maps.kind).stop:
             self.maps.see(weights, place)
         return weights if self.maps.replace is None else self.maps.replace(weights, place)
@@ -311,7 +316,7 @@ def _scores_seen(attention: Any, eyes: _Eyes) -> Iterator[None]:  # noqa: ANN401
     def scores(query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
         weights: Tensor = own(query, key, mask)
         place = eyes.place(weights.shape[1], weights.shape[2])
-        if place is None or weights.shape[0] % attention.heads or eyes.has_seen:
+        if place is None or weights.shape[0] % attention.heads or eyes.has_seen or not eyes.wants(place):
             return weights
         by_head = weights.reshape(-1, attention.heads, *weights.shape[1:]).to(
             torch.promote_types(weights.dtype, torch.float32)
