@@ -52,6 +52,10 @@ if TYPE_CHECKING:
     from lightning_reg.diffusion.null_text_inversion.null_text_inversion import NullTextInversion as NullTextInversion
     from lightning_reg.diffusion.null_text_inversion.prompt_to_prompt import EditedSamples as EditedSamples
     from lightning_reg.diffusion.null_text_inversion.prompt_to_prompt import LocalBlend as LocalBlend
+    from lightning_reg.diffusion.ovdiff.core import Masks as Masks
+    from lightning_reg.diffusion.ovdiff.prototype_segmenter import PrototypeSegmenter as PrototypeSegmenter
+    from lightning_reg.diffusion.ovdiff.support import DenoiserFeatures as DenoiserFeatures
+    from lightning_reg.diffusion.ovdiff.support import Support as Support
     from lightning_reg.dropout.multi_sample_dropout.core import MultiSampleDropoutLayer as MultiSampleDropoutLayer
     from lightning_reg.dropout.multi_sample_dropout.multi_sample_dropout import MultiSampleDropout as MultiSampleDropout
     from lightning_reg.engine.loss.mixin import LossMixin as LossMixin
@@ -135,6 +139,10 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "NullTextInversion": "lightning_reg.diffusion.null_text_inversion.null_text_inversion",
         "EditedSamples": "lightning_reg.diffusion.null_text_inversion.prompt_to_prompt",
         "LocalBlend": "lightning_reg.diffusion.null_text_inversion.prompt_to_prompt",
+        "Masks": "lightning_reg.diffusion.ovdiff.core",
+        "PrototypeSegmenter": "lightning_reg.diffusion.ovdiff.prototype_segmenter",
+        "DenoiserFeatures": "lightning_reg.diffusion.ovdiff.support",
+        "Support": "lightning_reg.diffusion.ovdiff.support",
         "MultiSampleDropoutLayer": "lightning_reg.dropout.multi_sample_dropout.core",
         "MultiSampleDropout": "lightning_reg.dropout.multi_sample_dropout.multi_sample_dropout",
         "LossMixin": "lightning_reg.engine.loss.mixin",

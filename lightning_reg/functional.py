@@ -68,6 +68,15 @@ if TYPE_CHECKING:
     from lightning_reg.diffusion.null_text_inversion.null_text_invert import null_text_invert as null_text_invert
     from lightning_reg.diffusion.null_text_inversion.null_text_invert import null_text_sample as null_text_sample
     from lightning_reg.diffusion.null_text_inversion.prompt_to_prompt import prompt_to_prompt as prompt_to_prompt
+    from lightning_reg.diffusion.ovdiff.core import Masks as Masks
+    from lightning_reg.diffusion.ovdiff.core import PrototypeKind as PrototypeKind
+    from lightning_reg.diffusion.ovdiff.core import attention_masks as attention_masks
+    from lightning_reg.diffusion.ovdiff.core import best_caption as best_caption
+    from lightning_reg.diffusion.ovdiff.core import build_prototypes as build_prototypes
+    from lightning_reg.diffusion.ovdiff.core import cosine_scores as cosine_scores
+    from lightning_reg.diffusion.ovdiff.core import kmeans_centres as kmeans_centres
+    from lightning_reg.diffusion.ovdiff.core import present_classes as present_classes
+    from lightning_reg.diffusion.ovdiff.support import sample_support as sample_support
     from lightning_reg.dropout.multi_sample_dropout.core import MultiSampleDropoutLayer as MultiSampleDropoutLayer
     from lightning_reg.dropout.multi_sample_dropout.core import dropout_copies as dropout_copies
     from lightning_reg.dropout.multi_sample_dropout.core import fold as fold
@@ -260,6 +269,15 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "null_text_invert": "lightning_reg.diffusion.null_text_inversion.null_text_invert",
         "null_text_sample": "lightning_reg.diffusion.null_text_inversion.null_text_invert",
         "prompt_to_prompt": "lightning_reg.diffusion.null_text_inversion.prompt_to_prompt",
+        "Masks": "lightning_reg.diffusion.ovdiff.core",
+        "PrototypeKind": "lightning_reg.diffusion.ovdiff.core",
+        "attention_masks": "lightning_reg.diffusion.ovdiff.core",
+        "best_caption": "lightning_reg.diffusion.ovdiff.core",
+        "build_prototypes": "lightning_reg.diffusion.ovdiff.core",
+        "cosine_scores": "lightning_reg.diffusion.ovdiff.core",
+        "kmeans_centres": "lightning_reg.diffusion.ovdiff.core",
+        "present_classes": "lightning_reg.diffusion.ovdiff.core",
+        "sample_support": "lightning_reg.diffusion.ovdiff.support",
         "MultiSampleDropoutLayer": "lightning_reg.dropout.multi_sample_dropout.core",
         "dropout_copies": "lightning_reg.dropout.multi_sample_dropout.core",
         "fold": "lightning_reg.dropout.multi_sample_dropout.core",

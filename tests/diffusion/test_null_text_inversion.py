@@ -167,7 +167,7 @@ def by_hand(model, x, condition, null, guidance, steps, inner_steps, lr, early):
             m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
             rate = lr * (1 - share / 100)
             null = null - rate * (m / (1 - 0.9**j)) / ((v / (1 - 0.999**j)).sqrt() + 1e-8)
-            if float(loss) < early[0] + early[1] * share:
+            if loss.item() < early[0] + early[1] * share:
                 break
         with torch.no_grad():
             given, without = noise(z, times[n], condition), noise(z, times[n], null)
@@ -178,7 +178,7 @@ def by_hand(model, x, condition, null, guidance, steps, inner_steps, lr, early):
 
 def test_the_algorithm_by_hand_for_each_sample():
     denoiser, x, condition = small().double(), X.double(), CONDITION.double()
-    options = {"guidance": 3.0, "steps": 10, "inner_steps": 6, "lr": 0.05, "early_stop": (2e-4, 2e-5)}
+    options = {"guidance": 3.0, "steps": 10, "inner_steps": 6, "lr": 0.05, "early_stop": (0.5, 2e-5)}
     found = null_text_invert(denoiser, x, condition, 0.1 * condition[:1], **options)
     assert found.updates.max() == 6
     assert 0 < found.updates.min() < 6
@@ -213,14 +213,14 @@ def test_a_linear_model_is_solved_at_every_step():
     denoiser = Denoiser(lambda z, t, c: z @ matrix.T + c, NoiseSchedule(torch.linspace(0.99, 0.01, 100).double()))
     x, condition = torch.tensor([[0.5, -1.0]]).double(), torch.tensor([[0.2, 0.1]]).double()
     options = {"guidance": 2.0, "steps": 4, "early_stop": (0.0, 0.0)}
-    found = null_text_invert(denoiser, x, condition, 0 * condition, inner_steps=2000, lr=0.01, **options)
+    found = null_text_invert(denoiser, x, condition, 0 * condition, inner_steps=500, lr=0.03, **options)
     path, z = denoiser.path(4, joined=True), found.noise
     for n in range(4):
         (a, b), (s, r) = path.alphas[n].tolist(), path.sigmas[n].tolist()
         rate = r - b * s / a  # of the noise in the step
         wanted = (found.pivots[:, n + 1] - b * z / a) / rate  # the guided noise that meets the pivot
         null = (wanted - z @ matrix.T - 2.0 * condition) / (1 - 2.0)
-        torch.testing.assert_close(found.null[:, n], null, atol=1e-4, rtol=0)
+        torch.testing.assert_close(found.null[:, n], null, atol=1e-3, rtol=0)
         z = found.pivots[:, n + 1]
     assert float(found.losses.max()) < 1e-10
 
@@ -249,7 +249,7 @@ def test_a_stopped_inversion_goes_on_from_its_file(tmp_path):
     again = null_text_invert(denoiser, X, CONDITION, null, 3.0, 5, 4, resume=found)
     assert torch.equal(again.null, whole.null)
     for options, told in (
-        ({"guidance": 2.0}, "5 steps and guidance 2.0, got 5 and 3.0"),
+        ({"guidance": 2.0}, "of 5 steps and guidance 2.0, got 5 and 3.0"),
         ({"steps": 6}, "of 6 steps"),
         ({"x": X + 1}, "of the samples `x`"),
     ):
@@ -272,24 +272,24 @@ def test_a_cold_start_begins_with_the_null_embedding():
 
 
 def test_memory_does_not_grow_with_the_steps():
-    most = {}
+    alive, sizes = set(), []
+
+    class Kept:
+        def __init__(self, value):
+            self.value = value
+            alive.add(id(self))
+            sizes.append(len(alive))
+
+        def __del__(self):
+            alive.discard(id(self))
+
+    most = []
     for steps in (3, 12):
-        alive, peak = set(), 0
-
-        class Kept:
-            def __init__(self, value):
-                nonlocal peak
-                self.value = value
-                alive.add(id(self))
-                peak = max(peak, len(alive))
-
-            def __del__(self):
-                alive.discard(id(self))
-
+        sizes.clear()
         with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.value):
             null_text_invert(small(), X, CONDITION, 0 * CONDITION, 3.0, steps, 3, early_stop=(0.0, 0.0))
-        most[steps] = peak
-    assert most[3] == most[12] > 0
+        most.append(max(sizes))
+    assert most[0] == most[1] > 0
 
 
 def test_what_cannot_be_moved_is_refused():
@@ -307,8 +307,8 @@ def test_labels_are_inverted_by_the_table_of_their_embeddings():
     table, network.class_embedding = network.class_embedding.weight.detach(), nn.Identity()
     denoiser = Denoiser(lambda x, t, e: network(x, t, class_labels=e).sample, scheduler())
     x, label = held_out()[0][:1], held_out()[1][:1]
-    plain, found = (null_text_invert(denoiser, x, table[label], table[[10]], 3.0, 8, n) for n in (0, 5))
-    assert (found.current - x).square().mean() < 0.5 * (plain.current - x).square().mean()
+    plain, found = (null_text_invert(denoiser, x, table[label], table[[10]], 3.0, 8, n, lr=0.3) for n in (0, 6))
+    assert (found.current - x).square().mean() < 0.1 * (plain.current - x).square().mean()
     assert all(param.grad is None for param in network.parameters())
 
 
@@ -334,16 +334,16 @@ def word_denoiser():
 
 @cache
 def inverted(guidance, inner_steps):
-    x, labels = held_out()[0][:4], held_out()[1][:4].tolist()
+    x, labels = held_out()[0][:2], held_out()[1][:2].tolist()
     return null_text_invert(
-        word_denoiser(), x, text(*map(prompt, labels)), text(""), guidance, steps=10, inner_steps=inner_steps
+        word_denoiser(), x, text(*map(prompt, labels)), text(""), guidance, 10, inner_steps, lr=0.15
     )
 
 
 @pytest.mark.parametrize("guidance", [3.0, 7.5])
 def test_on_digits_the_error_is_ten_times_lower_than_of_ddim_inversion(guidance):
-    x = held_out()[0][:4]
-    plain, found = ((inverted(guidance, count).current - x).square().mean((1, 2, 3)) for count in (0, 10))
+    x = held_out()[0][:2]
+    plain, found = ((inverted(guidance, count).current - x).square().mean((1, 2, 3)) for count in (0, 6))
     assert float(found.mean()) < 0.1 * float(plain.mean())
 
 
@@ -353,13 +353,13 @@ def nearest(samples):
 
 
 def test_an_edit_with_the_same_prompt_is_the_reconstruction_bit_for_bit():
-    labels, found = held_out()[1][:4].tolist(), inverted(3.0, 10)
+    labels, found = held_out()[1][:2].tolist(), inverted(3.0, 6)
     own = text(*map(prompt, labels))
     wanted = null_text_sample(word_denoiser(), found, own)
     for options in (
         {},
         {"cross_replace": 1.0, "self_replace": 1.0},
-        {"blend": LocalBlend(torch.ones(4, 8) > 0, torch.ones(4, 8) > 0)},
+        {"blend": LocalBlend(torch.ones(2, 8) > 0, torch.ones(2, 8) > 0)},
     ):
         made = prompt_to_prompt(word_denoiser(), found, own, own.clone(), **options)
         assert torch.equal(made.samples, made.source)
@@ -368,12 +368,12 @@ def test_an_edit_with_the_same_prompt_is_the_reconstruction_bit_for_bit():
 
 
 def test_another_prompt_makes_another_digit():
-    labels, found = held_out()[1][:4], inverted(3.0, 10)
+    labels, found = held_out()[1][:2], inverted(3.0, 6)
     others = (labels + 5) % 10
     own, edited = (text(*map(prompt, one.tolist())) for one in (labels, others))
     made = prompt_to_prompt(word_denoiser(), found, own, edited, cross_replace=0.0, self_replace=0.0)
     torch.testing.assert_close(made.samples, null_text_sample(word_denoiser(), found, edited), atol=1e-5, rtol=0)
-    assert (nearest(made.samples) == others).float().mean() >= 0.75
+    assert (nearest(made.samples) == others).float().mean() == 1
     kept = prompt_to_prompt(word_denoiser(), found, own, edited, cross_replace=1.0, self_replace=1.0)
     change, less = ((one.samples - one.source).square().mean() for one in (made, kept))
     assert less < change  # under the source's maps less is changed
@@ -383,7 +383,7 @@ def test_a_flow_transformer_is_inverted_and_edited_too():
     x, labels = held_out()[0][:2], held_out()[1][:2].tolist()
     denoiser, own = Denoiser(flow_model(), flow_scheduler()), flow_condition(*map(prompt, labels))
     null, edited = flow_condition(""), flow_condition(*(prompt((n + 5) % 10) for n in labels))
-    plain, found = (null_text_invert(denoiser, x, own, null, 3.0, 10, count) for count in (0, 10))
+    plain, found = (null_text_invert(denoiser, x, own, null, 3.0, 6, count, lr=0.2) for count in (0, 6))
     assert set(found.null) == {"encoder_hidden_states", "pooled_projections"}
     assert (found.current - x).square().mean() < 0.1 * (plain.current - x).square().mean()
     same = prompt_to_prompt(denoiser, found, own, own)
@@ -456,8 +456,7 @@ def test_prompts_of_other_lengths_need_their_tokens():
     torch.testing.assert_close(made.source, inversion().current, atol=1e-5, rtol=0)
     assert not torch.allclose(made.samples, made.source)
     with pytest.raises(ValueError, match=r"^AttentionMaps: `model` must have layers with attention"):
-        small_found = null_text_invert(small(), X, CONDITION, 0 * CONDITION, 2.0, 2, 0)
-        prompt_to_prompt(small(), small_found, CONDITION, CONDITION)
+        prompt_to_prompt(small(), inversion(), CONDITION, CONDITION)
 
 
 def test_a_blend_changes_the_sample_where_its_words_are_attended_to():
