@@ -78,7 +78,7 @@ CASE = (
 
 
 def test_prototypes_are_one_and_one_for_each_image_and_each_part():
-    features, masks = drawn(4, 3, 3, 6).double(), drawn(4, 3, 3, seed=1) > 0
+    features, masks = drawn(4, 3, 3, 6).double(), drawn(4, 3, 3, seed=2) > 0
     found = build_prototypes(features, masks, parts=5)
     assert found.shape == (1 + 4 + 5, 6)
     torch.testing.assert_close(found[0], features[masks].mean(0))
@@ -239,7 +239,21 @@ def test_background_prototypes_are_filtered_by_other_foregrounds():
     for against, kept in counts.items():
         found = backgrounds(background_filter=-0.1, kinds=["class", "instance"], filter_against=against)
         assert found == [kept[0], 0, kept[1]]
-    assert counts["all"] != counts["stuff"]
+
+
+def test_boats_have_water_around_them_and_water_is_stuff():
+    """Channels are cat, boat and water; a cat is beside a boat, a boat in water."""
+    cat, boat, water = torch.eye(3)[:, None, :, None, None].expand(3, 1, 3, 2, 2).clone().unbind()
+    for image, around in ((cat, boat), (boat, water)):
+        image[..., 1] = around[..., 1]
+    left = torch.tensor([[[True, False], [True, False]]])
+    support = {"cat": cat, "boat": boat, "water": water}
+    front = {"cat": left, "boat": left, "water": left | True}
+    for against, wanted in (("all", [0, 0]), ("stuff", [1, 0])):
+        made = PrototypeSegmenter([channels], ["class"], filter_against=against)
+        made.fit(support, front, {"cat": ~left, "boat": ~left}, stuff=["water"])
+        _, classes, groups = made._kept(0)
+        assert [int(((classes == c) & (groups == 0)).sum()) for c in range(2)] == wanted
 
 
 def test_scores_are_averaged_over_extractors_and_windows():

@@ -145,6 +145,7 @@ class _Editor:
         self.size = tuple(inversion.noise.shape[-2:])
         self.kept: dict[str, tuple[Tensor, AttentionPlace]] = {}
         self.totals: dict[bool, Tensor] = {}
+        self.has_words = False
         self.maps()  # refuses a model without attention before the first step
 
     def maps(self) -> AttentionMaps:
@@ -163,6 +164,11 @@ class _Editor:
             return
         with self.maps() as maps:
             yield
+            if not self.has_words:
+                raise ValueError(
+                    "prompt_to_prompt: no cross-attention was seen: the model takes no prompt whose tokens could be"
+                    " edited. Write `null_text_sample(denoiser, inversion, edited)`."
+                )
             if self.blend is not None:
                 grid = maps.grid(*self.size)
                 self.totals[is_source] = self.totals[is_source] + grid if is_source in self.totals else grid
@@ -170,6 +176,7 @@ class _Editor:
     def replaced(self, weights: Tensor, place: AttentionPlace) -> Tensor:
         """The maps of a layer, those of the edited rows with the source's."""
         has_words, has_pixels = place.words.stop > 0, place.pixels.stop > 0
+        self.has_words |= has_words
         is_wanted = (has_words and self.cross) or (has_pixels and self.own)
         if self.is_source:
             if is_wanted:
