@@ -259,7 +259,7 @@ def _check(
         "steps": (steps >= 1, "at least 1", steps),
         "inner_steps": (inner_steps >= 0, "at least 0", inner_steps),
         "lr": (lr > 0, "above 0", lr),
-        "early_stop": (len(early_stop) == 2 and min(early_stop) >= 0, "two numbers of at least 0", early_stop),
+        "early_stop": (min(early_stop) >= 0, "two numbers of at least 0", early_stop),
         "stop_after": (stop_after is None or stop_after >= 1, "at least 1, or None", stop_after),
     }
     for name, (is_fine, wanted, value) in ranges.items():

@@ -142,10 +142,9 @@ class PrototypeSegmenter(nn.Module):
             back: list[Tensor] = []
             for name, images in support.items():
                 features = extract(images)
-                made = [features, self.kinds, self.parts, self.seed]
-                front.append(build_prototypes(made[0], foreground[name], *made[1:]))
-                empty = front[-1][:0]
-                back.append(empty if name in stuff else build_prototypes(made[0], background[name], *made[1:]))
+                front.append(build_prototypes(features, foreground[name], self.kinds, self.parts, self.seed))
+                mask = torch.zeros_like(foreground[name]) if name in stuff else background[name]
+                back.append(build_prototypes(features, mask, self.kinds, self.parts, self.seed))
             back = [self._filtered(rows, place, front) for place, rows in enumerate(back)]
             sizes = torch.tensor([len(rows) for rows in (*front, *back)])
             places = torch.arange(len(self.names))
@@ -193,7 +192,7 @@ class PrototypeSegmenter(nn.Module):
 
     def _scores(self, images: Tensor, present: Tensor | None, size: Sequence[int]) -> Tensor:
         groups = len(self.names) + 1
-        found = []
+        found: list[Tensor] = []
         for number, extract in enumerate(self._extractors):
             prototypes, classes, owner = self._kept(number)
             if present is not None:  # those of absent classes stand for a group that is cut off
@@ -211,7 +210,8 @@ class PrototypeSegmenter(nn.Module):
         """The class of each place ``(B, H, W)``: 0 the background, 1, 2, ... the names in their order."""
         if not self.names:
             raise ValueError("PrototypeSegmenter: there are no prototypes. Call `fit` or load a `state_dict` first.")
-        return self(images, present).argmax(1)
+        scores: Tensor = self(images, present)
+        return scores.argmax(1)
 
     @override
     def get_extra_state(self) -> dict[str, Any]:

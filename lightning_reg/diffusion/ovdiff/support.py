@@ -151,8 +151,8 @@ class DenoiserFeatures:
         times = torch.tensor(self.time, device=images.device)
         noise = normals(self.seed, torch.tensor([draw], device=images.device), images.shape[1:])
         noisy = self.denoiser.noised(images, noise.expand_as(images), times.expand(len(images)))
-        found = dict(self.denoiser.model.named_modules())
-        hooks = [found[name].register_forward_hook(_keeper(kept)) for name in self.layers]
+        found = dict(self.denoiser.named_modules())
+        hooks = [found[f"model.{name}"].register_forward_hook(_keeper(kept)) for name in self.layers]
         try:
             self.denoiser.predict(noisy, times, self.condition)
         finally:
