@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from lightning_reg.diffusion.adaptive_guidance.guided_sample import GuidedSamples as GuidedSamples
     from lightning_reg.diffusion.adaptive_guidance.linear_ag import GuidancePolicy as GuidancePolicy
     from lightning_reg.diffusion.adaptive_guidance.linear_ag import LinearAG as LinearAG
+    from lightning_reg.diffusion.attention import AttentionMaps as AttentionMaps
+    from lightning_reg.diffusion.attention import AttentionPlace as AttentionPlace
     from lightning_reg.diffusion.decor.core import EmbeddingComponents as EmbeddingComponents
     from lightning_reg.diffusion.decor.decor_projection import DecorProjection as DecorProjection
     from lightning_reg.diffusion.denoiser import Denoiser as Denoiser
@@ -50,6 +52,14 @@ if TYPE_CHECKING:
         DiffusionClassifierEval as DiffusionClassifierEval,
     )
     from lightning_reg.diffusion.diffusion_classifier.metrics import DiffusionAccuracy as DiffusionAccuracy
+    from lightning_reg.diffusion.null_text_inversion.core import TokenMap as TokenMap
+    from lightning_reg.diffusion.null_text_inversion.null_text_inversion import NullTextInversion as NullTextInversion
+    from lightning_reg.diffusion.null_text_inversion.prompt_to_prompt import EditedSamples as EditedSamples
+    from lightning_reg.diffusion.null_text_inversion.prompt_to_prompt import LocalBlend as LocalBlend
+    from lightning_reg.diffusion.ovdiff.core import Masks as Masks
+    from lightning_reg.diffusion.ovdiff.prototype_segmenter import PrototypeSegmenter as PrototypeSegmenter
+    from lightning_reg.diffusion.ovdiff.support import DenoiserFeatures as DenoiserFeatures
+    from lightning_reg.diffusion.ovdiff.support import Support as Support
     from lightning_reg.diffusion.sage.adversarial_search import AdversarialSearch as AdversarialSearch
     from lightning_reg.diffusion.sage.latent_search import SearchResult as SearchResult
     from lightning_reg.diffusion.sage.word_search import PromptResult as PromptResult
@@ -133,6 +143,8 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "GuidedSamples": "lightning_reg.diffusion.adaptive_guidance.guided_sample",
         "GuidancePolicy": "lightning_reg.diffusion.adaptive_guidance.linear_ag",
         "LinearAG": "lightning_reg.diffusion.adaptive_guidance.linear_ag",
+        "AttentionMaps": "lightning_reg.diffusion.attention",
+        "AttentionPlace": "lightning_reg.diffusion.attention",
         "EmbeddingComponents": "lightning_reg.diffusion.decor.core",
         "DecorProjection": "lightning_reg.diffusion.decor.decor_projection",
         "Denoiser": "lightning_reg.diffusion.denoiser",
@@ -143,6 +155,14 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "DiffusionClassifier": "lightning_reg.diffusion.diffusion_classifier.diffusion_classifier",
         "DiffusionClassifierEval": "lightning_reg.diffusion.diffusion_classifier.diffusion_classifier_eval",
         "DiffusionAccuracy": "lightning_reg.diffusion.diffusion_classifier.metrics",
+        "TokenMap": "lightning_reg.diffusion.null_text_inversion.core",
+        "NullTextInversion": "lightning_reg.diffusion.null_text_inversion.null_text_inversion",
+        "EditedSamples": "lightning_reg.diffusion.null_text_inversion.prompt_to_prompt",
+        "LocalBlend": "lightning_reg.diffusion.null_text_inversion.prompt_to_prompt",
+        "Masks": "lightning_reg.diffusion.ovdiff.core",
+        "PrototypeSegmenter": "lightning_reg.diffusion.ovdiff.prototype_segmenter",
+        "DenoiserFeatures": "lightning_reg.diffusion.ovdiff.support",
+        "Support": "lightning_reg.diffusion.ovdiff.support",
         "AdversarialSearch": "lightning_reg.diffusion.sage.adversarial_search",
         "SearchResult": "lightning_reg.diffusion.sage.latent_search",
         "PromptResult": "lightning_reg.diffusion.sage.word_search",

@@ -68,6 +68,24 @@ if TYPE_CHECKING:
     from lightning_reg.diffusion.diffusion_classifier.core import class_log_posterior as class_log_posterior
     from lightning_reg.diffusion.diffusion_classifier.core import condition_errors as condition_errors
     from lightning_reg.diffusion.diffusion_classifier.core import stage_times as stage_times
+    from lightning_reg.diffusion.null_text_inversion.core import TokenMap as TokenMap
+    from lightning_reg.diffusion.null_text_inversion.core import align_tokens as align_tokens
+    from lightning_reg.diffusion.null_text_inversion.core import blend_mask as blend_mask
+    from lightning_reg.diffusion.null_text_inversion.core import ddim_invert as ddim_invert
+    from lightning_reg.diffusion.null_text_inversion.core import edited_maps as edited_maps
+    from lightning_reg.diffusion.null_text_inversion.core import null_text_rate as null_text_rate
+    from lightning_reg.diffusion.null_text_inversion.null_text_invert import null_text_invert as null_text_invert
+    from lightning_reg.diffusion.null_text_inversion.null_text_invert import null_text_sample as null_text_sample
+    from lightning_reg.diffusion.null_text_inversion.prompt_to_prompt import prompt_to_prompt as prompt_to_prompt
+    from lightning_reg.diffusion.ovdiff.core import Masks as Masks
+    from lightning_reg.diffusion.ovdiff.core import PrototypeKind as PrototypeKind
+    from lightning_reg.diffusion.ovdiff.core import attention_masks as attention_masks
+    from lightning_reg.diffusion.ovdiff.core import best_caption as best_caption
+    from lightning_reg.diffusion.ovdiff.core import build_prototypes as build_prototypes
+    from lightning_reg.diffusion.ovdiff.core import cosine_scores as cosine_scores
+    from lightning_reg.diffusion.ovdiff.core import kmeans_centres as kmeans_centres
+    from lightning_reg.diffusion.ovdiff.core import present_classes as present_classes
+    from lightning_reg.diffusion.ovdiff.support import sample_support as sample_support
     from lightning_reg.diffusion.sage.core import ensemble_prob as ensemble_prob
     from lightning_reg.diffusion.sage.core import failure_groups as failure_groups
     from lightning_reg.diffusion.sage.core import is_failure as is_failure
@@ -291,6 +309,24 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "class_log_posterior": "lightning_reg.diffusion.diffusion_classifier.core",
         "condition_errors": "lightning_reg.diffusion.diffusion_classifier.core",
         "stage_times": "lightning_reg.diffusion.diffusion_classifier.core",
+        "TokenMap": "lightning_reg.diffusion.null_text_inversion.core",
+        "align_tokens": "lightning_reg.diffusion.null_text_inversion.core",
+        "blend_mask": "lightning_reg.diffusion.null_text_inversion.core",
+        "ddim_invert": "lightning_reg.diffusion.null_text_inversion.core",
+        "edited_maps": "lightning_reg.diffusion.null_text_inversion.core",
+        "null_text_rate": "lightning_reg.diffusion.null_text_inversion.core",
+        "null_text_invert": "lightning_reg.diffusion.null_text_inversion.null_text_invert",
+        "null_text_sample": "lightning_reg.diffusion.null_text_inversion.null_text_invert",
+        "prompt_to_prompt": "lightning_reg.diffusion.null_text_inversion.prompt_to_prompt",
+        "Masks": "lightning_reg.diffusion.ovdiff.core",
+        "PrototypeKind": "lightning_reg.diffusion.ovdiff.core",
+        "attention_masks": "lightning_reg.diffusion.ovdiff.core",
+        "best_caption": "lightning_reg.diffusion.ovdiff.core",
+        "build_prototypes": "lightning_reg.diffusion.ovdiff.core",
+        "cosine_scores": "lightning_reg.diffusion.ovdiff.core",
+        "kmeans_centres": "lightning_reg.diffusion.ovdiff.core",
+        "present_classes": "lightning_reg.diffusion.ovdiff.core",
+        "sample_support": "lightning_reg.diffusion.ovdiff.support",
         "ensemble_prob": "lightning_reg.diffusion.sage.core",
         "failure_groups": "lightning_reg.diffusion.sage.core",
         "is_failure": "lightning_reg.diffusion.sage.core",

@@ -1,7 +1,8 @@
-"""Two small diffusion models of diffusers on 8 x 8 digits, trained once and kept in half precision beside this file.
+"""Three small diffusion models of diffusers on 8 x 8 digits, trained once and kept in half precision beside this file.
 
     python -m tests.diffusion.digits classes    # UNet2DModel, a label each; epsilon prediction
     python -m tests.diffusion.digits words      # UNet2DConditionModel and CLIPTextModel, prompts; v prediction
+    python -m tests.diffusion.digits flow       # SD3Transformer2DModel, the prompts of the same CLIPTextModel; flow
 
 Each takes 2 to 3 minutes on one quiet core. The last 200 digits are held out.
 """
@@ -20,6 +21,9 @@ __all__ = [
     "CLASSES",
     "NULL",
     "class_model",
+    "flow_condition",
+    "flow_model",
+    "flow_scheduler",
     "held_out",
     "prompt",
     "scheduler",
@@ -131,6 +135,44 @@ def word_model():
     return both[0], both[1]
 
 
+def new_flow_model():
+    from diffusers import SD3Transformer2DModel
+
+    return SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=1,
+        out_channels=1,
+        num_layers=4,
+        num_attention_heads=4,
+        attention_head_dim=16,
+        joint_attention_dim=64,
+        caption_projection_dim=64,
+        pooled_projection_dim=64,
+        pos_embed_max_size=4,
+    )
+
+
+def flow_scheduler(**options):
+    """The flow-matching scheduler of the transformer."""
+    import diffusers
+
+    return diffusers.FlowMatchEulerDiscreteScheduler(**options)
+
+
+def flow_condition(*texts):
+    """The prompts as the transformer takes them: states of the words, and the pooled vector."""
+    with torch.no_grad():
+        made = word_model()[1](words(*texts))
+    return {"encoder_hidden_states": made.last_hidden_state, "pooled_projections": made.pooler_output}
+
+
+@cache
+def flow_model():
+    """The SD3Transformer2DModel."""
+    return _loaded(new_flow_model(), "digits_flow")
+
+
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
@@ -199,5 +241,24 @@ def train_words(steps=STEPS):
     _train(both, loss, "digits_words", steps)
 
 
+def train_flow(steps=2 * STEPS):
+    torch.manual_seed(SEED)
+    model = new_flow_model()
+    texts = ["", *(prompt(n, i) for n in (None, *range(CLASSES)) for i in (False, True))]
+    known = flow_condition(*texts)
+
+    def loss(images, labels, generator):
+        inverted, generic, dropped = torch.rand(3, len(labels), generator=generator)
+        digit = torch.where(generic < 0.2, -1, labels) + 1
+        rows = torch.where(dropped < 0.1, 0, 1 + 2 * digit + (inverted < 0.5))
+        images = torch.where((inverted < 0.5)[:, None, None, None], -images, images)
+        sigma = torch.rand(len(images), generator=generator)
+        noise, s = torch.randn(images.shape, generator=generator), sigma[:, None, None, None]
+        noisy, condition = (1 - s) * images + s * noise, {name: value[rows] for name, value in known.items()}
+        return F.mse_loss(model(noisy, timestep=1000 * sigma, **condition).sample, noise - images)
+
+    _train(model, loss, "digits_flow", steps)
+
+
 if __name__ == "__main__":
-    {"classes": train_classes, "words": train_words}[sys.argv[1]](*map(int, sys.argv[2:]))
+    {"classes": train_classes, "words": train_words, "flow": train_flow}[sys.argv[1]](*map(int, sys.argv[2:]))

@@ -1,5 +1,6 @@
 """One sampling under a policy: makes the prediction of each step, and counts what it cost."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -33,6 +34,7 @@ class Run:
 
     def __init__(self, denoiser: Denoiser, condition: Condition, null: Condition, count: int, steps: int) -> None:
         denoiser.check_guidable()
+        _check_null_stays(condition, null)
         self.denoiser, self.steps = denoiser, steps
         self.condition, self.null = spread(condition, count), spread(null, count)
         self.calls = torch.zeros(count, dtype=torch.long)
@@ -77,3 +79,15 @@ class Run:
         )
         guided = guided_prediction(with_it, without, scale, rescale).output
         return replace(everywhere, output=everywhere.output.index_copy(0, rows, guided)), with_it, without
+
+
+def _check_null_stays(condition: Condition, null: object) -> None:
+    is_condition = null is None or isinstance(null, Tensor | Mapping)
+    is_longer = isinstance(null, Tensor) and isinstance(condition, Tensor) and null.dim() == condition.dim() + 1
+    if not is_condition or is_longer:
+        found = f"shape {tuple(null.shape)}" if isinstance(null, Tensor) else type(null).__name__
+        raise ValueError(
+            "AdaptiveGuidance: `null` must stand still from step to step, got that of a null-text inversion"
+            f" ({found}), which moves so that every step is guided: one that is skipped or forecast leaves its pivots."
+            " Write `null_text_sample(denoiser, inversion, condition)`."
+        )

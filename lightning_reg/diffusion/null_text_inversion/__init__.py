@@ -1,0 +1,1 @@
+"""Null-text inversion: real images are sampled again under guidance, and edited by their prompt."""

@@ -1,0 +1,1 @@
+"""OVDiff: images are segmented by names, by prototypes of what a diffusion model draws for them."""
