@@ -31,6 +31,11 @@ UNITS = [unit for group in units.units_by_folder().values() for unit in group]
 STUDENT = {3: 4.302653, 4: 3.182446, 5: 2.776445}  # t(0.975) for so many seeds
 
 
+@functools.cache
+def made():
+    return dict(units.pages())
+
+
 def anchors(page):
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
@@ -83,7 +88,7 @@ def test_figures_are_found_by_words_and_not_by_place():
 
 
 def test_every_technique_has_a_page_with_all_sections():
-    pages = dict(units.pages())
+    pages = made()
     for unit in UNITS:
         for member in unit.members():
             page = pages[f"techniques/{unit.folder}/{member.name}.md"]
@@ -98,7 +103,7 @@ def test_every_technique_has_a_page_with_all_sections():
 
 def test_every_page_of_a_technique_shows_a_picture_that_is_there():
     drawn = {p for unit in UNITS for p in effect_pictures.paths(unit.key)}
-    pages = dict(units.pages())
+    pages = made()
     without = set()
     for unit in UNITS:
         for member in unit.members():

@@ -53,7 +53,10 @@ _PICTURES = {
     },
     "LossReweighting": {"weights": "Effective number of samples in a batch, and the largest weight"},
     "SoupAverager": {"ladder": "Candidates of a greedy soup from the best one down, accepted and refused"},
-    "NMSparsity": {"masks": "Kept magnitude of each layer, and weights that changed sides"},
+    "NMSparsity": {
+        "masks": "Kept magnitude of each layer, and weights that changed sides",
+        "masks_over_time": "Weights of each layer that changed sides, and its kept magnitude, over the steps",
+    },
     "PredictionDistillation": {"forgetting": "Accuracy on each of five tasks after each of them"},
     "ContinualMetrics": {"forgetting": "Accuracy on each of five tasks after each of them"},
 }
