@@ -5,8 +5,10 @@ Each function returns a figure of matplotlib (``pip install matplotlib``, the ex
 differ by their dashes as well, so they are told apart in grey.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
 
@@ -32,6 +34,7 @@ __all__ = [
     "forgetting",
     "interpolation",
     "masks",
+    "masks_over_time",
     "memorisation",
     "read_log",
     "soup_ladder",
@@ -258,6 +261,53 @@ def masks(report: "SparsityReport", log: Log | str | Path | None = None, key: st
         _curves(panels[1, 0], log, {"flips": f"reg/{key}/flips"})
         panels[1, 0].set(xlabel="step", ylabel="weights that\nchanged sides")
     return figure
+
+
+@_styled
+def masks_over_time(log: Log | str | Path, key: str = "nm_sparsity") -> Figure:
+    """How much of each layer's mask changed, and how much magnitude it keeps, over the steps: dark is much.
+
+    Args:
+        log: A log, see :func:`read_log`, or its path, of ``NMSparsity(log_layers=True)``.
+        key: Log key of the callback.
+
+    Returns:
+        The figure.
+
+    Raises:
+        KeyError: If the log has nothing of single layers.
+
+    """
+    log = log if isinstance(log, Mapping) else read_log(log)
+    titles = {"flipped": "Weights that changed sides, %", "kept_magnitude": "Kept magnitude, %"}
+    curves = {
+        part: {n.removeprefix(f"reg/{key}/{part}/"): c for n, c in log.items() if n.startswith(f"reg/{key}/{part}/")}
+        for part in titles
+    }
+    missing = next((part for part in titles if not curves[part]), None)
+    if missing:
+        raise KeyError(f"the log has no `reg/{key}/{missing}/...`: train with NMSparsity(log_layers=True)")
+    heights = [0.3 * len(layers) + 1.0 for layers in curves.values()]
+    figure = Figure(figsize=(6.0, sum(heights)))
+    for axes, (part, layers) in zip(figure.subplots(2, height_ratios=heights), curves.items(), strict=True):
+        steps = sorted({step for at, _ in layers.values() for step in at})
+        values = [
+            [dict(zip(*curve, strict=True)).get(step, math.nan) * 100 for step in steps] for curve in layers.values()
+        ]
+        shown = axes.pcolormesh(_edges(steps), range(len(layers) + 1), values, vmin=0)
+        figure.colorbar(shown, ax=axes, aspect=8)
+        axes.set_yticks([row + 0.5 for row in range(len(layers))], list(layers), fontsize=9)
+        axes.set(title=titles[part], xlabel="step")
+        axes.invert_yaxis()
+        axes.grid(visible=False)
+    return figure
+
+
+def _edges(steps: Sequence[float]) -> list[float]:
+    """Where the cells of steps end: in the middle between two, and as far beyond the outer ones."""
+    between = [(one + other) / 2 for one, other in pairwise(steps)]
+    first, last = (2 * steps[0] - between[0], 2 * steps[-1] - between[-1]) if between else (steps[0] - 1, steps[0] + 1)
+    return [first, *between, last]
 
 
 @_styled

@@ -1,8 +1,11 @@
 """The pages: their links lead somewhere, and the files that they name are there."""
 
+import functools
 import re
 import sys
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 from tests.structure import ROOT
@@ -11,16 +14,26 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 FILES = {
     path.name for folder in ("lightning_reg", "tests", "examples", "docs") for path in (ROOT / folder).rglob("*.py")
 }
+WITHOUT_A_PICTURE = {"Denoiser"}  # nothing was measured of it: it gives networks of others one form
 INVENTED = {"model.py", "_part.py"}  # a file of the user's, and one of any unit
 WORDS = {"docs/architecture.md": 1150}  # of the other pages on the engine 750
 
 sys.path.insert(0, str(ROOT / "docs" / "_site"))
 try:
+    import effect_pictures
     import generated
     import results
     import units
 finally:
     sys.path.pop(0)
+
+UNITS = [unit for group in units.units_by_folder().values() for unit in group]
+STUDENT = {3: 4.302653, 4: 3.182446, 5: 2.776445}  # t(0.975) for so many seeds
+
+
+@functools.cache
+def made():
+    return dict(units.pages())
 
 
 def anchors(page):
@@ -75,8 +88,8 @@ def test_figures_are_found_by_words_and_not_by_place():
 
 
 def test_every_technique_has_a_page_with_all_sections():
-    pages = dict(units.pages())
-    for unit in (unit for group in units.units_by_folder().values() for unit in group):
+    pages = made()
+    for unit in UNITS:
         for member in unit.members():
             page = pages[f"techniques/{unit.folder}/{member.name}.md"]
             sections = re.findall(r"^## (.*)$", page, re.MULTILINE)
@@ -86,6 +99,49 @@ def test_every_technique_has_a_page_with_all_sections():
                     member.name
                 )
             assert not re.search(r"^(Memory|Cost): ", page, re.MULTILINE) or "What it costs" in sections
+
+
+def test_every_page_of_a_technique_shows_a_picture_that_is_there():
+    drawn = {p for unit in UNITS for p in effect_pictures.paths(unit.key)}
+    pages = made()
+    without = set()
+    for unit in UNITS:
+        for member in unit.members():
+            shown = re.findall(r"\]\(\.\./\.\./(assets/[^)]*)\)", pages[f"techniques/{unit.folder}/{member.name}.md"])
+            assert all(path in drawn or (ROOT / "docs" / path).exists() for path in shown), member.name
+            without |= {member.name} - ({member.name} if shown else set())
+    assert without == WITHOUT_A_PICTURE
+
+
+def test_pictures_show_the_seeds_their_mean_and_what_was_said_of_the_difference():
+    """Read anew from the lines of the seeds, whose figures are rounded to three digits."""
+    drawn = 0
+    for unit in UNITS:
+        for measure, rows in effect_pictures.measures(unit.key).items():
+            first = rows[0].seeds
+            for row in rows if first else ():
+                spread = np.std(row.seeds, ddof=1) / len(row.seeds) ** 0.5
+                assert row.mean == pytest.approx(np.mean(row.seeds), abs=1.1e-3), (measure, row)
+                assert row.half == pytest.approx(STUDENT[len(row.seeds)] * spread, abs=5e-3), (measure, row)
+                drawn += 1
+            for row in rows[1:] if first else ():
+                difference = np.subtract(row.seeds, first)
+                half = STUDENT[len(difference)] * np.std(difference, ddof=1) / len(difference) ** 0.5
+                if abs(abs(np.mean(difference)) - half) > 5e-3:
+                    assert row.differs is bool(abs(np.mean(difference)) > half), (measure, row)
+    assert drawn > 500
+
+
+def test_a_picture_of_an_effect_tells_arms_apart_without_colour():
+    row = functools.partial(effect_pictures.Row, half=0.5, seeds=[1.0, 2.0])
+    rows = [row("plain", 1.5, differs=None), row("with", 2.5, differs=True), row("a third", 1.6, differs=False)]
+    picture = effect_pictures.draw("accuracy (%)", rows).decode()
+    assert picture == effect_pictures.draw("accuracy (%)", rows).decode()  # no date, no random name
+    root = ElementTree.fromstring(picture)
+    assert float(root.get("width").removesuffix("pt")) * 4 / 3 <= 340  # of the 358 that a phone has for text
+    assert "stroke-dasharray" in picture
+    assert [picture.count(f"<!-- {words} -->") for words in ("plain", "with", "a third", "accuracy (%)")] == [1] * 4
+    assert picture.count("fill: #ffffff; stroke: #1f4e8c") == 1  # the open mark of the third
 
 
 def test_arguments_that_people_had_to_guess_are_explained():

@@ -23,7 +23,8 @@ def numbers(axes):
 
 def test_a_log_is_read_as_lightning_writes_it(tmp_path):
     logger, model = CSVLogger(tmp_path, name="", version=""), Classifier()
-    callbacks = [ELRCallback(), LossReweighting(warmup_steps=1), NMSparsity(layers="net.3", recipe="ste")]
+    sparse = NMSparsity(layers="net.3", recipe="ste", log_layers=True)
+    callbacks = [ELRCallback(), LossReweighting(warmup_steps=1), sparse]
     trainer = fit(model, *callbacks, logger=logger, log_every_n_steps=2)
     log = plots.read_log(trainer.log_dir)
     assert log["reg/elr/agreement"][0] == [1, 3, 5, 7]
@@ -31,7 +32,8 @@ def test_a_log_is_read_as_lightning_writes_it(tmp_path):
     # All of what the pictures ask for is there.
     plots.memorisation(trainer.log_dir)
     plots.weights_over_time(trainer.log_dir)
-    plots.masks(callbacks[2].report(model), trainer.log_dir)
+    plots.masks(sparse.report(model), trainer.log_dir)
+    plots.masks_over_time(trainer.log_dir)
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
@@ -129,6 +131,24 @@ def test_masks_show_sparse_layers_and_flips():
     assert len(plots.masks(report).axes) == 1
     with pytest.raises(ValueError, match=r"^masks: `report` must have a sparse weight"):
         plots.masks(SparsityReport([row("head", why_dense="head")]))
+
+
+def test_masks_over_time_have_a_row_for_each_layer():
+    names = {"flipped/a": ([2, 4, 8], [0.5, 0.25, 0.0]), "flipped/b": ([4, 8], [0.1, 0.2])}
+    names |= {"kept_magnitude/a": ([2, 4, 8], [0.5, 0.6, 0.7]), "kept_magnitude/b": ([4], [0.9])}
+    figure = plots.masks_over_time({f"reg/nm_sparsity/{name}": curve for name, curve in names.items()})
+    flips, kept, *bars = figure.axes
+    assert [flips.get_title(loc="left"), kept.get_title(loc="left")] == [
+        "Weights that changed sides, %",
+        "Kept magnitude, %",
+    ]
+    assert [label.get_text() for label in flips.get_yticklabels()] == ["a", "b"]
+    assert flips.collections[0].get_array().filled(-1).tolist() == [[50, 25, 0], [-1, 10, 20]]  # -1: not logged
+    assert kept.collections[0].get_array().filled(-1).tolist() == [[50, 60, 70], [-1, 90, -1]]
+    assert flips.collections[0].get_coordinates()[0, :, 0].tolist() == [1, 3, 6, 10]  # a cell around each step
+    assert len(bars) == 2
+    with pytest.raises(KeyError, match=r"no `reg/nm_sparsity/flipped/...`: train with NMSparsity\(log_layers=True\)"):
+        plots.masks_over_time(LOG)
 
 
 def errors(given, suggested):

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import effect_pictures
 import results
 import text
 import units
@@ -38,6 +39,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the pages that lie in no file below ``docs``."""
     for path, content in _generated():
         files.append(File.generated(config, path, content=content))
+    for folder in units_by_folder().values():
+        for unit in folder:
+            for path, picture in effect_pictures.pictures(unit.key).items():
+                files.append(File.generated(config, path, content=picture))
     return files
 
 

@@ -15,6 +15,7 @@ _OF_UNIT = {
     "nm_sparsity": ("sparsity",),
     "weight_compander": ("weight_compander",),
     "multi_sample_dropout": ("dropout_samples",),
+    "weight_anchors": ("effects_rehearsal_free_cl",),
 }
 
 
@@ -74,6 +75,16 @@ def cell(name: str, section: str, row: str, column: str) -> str:
             position = int(column) if column.isdigit() else _beginning(heading, column)
             return rows[_beginning([one[0] for one in rows], row)][position]
     raise LookupError(f"{name}: no table below {section!r}")
+
+
+def exact_cell(name: str, section: str, row: str, column: str) -> str:
+    """The same where row and column are given by their whole names."""
+    rows = next((rows for before, rows in tables(name) if section in before), [[""]])
+    place = next((place for place, one in enumerate(rows[0]) if one == column), None)
+    line = next((line for line in rows[1:] if line[0] == row), None)
+    if place is None or line is None:
+        raise LookupError(f"{name}: no cell {row!r}, {column!r} below {section!r}")
+    return line[place]
 
 
 def _beginning(cells: Sequence[str], words: str) -> int:

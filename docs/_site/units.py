@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import effect_pictures
 import results
 from purposes import path_of, title, units_by_folder
 from purposes import summary as purpose_summary
@@ -52,7 +53,10 @@ _PICTURES = {
     },
     "LossReweighting": {"weights": "Effective number of samples in a batch, and the largest weight"},
     "SoupAverager": {"ladder": "Candidates of a greedy soup from the best one down, accepted and refused"},
-    "NMSparsity": {"masks": "Kept magnitude of each layer, and weights that changed sides"},
+    "NMSparsity": {
+        "masks": "Kept magnitude of each layer, and weights that changed sides",
+        "masks_over_time": "Weights of each layer that changed sides, and its kept magnitude, over the steps",
+    },
     "PredictionDistillation": {"forgetting": "Accuracy on each of five tasks after each of them"},
     "ContinualMetrics": {"forgetting": "Accuracy on each of five tasks after each of them"},
 }
@@ -95,7 +99,7 @@ def _page(unit: registry.Unit, member: registry.Public) -> str:
     head = [f"# {member.name}", f"**{markdown(registry.summary(member.value))}**", _tags(unit, member)]
     sections = [
         ("What it does", _joined(what)),
-        ("A picture", _pictures(member.name)),
+        ("Pictures", pictures(unit, member.name)),
         ("When to use it, and when not", _joined(when)),
         ("What it needs of your module", _needs_in_full(member)),
         ("On models that people have", results.models_of(member.name)),
@@ -145,10 +149,11 @@ def _needs_in_full(member: registry.Public) -> str:
     return "\n".join(lines) or "Nothing: any LightningModule."
 
 
-def _pictures(name: str) -> str:
-    pictures = [f"![{words}](../../assets/{file}.png)" for file, words in _PICTURES.get(name, {}).items()]
+def pictures(unit: registry.Unit, name: str) -> str:
+    """What a page shows: pictures of a run, and of what was measured; "" if there is neither."""
+    drawn = [f"![{words}](../../assets/{file}.png)" for file, words in _PICTURES.get(name, {}).items()]
     how = "[How it is drawn](../../how-to/pictures.md), from digits with 40 % of the labels redrawn or in five tasks."
-    return "\n\n".join([*pictures, how]) if pictures else ""
+    return "\n\n".join(part for part in [*drawn, how if drawn else "", effect_pictures.section(unit.key)] if part)
 
 
 def _data(member: registry.Public) -> str:

@@ -12,12 +12,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from lightning_reg.averaging._checkpoint_files import CheckpointFile, UntrustedFileError, open_checkpoint
+from lightning_reg.averaging._file_bars import Evaluate, evaluations
 from lightning_reg.averaging._soup_results import SoupResult, own_scores, save_soup
 from lightning_reg.engine.host.commands import Commands, Options, Parser
 
 __all__ = ["Evaluate", "add_methods", "function_at", "mix_files"]
-
-Evaluate = Callable[[dict[str, Any]], float]
 
 
 def add_methods(
@@ -93,9 +92,15 @@ def mix_files(
     """
     files = [open_checkpoint(path, options.key) for path in options.checkpoints]
     names = list(options.checkpoints)
-    scores = own_scores(files, names, evaluate, options.exclude)
+    scores, score = list[float](), None
+    if evaluate is not None:
+        with evaluations(evaluate, len(files), shown=True) as scored:
+            scores = own_scores(files, names, scored, options.exclude)
     mixed = mix(files)
-    result = SoupResult.of_all(mixed, names, scores, None if evaluate is None else float(evaluate(mixed)))
+    if evaluate is not None:
+        with evaluations(evaluate, 1, shown=True) as scored:
+            score = float(scored(mixed))
+    result = SoupResult.of_all(mixed, names, scores, score)
     save_soup(Path(options.out), result, method, files[0].extra)
     return result
 

@@ -842,17 +842,43 @@ def one_dimensional():
     return [nn.Linear(6, 3), nn.ReLU(), nn.Dropout1d(0.5)]
 
 
-def test_a_residual_connection_says_what_rows_there_are():
-    class Residual(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.drop = nn.Dropout(0.5)
+class Joined(nn.Module):
+    """Joins what it got with what a dropout layer makes of it."""
 
-        def forward(self, x):
-            return x + self.drop(x)
+    def __init__(self, join):
+        super().__init__()
+        self.drop, self.join = nn.Dropout(0.5), join
 
-    with pytest.raises(RuntimeError) as raised:
-        train(sampled("net.1.drop"), layers=lambda: [nn.Linear(6, 3), Residual()])
+    def forward(self, x):
+        return self.join(x, self.drop(x))
+
+
+@pytest.mark.parametrize(
+    "join", [torch.add, lambda x, h: torch.cat([x, h], 1)[:, :3]], ids=["residual", "across a UNet"]
+)
+def test_a_connection_past_the_copies_is_refused_in_one_sentence(join):
+    with pytest.raises(MisconfigurationException) as raised:
+        train(sampled("net.1.drop"), layers=lambda: [nn.Linear(6, 3), Joined(join)])
+    said = str(raised.value)
+    assert said.startswith(
+        "MultiSampleDropout: what follows 'net.1.drop' runs on 4 copies of the 8 rows, and is joined there with a"
+        " tensor of 8 rows, by a connection across a UNet or a residual one; torch says: "
+    )
+    assert said.endswith(
+        "Name a dropout layer that nothing but layers follows, or pass"
+        ' `MultiSampleDropout(mode="replay", backbone="...")`.'
+    )
+    cause = raised.value.__cause__
+    assert isinstance(cause, RuntimeError)
+    assert f"torch says: {cause} Name" in said
+
+
+def test_an_error_of_another_kind_says_what_rows_there_are_besides():
+    def breaks(x, h):
+        raise RuntimeError("of 32 and 7")
+
+    with pytest.raises(RuntimeError, match="of 32 and 7") as raised:
+        train(sampled("net.1.drop"), layers=lambda: [nn.Linear(6, 3), Joined(breaks)])
     if hasattr(raised.value, "__notes__"):  # Python 3.11
         assert "runs on 4 copies of the 8 rows (MultiSampleDropout)" in raised.value.__notes__[0]
 

@@ -1,19 +1,24 @@
 """What one sees of a run: values beside Lightning's own bars, long work in them, a table at the end."""
 
 import io
+import sys
 from contextlib import contextmanager
 from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from rich.console import Console
+from rich.progress import Progress
 
 from lightning_reg import EWC, ELRCallback, LossReweighting, NMSparsity, SoupAverager
+from lightning_reg.__main__ import main
 from lightning_reg.averaging.model_soups.files import make_soup
 from lightning_reg.engine.run import passes, report, watching
 from lightning_reg.engine.run.phases import PHASES
+from lightning_reg.sparsity.nm_sparsity._permute import Probe
 from tests.conformance.discovery import case_of
 from tests.conformance.harness import fit
 from tests.conformance.problems import BATCHES, KINDS
@@ -116,10 +121,92 @@ def test_long_work_has_the_time_left(capsys):
     capsys.readouterr()
 
 
+@pytest.mark.parametrize("bar", BARS)
+@pytest.mark.parametrize("alone", [False, True])
+def test_the_search_for_channel_orders_is_shown(bar, alone, monkeypatch, capsys):
+    seen, real = [], watching.progress
+
+    @contextmanager
+    def noted(trainer, what, total):
+        with real(trainer, what, total) as advance:
+            seen.append([what, total, 0])
+
+            def counting():
+                seen[-1][2] += 1
+                advance()
+
+            yield counting
+
+    monkeypatch.setattr("lightning_reg.sparsity.nm_sparsity._permute.progress", noted)
+    if alone:  # the whole network would compute something else: each layer is tried again
+        answers = iter([False])
+        monkeypatch.setattr(Probe, "unchanged", lambda self: next(answers, True))
+    fit([NMSparsity(2, 4, layers=["*.body", "*.head"], permute=True), bar()], KINDS["classification"], **SHOWN)
+    again = [["NMSparsity: channel orders, one layer at a time", 2, 2]] if alone else []
+    assert seen == [["NMSparsity: channel orders", 2, 2], *again]
+    capsys.readouterr()
+
+
+class Kept(Progress):
+    """Keeps what stood in every bar."""
+
+    stood: ClassVar[list[tuple[str, float | None, float]]] = []
+
+    def stop(self):
+        super().stop()
+        self.stood += [(task.description, task.total, task.completed) for task in self.tasks]
+
+
+MIXES = {
+    "wise-ft": ["a.pt", "b.pt"],
+    "slerp": ["a.pt", "b.pt"],
+    "ties": ["a.pt", "b.pt", "c.pt"],
+    "dare": ["a.pt", "b.pt", "c.pt"],
+    "uniform": ["a.pt", "b.pt", "c.pt"],
+    "learned": ["a.pt", "b.pt", "c.pt", "--learn-on", "work_of_mine:held_out", "--epochs", "3"],
+}
+WORK = """
+import torch
+
+def held_out():
+    return torch.nn.Linear(4, 2), [(torch.ones(3, 4), torch.tensor([0, 1, 0]))] * 5
+
+def score(state):
+    return float(state["weight"].sum())
+"""
+
+
+@pytest.mark.parametrize("method", MIXES)
+def test_every_mix_of_files_has_a_bar_that_comes_to_its_end(method, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "work_of_mine.py").write_text(WORK)
+    monkeypatch.delitem(sys.modules, "work_of_mine", raising=False)
+    monkeypatch.setattr("lightning_reg.averaging._file_bars.Progress", Kept)
+    monkeypatch.setattr(Kept, "stood", [])
+    generator = torch.Generator().manual_seed(0)
+    for name in "abc":
+        weights = {"weight": 5 + torch.randn(2, 4, generator=generator), "bias": torch.ones(2)}
+        torch.save(weights, f"{name}.pt")
+    evaluated = [] if method == "learned" else ["--evaluate", "work_of_mine:score"]
+    assert main(["soup", method, *MIXES[method], "--out", "soup.safetensors", *evaluated]) in (0, None)
+    number = sum(name.endswith(".pt") for name in MIXES[method])
+    size = 40.0 * number  # 10 numbers in each file
+    words = {"uniform": f"averaging {number} files", "learned": f"reading {number} files"}
+    bars = [(words.get(method, f"{method} of {number} files"), size, size)]
+    if method == "learned":
+        bars.append(("learning mixing weights", 15, 15))
+    else:
+        bars.insert(0, ("scoring candidates", number, number))
+    if method not in ("learned", "uniform"):
+        bars.append(("scoring candidates", 1, 1))
+    assert Kept.stood == bars
+    capsys.readouterr()
+
+
 def test_a_greedy_soup_of_files_shows_its_candidates(tmp_path, monkeypatch):
     shown = io.StringIO()
     console = partial(Console, file=shown, force_terminal=True, width=100)
-    monkeypatch.setattr("lightning_reg.averaging.model_soups.files.Console", lambda **_: console())
+    monkeypatch.setattr("lightning_reg.averaging._file_bars.Console", lambda **_: console())
     paths = []
     for i in range(3):
         paths.append(tmp_path / f"{i}.pt")

@@ -37,6 +37,7 @@ from lightning_reg.functional import (
     unpack_mask,
 )
 from lightning_reg.sparsity.nm_sparsity._graph import Chain
+from lightning_reg.sparsity.nm_sparsity._network import SparseNetwork
 from lightning_reg.sparsity.nm_sparsity._permute import permute_network_
 from lightning_reg.sparsity.nm_sparsity.export import layers_and_refusals
 from tests.conformance.by_hand import Hand
@@ -929,10 +930,81 @@ def test_logged_values_by_hand():
     assert [row["flips"] for row in rows[14:]] == flips
 
 
+class LayersByHand(Callback):
+    """Flips and kept magnitude of two weights, from what the forward pass saw and what the optimizer left."""
+
+    def __init__(self):
+        self.before, self.rows, self.logged = {}, [], []
+        self.watches = [Watch(name) for name in BODY]
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        row = {}
+        for watch in self.watches:
+            seen = watch.effective[-1] != 0
+            if seen.all():
+                continue  # dense
+            if watch.name in self.before:
+                row[f"flipped/{watch.name}"] = float((seen ^ self.before[watch.name]).float().mean())
+            weight = dict(pl_module.named_parameters())[watch.name].detach().abs()
+            row[f"kept_magnitude/{watch.name}"] = float((weight * seen).sum() / weight.sum())
+            self.before[watch.name] = seen
+        self.rows.append(row)
+        metrics = {k.removeprefix("reg/nm_sparsity/"): float(v) for k, v in trainer.logged_metrics.items()}
+        self.logged.append({k: v for k, v in metrics.items() if k.startswith(("flipped", "kept_magnitude"))})
+
+
+def test_every_layer_is_logged_by_hand():
+    by_hand = LayersByHand()
+    sparse = NMSparsity(1, 8, recipe="sdgf_stepwise", dense_steps=4, finetune_steps=4, log_layers=True)
+    train(sparse, callbacks=[*by_hand.watches, by_hand])
+    assert by_hand.rows[:4] == [{}] * 4
+    assert len(by_hand.rows[-1]) == 4
+    for logged, expected in zip(by_hand.logged, by_hand.rows, strict=True):
+        assert logged == pytest.approx(expected, rel=1e-5)
+    assert any(row[f"flipped/{BODY[1]}"] > 0 for row in by_hand.rows[5:])
+
+
+def test_flips_of_layers_are_in_the_checkpoint_and_come_back():
+    sparse, other = (NMSparsity(1, 8, recipe="sdgf_stepwise", dense_steps=4, log_layers=True) for _ in range(2))
+    train(sparse)
+    state = sparse.state_dict()
+    assert list(state["layer_flips"]) == list(BODY)
+    assert sum(state["layer_flips"].values()) == state["flips"] > 0
+    other.load_state_dict(state)
+    assert other.state_dict()["layer_flips"] == state["layer_flips"]
+    del state["layer_flips"]  # as a file of an older version
+    other.load_state_dict(state)
+    assert other.state_dict()["flips"] == state["flips"]
+
+
+def test_layers_are_looked_at_on_logging_steps_alone(monkeypatch):
+    asked, scalars = [], SparseNetwork.layer_scalars
+    monkeypatch.setattr(SparseNetwork, "layer_scalars", lambda self, module: asked.append(1) or scalars(self, module))
+    train(NMSparsity(1, 8, log_layers=True), epochs=1, log_every_n_steps=5)
+    assert len(asked) == 2  # of 10 steps
+    train(NMSparsity(1, 8), epochs=1, log_every_n_steps=5)
+    assert len(asked) == 2
+
+
+def test_a_weight_of_zeros_has_lost_nothing():
+    module = Digits()
+    torch.nn.init.zeros_(module.net[2].weight)
+    module.net[2].weight.register_hook(torch.zeros_like)
+    logged = LayersByHand()
+    train(
+        NMSparsity(1, 8, recipe="ste", dense_fraction=0.0, log_layers=True),
+        module=module,
+        epochs=1,
+        callbacks=[*logged.watches, logged],
+    )
+    assert logged.logged[-1][f"kept_magnitude/{BODY[0]}"] == 1.0
+
+
 # Between an epoch's last batch and the next one stands a validation, and in the second case a new pattern.
 @pytest.mark.parametrize(("every", "options"), [(3, {}), (2, {"recipe": "sdgf_geometric", "geometric_k": 4})])
 def test_flips_after_a_resume_are_those_of_the_whole_run(tmp_path, every, options):
-    make, setup = partial(NMSparsity, 1, 4, dense_steps=4, dim="out", **options), {"log_every_n_steps": every}
+    options = {"dense_steps": 4, "dim": "out", "log_layers": True, **options}
+    make, setup = partial(NMSparsity, 1, 4, **options), {"log_every_n_steps": every}
     whole = fit([make()], CASE.problem, folder=tmp_path, max_epochs=3, **setup)
     resumed = fit([make()], CASE.problem, ckpt=tmp_path / "last_batch.ckpt", seed=1, max_epochs=3, **setup)
     assert not difference(resumed.logged, whole.logged[-len(resumed.logged) :])

@@ -164,9 +164,9 @@ def on_rank(how, kwargs):
 
 RECIPES = {
     "srste": {"recipe": "srste", "lambda_w": 0.1, "dense_steps": 3, "validate_hard_mask": True},
-    "mdgf": {"recipe": "mdgf_linear", "dense_steps": 2, "finetune_steps": 6, "grad": "masked"},
+    "mdgf": {"recipe": "mdgf_linear", "dense_steps": 2, "finetune_steps": 6, "grad": "masked", "log_layers": True},
     "one shot": {"recipe": "one_shot", "dense_steps": 5},
-    "frames": {"recipe": "sdgf_stepwise", "refresh_every": 2, "harden_at_end": False},
+    "frames": {"recipe": "sdgf_stepwise", "refresh_every": 2, "harden_at_end": False, "log_layers": True},
 }
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_reg.averaging._checkpoint_files import CheckpointFile
+from lightning_reg.averaging._file_bars import counted_batches, counted_files
 from lightning_reg.averaging._soup_command import Evaluate, add_methods, function_at, mix_files
 from lightning_reg.averaging._soup_results import SoupResult
 from lightning_reg.averaging.model_soups.core import LearnedSoup
@@ -73,6 +74,8 @@ def _make(method: str, options: Options, evaluate: Evaluate | None) -> SoupResul
 
 def _learned(options: Options, files: Sequence[CheckpointFile]) -> dict[str, Any]:
     module, batches = function_at(options.learn_on)()
-    soup = LearnedSoup(module, files, options.per, options.exclude)
-    soup.fit(batches, lr=options.lr, epochs=options.epochs)
+    with counted_files(files, f"reading {len(files)} files", shown=True) as members:
+        soup = LearnedSoup(module, members, options.per, options.exclude)
+    with counted_batches(batches, options.epochs, "learning mixing weights") as counted:
+        soup.fit(counted, lr=options.lr, epochs=options.epochs)
     return soup.soup()

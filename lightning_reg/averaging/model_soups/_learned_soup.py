@@ -76,7 +76,8 @@ class LearnedSoup(nn.Module):
         self._names = list(self._keys)
         self._fixed = [name for name in parameters if name not in self._keys]
         self._fixed += [name for name, _ in module.named_buffers()]
-        self._first = {key: value for key, value in members[0].items() if key not in self._keys.values()}
+        learned = set(self._keys.values())
+        self._first = {key: members[0][key] for key in members[0] if key not in learned}  # each is read once
         for position, name in enumerate(self._names):
             values = [member[self._keys[name]].detach() for member in members]
             bad = [position for position, value in enumerate(values) if not value.isfinite().all()]

@@ -1,25 +1,14 @@
 """Averages of the files of several runs, and out of the files of one."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from torch import Tensor
-from typing_extensions import override
 
 from lightning_reg.averaging._checkpoint_files import RECORD, CheckpointFile, open_checkpoint
+from lightning_reg.averaging._file_bars import counted_files, evaluations
 from lightning_reg.averaging._plain_numbers import fault_of, place_of
 from lightning_reg.averaging._soup_results import SoupResult, own_scores, save_soup
 from lightning_reg.averaging._state_dicts import key_of, plain_keys, unique
@@ -34,8 +23,6 @@ from lightning_reg.averaging.model_soups.core import average_state_dicts, greedy
 from lightning_reg.engine.host.names import Patterns
 
 __all__ = ["load_averaged", "make_soup"]
-
-_Evaluate = Callable[[dict[str, Any]], float]
 
 
 def make_soup(
@@ -108,14 +95,18 @@ def make_soup(
     if check_ancestry and len(files) > 1:
         ancestry(files, None if start is None else open_checkpoint(start, key), names=names, exclude=exclude)
     if method == "greedy" and evaluate is not None:
-        with _evaluations(evaluate, 2 * len(files) - 1, shown=progress) as scored:
+        with evaluations(evaluate, 2 * len(files) - 1, shown=progress) as scored:
             scores = own_scores(files, names, scored, exclude)
             result = greedy_soup_of_numbers("make_soup", files, scores, scored, names=names, exclude=exclude, **rules)
         if not result.ingredients:
             raise ValueError("make_soup: no file has a score that is a number, so none can be chosen.")
     else:
-        scores = own_scores(files, names, evaluate, exclude)
-        with _counted(files, shown=progress) as members:
+        if evaluate is None:
+            scores = []
+        else:
+            with evaluations(evaluate, len(files), shown=progress) as scored:
+                scores = own_scores(files, names, scored, exclude)
+        with counted_files(files, f"averaging {len(files)} files", shown=progress) as members:
             mean = average_state_dicts(
                 members, weights, accumulate_dtype, exclude=exclude, names=names, factors=factors
             )
@@ -132,76 +123,6 @@ def _settle(result: SoupResult, evaluate: object) -> None:
     if settle is not None:
         result.state_dict = settle(result.state_dict)
         result.scores_before_batch_norm = list(getattr(evaluate, "scores_before_batch_norm", []))
-
-
-@contextmanager
-def _evaluations(evaluate: _Evaluate, most: int, *, shown: bool) -> Iterator[_Evaluate]:
-    if not shown:
-        yield evaluate
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    # On a console of its own: the evaluation may have a display of Lightning's on the common one.
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("scoring candidates", total=most)
-
-        def scored(state: dict[str, Any]) -> float:
-            value = evaluate(state)
-            bar.advance(task)
-            return value
-
-        yield scored
-
-
-@contextmanager
-def _counted(files: Sequence[CheckpointFile], *, shown: bool) -> Iterator[Sequence[CheckpointFile]]:
-    if not shown:
-        yield files
-        return
-    columns = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(TextColumn("{task.description}"), BarColumn(), *columns) as bar:
-        task = bar.add_task(f"averaging {len(files)} files", total=sum(file.nbytes for file in files))
-        yield [_CountedFile(file, lambda read: bar.advance(task, read)) for file in files]
-
-
-class _CountedFile(CheckpointFile):
-    """A file that tells how much of it has been used."""
-
-    def __init__(self, file: CheckpointFile, advance: Callable[[int], None]) -> None:
-        super().__init__(file.path, file.extra)
-        self._file, self._advance = file, advance
-
-    @override
-    def __getitem__(self, key: str) -> Any:
-        value = self._file[key]
-        if isinstance(value, Tensor):
-            self._advance(value.numel() * value.itemsize)
-        return value
-
-    @override
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._file)
-
-    @override
-    def __len__(self) -> int:
-        return len(self._file)
-
-    @override
-    def shape_and_dtype(self, key: str) -> tuple[tuple[int, ...], torch.dtype] | None:
-        return self._file.shape_and_dtype(key)
-
-    @override
-    def fault(self, key: str) -> str:
-        return self._file.fault(key)
-
-    @override
-    def place(self, key: str) -> tuple[Any, ...]:
-        return self._file.place(key)
-
-    @override
-    def read(self, key: str, start: int, buffer: Tensor) -> Tensor:
-        part = self._file.read(key, start, buffer)
-        self._advance(part.numel() * part.itemsize)
-        return part
 
 
 def load_averaged(path: str | Path, name: str | None = None) -> dict[str, Any]:

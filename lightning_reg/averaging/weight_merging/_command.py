@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from lightning_reg.averaging._checkpoint_files import CheckpointFile
+from lightning_reg.averaging._file_bars import counted_files
 from lightning_reg.averaging._soup_command import Evaluate, add_methods, mix_files
 from lightning_reg.averaging._soup_results import SoupResult
 from lightning_reg.averaging.weight_merging.core import dare_merge, slerp_merge, ties_merge, wise_ft
@@ -49,6 +50,11 @@ def _make(method: str, options: Options, evaluate: Evaluate | None) -> SoupResul
 def _mix(method: str, options: Options, files: Sequence[CheckpointFile]) -> dict[str, Any]:
     if len(files) < 2 or (method in ("wise-ft", "slerp") and len(files) != 2):
         raise ValueError(f"{method} takes two checkpoints (ties and dare: two or more), got {len(files)}.")
+    with counted_files(files, f"{method} of {len(files)} files", shown=True) as members:
+        return _mixed(method, options, members)
+
+
+def _mixed(method: str, options: Options, files: Sequence[CheckpointFile]) -> dict[str, Any]:
     if method == "wise-ft":
         return wise_ft(files[0], files[1], options.alpha, exclude=options.exclude)
     if method == "slerp":

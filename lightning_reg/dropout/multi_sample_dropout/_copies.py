@@ -4,6 +4,7 @@ Copies lie one after the other: row ``j * B + b`` is copy j of row b. What runs 
 ``M * B`` rows; the loss is the mean of the copies' losses; techniques on the loss see samples as ever.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -299,13 +300,24 @@ class Copies(Part):
             f" Dropout layers of the module: {', '.join(map(repr, layers)) or 'none'}."
         )
 
-    def _explain(self, error: BaseException) -> None:
-        """Says with the user's error that rows are copies, if they are where it happened."""
-        if self._rows.count is not None and hasattr(error, "add_note"):  # Python 3.11
+    def _explain(self, error: Exception) -> None:
+        """Says that rows are copies where an error happened, by a sentence in its place if it comes from that."""
+        rows, number = self._rows.count, self.plan.number
+        if rows is None:
+            return
+        sizes = set(re.findall(r"\d+", str(error)))
+        if isinstance(error, RuntimeError) and number > 1 and {str(rows), str(number * rows)} <= sizes:
+            raise MisconfigurationException(
+                f"{self.name}: what follows {self.plan.layer!r} runs on {number} copies of the {rows} rows, and is"
+                f" joined there with a tensor of {rows} rows, by a connection across a UNet or a residual one; torch"
+                f" says: {str(error).strip().splitlines()[0]} Name a dropout layer that nothing but layers follows, or"
+                f' pass `{self.name}(mode="replay", backbone="...")`.'
+            ) from error
+        if hasattr(error, "add_note"):  # Python 3.11
             error.add_note(
-                f"lightning_reg: what follows {self.plan.layer!r} runs on {self.plan.number} copies of the"
-                f" {self._rows.count} rows ({self.name}). If it joins them with tensors of {self._rows.count} rows (a"
-                ' residual connection), name a dropout layer nearer to the loss, or use `mode="replay"`.'
+                f"lightning_reg: what follows {self.plan.layer!r} runs on {number} copies of the {rows} rows"
+                f" ({self.name}). If it joins them with tensors of {rows} rows (a residual connection), name a dropout"
+                ' layer nearer to the loss, or use `mode="replay"`.'
             )
 
     def _check_is_run_once(self, name: str, *, recorded: bool) -> None:

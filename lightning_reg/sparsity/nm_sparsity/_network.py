@@ -125,6 +125,32 @@ class SparseNetwork:
         weights = self._weights_of(module)
         return SparsityReport([self._row(w, parameters.get(w.name), masks.get(w.name)) for w in weights])
 
+    def layer_scalars(self, module: nn.Module) -> dict[str, Tensor]:
+        """What is logged of each weight, without asking the device; where rows are split this is a collective.
+
+        Args:
+            module: The module.
+
+        Returns:
+            ``flipped/<weight>``, the share of its entries whose mask changed when that was last measured, and
+            ``kept_magnitude/<weight>``, the share of its sum of magnitudes that the mask in force keeps; nothing of a
+            weight that has no mask yet.
+
+        """
+        parameters = named_weights(module)
+        sums = {}
+        for weight in self.sparse:
+            rows = shards.local(parameters[weight.name]).detach()
+            mask = self.masks.held_any(weight.name, rows)
+            if mask is not None:
+                magnitudes = rows.abs().float()
+                sums[weight.name] = torch.stack([(magnitudes * mask).sum(), magnitudes.sum()])
+        flips = self.masks.layer_flips(parameters)
+        found = {f"flipped/{name}": count / parameters[name].numel() for name, count in flips.items()}
+        for name, (kept, everything) in _by_name(sums, parameters).items():
+            found[f"kept_magnitude/{name}"] = torch.where(everything > 0, kept / everything, 1.0)
+        return found
+
     def state_of(self, module: nn.Module, state_dict: dict[str, Tensor], *, prune: bool) -> dict[str, Any]:
         """State for a checkpoint: whole masks, also of weights that are split, and what is pruned from its weights.
 
@@ -184,7 +210,8 @@ class _Masks:
     def __init__(self) -> None:
         self.age = 0
         self._counts: dict[str, Tensor] = {}  # changed entries of the rows here, when that was last measured
-        self._flips: Tensor | None = None  # that of a checkpoint
+        self._flips: Tensor | None = None  # those of a checkpoint, in all and by name
+        self._layer_flips: dict[str, Tensor] = {}
         self._masks: dict[str, Tensor] = {}
         self._patterns: dict[str, tuple[int, int]] = {}
 
@@ -197,6 +224,10 @@ class _Masks:
         if mask is None or mask.shape != weight.shape or self._patterns[name] != pattern:
             return None
         return mask.to(weight.device)
+
+    def held_any(self, name: str, weight: Tensor) -> Tensor | None:
+        """The same, of whatever pattern is in force."""
+        return self.held(name, self._patterns.get(name, (0, 0)), weight)
 
     def choose(
         self, weights: Mapping[str, Tensor], patterns: Mapping[Weight, tuple[int, int]], *, refresh: bool, measure: bool
@@ -239,6 +270,10 @@ class _Masks:
         """
         return shards.total(self._counts, parameters or {}) if self._counts else self._flips
 
+    def layer_flips(self, parameters: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The same for each weight, by name; empty before."""
+        return _by_name(self._counts, parameters or {}) if self._counts else self._layer_flips
+
     def keep_own_rows(self, parameters: Mapping[str, Tensor]) -> None:
         """Of loaded masks, which are whole, keeps the rows of this process."""
         for name, mask in self._masks.items():
@@ -260,12 +295,16 @@ class _Masks:
         for name, own in self._masks.items():
             mask = own if parameters is None else shards.whole_like(own, parameters[name])
             masks[name] = {"shape": list(mask.shape), "pattern": list(self._patterns[name]), "bits": pack_mask(mask)}
-        return {"age": self.age, "flips": None if flips is None else int(flips), "masks": masks}
+        layer_flips = {name: int(count) for name, count in self.layer_flips(parameters).items()}
+        counts = {"flips": None if flips is None else int(flips), "layer_flips": layer_flips}
+        return {"age": self.age, **counts, "masks": masks}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over what :meth:`state_dict` gave."""
         self.age = state["age"]
         self._flips = None if state["flips"] is None else torch.tensor(state["flips"])
+        # A file of an older version has them in all only.
+        self._layer_flips = {name: torch.tensor(count) for name, count in state.get("layer_flips", {}).items()}
         for name, mask in state["masks"].items():
             self._masks[name] = unpack_mask(mask["bits"], mask["shape"])
             self._patterns[name] = (mask["pattern"][0], mask["pattern"][1])
@@ -280,6 +319,17 @@ def _kept_magnitude(weight: Tensor, mask: Tensor) -> float:
 
 def _everywhere(counted: Tensor, parameter: Tensor) -> Tensor:
     return shards.total({"": counted}, {"": parameter})
+
+
+def _by_name(counted: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of tensors of one shape, counted in the rows of this process, each one's total; one collective for all."""
+    if not counted:
+        return {}
+    placed = {}
+    for place, (name, value) in enumerate(counted.items()):
+        placed[name] = value.new_zeros(len(counted), *value.shape)
+        placed[name][place] = value
+    return dict(zip(counted, shards.total(placed, parameters).unbind(), strict=True))
 
 
 def _named_by_all(module: nn.Module) -> dict[str, nn.Parameter]:

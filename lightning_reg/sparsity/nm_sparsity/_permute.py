@@ -2,7 +2,7 @@
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from lightning_reg.engine.layers.named import named_layers
 from lightning_reg.engine.loss.result import loss_of
 from lightning_reg.engine.networks.peer import check_runs_on_copy, copy_of
 from lightning_reg.engine.run.engine import attached_engine
+from lightning_reg.engine.run.watching import counted, progress
 from lightning_reg.sparsity.nm_sparsity._graph import Chain, find_chain
 from lightning_reg.sparsity.nm_sparsity._layers import Weight
 from lightning_reg.sparsity.nm_sparsity.core import best_channel_permutation, nm_mask
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
     from lightning_reg.engine.step import Step
 
-__all__ = ["Permutation", "Probe", "permute_network_"]
+__all__ = ["Permutation", "Probe", "permute_network_", "weights_in_bar"]
 
 _TOLERANCE = 1e-5  # of layers tried alone
 _STEP_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}  # of losses of a whole training step
@@ -61,7 +62,11 @@ class Permutation:
 
 
 def permute_network_(
-    module: nn.Module, weights: Sequence[Weight], owner: str, unchanged: Callable[[], bool] = lambda: True
+    module: nn.Module,
+    weights: Sequence[Weight],
+    owner: str,
+    unchanged: Callable[[], bool] = lambda: True,
+    shown: Callable[[Sequence[Weight], str], Iterable[Weight]] = lambda weights, what: weights,
 ) -> dict[str, Permutation]:
     """Permutes the input channels of sparse weights, and with them whatever makes these channels; in place.
 
@@ -74,6 +79,7 @@ def permute_network_(
         weights: Sparse weights, grouped along their input channels.
         owner: Class to name in errors.
         unchanged: Whether the whole network computes what it did before.
+        shown: Goes through the weights and shows how far it is, under the words given.
 
     Returns:
         What became of each weight, by name.
@@ -84,11 +90,12 @@ def permute_network_(
     """
     layers = named_layers(module) | {"": module}
     counts = Counter(id(p) for layer in layers.values() for p in own_parameters(layer).values() if p is not None)
-    found = {weight.name: _permuted_(layers, counts, weight) for weight in weights}
+    found = {weight.name: _permuted_(layers, counts, weight) for weight in shown(weights, "channel orders")}
     if not unchanged():
         for permutation in reversed(found.values()):
             permutation.undo()
-        found = {weight.name: _tried_alone_(layers, counts, weight, unchanged) for weight in weights}
+        again = shown(weights, "channel orders, one layer at a time")
+        found = {weight.name: _tried_alone_(layers, counts, weight, unchanged) for weight in again}
     if all(permutation.why_not for permutation in found.values()):
         reasons = "".join(f"\n  {name}: {permutation.why_not}" for name, permutation in found.items())
         raise MisconfigurationException(
@@ -170,6 +177,22 @@ def _permute_(chain: Chain, order: Tensor) -> None:
 def _kept(value: Tensor, weight: Weight) -> float:
     magnitudes = value.detach().abs().double()
     return float((magnitudes * nm_mask(value, weight.n, weight.m)).sum() / magnitudes.sum())
+
+
+def weights_in_bar(trainer: "Trainer", weights: Sequence[Weight], what: str) -> Iterator[Weight]:
+    """Goes through weights and shows in Lightning's bar how far it is, with the time left.
+
+    Args:
+        trainer: The Trainer.
+        weights: The weights.
+        what: What is done with them.
+
+    Yields:
+        The weights.
+
+    """
+    with progress(trainer, f"NMSparsity: {what}", len(weights)) as advance:
+        yield from counted(weights, advance)
 
 
 class Probe:

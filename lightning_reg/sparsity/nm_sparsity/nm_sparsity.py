@@ -1,6 +1,7 @@
 """N:M sparsity whose constraint comes in gradually: MdGf and SdGf, with SR-STE, STE and one-shot pruning."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
@@ -17,7 +18,7 @@ from lightning_reg.engine.technique import WeightMapTechnique, WeightTechnique
 from lightning_reg.engine.weights.swap import named_weights
 from lightning_reg.sparsity.nm_sparsity._layers import Choice, Weight, check_apart, check_groups, weights_table
 from lightning_reg.sparsity.nm_sparsity._network import SparseNetwork, change_gradient_, put_back_pruned_
-from lightning_reg.sparsity.nm_sparsity._permute import Probe, permute_network_
+from lightning_reg.sparsity.nm_sparsity._permute import Probe, permute_network_, weights_in_bar
 from lightning_reg.sparsity.nm_sparsity._schedule import (
     NEVER,
     Schedule,
@@ -114,6 +115,9 @@ class NMSparsity(WeightTechnique):
             with the mask of the target pattern, as if training ended there (and without averages that other callbacks
             put in). What the module logs is logged under ``reg/nm_sparsity/hard/...`` too. Costs a validation.
         refresh_every: Optimizer steps between two choices of the masks, at least 1. Paper: 1.
+        log_layers: Whether each sparse weight is logged by its name too, on logging steps: ``flipped/<weight>``, the
+            share of its entries whose mask changed, and ``kept_magnitude/<weight>``, the share of its magnitude that
+            its mask keeps. ``lightning_reg.plots.masks_over_time`` draws them.
         name: Tells several instances in one Trainer apart; they must not share a layer.
 
     Raises:
@@ -150,6 +154,7 @@ class NMSparsity(WeightTechnique):
         finetune_steps: int | None = None,
         refresh_every: int = 1,
         validate_hard_mask: bool = False,
+        log_layers: bool = False,
         name: str | None = None,
     ) -> None:
         super().__init__(name=name)
@@ -159,7 +164,7 @@ class NMSparsity(WeightTechnique):
         self.on_indivisible, self.permute, self.harden_at_end = on_indivisible, permute, harden_at_end
         self.exclude, self.patterns = exclude, patterns
         self.dense_steps, self.finetune_steps, self.refresh_every = dense_steps, finetune_steps, refresh_every
-        self.validate_hard_mask = validate_hard_mask
+        self.validate_hard_mask, self.log_layers = validate_hard_mask, log_layers
         chosen = as_patterns(exclude), dict(patterns or {})
         choice = Choice(n, m, dim, layers, *chosen, recipe, geometric_k, on_indivisible)
         self._check_arguments(choice)
@@ -174,7 +179,7 @@ class NMSparsity(WeightTechnique):
         if self.beta is not None:
             check_number(self, "beta", self.beta, low=0, low_open=True)
         check_number(self, "lambda_w", self.lambda_w, low=0)
-        for argument in ("permute", "harden_at_end", "validate_hard_mask"):
+        for argument in ("permute", "harden_at_end", "validate_hard_mask", "log_layers"):
             check_bool(self, argument, getattr(self, argument))
         check_number(self, "refresh_every", self.refresh_every, low=1, integer=True)
         shares = {"dense_fraction": self.dense_fraction, "finetune_fraction": self.finetune_fraction}
@@ -240,7 +245,8 @@ class NMSparsity(WeightTechnique):
             self._reset()
             if self.permute:
                 probe = Probe(trainer, pl_module, self)
-                permuted = permute_network_(pl_module, self._network.sparse, type(self).__name__, probe.unchanged)
+                owner, shown = type(self).__name__, partial(weights_in_bar, trainer)
+                permuted = permute_network_(pl_module, self._network.sparse, owner, probe.unchanged, shown)
         else:  # only now: callbacks that average load weights when they are restored
             put_back_pruned_(self._pruned, named_weights(pl_module))
             self._steps = self._steps or trainer.global_step  # joined a training under way
@@ -415,4 +421,5 @@ class NMSparsity(WeightTechnique):
         flips = self._network.masks.flips(named_weights(module))
         if flips is not None:
             values["flips"] = flips.float()
+        values |= self._network.layer_scalars(module) if self.log_layers else {}
         attached_engine(module.trainer).log_own(self, values)
