@@ -6,7 +6,9 @@ import inspect
 import pytest
 import torch
 from lightning.fabric.utilities import registry
+from lightning.pytorch.profilers import PassThroughProfiler, Profiler
 from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultMetric, _Sync
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import signature_utils
 from torch._dynamo import guards
 
@@ -21,6 +23,7 @@ def test_a_fit_is_what_it_is_without(monkeypatch):
     monkeypatch.setattr(_ResultMetric, "to", quick._move)
     monkeypatch.setattr(registry, "entry_points", registry.entry_points.__wrapped__)
     monkeypatch.setattr(signature_utils, "inspect", inspect)
+    monkeypatch.setattr(PassThroughProfiler, "profile", Profiler.profile)
     as_it_is = fit([], KINDS["classification"])
     for part in ("weights", "gradients", "logged"):
         assert not difference(getattr(quicker, part), getattr(as_it_is, part))
@@ -33,6 +36,20 @@ def test_what_is_elsewhere_is_moved():
     before = result.value
     assert result.to("cpu").value is before
     assert result.to(torch.device("meta")).value.device.type == "meta"
+
+
+def test_an_action_that_nobody_times_has_its_name():
+    with PassThroughProfiler().profile("a step") as action:
+        assert action == "a step"
+
+
+def test_states_are_equal_whatever_their_case():
+    assert TrainerFn.FITTING == TrainerFn.FITTING == "FIT"
+    assert TrainerFn.VALIDATING == RunningStage.VALIDATING  # of another class, with the same text
+    assert TrainerFn.FITTING != TrainerFn.TESTING
+    assert TrainerFn.FITTING != "fitting"
+    assert TrainerFn.FITTING is not None
+    assert TrainerFn.FITTING != None  # noqa: E711 # what it is compared with
 
 
 class Hooks:
