@@ -38,8 +38,8 @@ from lightning_reg.functional import frechet_distance, generator_fisher, split_p
 
 UNWANTED = 7
 SHORT = "LIGHTNING_REG_SHORT" in os.environ  # the tests run it in seconds
-STEPS, ADAPT_STEPS, UNLEARN_STEPS = (150, 60, 30) if SHORT else (1_500, 400, 150)
-SORT_STEPS = 150 if SHORT else 500  # of the classifier
+STEPS, ADAPT_STEPS, UNLEARN_STEPS = (60, 15, 8) if SHORT else (1_500, 400, 150)
+SORT_STEPS = 60 if SHORT else 500  # of the classifier
 SAMPLES = 30 if SHORT else 400  # unwanted ones, for stage 1
 FOLDER = Path(tempfile.mkdtemp())
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

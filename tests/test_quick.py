@@ -1,10 +1,15 @@
 """What makes fits quicker leaves them what they are, and what is asked once is told apart."""
 
 import copy
+import inspect
 
+import pytest
 import torch
 from lightning.fabric.utilities import registry
+from lightning.pytorch.profilers import PassThroughProfiler, Profiler
 from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultMetric, _Sync
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities import signature_utils
 from torch._dynamo import guards
 
 from tests import quick
@@ -17,6 +22,8 @@ def test_a_fit_is_what_it_is_without(monkeypatch):
     quicker = fit([], KINDS["classification"])
     monkeypatch.setattr(_ResultMetric, "to", quick._move)
     monkeypatch.setattr(registry, "entry_points", registry.entry_points.__wrapped__)
+    monkeypatch.setattr(signature_utils, "inspect", inspect)
+    monkeypatch.setattr(PassThroughProfiler, "profile", Profiler.profile)
     as_it_is = fit([], KINDS["classification"])
     for part in ("weights", "gradients", "logged"):
         assert not difference(getattr(quicker, part), getattr(as_it_is, part))
@@ -29,6 +36,43 @@ def test_what_is_elsewhere_is_moved():
     before = result.value
     assert result.to("cpu").value is before
     assert result.to(torch.device("meta")).value.device.type == "meta"
+
+
+def test_an_action_that_nobody_times_has_its_name():
+    with PassThroughProfiler().profile("a step") as action:
+        assert action == "a step"
+
+
+def test_states_are_equal_whatever_their_case():
+    assert TrainerFn.FITTING == TrainerFn.FITTING == "FIT"
+    assert TrainerFn.VALIDATING == RunningStage.VALIDATING  # of another class, with the same text
+    assert TrainerFn.FITTING != TrainerFn.TESTING
+    assert TrainerFn.FITTING != "fitting"
+    assert TrainerFn.FITTING is not None
+    assert TrainerFn.FITTING != None  # noqa: E711 # what it is compared with
+
+
+class Hooks:
+    def with_index(self, batch, batch_idx):
+        pass
+
+    def with_anything(self, *args):
+        pass
+
+    alone = staticmethod(lambda batch: None)
+
+
+class Calls:
+    __slots__ = ()  # cannot be held weakly
+
+    def __call__(self, batch, batch_idx):
+        pass
+
+
+@pytest.mark.parametrize("hook", [Hooks().with_index, Hooks.with_index, Hooks().with_anything, Hooks.alone, Calls()])
+def test_arguments_of_a_hook_are_those_that_inspect_finds(hook):
+    for _ in range(2):
+        assert quick._arguments_of(hook) == inspect.getfullargspec(hook)
 
 
 def test_a_compiled_frame_is_not_timed():
