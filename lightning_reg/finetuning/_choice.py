@@ -102,8 +102,9 @@ def check_plain(owner: object, module: nn.Module, names: Sequence[str]) -> None:
     for name in names:
         weight = weights[name]
         if not weight.is_floating_point() or type(weight.data) is not Tensor:
-            layer = type(layers.get(name.rpartition(".")[0], module)).__name__
+            layer, kind = type(layers.get(name.rpartition(".")[0], module)).__name__, type(weight.data)
+            said = "" if kind is Tensor else f" but {kind.__name__}"
             raise MisconfigurationException(
-                f"{type(owner).__name__}: {name!r} of {layer} is quantised, or no plain tensor, and what is added to it"
-                " cannot be written into it. Exclude it, or train it with PEFT."
+                f"{type(owner).__name__}: {name!r} of {layer} is quantised, or no plain tensor{said}, and what is added"
+                " to it cannot be written into it. Exclude it, or train it with PEFT."
             )

@@ -678,13 +678,20 @@ def test_the_export_puts_out_the_same_with_less_work(name):
     assert 0 < len(layers) <= len(technique.ranks)
     for layer, rank in layers.items():
         pair = small.get_submodule(layer)
-        assert type(pair) is nn.Sequential
+        assert isinstance(pair, nn.Sequential)
+        assert [type(layer) for layer in pair] in ([nn.Linear] * 2, [nn.Conv2d] * 2)
         size, whole = (sum(p.numel() for p in m.parameters()) for m in (pair, module.model.get_submodule(layer)))
         assert size < whole
         assert pair[1].bias is module.model.get_submodule(layer).bias or torch.equal(
             pair[1].bias, module.model.get_submodule(layer).bias
         )
         assert rank == technique.ranks[f"model.{layer}.weight"]
+        # What other code may read of the layer is what it was.
+        one = module.model.get_submodule(layer)
+        torch.testing.assert_close(pair.weight, one.weight, rtol=0, atol=1e-5)
+        assert pair.bias is pair[1].bias
+        for key in ("in_features", "out_features", "kernel_size", "stride", "padding", "groups", "nx", "nf"):
+            assert getattr(pair, key, None) == getattr(one, key, None)
     # Loaded strictly into a new network, and trained on as an ordinary one.
     again = made(make)
     low_rank_layers_(again, layers)

@@ -21,7 +21,7 @@ from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.autograd import version_of
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.generators import isolated_randomness
-from lightning_reg.engine.host.modules import forget_compiled_call, own_buffers, own_hooks, uncompiled
+from lightning_reg.engine.host.modules import forget_compiled_call, own_buffers, own_hooks, own_parameters, uncompiled
 from lightning_reg.engine.host.names import plain_name
 from lightning_reg.engine.layers.named import FeatureTap, LayerHook
 from lightning_reg.engine.loss.call import LossCall, loss_call
@@ -291,9 +291,14 @@ class Peer:
             module: The module that it was copied from, whose parameters' memory becomes its own.
 
         """
-        theirs = {plain_name(name): p for name, p in module.named_parameters()}
-        for name, p in self.module.named_parameters():
-            p.data = theirs[plain_name(name)].data
+        theirs = {plain_name(name): p for name, p in module.named_parameters(remove_duplicate=False)}
+        for path, layer in self.module.named_modules():
+            for key, p in own_parameters(layer).items():
+                name = plain_name(f"{path}.{key}" if path else key)
+                if p is not None and p.is_floating_point():
+                    p.data = theirs[name].data
+                elif p is not None:  # codes of a quantised layer, a tensor that carries more than its numbers
+                    own_parameters(layer)[key] = theirs[name]
 
     def see(
         self,
@@ -381,9 +386,11 @@ class Peer:
             return self.module.training_step(*arguments)
         others: dict[str, Tensor] = {}
         for name, place in (*self.module.named_parameters(), *self.module.named_buffers()):
+            is_parameter = isinstance(place, nn.Parameter)
+            if is_parameter and not place.is_floating_point():  # nobody trains codes of a quantised layer
+                continue
             other = weights[plain_name(name)].to(place.device, place.dtype).detach()
             # A leaf of its own, so that calls with a gradient are told apart; a buffer that the step may write to.
-            is_parameter = isinstance(place, nn.Parameter)
             others[f"module.{name}"] = other.requires_grad_(place.requires_grad) if is_parameter else other.clone()
         # Not by exchanging `.data`: inside one autocast region torch goes on with the old weights.
         return functional_call(_TrainingStep(self.module), others, arguments)
