@@ -527,6 +527,17 @@ def test_masks_on_other_weights_are_as_if_alone_and_on_the_same_they_are_refused
     with pytest.raises(MisconfigurationException) as raised:
         fit(Classifier(), *((whole, sparse) if first else (sparse, whole)))
     assert str(raised.value).startswith("NMSparsity and MaestroLowRank cannot stand together on 'net.3.weight': masks")
+    assert str(raised.value).endswith("or give the layers that are exported to a training with masks.")
+
+
+def test_exported_layers_can_be_masked():
+    module, technique = Classifier(lr=0.1), MaestroLowRank(layers="net.0", lasso_weight=0.0, threshold=0.0)
+    fit(module, technique)
+    small, layers = export_low_rank(technique, module, {"net.0.weight": 2})
+    assert layers == {"net.0": 2}
+    fit(small, NMSparsity(1, 2, layers="net.0.*"), max_epochs=3)
+    for layer in small.net[0]:
+        assert (layer.weight.detach().unflatten(1, (-1, 2)) != 0).sum(2).eq(1).all()
 
 
 def test_what_others_edit_is_the_truncated_weight():

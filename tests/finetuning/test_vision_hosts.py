@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_reg import ALLoRA, MaestroLowRank, MaskTuning, SaRA
-from lightning_reg.functional import export_low_rank
+from lightning_reg.functional import export_low_rank, reestimate_batchnorm
 from tests.toys import QUIET, fit, weights_of
 
 pytestmark = QUIET
@@ -54,8 +54,12 @@ HOSTS = {
     "open_clip CLIP": (
         clip,
         "auto",
-        ["visual.conv1.weight", "visual.transformer.resblocks.0.attn.in_proj_weight"]
-        + ["transformer.resblocks.0.mlp.c_fc.weight", "transformer.resblocks.0.attn.out_proj.weight"],
+        [
+            "visual.conv1.weight",
+            "visual.transformer.resblocks.0.attn.in_proj_weight",
+            "transformer.resblocks.0.mlp.c_fc.weight",
+            "transformer.resblocks.0.attn.out_proj.weight",
+        ],
         {"at the layer": 5, "released": 4},
     ),
     "timm ViT": (
@@ -75,8 +79,8 @@ HOSTS = {
     "own kdim alone": (Attention, ["*.k_proj_weight"], PROJECTIONS[2:3], {"released": 1}),
 }
 TECHNIQUES = {
-    "ALLoRA": lambda layers: ALLoRA(layers, rank=2),
-    "SaRA": lambda layers: SaRA(0.3, layers=layers, rank_weight=0.0, readjust_at=None),
+    "ALLoRA": lambda layers: ALLoRA(layers, rank=2, rest_norms=True),
+    "SaRA": lambda layers: SaRA(0.3, layers=layers, rank_weight=0.0, readjust_at=None, rest_norms=True),
     "MaskTuning": lambda layers: MaskTuning(layers, lr_factor=1e3, norm_weight=0.0),
     "MaestroLowRank": lambda layers: MaestroLowRank(layers, lasso_weight=0.0, sampler="none"),
 }
@@ -134,6 +138,10 @@ def test_two_steps_in_a_network_of_another_library(host, kind):
         assert moved or len(own) == 1  # some weights are off
         moved = {name for name, mask in masks.items() if (mask != technique.init).any()}
     assert moved >= {f"net.{name}" for name in names}
+    norms = [name for name in start if name.endswith(("running_mean", "running_var"))]
+    rest = {name for name in norms if torch.equal(start[name], after[name])}
+    assert rest == (set() if kind == "MaestroLowRank" else set(norms))
+    assert ("53 batch norms in evaluation mode" in technique.describe()) is (host.endswith("50") and rest == set(norms))
     found = [way.split(" (")[0] for way in technique.latents.ways.values()]
     assert {way: found.count(way) for way in found} == (ways if kind == "ALLoRA" else {"released": sum(ways.values())})
     if kind == "MaestroLowRank":
@@ -152,3 +160,34 @@ def _check_export(module, technique):
     assert less.shape == before.shape
     plain = {name for name in names if not name.endswith(("_proj_weight", "out_proj.weight"))}
     assert {f"{name}.weight" for name in layers} == plain
+    if any(isinstance(layer, nn.BatchNorm2d) for layer in cut.modules()):
+        _check_statistics(cut.net)
+
+
+def _check_statistics(net):
+    """Those of a network with fewer columns, found anew over all batches."""
+    images = [batch[0] for batch in batches()]
+    reestimate_batchnorm(net, images)
+    with torch.no_grad():
+        put_out = torch.cat([net.conv1(batch) for batch in images])
+    torch.testing.assert_close(net.bn1.running_mean, put_out.mean((0, 2, 3)), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("rests", [True, False])
+@pytest.mark.parametrize("kind", ["ALLoRA", "SaRA"])
+def test_batch_norm_rests_unless_it_is_trained(kind, rests):
+    def make():
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(288, 4))
+
+    for train in (None, "net.1"):
+        module, technique = Tells(make), TECHNIQUES[kind]("auto")
+        technique.rest_norms, technique.train = rests, train  # false unless it is written
+        start, modes = weights_of(module), set()
+        module.net[1].register_forward_hook(lambda layer, *_, modes=modes: modes.add(layer.training))
+        fit(module, technique, loader=batches(), max_epochs=1)
+        is_resting = rests and train is None
+        assert modes == {not is_resting}
+        assert torch.equal(module.net[1].running_mean, start["net.1.running_mean"]) is is_resting
+        assert torch.equal(module.net[1].weight, start["net.1.weight"]) is (train is None)
+        assert module.net[1].training
+        assert ("1 batch norms in evaluation mode" in technique.describe()) is is_resting

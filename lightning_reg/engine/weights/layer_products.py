@@ -218,7 +218,8 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     @override
     def backward(ctx: Any, *gradients: Any) -> Any:
-        at_input, at_factors, at_weight = None, (None, None), None
+        at_input, at_weight = None, None
+        at_factors: tuple[Tensor | None, Tensor | None] = None, None
         # A gradient that is itself differentiated: that of the input, which the layer has given with its weight as a
         # constant, goes by the weight.
         if torch.is_grad_enabled() and ctx.needs_input_grad[1] and ctx.weight is not None:
