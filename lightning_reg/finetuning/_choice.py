@@ -1,13 +1,14 @@
 """What fine-tuning trains as it is, and which weights it can write into."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Literal
 
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_reg.engine.host.errors import MisconfigurationException, check_patterns
+from lightning_reg.engine.host.modules import BatchNorm
 from lightning_reg.engine.host.names import Patterns, matches
 from lightning_reg.engine.technique import WeightMapTechnique
 from lightning_reg.engine.weights.summed import all_names, summed_weights
@@ -23,6 +24,7 @@ class FineTuning(WeightMapTechnique, ABC):
     train: Patterns
     exclude: Patterns
     save: Literal["full", "delta"]
+    rest_norms: bool
     _left: dict[str, list[str]]  # names of weights that are left alone, by the reason
     _sizes: str  # of what was chosen, for the table
 
@@ -52,8 +54,30 @@ class FineTuning(WeightMapTechnique, ABC):
         frozen = len(weights.keys() - trained - set(chosen))
         self._sizes = (
             f"{len(chosen)} weights of {size:,} numbers; {len(trained)} parameters as they are, {frozen} frozen"
+            f"{self.norms_said(module, trained)}"
         )
         return chosen
+
+    def norms_said(self, module: nn.Module, trained: Set[str]) -> str:
+        """How many layers of batch norm rest, for the table; nothing where none does.
+
+        Args:
+            module: The user's module.
+            trained: Names of the parameters that are trained as they are.
+
+        Returns:
+            To follow the sizes.
+
+        """
+        beside = {id(p) for name, p in named_weights(module).items() if name in trained}
+        norms = [layer for layer in module.modules() if isinstance(layer, BatchNorm)]
+        resting = sum(not any(id(p) in beside for p in norm.parameters(recurse=False)) for norm in norms)
+        return f", {resting} batch norms in evaluation mode" if resting and self.rest_norms else ""
+
+    @property
+    @override
+    def norms_rest(self) -> bool:
+        return self.rest_norms
 
     @property
     @override
@@ -102,8 +126,9 @@ def check_plain(owner: object, module: nn.Module, names: Sequence[str]) -> None:
     for name in names:
         weight = weights[name]
         if not weight.is_floating_point() or type(weight.data) is not Tensor:
-            layer = type(layers.get(name.rpartition(".")[0], module)).__name__
+            layer, kind = type(layers.get(name.rpartition(".")[0], module)).__name__, type(weight.data)
+            said = "" if kind is Tensor else f" but {kind.__name__}"
             raise MisconfigurationException(
-                f"{type(owner).__name__}: {name!r} of {layer} is quantised, or no plain tensor, and what is added to it"
-                " cannot be written into it. Exclude it, or train it with PEFT."
+                f"{type(owner).__name__}: {name!r} of {layer} is quantised, or no plain tensor{said}, and what is added"
+                " to it cannot be written into it. Exclude it, or train it with PEFT."
             )

@@ -242,6 +242,29 @@ def test_a_weight_that_is_read_outside_of_its_layer_is_noticed_before_that(seen)
         assert not torch.equal(technique.latents.own[name]["A"], ByHand(LowRank([name]), [name]).factors[0]["A"])
 
 
+def flat(module, batch):
+    """The loss, and how steep it is in both weights."""
+    x, y = batch
+    loss = F.cross_entropy(module(x), y)
+    slopes = torch.autograd.grad(loss, [module.net[0].weight, module.net[3].weight], create_graph=True)
+    module.slopes.append([slope.detach().clone() for slope in slopes])
+    return loss + 0.3 * sum(slope.square().sum() for slope in slopes)
+
+
+def test_gradients_that_a_step_asks_for_are_those_of_the_weights():
+    modules = [Classifier(flat, lr=0.1), Classifier(flat, lr=0.1)]
+    techniques = [LowRank([FIRST, HEAD]), LowRank([FIRST, HEAD], dense=True)]
+    for module, technique in zip(modules, techniques, strict=True):
+        module.slopes = []
+        fit(module, technique, max_epochs=1)
+    assert len(modules[0].slopes) == len(modules[1].slopes) > 1
+    for ours, dense in zip(*(module.slopes for module in modules), strict=True):
+        for one, two in zip(ours, dense, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-7)
+            assert one.abs().max() > 1e-3
+    assert same_weights(*modules, atol=1e-6)
+
+
 def test_looking_at_a_weight_is_no_reading():
     def looks(module, batch):
         weight = module.net[3].weight

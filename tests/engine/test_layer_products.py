@@ -61,6 +61,39 @@ def test_the_layers_gradients_are_those_of_the_weight_pulled_back(name):
     assert layer.weight.grad is None
 
 
+@pytest.mark.parametrize("name", ROWS)
+def test_who_asks_for_the_gradient_of_the_weight_itself_gets_it_and_nobody_else(name):
+    torch.manual_seed(0)
+    make, shape = ROWS[name]
+    layer = make().double()
+    x = torch.randint(7, (3, 5)) if shape == "indices" else torch.randn(shape).double().requires_grad_()
+    want = torch.randn_like(layer(x))
+    weight, output = layer.weight, layer(x)
+    # Of a loss that bends, so that its gradient can be differentiated.
+    plain = torch.autograd.grad((output - want).square().sum(), weight, create_graph=True)[0]
+    at_input = torch.autograd.grad(plain.square().sum(), x)[0] if x.is_floating_point() else None
+    tap = LayerTap(use_of(layer, "weight"), weight)
+    tap.factors = factors_for(weight, layout_in(layer, "weight"))
+    tap.attach(layer)
+    loss = (layer(x) - want).square().sum()
+    found = torch.autograd.grad(loss, weight, create_graph=True)[0]
+    torch.testing.assert_close(found, plain, rtol=1e-12, atol=1e-12)
+    if at_input is not None:
+        by_input = torch.autograd.grad(found.square().sum(), x, retain_graph=True)[0]
+        torch.testing.assert_close(by_input, at_input, rtol=1e-12, atol=1e-12)
+        # Who asks for that of the input alone makes none of the weight or of factors.
+        torch.autograd.grad(loss, x, retain_graph=True)
+    assert tap.factors.left.grad is None
+    loss.backward(inputs=[weight], retain_graph=True)
+    torch.testing.assert_close(weight.grad, plain.detach(), rtol=1e-12, atol=1e-12)
+    weight.grad = None
+    loss.backward()
+    assert weight.grad is None
+    dense = pulled_back(layout_in(layer, "weight").matrix(plain.detach()), tap.factors)
+    torch.testing.assert_close(tap.factors.left.grad, dense[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(tap.factors.right.grad, dense[1], rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("turned", "shape"), [(False, (4, 5)), (True, (5, 4)), (False, (4, 3, 2, 2)), (True, (3, 4, 2))]
 )

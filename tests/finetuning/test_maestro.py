@@ -527,6 +527,17 @@ def test_masks_on_other_weights_are_as_if_alone_and_on_the_same_they_are_refused
     with pytest.raises(MisconfigurationException) as raised:
         fit(Classifier(), *((whole, sparse) if first else (sparse, whole)))
     assert str(raised.value).startswith("NMSparsity and MaestroLowRank cannot stand together on 'net.3.weight': masks")
+    assert str(raised.value).endswith("or give the layers that are exported to a training with masks.")
+
+
+def test_exported_layers_can_be_masked():
+    module, technique = Classifier(lr=0.1), MaestroLowRank(layers="net.0", lasso_weight=0.0, threshold=0.0)
+    fit(module, technique)
+    small, layers = export_low_rank(technique, module, {"net.0.weight": 2})
+    assert layers == {"net.0": 2}
+    fit(small, NMSparsity(1, 2, layers="net.0.*"), max_epochs=3)
+    for layer in small.net[0]:
+        assert (layer.weight.detach().unflatten(1, (-1, 2)) != 0).sum(2).eq(1).all()
 
 
 def test_what_others_edit_is_the_truncated_weight():
@@ -678,13 +689,20 @@ def test_the_export_puts_out_the_same_with_less_work(name):
     assert 0 < len(layers) <= len(technique.ranks)
     for layer, rank in layers.items():
         pair = small.get_submodule(layer)
-        assert type(pair) is nn.Sequential
+        assert isinstance(pair, nn.Sequential)
+        assert [type(layer) for layer in pair] in ([nn.Linear] * 2, [nn.Conv2d] * 2)
         size, whole = (sum(p.numel() for p in m.parameters()) for m in (pair, module.model.get_submodule(layer)))
         assert size < whole
         assert pair[1].bias is module.model.get_submodule(layer).bias or torch.equal(
             pair[1].bias, module.model.get_submodule(layer).bias
         )
         assert rank == technique.ranks[f"model.{layer}.weight"]
+        # What other code may read of the layer is what it was.
+        one = module.model.get_submodule(layer)
+        torch.testing.assert_close(pair.weight, one.weight, rtol=0, atol=1e-5)
+        assert pair.bias is pair[1].bias
+        for key in ("in_features", "out_features", "kernel_size", "stride", "padding", "groups", "nx", "nf"):
+            assert getattr(pair, key, None) == getattr(one, key, None)
     # Loaded strictly into a new network, and trained on as an ordinary one.
     again = made(make)
     low_rank_layers_(again, layers)

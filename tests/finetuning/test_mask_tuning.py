@@ -97,6 +97,7 @@ CASE = Case(
         "from 0.01, off at 0.005, gradient dropout 1, norm by 0.0001, layers auto",
         "from 0.02, off at 0, 40 % by gradient, gradient dropout 0.5, layers auto",
         "from 0.01, off at 0.005, layers auto",
+        "uniform below 0.01, off at 0.005, gradient dropout 1, layers net.body*",
     ),
     also=["images"],
     variants=[
@@ -113,6 +114,7 @@ CASE = Case(
             train="*.bias",
         ),
         partial(MaskTuning, gradient_dropout=0.0, norm_weight=0.0),
+        partial(MaskTuning, "net.body*", spread="uniform", norm_weight=0.0, lr_factor=10.0),
     ],
     invalid=[
         ({"fraction": 0.0}, "fraction"),
@@ -460,6 +462,23 @@ def test_an_adam_that_cannot_reach_the_threshold_is_told_of():
     with pytest.warns(UserWarning, match=r"^MaskTuning: an Adam moves a mask by .*, 0\.0012 in this training"):
         fit(Losses(torch.optim.Adam, lr=1e-4), MaskTuning(), max_epochs=3)
     fit(Losses(torch.optim.Adam, lr=1e-4), MaskTuning(lr_factor=10.0), max_epochs=3)
+
+
+def test_spread_masks_begin_with_a_share_of_the_weights_off():
+    module = Losses(lr=0.0)
+    module.net[0], module.net[3] = nn.Linear(6, 400), nn.Linear(400, 3)
+    start = deepcopy(module.net)
+    technique = MaskTuning(spread="uniform", init=0.02, norm_weight=0.0)
+    fit(module, technique, max_epochs=1)
+    for name, parts in technique.latents.own.items():
+        mask = parts["mask"].detach()
+        assert 0 <= mask.min() < 0.002 < 0.018 < mask.max() < 0.02
+        assert float((mask <= 0.005).float().mean()) == pytest.approx(0.25, abs=0.04)
+        want = torch.where(mask > 0.005, start.get_parameter(name[4:]), 0)
+        assert torch.equal(module.get_parameter(name), want)
+    first, second = (parts["mask"].detach().flatten() for parts in technique.latents.own.values())
+    assert not torch.equal(first[:1000], second[:1000])
+    fit(Losses(torch.optim.Adam, lr=1e-4), MaskTuning(spread="uniform"), max_epochs=3)  # reaches the threshold at once
 
 
 # -- the weights that matter ------------------------------------------------------------------------------------------

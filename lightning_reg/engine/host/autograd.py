@@ -18,6 +18,7 @@ __all__ = [
     "is_checkpointed",
     "is_fixed",
     "is_reentrant",
+    "is_wanted",
     "lies_by_row",
     "rows_of_output",
     "runs_backward",
@@ -175,6 +176,22 @@ def _nodes(value: Tensor, but_through: Sequence[Any] = ()) -> Iterator[Any]:
 def runs_backward() -> bool:
     """Whether a backward pass is under way, in which checkpointed layers run once more."""
     return torch._C._current_graph_task_id() != -1
+
+
+def is_wanted(node: Any) -> bool:
+    """Whether the backward pass that is under way asks for what a node is given.
+
+    Args:
+        node: Of the graph, of a leaf say.
+
+    Returns:
+        ``False`` in a pass that asks for gradients of other tensors alone, as ``torch.autograd.grad`` does.
+
+    """
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # it is the very one that `torch.autograd.grad` was asked for
+        return True
 
 
 def is_reentrant() -> bool:

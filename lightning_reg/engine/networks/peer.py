@@ -21,7 +21,7 @@ from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.autograd import version_of
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.generators import isolated_randomness
-from lightning_reg.engine.host.modules import forget_compiled_call, own_buffers, own_hooks, uncompiled
+from lightning_reg.engine.host.modules import forget_compiled_call, own_buffers, own_hooks, own_parameters, uncompiled
 from lightning_reg.engine.host.names import plain_name
 from lightning_reg.engine.layers.named import FeatureTap, LayerHook, find_layer, named_layers
 from lightning_reg.engine.loss.call import LossCall, loss_call
@@ -291,9 +291,14 @@ class Peer:
             module: The module that it was copied from, whose parameters' memory becomes its own.
 
         """
-        theirs = {plain_name(name): p for name, p in module.named_parameters()}
-        for name, p in self.module.named_parameters():
-            p.data = theirs[plain_name(name)].data
+        theirs = {plain_name(name): p for name, p in module.named_parameters(remove_duplicate=False)}
+        for path, layer in self.module.named_modules():
+            for key, p in own_parameters(layer).items():
+                name = plain_name(f"{path}.{key}" if path else key)
+                if p is not None and p.is_floating_point():
+                    p.data = theirs[name].data
+                elif p is not None:  # codes of a quantised layer, a tensor that carries more than its numbers
+                    own_parameters(layer)[key] = theirs[name]
 
     def see(
         self,
@@ -387,9 +392,11 @@ class Peer:
         # Of a network in which nothing is trained (techniques train what is beside it) all calls have a gradient.
         all_frozen = not any(p.requires_grad for p in self.module.parameters())
         for name, place in (*self.module.named_parameters(), *self.module.named_buffers()):
+            is_parameter = isinstance(place, nn.Parameter)
+            if is_parameter and not place.is_floating_point():  # nobody trains codes of a quantised layer
+                continue
             other = weights[plain_name(name)].to(place.device, place.dtype).detach()
             # A leaf of its own, so that calls with a gradient are told apart; a buffer that the step may write to.
-            is_parameter = isinstance(place, nn.Parameter)
             if is_parameter and (place.requires_grad or (all_frozen and other.is_floating_point())):
                 other = other.requires_grad_()  # a view of its own
             others[f"module.{name}"] = other if is_parameter else other.clone()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import grad as convolution_gradients
 from typing_extensions import override
 
+from lightning_reg.engine.host.autograd import is_wanted
 from lightning_reg.engine.host.generators import isolated_randomness
 from lightning_reg.engine.host.modules import Convolution, TransposedConvolution, own_parameters
 from lightning_reg.engine.layers.named import LayerHook
@@ -217,18 +218,42 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     @override
     def backward(ctx: Any, *gradients: Any) -> Any:
-        at_input = None
+        at_input, at_weight = None, None
+        at_factors: tuple[Tensor | None, Tensor | None] = None, None
         # A gradient that is itself differentiated: that of the input, which the layer has given with its weight as a
         # constant, goes by the weight.
         if torch.is_grad_enabled() and ctx.needs_input_grad[1] and ctx.weight is not None:
             at_input = _at_input(ctx.use, ctx.saved_tensors[0], gradients[0], ctx.weight - ctx.weight.detach())
-        return gradients[0], at_input, *_at_factors(ctx, gradients[0]), None, None, None, None
+        # In the order of the tensors that were given: the output, the input, the factors, and the weight as the last.
+        nodes = [node for node, _ in ctx.next_functions]
+        if is_wanted(nodes[2]):
+            at_factors = _at_factors(ctx, gradients[0])
+        elif ctx.needs_input_grad[7] and is_wanted(nodes[-1]):  # `torch.autograd.grad` by the weight itself
+            at_weight = _at_weight(ctx.use, ctx.saved_tensors[0], gradients[0], ctx.weight)
+        return gradients[0], at_input, *at_factors, None, None, None, at_weight
 
 
 def _at_factors(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
     x, left, right, scale = ctx.saved_tensors
     at_left, at_right = layer_gradients(ctx.use, x, gradient, Factors(left, right, ctx.factor, scale))
     return at_left.to(left.dtype), at_right.to(right.dtype)
+
+
+def _at_weight(use: Use, x: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of the weight, of its shape and type; differentiable in both."""
+    kind, g = gradient.dtype, gradient.reshape(-1, gradient.shape[-1])
+    if use.kind == "linear":
+        dense = g.t() @ x.reshape(-1, x.shape[-1]).to(kind)
+        dense = dense.t() if use.turned else dense
+    elif use.kind == "embedding":
+        index = x.reshape(-1)
+        dense = torch.zeros_like(weight, dtype=kind).index_add(0, index, _without_padding(use, index, g))
+    else:
+        rows = x.to(kind) if x.dim() == use.dims + 2 else x.to(kind).unsqueeze(0)
+        of_weight: Callable[..., Tensor] = _WEIGHT_GRADIENT[use.dims]
+        whole = gradient.reshape(len(rows), -1, *gradient.shape[-use.dims :])
+        dense = of_weight(rows, weight.shape, whole, use.stride, use.padding, use.dilation, use.groups)
+    return dense.to(weight.dtype)
 
 
 def _at_input(use: Use, x: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
@@ -268,11 +293,13 @@ def layer_gradients(use: Use, x: Tensor, gradient: Tensor, factors: Factors) -> 
 
 
 def _of_embedding(use: Use, index: Tensor, g: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    if use.padding_row >= 0:
-        g = g * (index != use.padding_row).unsqueeze(1)
-    table = right.t()
+    g, table = _without_padding(use, index, g), right.t()
     at_rows = torch.zeros(table.shape, dtype=torch.promote_types(g.dtype, torch.float32), device=g.device)
     return g.t() @ table[index], at_rows.index_add(0, index, (g @ left).to(at_rows.dtype)).t()
+
+
+def _without_padding(use: Use, index: Tensor, g: Tensor) -> Tensor:
+    return g * (index != use.padding_row).unsqueeze(1) if use.padding_row >= 0 else g
 
 
 def _of_convolution(use: Use, x: Tensor, g: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

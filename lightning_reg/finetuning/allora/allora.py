@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_reg.engine.host import lightning as host
-from lightning_reg.engine.host.arguments import check_choice, check_number
+from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.run.engine import attached_engine
 from lightning_reg.engine.weights.factors import Factors, Layout, product, pulled_back, write_product_
@@ -77,6 +77,7 @@ class ALLoRA(FineTuning):
         train: Patterns of names of parameters, and of layers that hold them, that are trained as they are:
             (``"classifier*"``, ``"*.bias"``). A new head belongs here.
         exclude: Patterns of names of layers and weights that get no factors (``"lm_head"``).
+        rest_norms: Whether batch norm that is not trained is in evaluation mode meanwhile; in PEFT it is not.
         start: Folder of an adapter of PEFT's whose factors the training begins with, see :func:`from_peft`; ``None``
             for new ones.
         save: ``"full"`` checkpoints are those of the plain module and the callback's state beside it; ``"delta"`` ones
@@ -109,6 +110,7 @@ class ALLoRA(FineTuning):
         b_lr_factor: float = 1.0,
         train: list[str] | str | None = None,
         exclude: list[str] | str | None = None,
+        rest_norms: bool = False,
         start: str | None = None,
         save: Literal["full", "delta"] = "full",
         keep_on: Literal["device", "cpu"] = "device",
@@ -125,11 +127,12 @@ class ALLoRA(FineTuning):
                 raise ValueError(f"ALLoRA: `alpha` must be None with scale='row', which has no factor, got {alpha}.")
         check_choice(self, "mode", mode, ("grad", "update"))
         check_number(self, "b_lr_factor", b_lr_factor, low=0)
+        check_bool(self, "rest_norms", rest_norms)
         check_choice(self, "save", save, ("full", "delta"))
         check_choice(self, "keep_on", keep_on, ("device", "cpu"))
         self.layers, self.rank, self.scale, self.eta, self.alpha = layers, rank, scale, eta, alpha
         self.mode, self.b_lr_factor, self.train, self.exclude = mode, b_lr_factor, train, exclude
-        self.start, self.save, self.keep_on = start, save, keep_on
+        self.rest_norms, self.start, self.save, self.keep_on = rest_norms, start, save, keep_on
         self.latents = Latents(lr_factor={"B": b_lr_factor}, frozen=True, on_cpu=keep_on == "cpu")
         self._layouts: dict[str, Layout] = {}
         self._tables: set[str] = set()
@@ -186,6 +189,7 @@ class ALLoRA(FineTuning):
         size = sum(prod(s[:-2]) * min(self.rank, *s[-2:]) * (s[-2] + s[-1]) for s in shapes)
         beside, frozen = len(trained - set(chosen)), len(weights.keys() - trained - set(chosen))
         self._sizes = f"{len(chosen)} weights by {size:,} numbers; {beside} parameters as they are, {frozen} frozen"
+        self._sizes += self.norms_said(module, trained)
         return chosen
 
     @override

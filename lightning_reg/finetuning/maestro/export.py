@@ -26,7 +26,8 @@ def export_low_rank(
     """A copy of a trained network in which layers are pairs of smaller ones, wherever that is less work.
 
     A linear layer becomes ``nn.Sequential`` of two, the first without a bias; a convolution one of the same kernel,
-    stride and padding to r channels (for each group), and one of a single point. That is less work for
+    stride and padding to r channels (for each group), and one of a single point. Code that reads ``layer.weight`` (its
+    type, or all of it) or the sizes of the layer finds those of the whole layer. That is less work for
     ``r < m n / (m + n)``. Other layers stay whole, of the same rank: those of too high a rank, attention's, transposed
     convolutions, embeddings, stacks of experts, layers with a forward pass of their own.
 
@@ -151,7 +152,7 @@ def low_rank_layers_(model: nn.Module, layers: Mapping[str, int]) -> None:
 
     """
     at = dict(model.named_modules(remove_duplicate=False))
-    made: dict[int, nn.Sequential] = {}
+    made: dict[int, _Pair] = {}
     for name, rank in layers.items():
         layer = at.get(name)
         if not name or layer is None or not _is_plain(Place(layer, "weight", in_attention=False)):
@@ -165,7 +166,38 @@ def low_rank_layers_(model: nn.Module, layers: Mapping[str, int]) -> None:
             setattr(at[parent], key, pair)
 
 
-def _pair(layer: nn.Module, rank: int) -> nn.Sequential:
+class _Pair(nn.Sequential):
+    """Two layers in the place of one, whose weight and sizes other code may read.
+
+    Args:
+        first: From the inputs.
+        second: To the outputs.
+        layer: The one.
+
+    """
+
+    def __init__(self, first: nn.Module, second: nn.Module, layer: nn.Module) -> None:
+        super().__init__(first, second)
+        sizes = [*getattr(layer, "__constants__", ()), "nx", "nf"]  # those of transformers' Conv1D
+        vars(self).update({key: getattr(layer, key) for key in sizes if hasattr(layer, key)})
+        self._turned = not isinstance(layer, nn.Linear | Convolution)
+
+    @property
+    def weight(self) -> Tensor:
+        """The product of both weights, as the one layer had it."""
+        first, second = (layer.get_parameter("weight") for layer in self)
+        groups = getattr(self, "groups", 1)
+        product = second.reshape(groups, -1, second.shape[1]) @ first.reshape(groups, second.shape[1], -1)
+        whole = product.reshape(len(second), *first.shape[1:])
+        return whole.t() if self._turned else whole
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """Of the second."""
+        return own_parameters(self[1])["bias"]
+
+
+def _pair(layer: nn.Module, rank: int) -> _Pair:
     weight, bias = layer.get_parameter("weight"), own_parameters(layer)["bias"]
     options: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
     if isinstance(layer, Convolution):
@@ -179,7 +211,7 @@ def _pair(layer: nn.Module, rank: int) -> nn.Sequential:
         first = nn.Linear(inputs, rank, bias=False, **options)
         second = nn.Linear(rank, outputs, bias=bias is not None, **options)
     second.bias = bias
-    return nn.Sequential(first, second).train(layer.training)
+    return _Pair(first, second, layer).train(layer.training)
 
 
 def greedy_ranks(

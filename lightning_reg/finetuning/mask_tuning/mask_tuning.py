@@ -40,11 +40,12 @@ __all__ = ["MaskTuning"]
 class MaskTuning(BatchTechnique, LossTechnique, FineTuning):
     r"""Learns which weights of a trained network to switch off for a task; none of them is changed.
 
-    Each chosen weight is :math:`w = v \odot [\,m > \alpha\,]` with v frozen and a real mask m, which all begin at s:
-    the network starts as it was, to the last bit. The gradient at a mask is :math:`v \odot \partial L / \partial w`
-    (straight-through), with that of :math:`\omega \lVert m \rVert_2`. Gradient dropout keeps the network from
-    forgetting: a second gradient b, of the cross-entropy with what the network said before it was tuned, is compared
-    entry by entry with the task's, a, and where both do not agree a is dropped by chance:
+    Each chosen weight is :math:`w = v \odot [\,m > \alpha\,]` with v frozen and a real mask m, which all begin at s
+    unless they are spread: the network starts as it was, to the last bit. The gradient at a mask is
+    :math:`v \odot \partial L / \partial w` (straight-through), with that of :math:`\omega \lVert m \rVert_2`. Gradient
+    dropout keeps the network from forgetting: a second gradient b, of the cross-entropy with what the network said
+    before it was tuned, is compared entry by entry with the task's, a, and where both do not agree a is dropped by
+    chance:
 
     .. math:: P = \frac12 \Bigl(1 + \operatorname{sign}(a)\,\frac{a + b}{|a| + |b| + 10^{-8}}\Bigr), \qquad
         g = \bigl((1 - \lambda) + \lambda\,[P > u]\bigr)\,a, \qquad u \sim U(0, 1)
@@ -84,6 +85,8 @@ class MaskTuning(BatchTechnique, LossTechnique, FineTuning):
         fraction: Share of all entries that ``select="gradient"`` chooses, in (0, 1].
         select_batches: Training batches that it reads for that when the training begins, at least 1.
         init: s, above ``threshold``. Paper: 0.01.
+        spread: Whether all masks begin at ``"one"`` value s (paper), or each at its own in ``"uniform"`` draws from
+            [0, s), as the code can as well: the share ``threshold / init`` of the weights is off at first.
         threshold: :math:`\alpha`, at least 0. Paper: 0.005.
         gradient_dropout: :math:`\lambda` in [0, 1]. Paper: 1, and 0.3 for some data sets. Neutral: 0.
         norm_weight: :math:`\omega`, at least 0. Code: 0.0001. Neutral: 0. Under an Adam it takes weights away that have
@@ -120,6 +123,7 @@ class MaskTuning(BatchTechnique, LossTechnique, FineTuning):
         fraction: float = 0.1,
         select_batches: int = 16,
         init: float = 1e-2,
+        spread: Literal["one", "uniform"] = "one",
         threshold: float = 5e-3,
         gradient_dropout: float = 1.0,
         norm_weight: float = 1e-4,
@@ -139,6 +143,7 @@ class MaskTuning(BatchTechnique, LossTechnique, FineTuning):
         check_number(self, "select_batches", select_batches, low=1, integer=True)
         check_number(self, "threshold", threshold, low=0)
         check_number(self, "init", init, low=threshold, low_open=True)
+        check_choice(self, "spread", spread, ("one", "uniform"))
         check_number(self, "gradient_dropout", gradient_dropout, low=0, high=1)
         check_number(self, "norm_weight", norm_weight, low=0)
         check_number(self, "temperature", temperature, low=0, low_open=True)
@@ -146,7 +151,7 @@ class MaskTuning(BatchTechnique, LossTechnique, FineTuning):
         check_bool(self, "rest_norms", rest_norms)
         check_choice(self, "save", save, ("full", "delta"))
         self.layers, self.select, self.fraction, self.select_batches = layers, select, fraction, select_batches
-        self.init, self.threshold, self.gradient_dropout = init, threshold, gradient_dropout
+        self.init, self.spread, self.threshold, self.gradient_dropout = init, spread, threshold, gradient_dropout
         self.norm_weight, self.temperature, self.lr_factor = norm_weight, temperature, lr_factor
         self.train, self.exclude, self.rest_norms, self.save = train, exclude, rest_norms, save
         self.latents = Latents(lr_factor, frozen=True, has_second=gradient_dropout > 0)
@@ -163,17 +168,15 @@ class MaskTuning(BatchTechnique, LossTechnique, FineTuning):
         norm = f", norm by {self.norm_weight:g}" if self.norm_weight else ""
         left = "".join(f"; left alone, {why}: {names_said(names)}" for why, names in self._left.items())
         sizes = f"; {self._sizes}" if self._sizes else ""
-        return f"from {self.init:g}, off at {self.threshold:g}{share}{dropout}{norm}, layers {self.layers}{sizes}{left}"
+        start = "from" if self.spread == "one" else "uniform below"
+        return (
+            f"{start} {self.init:g}, off at {self.threshold:g}{share}{dropout}{norm}, layers {self.layers}{sizes}{left}"
+        )
 
     @override
     def check(self, trainer: "Trainer", module: "LightningModule") -> None:
         if self.gradient_dropout or self.select == "gradient":
             check_runs_on_copy(module, self)
-
-    @property
-    @override
-    def norms_rest(self) -> bool:
-        return self.rest_norms
 
     @override
     def is_active(self, step: "Step") -> bool:
@@ -186,7 +189,8 @@ class MaskTuning(BatchTechnique, LossTechnique, FineTuning):
             self._positions = most_important(scores, self.fraction) if scores else {}
         rates = [g["lr"] for o in trainer.optimizers if "Adam" in type(o).__name__ for g in o.param_groups]
         way = max(rates, default=0.0) * self.lr_factor * trainer.estimated_stepping_batches
-        if rates and not trainer.lr_scheduler_configs and 0 <= way < self.init - self.threshold:
+        reaches = self.spread == "uniform" or way >= self.init - self.threshold
+        if rates and not trainer.lr_scheduler_configs and way >= 0 and not reaches:
             host.rank_zero_warn(
                 f"MaskTuning: an Adam moves a mask by its learning rate in each step, {way:.2g} in this training, and"
                 f" no weight is off before that is {self.init - self.threshold:.2g}. Write a larger `lr_factor`, or"
@@ -252,7 +256,11 @@ class MaskTuning(BatchTechnique, LossTechnique, FineTuning):
             at = self._positions.get(name)
             values[name] = weight.clone() if at is None else self.latents.take(name, weight, at.to(weight.device))
             kind = torch.promote_types(weight.dtype, torch.float32)
-            self.latents.own[name] = {"mask": torch.full_like(values[name], self.init, dtype=kind).requires_grad_()}
+            mask = torch.full_like(values[name], self.init, dtype=kind)
+            if self.spread == "uniform":
+                draw = torch.Generator().manual_seed(self.derived_seed(f"masks of {name}"))
+                mask.mul_(torch.rand(mask.shape, generator=draw, dtype=kind).to(mask.device))
+            self.latents.own[name] = {"mask": mask.requires_grad_()}
         self._positions = {}
         return values
 

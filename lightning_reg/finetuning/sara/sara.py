@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_reg.engine.host import lightning as host
-from lightning_reg.engine.host.arguments import check_choice, check_number
+from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.run.engine import attached_engine
 from lightning_reg.engine.technique import PenaltyTechnique
@@ -81,6 +81,7 @@ class SaRA(PenaltyTechnique, FineTuning):
         train: Patterns of names of parameters, and of layers that hold them, that are trained as they are
             (``"classifier*"``, ``"*.bias"``). A new head belongs here.
         exclude: Patterns of names of layers and weights that stay as they are (``"lm_head"``).
+        rest_norms: Whether batch norm that is not trained is in evaluation mode meanwhile; in PEFT it is not.
         save: ``"full"`` checkpoints are those of the plain module and the callback's state beside it; ``"delta"`` ones
             hold what was trained, buffers and a hash of all else, and load where the module begins with the same.
         name: Tells several instances in one Trainer apart; they must not share a weight.
@@ -108,6 +109,7 @@ class SaRA(PenaltyTechnique, FineTuning):
         layers: list[str] | str = "auto",
         train: list[str] | str | None = None,
         exclude: list[str] | str | None = None,
+        rest_norms: bool = False,
         save: Literal["full", "delta"] = "full",
         name: str | None = None,
         seed: int = 0,
@@ -124,10 +126,12 @@ class SaRA(PenaltyTechnique, FineTuning):
         check_number(self, "min_side", min_side, low=1, integer=True)
         if readjust_at is not None:
             check_number(self, "readjust_at", readjust_at, low=0, high=1, low_open=True, high_open=True)
+        check_bool(self, "rest_norms", rest_norms)
         check_choice(self, "save", save, ("full", "delta"))
         self.fraction, self.threshold, self.select, self.rank_weight = fraction, threshold, select, rank_weight
         self.rank_every_n_steps, self.min_side, self.readjust_at = rank_every_n_steps, min_side, readjust_at
         self.layers, self.train, self.exclude, self.save = layers, train, exclude, save
+        self.rest_norms = rest_norms
         self.latents = Latents(frozen=True, own_decay=True)
         self._left: dict[str, list[str]] = {}
         self._matrices: list[str] = []

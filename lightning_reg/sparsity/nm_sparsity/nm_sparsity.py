@@ -233,7 +233,8 @@ class NMSparsity(WeightTechnique):
         if shared:
             raise MisconfigurationException(
                 f"{type(self).__name__} and {type(other).__name__} cannot stand together on {shared[0]!r}: masks are"
-                " chosen for a weight, and each step runs with another one there. Exclude it in one of them."
+                " chosen for a weight, each step runs with another one there, and a product of factors has no zeros."
+                " Exclude it in one of them, or give the layers that are exported to a training with masks."
             )
 
     @override
