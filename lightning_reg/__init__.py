@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from lightning_reg.averaging.model_soups.model_soups import SoupAverager as SoupAverager
     from lightning_reg.averaging.weight_merging.wise_ft import WiSEFT as WiSEFT
     from lightning_reg.continual.ovor.one_prompt import OnePrompt as OnePrompt
-    from lightning_reg.continual.ovor.one_prompt import Prefix as Prefix
     from lightning_reg.continual.ovor.virtual_outliers import VirtualOutliers as VirtualOutliers
     from lightning_reg.continual.rehearsal_free_cl.feature_distillation import (
         FeatureDistillation as FeatureDistillation,
@@ -130,7 +129,6 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "SoupAverager": "lightning_reg.averaging.model_soups.model_soups",
         "WiSEFT": "lightning_reg.averaging.weight_merging.wise_ft",
         "OnePrompt": "lightning_reg.continual.ovor.one_prompt",
-        "Prefix": "lightning_reg.continual.ovor.one_prompt",
         "VirtualOutliers": "lightning_reg.continual.ovor.virtual_outliers",
         "FeatureDistillation": "lightning_reg.continual.rehearsal_free_cl.feature_distillation",
         "ContinualMetrics": "lightning_reg.continual.rehearsal_free_cl.metrics",

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from lightning_reg.engine.run.phases import Member
     from lightning_reg.engine.step import Stage, Step
 
-__all__ = ["OnePrompt", "Prefix"]
+__all__ = ["OnePrompt"]
 
 # What makes queries, keys and values in one, or keys and values, in layers of timm and transformers.
 _MAKERS = (("qkv",), ("k_proj", "v_proj"), ("key", "value"))
 
 
-class Prefix(nn.Module):
+class _Prefix(nn.Module):
     """Keys and values that stand before those of the tokens.
 
     Args:
@@ -169,7 +169,7 @@ class OnePrompt(ModuleTechnique, LayerTechnique):
             made_by = [layers[f"{name}.{maker}"] for maker in _makers(layers[name])]
             widths = [int(maker.out_features) for maker in made_by]  # type: ignore[arg-type]  # linear layers
             both = (widths[0] // 3,) * 2 if len(widths) == 1 else (widths[0], widths[1])
-            new[name] = Prefix(length // 2, both)
+            new[name] = _Prefix(length // 2, both)
         return self.own.modules if _shapes(new) == _shapes(self.own.modules) else new
 
     @override
@@ -239,7 +239,7 @@ class OnePrompt(ModuleTechnique, LayerTechnique):
             )
         return {name: length for name, length in zip(found, self.lengths, strict=False) if length}
 
-    def _prefix(self, call: "InputCall | LayerCall") -> Prefix:
+    def _prefix(self, call: "InputCall | LayerCall") -> _Prefix:
         name = self._places.get(call.name, call.name)
         if self.own.is_loaded:  # a test from a checkpoint, without a fit
             with torch.inference_mode(mode=False):  # a fit may go on with them
@@ -253,7 +253,7 @@ class OnePrompt(ModuleTechnique, LayerTechnique):
         if next(prefix.parameters()).device != device:  # after the fit they are on the CPU
             with torch.inference_mode(mode=False):
                 prefix.to(device)
-        return cast("Prefix", prefix)
+        return cast("_Prefix", prefix)
 
 
 def _makers(layer: nn.Module) -> tuple[str, ...]:

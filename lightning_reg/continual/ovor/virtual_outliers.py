@@ -177,6 +177,8 @@ class VirtualOutliers(TaskTechnique, LayerTechnique, LossTechnique):
 
     @override
     def conflict_with(self, other: "Member") -> str | None:
+        if isinstance(other, VirtualOutliers) and self.weight and other.weight:
+            return "each trains its head alone, so that neither head would be trained. Remove one of them."
         replaces = {"change_losses", "change_targets"}.intersection(phases_of(other)) and other.loss == self.loss
         if self.new_classes is not None and replaces:
             return (
