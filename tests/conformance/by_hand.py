@@ -97,6 +97,7 @@ class Hand:
 
     copies = 1
     comes_first = False  # whether its use of weights comes before that of others, whatever the order of the callbacks
+    stands_inside = False  # whether what it does to a layer is done within, before outputs are changed
     kind = ""  # which of several losses it works on
 
     def __init__(self, technique: Any) -> None:
@@ -320,7 +321,7 @@ class Loop:
 
     def edited(self, name: str, rows: Tensor, moment: Moment, copy: int) -> Tensor:
         """A layer's output as the techniques leave it."""
-        for hand in self.hands:
+        for hand in sorted(self.hands, key=lambda hand: not hand.stands_inside):
             rows = hand.edit(name, rows, moment, copy)
         return rows
 

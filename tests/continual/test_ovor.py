@@ -151,6 +151,8 @@ def attended(tokens, weights, key, value):
 
 
 class PromptedByHand(Hand):
+    stands_inside = True
+
     def begin(self, loop):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.technique.derived_seed("own modules"))

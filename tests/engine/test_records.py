@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, SubsetRandomSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler, SubsetRandomSampler, TensorDataset
 
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.modules import checksum
@@ -177,6 +177,28 @@ def test_each_sample_that_is_drawn_has_one_row_in_the_order_of_the_indices(how, 
     assert found.rows_of(torch.tensor(rows[::-1])).tolist() == list(range(len(rows)))[::-1]
     with pytest.raises(KeyError, match="no record of sample"):
         found.rows_of(torch.tensor([rows[0], 31 if 31 not in rows else 99]))
+
+
+class Turning(SequentialSampler):
+    """Begins one sample later in each pass."""
+
+    passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        return iter([(i + self.passes) % SAMPLES for i in range(SAMPLES)])
+
+
+def test_a_sampler_with_a_state_of_its_own_does_not_notice():
+    def end(*techniques):
+        data = TensorDataset(*make_tensors())
+        model, loader = Classifier(), make_loader(data, sampler=Turning(data))
+        fit(model, *techniques, loader=loader)
+        return model, loader.sampler.passes
+
+    (plain, passes), (watched, its_passes) = end(), end(Records())
+    assert passes == its_passes == 2
+    assert same_weights(plain, watched)
 
 
 SEEN = []

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from lightning_reg import CoreTuning, DRTune, Mixup
+from lightning_reg import CoreTuning, DRTune, Mixup, NestedDropout
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.functional import (
     MixedRows,
@@ -359,6 +359,13 @@ def test_maps_of_labels_are_refused_in_words():
 def test_mixed_batches_are_refused():
     with pytest.raises(MisconfigurationException, match="CoreTuning"):
         fit(Classifier(), Mixup(), CoreTuning(**TOY))
+
+
+def test_what_changes_the_inputs_of_the_head_is_refused_where_the_head_gets_mixed_rows():
+    with pytest.raises(MisconfigurationException, match=r"the head 'net.3' gets mixed features"):
+        fit(Classifier(), NestedDropout("net.3", eta=2), CoreTuning(**TOY))
+    fit(Classifier(), NestedDropout("net.3", eta=2, k="all"), CoreTuning(**TOY, smooth_classifier=False), max_epochs=1)
+    fit(Classifier(), NestedDropout("net.0", eta=2, k="all"), CoreTuning(**TOY), max_epochs=1)
 
 
 def test_beside_dr_tune_each_does_its_own():

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from lightning_reg.engine.data.blend import draw_lam
@@ -13,6 +14,7 @@ from lightning_reg.engine.host.arguments import check_bool, check_choice, check_
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.layers.embeddings import Pooling, embeddings
 from lightning_reg.engine.loss.contrastive import rows_in_turn, unit_rows
+from lightning_reg.engine.run.phases import Member, phases_of
 from lightning_reg.engine.technique import LossTechnique, ModuleTechnique
 from lightning_reg.engine.weights.owned import OwnModules
 from lightning_reg.engine.weights.strategies import check_whole
@@ -163,6 +165,17 @@ class CoreTuning(ModuleTechnique, LossTechnique):
     @override
     def check(self, trainer: "Trainer", module: "LightningModule") -> None:
         check_whole(self, trainer, "reads")
+
+    @override
+    def conflict_with(self, other: Member) -> str | None:
+        arguments = {key: value for key, value in vars(other).items() if key[0] != "_"}
+        edits = {"edit_inputs", "edit_features"} & set(phases_of(other))
+        if not (self.smooth_classifier and edits and self.head in tree_leaves(arguments)):
+            return None
+        return (
+            f"the head {self.head!r} gets mixed features from CoreTuning(smooth_classifier=True), past what"
+            f" {type(other).__name__} does at it. Write smooth_classifier=False, or remove one of them."
+        )
 
     @override
     def is_active(self, step: "Step") -> bool:
