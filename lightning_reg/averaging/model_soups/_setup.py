@@ -30,8 +30,8 @@ __all__ = [
     "check_state",
     "chosen_tensors",
     "kept_checkpoints",
-    "missing_mass",
     "new_folder",
+    "why_it_keeps",
 ]
 
 
@@ -91,8 +91,25 @@ def _check_strategy(soup: SoupArguments, strategy: str) -> None:
             )
 
 
-def missing_mass(soup: SoupArguments, trainer: "Trainer", epochs: int) -> str:
-    """Why a gaussian average is none when a fit ends after so many epochs, as a clause; "" if it is one."""
+def why_it_keeps(soup: SoupArguments, trainer: "Trainer", epochs: int, taken: int, left_out: int) -> str:
+    """Why the module keeps its weights when a fit ends, as a clause; "" if there is an average.
+
+    Args:
+        soup: The averager.
+        trainer: The Trainer.
+        epochs: Epochs that have ended.
+        taken: How many snapshots or updates there are.
+        left_out: How many there were that are not finite.
+
+    Returns:
+        The clause.
+
+    """
+    if not taken:
+        return (
+            f"the fit ended before the first {'finite ' if left_out else ''}snapshot (start_step={soup.start_step},"
+            f" every_n_epochs={soup.every_n_epochs}, every_n_steps={soup.every_n_steps})"
+        )
     if soup.method != "gaussian" or soup.mean_epoch is None or soup.std_epochs is None:
         return ""
     most = trainer.max_epochs if (trainer.max_epochs or -1) > 0 else None

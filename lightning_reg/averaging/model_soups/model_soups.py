@@ -26,8 +26,8 @@ from lightning_reg.averaging.model_soups._setup import (
     check_state,
     chosen_tensors,
     kept_checkpoints,
-    missing_mass,
     new_folder,
+    why_it_keeps,
 )
 from lightning_reg.averaging.model_soups._soup import average_of_state, fault_of_state
 from lightning_reg.averaging.model_soups._validation import Validation, agreed_score
@@ -178,8 +178,8 @@ class SoupAverager(Technique):
         self.every_n_epochs, self.every_n_steps, self.from_checkpoints = every_n_epochs, every_n_steps, from_checkpoints
         self.start_step, self.last_k, self.max_ingredients = start_step, last_k, max_ingredients
         self.min_delta, self.strict, self.greedy_at = min_delta, strict, greedy_at
-        self.decay, self.half_life_steps, self.warmup_steps = decay, half_life_steps, warmup_steps
-        self.mean_epoch, self.std_epochs = mean_epoch, std_epochs
+        self.decay, self.half_life_steps, self.mean_epoch = decay, half_life_steps, mean_epoch
+        self.std_epochs, self.warmup_steps = std_epochs, warmup_steps
         self.bn_update_batches, self.include, self.exclude = bn_update_batches, include, exclude
         self.keep, self.dirpath, self.keep_files = keep, dirpath, keep_files
         self.swap_for_validation, self.load_at_end = swap_for_validation, load_at_end
@@ -322,18 +322,10 @@ class SoupAverager(Technique):
         self._live.find_masks()
         source = self._source(trainer)
         self._soup.gathered.left_out.say()
-        if source.taken and (late := missing_mass(self, trainer, self._epochs)):
-            self._say_it_keeps(late)
-        elif source.taken:
-            self._finish(trainer, source, self._validation(trainer, pl_module))
-        elif not self._soup.trace:
-            kind = "finite snapshot" if self._soup.gathered.left_out.read() else "snapshot"
-            self._say_it_keeps(
-                f"the fit ended before the first {kind} (start_step={self.start_step},"
-                f" every_n_epochs={self.every_n_epochs}, every_n_steps={self.every_n_steps})"
-            )
+        if why := why_it_keeps(self, trainer, self._epochs, source.taken, self._soup.gathered.left_out.read()):
+            self._say_it_keeps(_NO_NUMBER if self._soup.trace and not source.taken else why)
         else:
-            self._say_it_keeps(_NO_NUMBER)
+            self._finish(trainer, source, self._validation(trainer, pl_module))
         if isinstance(source, Shelf):
             trainer.strategy.barrier("every rank has read the ingredients")
             if trainer.is_global_zero:

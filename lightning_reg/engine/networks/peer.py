@@ -23,7 +23,8 @@ from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.generators import isolated_randomness
 from lightning_reg.engine.host.modules import forget_compiled_call, own_buffers, own_hooks, own_parameters, uncompiled
 from lightning_reg.engine.host.names import plain_name
-from lightning_reg.engine.layers.named import FeatureTap, LayerHook, find_layer, named_layers
+from lightning_reg.engine.layers.named import FeatureTap, LayerHook
+from lightning_reg.engine.layers.outputs import given_outputs
 from lightning_reg.engine.loss.call import LossCall, loss_call
 from lightning_reg.engine.loss.call_by_hand import call_by_hand
 from lightning_reg.engine.loss.choice import Selection
@@ -352,7 +353,7 @@ class Peer:
                 else:
                     undo.enter_context(saved_tensors_hooks(_forget, _forgotten))
                 undo.enter_context(self._watch())
-                undo.enter_context(self._giving(outputs or {}))
+                undo.enter_context(given_outputs(self.module, outputs or {}, self._owner))
                 self._tap.open = True
                 loss = loss_of(self._run(step, weights))
             outputs = dict(self._tap.outputs)
@@ -397,24 +398,10 @@ class Peer:
                 continue
             other = weights[plain_name(name)].to(place.device, place.dtype).detach()
             # A leaf of its own, so that calls with a gradient are told apart; a buffer that the step may write to.
-            if is_parameter and (place.requires_grad or (all_frozen and other.is_floating_point())):
-                other = other.requires_grad_()  # a view of its own
-            others[f"module.{name}"] = other if is_parameter else other.clone()
+            leaf = place.requires_grad or (all_frozen and other.is_floating_point())
+            others[f"module.{name}"] = other.requires_grad_(leaf) if is_parameter else other.clone()
         # Not by exchanging `.data`: inside one autocast region torch goes on with the old weights.
         return functional_call(_Step(self.module, method), others, arguments)
-
-    @contextmanager
-    def _giving(self, outputs: Mapping[str, Tensor]) -> Iterator[None]:
-        """Layers give these in place of what they would make."""
-        layers, replaced = named_layers(self.module), []
-        try:
-            for name, rows in outputs.items():
-                layer, given = find_layer(layers, name, self._owner), rows.to(self.module.device)
-                replaced.append(host.Replacement(layer, "forward", partial(_given, given)))
-            yield
-        finally:
-            for each in replaced:
-                each.undo()
 
     @contextmanager
     def _watch(self) -> Iterator[None]:
@@ -471,11 +458,6 @@ class _Step(nn.Module):
     @override
     def forward(self, *arguments: Any) -> Any:
         return getattr(self.module, self._method)(*arguments)
-
-
-def _given(rows: Tensor, *_: Any, **__: Any) -> Tensor:
-    """What a layer puts out in place of its own; a leaf, so that calls with a gradient are told apart."""
-    return rows.detach().requires_grad_(torch.is_grad_enabled())
 
 
 def _detached(arguments: dict[str, Any]) -> dict[str, Any]:

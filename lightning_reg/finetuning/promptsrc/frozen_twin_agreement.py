@@ -60,7 +60,7 @@ class FrozenTwinAgreement(ReferenceTechnique, LossTechnique):
             names; for D features times :math:`\sqrt{D / 512}`. open_clip has a layer for texts in its
             ``CustomTextCLIP`` (``force_custom_text=True``); else let them pass an ``nn.Identity`` of yours.
         logit_weight: mu, at least 0. Paper: 1. The logits are those of the loss call.
-        reduction: What the divergence is divided by: ``"numel"``, B C (authors' code), or ``"batchmean"``, B.
+        logit_reduction: What the divergence is divided by: ``"numel"``, B C (authors' code), or ``"batchmean"``, B.
         normalize: Whether features are brought to length 1 first, as in the paper.
         templates: By layer of texts, what gives the features that the twin has there in place of its own: a method of
             the module, or an import path of a function that gets the module. It returns ``(N, C, D)``, or gives
@@ -88,7 +88,7 @@ class FrozenTwinAgreement(ReferenceTechnique, LossTechnique):
         self,
         features: dict[str, float],
         logit_weight: float = 1.0,
-        reduction: Literal["numel", "batchmean"] = "numel",
+        logit_reduction: Literal["numel", "batchmean"] = "numel",
         normalize: bool = True,
         templates: dict[str, str] | None = None,
         reference: str = "device",
@@ -103,7 +103,7 @@ class FrozenTwinAgreement(ReferenceTechnique, LossTechnique):
         for weight in features.values():
             check_number(self, "features", weight, low=0)
         check_number(self, "logit_weight", logit_weight, low=0)
-        check_choice(self, "reduction", reduction, ("numel", "batchmean"))
+        check_choice(self, "logit_reduction", logit_reduction, ("numel", "batchmean"))
         check_bool(self, "normalize", normalize)
         check_choice(self, "reference", reference, PLACES)
         for layer in templates or {}:
@@ -112,8 +112,8 @@ class FrozenTwinAgreement(ReferenceTechnique, LossTechnique):
                     f"FrozenTwinAgreement: `templates` must name layers of `features`, {sorted(features)}, got"
                     f" {layer!r}."
                 )
-        self.features, self.logit_weight, self.reduction, self.normalize = features, logit_weight, reduction, normalize
-        self.templates, self.reference = templates, reference
+        self.features, self.logit_weight, self.logit_reduction = features, logit_weight, logit_reduction
+        self.normalize, self.templates, self.reference = normalize, templates, reference
         self._of_features = Reference([layer for layer, weight in features.items() if weight], reference)
         self._of_call = Reference((), reference)
 
@@ -175,7 +175,7 @@ class FrozenTwinAgreement(ReferenceTechnique, LossTechnique):
                 "FrozenTwinAgreement: on a copy of the module `training_step` called no loss with a gradient, so the"
                 " frozen network's logits are not known. Let it call the same loss, or write `logit_weight=0`."
             )
-        found = [logit_agreement(copy.logits, seen.logits, self.reduction) for copy in call.copies()]
+        found = [logit_agreement(copy.logits, seen.logits, self.logit_reduction) for copy in call.copies()]
         divergence = torch.stack(found).mean()
         if call.step.is_logging:
             call.step.log(self, "logits", divergence)
