@@ -311,13 +311,18 @@ def test_losses_image_by_image(scheme, with_dropout):
     if with_dropout:
         shapes = {"a": (4, 1, 3), "b": (4, 3, 1), "c": (4, 3, 1)}
         keep = {name: keep_mask(i, rows, range(1), s, 0.1)[0] for i, (name, s) in enumerate(shapes.items())}
+    leaves = [v.requires_grad_(), known.requires_grad_(), unknown.requires_grad_()]
     losses = synthesis_losses(generator, v, labels, known, unknown, near, values, 7.0, scheme=scheme, keep=keep)
-    p = dict(generator.named_parameters())
+    gradients = torch.autograd.grad(sum(losses.values()).sum(), leaves, retain_graph=True)
+    p, total = dict(generator.named_parameters()), 0.0
     for i, y in enumerate(labels.tolist()):
         of_row = None if keep is None else {name: mask[i] for name, mask in keep.items()}
         wanted = losses_of_row(p, v[i], y, known, unknown, near[i].tolist(), values[i], 7.0, scheme, of_row, share=0.1)
         for name, value in wanted.items():
             assert losses[name][i].item() == pytest.approx(value.item(), abs=1e-10), name
+        total = total + sum(wanted.values())
+    for own, by_hand in zip(gradients, torch.autograd.grad(total, leaves), strict=True):
+        torch.testing.assert_close(own, by_hand)
 
 
 def test_a_feature_has_length_one_and_without_the_feed_forward_is_that_of_its_key():

@@ -36,7 +36,10 @@ class LocalMeanTeacher(ReferenceTechnique, StepTechnique):
         \bar\theta = a^m \theta_0 + \sum_{i=1}^m (1 - a)\, a^{m-i}\, \theta_i
 
     Use it for any long training in which the network comes to fit what it should not: few images, wrong labels. Leave
-    it where a second forward pass per step is too dear. What was measured is in ``benchmarks/effects/ogen.py``.
+    it where a second forward pass per step is too dear. On digits of which 40 % had wrong labels, compared in the
+    logits with a weight of 10, accuracy at the end was 91 % in place of 70 %
+    (``benchmarks/effects/local_mean_teacher.py``). Too large a weight loses both: 100 on the text features of a small
+    CLIP took 28 points from what it was tuned on (``benchmarks/effects/ogen.py``).
 
     Source:
         Zang, Goh, Susskind, Huang, "Overcoming the Pitfalls of Vision-Language Model Finetuning for OOD
