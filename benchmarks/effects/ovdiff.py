@@ -61,16 +61,9 @@ def run(seeds: Sequence[int]) -> list[Arm]:
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
         images, truth, present = scenes(generator)
+        noise = torch.randn(10, 8, 1, 8, 8, generator=generator)
         drawn = {
-            str(digit): sample_support(
-                denoiser,
-                torch.randn(16, 1, 8, 8, generator=generator),
-                text(prompt(digit)),
-                text(""),
-                is_digit,
-                2.0,
-                10,
-            )
+            str(digit): sample_support(denoiser, noise[digit], text(prompt(digit)), text(""), is_digit, 2.0, 8)
             for digit in range(10)
         }
         support = {name: one.images for name, one in drawn.items()}
@@ -86,7 +79,7 @@ def run(seeds: Sequence[int]) -> list[Arm]:
         ]
         for name, (which, layers, limit, masks) in kinds.items():
             extract = DenoiserFeatures(denoiser, layers, 100, text(""))
-            segmenter = PrototypeSegmenter([extract], which, parts=16, background_filter=limit)
+            segmenter = PrototypeSegmenter([extract], which, parts=8, background_filter=limit)
             segmenter.fit(support, front[masks], back[masks])
             with torch.no_grad():
                 scores = segmenter(images, present)
