@@ -38,11 +38,15 @@ def channels(images):
     return images.movedim(1, 3)
 
 
+def shifted(images):
+    return channels(2 * images + 1)
+
+
 IMAGES = drawn(2, 4, 3, 5)
 
 
 def segmenter(**options):
-    made = PrototypeSegmenter(**{"extractors": [channels, lambda x: channels(2 * x + 1)], "parts": 2, **options})
+    made = PrototypeSegmenter(**{"extractors": [channels, shifted], "parts": 2, **options})
     support = {name: drawn(3, 4, 3, 5, seed=seed) for seed, name in enumerate(("cat", "sky", "boat"), 1)}
     masks = {name: images[:, 0] > 0 for name, images in support.items()}
     made.fit(support, masks, {name: ~mask for name, mask in masks.items()}, stuff=["sky"])
@@ -69,7 +73,7 @@ CASE = (
         unet,
         (SAMPLE, PROMPT, OTHER, torch.tensor([[False, True, False]] * 2)),
         {"guidance": 2.0, "steps": 3},
-        [({"steps": 0}, "steps"), ({"null": OTHER[:, :2]}, "null")],
+        [({"steps": 0}, "steps")],
     ),
 )
 
@@ -257,7 +261,7 @@ def test_boats_have_water_around_them_and_water_is_stuff():
 
 
 def test_scores_are_averaged_over_extractors_and_windows():
-    one, two = (segmenter(extractors=[part]) for part in (channels, lambda x: channels(2 * x + 1)))
+    one, two = (segmenter(extractors=[part]) for part in (channels, shifted))
     torch.testing.assert_close(segmenter()(IMAGES), (one(IMAGES) + two(IMAGES)) / 2)
 
     def blurred(images):  # features that see the whole image
@@ -273,7 +277,7 @@ def test_scores_are_averaged_over_extractors_and_windows():
 
 
 def test_prototypes_go_through_a_state_dict_of_another_number():
-    made, other = segmenter(parts=3), PrototypeSegmenter([channels, lambda x: channels(2 * x + 1)])
+    made, other = segmenter(parts=3), PrototypeSegmenter([channels, shifted])
     with pytest.raises(ValueError, match=r"there are no prototypes\. Call `fit`"):
         other.predict(IMAGES)
     other.load_state_dict(made.state_dict())
@@ -319,6 +323,12 @@ def test_a_support_is_guided_sampling_with_the_maps_of_the_word_alone():
     x, y = training_digits()
     means = torch.stack([x[y == n].mean(0) for n in range(10)])
     assert int(((found.images - means[3]).square().mean((1, 2, 3)) < 0.5).sum()) >= 4
+
+
+def test_prompts_of_other_lengths_are_no_pair():
+    word = torch.tensor([[False, True, False]])
+    with pytest.raises(ValueError, match=r"^sample_support: `null` must have the shape of `condition`"):
+        sample_support(unet(), SAMPLE, PROMPT, OTHER[:, :2], word, 2.0, 3)
 
 
 def test_features_of_a_denoiser_are_the_outputs_of_its_layers_at_one_level():

@@ -119,7 +119,8 @@ def cosine_scores(features: Tensor, prototypes: Tensor, owner: Tensor, groups: i
     """
     wide = torch.promote_types(features.dtype, torch.float32)
     unit, rows = F.normalize(features.to(wide), dim=-1), F.normalize(prototypes.to(wide), dim=-1)
-    cosines = torch.einsum("bhwd,pd->bphw", unit, rows)
+    with torch.autocast(features.device.type, enabled=False):  # the nearest of many needs all digits
+        cosines = torch.einsum("bhwd,pd->bphw", unit, rows)
     places = owner.expand(len(cosines), -1)[..., None, None].expand_as(cosines)
     empty = torch.full((len(cosines), groups, *cosines.shape[2:]), fill, dtype=wide, device=cosines.device)
     return empty.scatter_reduce(1, places, cosines, "amax", include_self=True)
