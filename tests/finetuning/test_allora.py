@@ -62,7 +62,7 @@ class ALLoRAByHand(Hand):
 SCALED = "rank 3, row scale, eta=2, in the gradient, layers net.body*"
 CASE = Case(
     make=partial(ALLoRA, layers="net.body*", rank=3, train=["net.first", "net.head", "*.bias"]),
-    neutral=None,
+    neutral=partial(ALLoRA, train="*"),
     by_hand=ALLoRAByHand,
     says=(
         SCALED,
@@ -84,7 +84,6 @@ CASE = Case(
         ({"b_lr_factor": -1.0}, "b_lr_factor"),
         ({"keep_on": "disk"}, "keep_on"),
     ],
-    exempt={"neutral_is_nothing": "A rank of 0 is no rank: whoever wants no factors leaves the technique out."},
 )
 
 pytestmark = [*QUIET, pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*is deprecated:FutureWarning")]

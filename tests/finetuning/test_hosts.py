@@ -1,4 +1,4 @@
-"""Networks of other libraries, small and with random weights: low-rank factors and sparse entries in each."""
+"""Networks of other libraries, small and with random weights: all of fine-tuning in each."""
 
 import pytest
 import torch
@@ -23,7 +23,8 @@ from transformers import (
     ViTModel,
 )
 
-from lightning_reg import ALLoRA, SaRA
+from lightning_reg import ALLoRA, MaestroLowRank, MaskTuning, SaRA
+from lightning_reg.functional import export_low_rank
 from tests.toys import QUIET, fit, same_weights, weights_of
 
 pytestmark = QUIET
@@ -199,3 +200,36 @@ def test_entries_in_other_networks(name):
     assert moved > 0.5 * technique.latents.size
     trained = set(technique.latents.index)
     assert all(torch.equal(p, start[n]) for n, p in module.named_parameters() if n not in trained)
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_masks_in_other_networks(name):
+    _, layers, _ = HOSTS[name]
+    module, technique = Trains(name), MaskTuning(layers, gradient_dropout=0.0, norm_weight=0.0, lr_factor=1e3)
+    start = weights_of(module)
+    fit(module, technique, loader=batches(), max_epochs=2)
+    masks = {weight: parts["mask"].detach() for weight, parts in technique.latents.own.items()}
+    for weight, parameter in module.named_parameters():
+        wanted = torch.where(masks[weight] > 0.005, start[weight], 0) if weight in masks else start[weight]
+        assert torch.equal(parameter, wanted)
+    off = sum(int((mask <= 0.005).sum()) for mask in masks.values())
+    assert 0 < off < technique.latents.size
+    assert sum(bool((mask != technique.init).any()) for mask in masks.values()) >= 0.7 * len(masks)
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_columns_in_other_networks_and_their_export(name):
+    _, layers, _ = HOSTS[name]
+    module, technique = Trains(name), MaestroLowRank(layers, lasso_weight=0.0, threshold=1e9)  # one column is left
+    start = weights_of(module)
+    fit(module, technique, loader=batches(), max_epochs=2)
+    parameters = dict(module.named_parameters())
+    moved = [weight for weight in technique.ranks if not torch.equal(parameters[weight], start[weight])]
+    assert len(moved) >= 0.7 * len(technique.ranks)
+    assert set(technique.ranks.values()) == {1}
+    small, layers = export_low_rank(technique, module)
+    ids, images = next(iter(batches()))
+    with torch.no_grad():
+        before, after = (m.eval().net(ids, images) for m in (module, small))
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
+    assert bool(layers) is (name != "attention")  # whose layers stay, of fewer columns

@@ -75,7 +75,7 @@ class ALLoRA(FineTuning):
         mode: Where a row is scaled: ``"grad"`` (paper), or ``"update"``, the change of B in the optimizer's step.
         b_lr_factor: Learning rate of B as a multiple of that of A, at least 0. LoRA+: 16. Neutral: 1.
         train: Patterns of names of parameters, and of layers that hold them, that are trained as they are:
-            (``"classifier*"``, ``"*.bias"``). A new head belongs here.
+            (``"classifier*"``, ``"*.bias"``, ``"*norm*"``). A new head belongs here. Neutral: ``"*"``.
         exclude: Patterns of names of layers and weights that get no factors (``"lm_head"``).
         rest_norms: Whether batch norm that is not trained is in evaluation mode meanwhile; in PEFT it is not.
         start: Folder of an adapter of PEFT's whose factors the training begins with, see :func:`from_peft`; ``None``
