@@ -60,6 +60,7 @@ CORES = sorted(module for module in MODULES if module.endswith(".core"))
 # Of one new process, whose start takes seconds; of the processor's time, which others on the machine do not take.
 IMPORTING = f"""
 import importlib, json, sys, time
+sys.modules["diffusers"] = None  # as where it is not installed
 started = time.process_time()
 import torch
 theirs = time.process_time() - started
@@ -73,13 +74,19 @@ for name in lightning_reg.functional.__all__:
 for core in {CORES}:
     importlib.import_module(core)
 twins = [name for name in sys.modules if name.split(".")[0] in ("lightning", "pytorch_lightning")]
-print(json.dumps([theirs, ours, loaded, twins, torch.cuda.is_initialized()]))
+initialized = torch.cuda.is_initialized()
+public = [name for name in lightning_reg.__all__ if getattr(lightning_reg, name)]
+print(json.dumps([theirs, ours, loaded, twins, initialized, public]))
 """
 
 
 @pytest.fixture(scope="module")
 def imported():
-    """Seconds of torch's import and of ours, what ours has loaded, what cores have of Lightning, whether CUDA is on."""
+    """What is found of imports in a new process.
+
+    Seconds of torch's and of ours, what ours has loaded, what cores have of Lightning, whether CUDA is on, the names
+    that can be imported without diffusers.
+    """
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", IMPORTING], capture_output=True, text=True, check=True)
     return json.loads(run.stdout)
 
@@ -89,11 +96,16 @@ def test_what_works_in_any_loop_imports_no_lightning(imported):
 
 
 def test_import_adds_next_to_nothing_to_that_of_torch_and_touches_no_device(imported):
-    theirs, ours, loaded, _, initialized = imported
+    theirs, ours, loaded, _, initialized, _ = imported
     assert not initialized
     # However many techniques there are: a name's file is imported when the name is asked for.
     assert loaded == ["lightning_reg._deprecated", "lightning_reg._lazy", "lightning_reg.version"]
     assert ours < 0.01 * theirs  # and so of Lightning's, which has torch's in it
+
+
+def test_every_public_name_is_imported_without_diffusers(imported):
+    assert {"Denoiser", "DiffusionClassifierEval", "DecorProjection"} < set(imported[5])
+    assert imported[5] == lightning_reg.__all__
 
 
 @pytest.mark.parametrize("core", CORES)
