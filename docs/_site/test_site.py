@@ -22,6 +22,7 @@ LOOKED_AT = [
     "techniques/noisy_labels/ELRCallback.html",
     "techniques/sparsity/NMSparsity.html",
     "techniques/metric_learning/ConR.html",
+    "techniques/metric_learning/Loki.html",
     "functions/averaging.html",
     "how-to/pictures.html",
     "measured.html",
@@ -106,7 +107,7 @@ def test_all_pages_load_ask_nobody_else_and_draw_their_formulas(browser, address
     for page in PAGES:
         browser.get(f"{address}/{page}")
         assert complaints(browser) == [], page
-        asked, sizes, words = browser.execute_script(
+        asked, sizes, words, not_there = browser.execute_script(
             """
             const copy = document.querySelector('article').cloneNode(true);
             copy.querySelectorAll('math, code, pre').forEach(node => node.remove());
@@ -115,11 +116,13 @@ def test_all_pages_load_ask_nobody_else_and_draw_their_formulas(browser, address
                 [...document.querySelectorAll('math')].map(m => m.getBoundingClientRect())
                     .map(box => [box.width, box.height]),
                 copy.textContent,
+                [...document.images].filter(image => !(image.complete && image.naturalWidth)).map(image => image.src),
             ]
             """
         )
         assert [one for one in asked if not one.startswith((address, "data:", "blob:"))] == [], page
         assert all(width > 3 and height > 3 for width, height in sizes), page
+        assert not_there == [], page
         assert not any(mark in words for mark in ("\\", "$", ":math:", ":class:", "``")), page
         formulas += len(sizes)
     assert formulas > 150
@@ -131,6 +134,9 @@ def test_all_pages_load_ask_nobody_else_and_draw_their_formulas(browser, address
     [
         ("ELRCallback", "techniques/noisy_labels/ELRCallback.html"),
         ("EWC", "techniques/continual/EWC.html"),
+        ("NMSparsity", "techniques/sparsity/NMSparsity.html"),
+        ("CutMix", "techniques/augmentation/CutMix.html"),
+        ("SoupAverager", "techniques/averaging/SoupAverager.html"),
         ("augment", "arguments.html"),
     ],
 )
