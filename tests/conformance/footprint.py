@@ -43,7 +43,8 @@ def globals_of_torch() -> dict[str, Any]:
     owners = (F, Tensor, nn.Module, nn.Linear, torch.optim.Optimizer, torch.optim.SGD, torch.autograd, DataLoader)
     owners += (LightningModule, Trainer, Strategy, SingleDeviceStrategy, Model)
     return {
-        **{owner.__name__: {name: id(value) for name, value in vars(owner).items()} for owner in owners},
+        # `copy` notes a class's slots on the class when it first copies one, whoever asks for the copy.
+        **{one.__name__: {k: id(v) for k, v in vars(one).items() if k != "__slotnames__"} for one in owners},
         "function modes": len(_get_current_function_mode_stack()),
         "grad enabled": torch.is_grad_enabled(),
         "autocast": torch.is_autocast_enabled("cpu"),
