@@ -66,6 +66,7 @@ CASE = Case(
     by_hand=ALLoRAByHand,
     says=(
         SCALED,
+        "rank 8, row scale, eta=2, in the gradient, layers auto",
         "rank 3, row scale, eta=1.5, in the update, layers net.body*",
         "rank 2, LoRA, alpha=4, B at 8 of the learning rate, layers auto",
         "rank 2, rsLoRA, alpha=2, layers auto",
