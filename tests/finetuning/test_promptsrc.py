@@ -117,6 +117,8 @@ def toy():
 class PromptsByHand(Hand):
     """The toy's towers written out, with prompts for images in three layers and for texts in two."""
 
+    stands_inside = True
+
     def begin(self, loop):
         def drawn(kind, *shape):
             generator = torch.Generator().manual_seed(self.technique.derived_seed(f"{kind} prompts"))
