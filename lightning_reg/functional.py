@@ -78,7 +78,6 @@ if TYPE_CHECKING:
     from lightning_reg.diffusion.null_text_inversion.null_text_invert import null_text_sample as null_text_sample
     from lightning_reg.diffusion.null_text_inversion.prompt_to_prompt import prompt_to_prompt as prompt_to_prompt
     from lightning_reg.diffusion.ovdiff.core import Masks as Masks
-    from lightning_reg.diffusion.ovdiff.core import PrototypeKind as PrototypeKind
     from lightning_reg.diffusion.ovdiff.core import attention_masks as attention_masks
     from lightning_reg.diffusion.ovdiff.core import best_caption as best_caption
     from lightning_reg.diffusion.ovdiff.core import build_prototypes as build_prototypes
@@ -319,7 +318,6 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "null_text_sample": "lightning_reg.diffusion.null_text_inversion.null_text_invert",
         "prompt_to_prompt": "lightning_reg.diffusion.null_text_inversion.prompt_to_prompt",
         "Masks": "lightning_reg.diffusion.ovdiff.core",
-        "PrototypeKind": "lightning_reg.diffusion.ovdiff.core",
         "attention_masks": "lightning_reg.diffusion.ovdiff.core",
         "best_caption": "lightning_reg.diffusion.ovdiff.core",
         "build_prototypes": "lightning_reg.diffusion.ovdiff.core",

@@ -17,9 +17,12 @@ NOTEBOOKS = [notebooks.notebook_of(script) for script in notebooks.scripts()]
 OURS = {
     "adapt_then_unlearn",
     "continual_learning",
-    "find_wrong_labels",
+    "diffusion_classifier",
+    "failures",
     "few_shot",
+    "find_wrong_labels",
     "fine_tuning",
+    "guidance",
     "imbalanced_regression",
     "llm_reweighting",
     "metric_learning",
@@ -188,6 +191,27 @@ def is_fine_tuning(space, folder, printed):
     assert results["full"]["held"] > results["LoRA"]["held"] > results["SaRA"]["held"]
     assert len({row["new"] for row in results.values()}) == len(results)
     assert printed.startswith("before: ")
+
+
+def is_few_shot(space, folder, printed):
+    assert "unknown" in printed
+
+
+def is_diffusion_classifier(space, folder, printed):
+    assert float((space["found"].labels == space["labels"]).float().mean()) >= 0.75
+    assert "8 digits not trained on" in printed
+
+
+def is_guidance(space, folder, printed):
+    assert float(space["made"]["full guidance"].calls.double().mean()) == 8
+    assert all(
+        float(found.calls.double().mean()) < 8 for name, found in space["made"].items() if name != "full guidance"
+    )
+
+
+def is_failures(space, folder, printed):
+    assert space["found"].noise.flatten(1).norm(dim=1).tolist() == pytest.approx([8.0] * 3)
+    assert "through the sampler" in printed
 
 
 CHECKS = {name: globals()[f"is_{name}"] for name in OURS}

@@ -36,8 +36,16 @@ def run(seeds: Sequence[int]) -> list[Arm]:
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
         draws = [to_sphere(torch.randn(STARTS, 1, 8, 8, generator=generator)) for _ in range(ITERATIONS + 1)]
-        failed = [random_failures(denoiser, z, labels, labels, three, **options) for z in draws]
-        results[0].add(found=torch.stack(failed).any(0).double().mean())
+        failed = torch.stack([random_failures(denoiser, z, labels, labels, three, **options) for z in draws])
+        at_random, wanted = torch.stack(draws)[failed], labels.expand_as(failed)[failed]
+        with torch.no_grad():
+            samples = denoiser.sample(at_random, wanted, options["null"], options["scale"], STEPS)
+        results[0].add(
+            found=failed.any(0).double().mean(),
+            confirmed=(fourth(samples).argmax(1) != wanted).double().mean(),
+            non_gaussian=non_gaussian(at_random).double().mean(),
+            distance=torch.cdist(samples.flatten(1), digits).amin(1).mean(),
+        )
         for arm in results[1:]:
             made = latent_search(
                 denoiser, draws[0], labels, labels, three, iterations=ITERATIONS, held_out=fourth, **SEARCHES[arm.name],

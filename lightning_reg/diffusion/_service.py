@@ -1,7 +1,6 @@
 """What procedures on diffusion models share: the denoiser, and the conditions of its rows."""
 
 from lightning_reg.diffusion._conditions import Condition, can_join, count_of, joined, repeated, rows_of, spread
-from lightning_reg.diffusion._named import attribute_of, denoiser_of
 from lightning_reg.diffusion._schedule import Path
 from lightning_reg.diffusion.denoiser import Denoiser, NoiseSchedule, Prediction, guided_prediction
 
@@ -11,10 +10,8 @@ __all__ = [
     "NoiseSchedule",
     "Path",
     "Prediction",
-    "attribute_of",
     "can_join",
     "count_of",
-    "denoiser_of",
     "guided_prediction",
     "joined",
     "repeated",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from typing_extensions import Self, override
 
-from lightning_reg.diffusion.denoiser import Denoiser
+from lightning_reg.diffusion._service import Denoiser
 from lightning_reg.engine.host.arguments import check_choice
 from lightning_reg.engine.host.names import Patterns, is_selected, near_names, unmatched
 

@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_reg.diffusion._conditions import Condition, can_join, joined, spread
 from lightning_reg.diffusion._schedule import Path, Scheduler, flow_levels, path_of, prediction_of
 
-__all__ = ["Denoiser", "NoiseSchedule", "Prediction", "PredictionType"]
+__all__ = ["Denoiser", "NoiseSchedule", "Prediction"]
 
 PredictionType = Literal["auto", "epsilon", "v_prediction", "sample", "flow"]
 

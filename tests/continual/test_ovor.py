@@ -135,8 +135,8 @@ class Attention(nn.Module):
 
 def tokens_network():
     first = nn.Sequential(nn.Unflatten(1, (2, 4)), nn.Linear(4, 16))
-    head = nn.Sequential(nn.Flatten(), nn.Linear(32, 4))
-    return nn.Sequential(OrderedDict(first=first, act=nn.Tanh(), body=Attention(), act_body=nn.Tanh(), head=head))
+    flat, head = nn.Sequential(nn.Tanh(), nn.Flatten()), nn.Linear(32, 4)
+    return nn.Sequential(OrderedDict(first=first, act=nn.Tanh(), body=Attention(), act_body=flat, head=head))
 
 
 def attended(tokens, weights, key, value):

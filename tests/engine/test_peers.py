@@ -15,7 +15,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_reg import FeatureDistillation, LossMixin
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.layers.named import FeatureTap
-from lightning_reg.engine.networks.peer import Peer, copy_of, load_weights_, update_average_, weights_of
+from lightning_reg.engine.networks.named_weights import load_weights_, weights_of
+from lightning_reg.engine.networks.peer import Peer, copy_of, update_average_
 from lightning_reg.engine.technique import BatchTechnique, LossTechnique
 from tests.toys import (
     BATCH,

@@ -7,7 +7,8 @@ from torch import nn
 from torch.optim import SGD
 
 from lightning_reg.engine.host.modules import checksum as exact_checksum
-from lightning_reg.engine.networks.peer import Peer, weights_of
+from lightning_reg.engine.networks.named_weights import weights_of
+from lightning_reg.engine.networks.peer import Peer
 from lightning_reg.engine.networks.references import PLACES, Reference, ReferenceTechnique
 from lightning_reg.engine.technique import LossTechnique
 from tests.toys import BATCH, QUIET, Classifier, _Toy, fit, make_loader, make_trainer, same_weights

@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from lightning_reg.averaging.weight_merging.core import wise_ft, wise_ft_curve
 from lightning_reg.engine.host.arguments import check_number
-from lightning_reg.engine.networks.peer import load_weights_, weights_of
+from lightning_reg.engine.networks.named_weights import load_weights_, weights_of
 from lightning_reg.engine.networks.references import Reference
 from lightning_reg.engine.run.phases import Member
 from lightning_reg.engine.technique import BatchTechnique

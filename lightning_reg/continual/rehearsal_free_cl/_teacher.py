@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_reg.engine.networks.peer import weights_of
+from lightning_reg.engine.networks.named_weights import weights_of
 from lightning_reg.engine.networks.references import Reference
 
 __all__ = ["Teacher", "network"]

@@ -10,7 +10,8 @@ from lightning_reg.continual.rehearsal_free_cl._teacher import Teacher, network
 from lightning_reg.continual.rehearsal_free_cl.core import feature_distillation_loss
 from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.networks.peer import check_runs_on_copy, weights_of
+from lightning_reg.engine.networks.named_weights import weights_of
+from lightning_reg.engine.networks.peer import check_runs_on_copy
 from lightning_reg.engine.networks.references import ReferenceTechnique
 from lightning_reg.engine.technique import LossTechnique
 

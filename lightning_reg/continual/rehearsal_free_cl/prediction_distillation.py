@@ -15,7 +15,8 @@ from lightning_reg.continual.rehearsal_free_cl.core import (
 )
 from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.networks.peer import check_runs_on_copy, weights_of
+from lightning_reg.engine.networks.named_weights import weights_of
+from lightning_reg.engine.networks.peer import check_runs_on_copy
 from lightning_reg.engine.networks.references import ReferenceTechnique
 from lightning_reg.engine.technique import LossTechnique
 

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from lightning_reg.continual.weight_anchors.core import parts_like, pull_, quadratic_penalty
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.networks.peer import is_grown
+from lightning_reg.engine.networks.named_weights import is_grown
 from lightning_reg.engine.weights.swap import named_weights
 
 __all__ = ["Slot", "Ties", "add_earlier_", "free_rows_"]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_reg.diffusion._service import attribute_of, denoiser_of
+from lightning_reg.diffusion._named import attribute_of, denoiser_of
 from lightning_reg.diffusion.diffusion_classifier.core import LOSSES, ErrorLoss
 from lightning_reg.diffusion.diffusion_classifier.diffusion_classifier import DiffusionClassifier, check_stages
 from lightning_reg.diffusion.diffusion_classifier.metrics import DiffusionAccuracy

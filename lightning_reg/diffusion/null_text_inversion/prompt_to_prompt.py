@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_reg.diffusion._attention import AttentionMaps, AttentionPlace
 from lightning_reg.diffusion._service import Condition, Denoiser, spread
-from lightning_reg.diffusion.attention import AttentionMaps, AttentionPlace
 from lightning_reg.diffusion.null_text_inversion.core import TokenMap, blend_mask, edited_maps
 from lightning_reg.diffusion.null_text_inversion.null_text_inversion import NullTextInversion
 from lightning_reg.diffusion.null_text_inversion.null_text_invert import check_finished, device_of, sampled_step

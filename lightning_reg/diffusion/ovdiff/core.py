@@ -9,7 +9,6 @@ from torch import Tensor
 
 __all__ = [
     "Masks",
-    "PrototypeKind",
     "attention_masks",
     "best_caption",
     "build_prototypes",

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_reg.diffusion._attention import AttentionMaps
 from lightning_reg.diffusion._service import Condition, Denoiser, can_join, spread
-from lightning_reg.diffusion.attention import AttentionMaps
 from lightning_reg.engine.host.names import Patterns, is_selected, near_names, unmatched
 from lightning_reg.engine.host.procedures import left_as_found, procedure
 from lightning_reg.engine.host.row_bits import normals

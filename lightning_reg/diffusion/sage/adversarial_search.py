@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_reg.diffusion._service import attribute_of, denoiser_of
+from lightning_reg.diffusion._named import attribute_of, denoiser_of
 from lightning_reg.diffusion.sage._judged import Judge
 from lightning_reg.diffusion.sage.core import failure_groups, to_sphere
 from lightning_reg.diffusion.sage.latent_search import SearchResult, latent_search, random_failures

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_reg.engine.networks.peer import Peer, weights_of
+from lightning_reg.engine.networks.named_weights import weights_of
+from lightning_reg.engine.networks.peer import Peer
 from lightning_reg.engine.run.engine import attached_engine
 from lightning_reg.engine.run.phases import ThroughMap, taking_part
 from lightning_reg.engine.weights.deltas import frozen_names

@@ -15,7 +15,8 @@ from lightning_reg.engine.host.generators import isolated_randomness, own_random
 from lightning_reg.engine.host.modules import checksum
 from lightning_reg.engine.host.user_functions import user_function
 from lightning_reg.engine.layers.named import FeatureTap
-from lightning_reg.engine.networks.peer import Sight, weights_of
+from lightning_reg.engine.networks.named_weights import weights_of
+from lightning_reg.engine.networks.peer import Sight
 
 if TYPE_CHECKING:
     from lightning_reg.engine.step import Step

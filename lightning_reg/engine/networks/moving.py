@@ -10,7 +10,8 @@ from typing_extensions import override
 
 from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.names import plain_name
-from lightning_reg.engine.networks.peer import update_average_, weights_of
+from lightning_reg.engine.networks.named_weights import weights_of
+from lightning_reg.engine.networks.peer import update_average_
 from lightning_reg.engine.networks.references import Reference, ReferenceTechnique
 from lightning_reg.engine.technique import GradientTechnique
 

@@ -17,7 +17,8 @@ from lightning_reg.engine.host.generators import own_randomness
 from lightning_reg.engine.host.modules import checksum
 from lightning_reg.engine.loss.choice import no_loss_seen
 from lightning_reg.engine.loss.mixin import LossMixin
-from lightning_reg.engine.networks.peer import Peer, Sight, weights_of
+from lightning_reg.engine.networks.named_weights import weights_of
+from lightning_reg.engine.networks.peer import Peer, Sight
 from lightning_reg.engine.run.engine import attached_engine
 from lightning_reg.engine.run.passes import ordered_batches
 from lightning_reg.engine.run.watching import counted, progress

@@ -11,7 +11,8 @@ from typing_extensions import override
 
 from lightning_reg.engine.host.arguments import check_choice
 from lightning_reg.engine.networks.foreign import ForeignNetwork, MadeNetwork, stored_at
-from lightning_reg.engine.networks.peer import Peer, Sight, check_runs_on_copy, fill_, weights_of
+from lightning_reg.engine.networks.named_weights import fill_, weights_of
+from lightning_reg.engine.networks.peer import Peer, Sight, check_runs_on_copy
 from lightning_reg.engine.run.engine import Engine, attached_engine
 from lightning_reg.engine.technique import BatchTechnique
 from lightning_reg.engine.weights.strategies import check_whole

@@ -21,7 +21,8 @@ from lightning_reg.engine.host.generators import isolated_randomness, own_random
 from lightning_reg.engine.host.modules import reset_of
 from lightning_reg.engine.host.names import plain_name
 from lightning_reg.engine.networks.followed import Follower, Source, TakenOver, regroup_
-from lightning_reg.engine.networks.peer import copy_of, load_weights_, weights_of
+from lightning_reg.engine.networks.named_weights import load_weights_, weights_of
+from lightning_reg.engine.networks.peer import copy_of
 from lightning_reg.engine.step import Step
 from lightning_reg.engine.technique import Technique
 

@@ -13,7 +13,8 @@ from lightning_reg.engine.host.left_out import LeftOut
 from lightning_reg.engine.layers.named import find_layer, named_layers
 from lightning_reg.engine.networks.ensemble import JointForward, MeanOfTwo
 from lightning_reg.engine.networks.followed import Follower, Source, TakenOver
-from lightning_reg.engine.networks.peer import Peer, copy_of, load_weights_, weights_of
+from lightning_reg.engine.networks.named_weights import load_weights_, weights_of
+from lightning_reg.engine.networks.peer import Peer, copy_of
 from lightning_reg.engine.networks.trained import PeerInit, PeerStep, TrainedPeer
 from lightning_reg.noisy_labels.elr_plus.core import elr_plus_decay
 
