@@ -1,4 +1,4 @@
-"""Tune a small CLIP on eight images a class in six ways: what it gains on these classes, what it loses on the others.
+"""Tune a small CLIP on eight images a class in eight ways: what it gains on these classes, what it loses on the others.
 
 Run it with ``python examples/few_shot.py`` in a checkout, whose tests hold the CLIP; it takes about two minutes on one
 quiet core. It is a notebook too: ``examples/notebooks/few_shot.ipynb``.
@@ -29,7 +29,15 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_reg import DRTune, L2ToStart, LocalMeanTeacher, SyntheticUnknowns, WiSEFT
+from lightning_reg import (
+    CoreTuning,
+    DRTune,
+    FrozenTwinAgreement,
+    L2ToStart,
+    LocalMeanTeacher,
+    SyntheticUnknowns,
+    WiSEFT,
+)
 
 here = Path.cwd()
 sys.path.insert(0, str(next(p for p in (here, *here.parents) if (p / "tests" / "finetuning").is_dir())))
@@ -95,16 +103,20 @@ def accuracies(model: Tuned) -> dict[str, float]:
 
 
 # %% [markdown]
-# ## Six ways
+# ## Eight ways
 #
-# `L2ToStart` pulls weights back to where they began, `DRTune` lets the head also classify what the encoder made of
-# images before, `SyntheticUnknowns` makes up features of the classes that are known by name alone, `LocalMeanTeacher`
-# holds features to those of a mean of snapshots, and `WiSEFT` ends halfway between the first and the tuned weights.
+# `L2ToStart` pulls weights back to where they began, `FrozenTwinAgreement` holds features to those of the first
+# weights, `CoreTuning` contrasts hard pairs that it mixes, `DRTune` lets the head also classify what the encoder made
+# of images before, `SyntheticUnknowns` makes up features of the classes that are known by name alone,
+# `LocalMeanTeacher` holds features to those of a mean of snapshots, and `WiSEFT` ends halfway between the first and
+# the tuned weights.
 
 # %%
 WAYS = {
     "plain": None,
     "L2ToStart": partial(L2ToStart, weight=0.1),
+    "FrozenTwinAgreement (PromptSRC)": partial(FrozenTwinAgreement, {"features": 10.0}, logit_weight=1.0),
+    "CoreTuning": partial(CoreTuning, "features", "head"),
     "DRTune": partial(DRTune, "features", "head", bank_size=40),
     "SyntheticUnknowns (OGEN)": partial(
         SyntheticUnknowns, "features", known="head.weight", unknown=names[5:], scale=scale
@@ -154,7 +166,7 @@ console.print(table)
 figure, axes = plt.subplots(figsize=(6, 4), dpi=90, layout="constrained")
 mean = {key: torch.tensor([curve[key] for curve in curves]).mean(0) * 100 for key in curves[0]}
 axes.plot(mean["known"], mean["unknown"], marker=".", color="0.5", label="mixes, alpha 0 to 1")
-for (way, rows), marker in zip(results.items(), "osD^vP*", strict=True):
+for (way, rows), marker in zip(results.items(), "osD^vP*X<", strict=True):
     known, unknown = (100 * sum(row[key] for row in rows) / len(rows) for key in ("known", "unknown"))
     axes.plot(known, unknown, marker, markersize=8, label=way)
 axes.set(xlabel="accuracy on the digits tuned on (%)", ylabel="accuracy on the others (%)")

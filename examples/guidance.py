@@ -66,6 +66,9 @@ for name, found in made.items():
 console.print(summary)
 
 # %% [markdown]
+# A forecast is nearly exact here. Skipping the second answer is not: on this small model both answers point apart until
+# late, and fewer steps come nearer at the same price. Look at the curve of your own model before you skip.
+#
 # The similarity of both answers at each step says where the second one can go.
 
 # %%

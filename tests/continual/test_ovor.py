@@ -134,9 +134,9 @@ class Attention(nn.Module):
 
 
 def tokens_network():
-    first = nn.Sequential(nn.Unflatten(1, (2, 4)), nn.Linear(4, 16))
-    flat, head = nn.Sequential(nn.Tanh(), nn.Flatten()), nn.Linear(32, 4)
-    return nn.Sequential(OrderedDict(first=first, act=nn.Tanh(), body=Attention(), act_body=flat, head=head))
+    tokens, flat = nn.Sequential(nn.Tanh(), nn.Unflatten(1, (2, 16))), nn.Sequential(nn.Tanh(), nn.Flatten())
+    layers = {"first": nn.Linear(8, 32), "act": tokens, "body": Attention(), "act_body": flat, "head": nn.Linear(32, 4)}
+    return nn.Sequential(OrderedDict(layers))
 
 
 def attended(tokens, weights, key, value):
