@@ -134,9 +134,9 @@ class Attention(nn.Module):
 
 
 def tokens_network():
-    tokens, flat = nn.Sequential(nn.Tanh(), nn.Unflatten(1, (2, 16))), nn.Sequential(nn.Tanh(), nn.Flatten())
-    layers = {"first": nn.Linear(8, 32), "act": tokens, "body": Attention(), "act_body": flat, "head": nn.Linear(32, 4)}
-    return nn.Sequential(OrderedDict(layers))
+    layers = {"first": nn.Linear(8, 16), "act": nn.Tanh(), "body": nn.Linear(16, 16), "act_body": nn.Tanh()}
+    layers |= {"tokens": nn.Unflatten(1, (2, 8)), "attend": Attention(8), "flat": nn.Flatten()}
+    return nn.Sequential(OrderedDict(layers, head=nn.Linear(16, 4)))
 
 
 def attended(tokens, weights, key, value):
@@ -144,8 +144,8 @@ def attended(tokens, weights, key, value):
     q, k, v = (tokens @ weights["qkv.weight"].T + weights["qkv.bias"]).chunk(3, dim=2)
     k, v = (torch.cat([p.expand(len(tokens), -1, -1), rows], 1) for p, rows in ((key, k), (value, v)))
     heads = []
-    for part in (slice(0, 8), slice(8, 16)):
-        scores = q[:, :, part] @ k[:, :, part].transpose(1, 2) / 8**0.5
+    for part in (slice(0, 4), slice(4, 8)):
+        scores = q[:, :, part] @ k[:, :, part].transpose(1, 2) / 4**0.5
         heads.append(scores.softmax(2) @ v[:, :, part])
     return torch.cat(heads, 2) @ weights["proj.weight"].T + weights["proj.bias"]
 
@@ -156,7 +156,7 @@ class PromptedByHand(Hand):
     def begin(self, loop):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.technique.derived_seed("own modules"))
-            self.key, self.value = (torch.rand(3, 16).requires_grad_() for _ in range(2))
+            self.key, self.value = (torch.rand(3, 8).requires_grad_() for _ in range(2))
 
     def own(self):
         return [self.key, self.value]
@@ -165,24 +165,24 @@ class PromptedByHand(Hand):
         return not name.startswith("net.head")
 
     def edit_input(self, name, rows, moment):
-        if name == "net.body":
+        if name == "net.attend":
             self.tokens = rows
         return rows
 
     def edit(self, name, rows, moment, copy):
-        return self.prompted(moment.weights) if name == "net.body" else rows
+        return self.prompted(moment.weights) if name == "net.attend" else rows
 
     def begin_evaluation(self, weights):
-        prefix = self.technique.own["net.body"]
+        prefix = self.technique.own["net.attend"]
         self.key, self.value, self.weights = prefix.key.detach(), prefix.value.detach(), weights
 
     def edit_evaluation(self, name, rows):
-        if name == "net.act":
+        if name == "net.tokens":
             self.tokens = rows
-        return self.prompted(self.weights) if name == "net.body" else rows
+        return self.prompted(self.weights) if name == "net.attend" else rows
 
     def prompted(self, weights):
-        own = {key[len("net.body.") :]: w for key, w in weights.items() if key.startswith("net.body.")}
+        own = {key[len("net.attend.") :]: w for key, w in weights.items() if key.startswith("net.attend.")}
         return attended(self.tokens, own, self.key, self.value)
 
 
@@ -193,11 +193,11 @@ OF_PROMPTS = Case(
     says=(
         "3 keys and values before those of the first 1 attention layers; trained beside them: net.head*",
         "no prompts: inactive",
-        "1 keys and values before those of the first 1 attention layers among *body; trained beside them: what you"
+        "1 keys and values before those of the first 1 attention layers among *attend; trained beside them: what you"
         " have left trainable",
     ),
     data=Problem(tokens_network, labelled, F.cross_entropy, serves=["classification"]),
-    variants=[partial(OnePrompt, lengths=[2], layers="*body", lr_factor=2.0, weight_decay=0.1)],
+    variants=[partial(OnePrompt, lengths=[2], layers="*attend", lr_factor=2.0, weight_decay=0.1)],
     invalid=[
         ({"lengths": [3]}, "lengths"),
         ({"lengths": [-2]}, "lengths"),

@@ -110,8 +110,8 @@ def labelled(size):
 
 
 def toy():
-    layers = {"first": nn.Linear(8, 16), "act": nn.Tanh(), "body": ToyClip(), "act_body": nn.Tanh()}
-    return nn.Sequential(OrderedDict(layers, head=nn.Linear(9, 4)))
+    layers = {"first": nn.Linear(8, 16), "act": nn.Tanh(), "body": nn.Linear(16, 16), "act_body": nn.Tanh()}
+    return nn.Sequential(OrderedDict(layers, clip=ToyClip(), head=nn.Linear(9, 4)))
 
 
 class PromptsByHand(Hand):
@@ -130,24 +130,24 @@ class PromptsByHand(Hand):
         return [self.visual, self.text]
 
     def edit_input(self, name, rows, moment):
-        if name == "net.body":
+        if name == "net.clip":
             self.given = rows
         return rows
 
     def edit(self, name, rows, moment, copy):
-        return self.clip(moment.weights, self.given) if name == "net.body" else rows
+        return self.clip(moment.weights, self.given) if name == "net.clip" else rows
 
     def begin_evaluation(self, weights):
         self.final = weights
         self.visual, self.text = (self.technique.own[kind].prompts for kind in ("visual", "text"))
 
     def edit_evaluation(self, name, rows):
-        if name == "net.act":
+        if name == "net.act_body":
             self.given = rows
-        return self.clip(self.final, self.given) if name == "net.body" else rows
+        return self.clip(self.final, self.given) if name == "net.clip" else rows
 
     def clip(self, weights, x):
-        w = {name[len("net.body.") :]: value for name, value in weights.items() if name.startswith("net.body.")}
+        w = {name[len("net.clip.") :]: value for name, value in weights.items() if name.startswith("net.clip.")}
 
         def norm(rows, name):
             return F.layer_norm(rows, (6,), w[f"{name}.weight"], w[f"{name}.bias"])
@@ -192,7 +192,7 @@ def base_to_novel_by_loops(batches):
 
 
 LAYER = {"features": {"net.act_body": 3.0}}
-PROMPTS = partial(DeepPrompts, clip="net.body", visual=2, text=1, visual_depth=3, text_depth=2, init_std=0.5)
+PROMPTS = partial(DeepPrompts, clip="net.clip", visual=2, text=1, visual_depth=3, text_depth=2, init_std=0.5)
 CASE = (
     Case(
         make=partial(FrozenTwinAgreement, **LAYER, logit_weight=0.5),
@@ -228,15 +228,15 @@ CASE = (
         neutral=partial(PROMPTS, visual=0, text=0),
         by_hand=PromptsByHand,
         says=(
-            "prompts in net.body: 2 for images in 3 layers, 1 for texts in 2 layers",
+            "prompts in net.clip: 2 for images in 3 layers, 1 for texts in 2 layers",
             "no prompts: inactive",
-            "prompts in net.body: 2 for texts in 1 layers; 2 texts at a time",
-            "prompts in net.body: 3 for images in 1 layers",
+            "prompts in net.clip: 2 for texts in 1 layers; 2 texts at a time",
+            "prompts in net.clip: 3 for images in 1 layers",
         ),
         data=Problem(toy, labelled, F.cross_entropy, serves=["classification"]),
         variants=[
-            partial(DeepPrompts, "net.body", 0, 2, text_depth=1, text_init=[1, 2], class_chunk=2),
-            partial(DeepPrompts, "net.body", 3, 0, visual_depth=1, lr_factor=2.0, weight_decay=0.1),
+            partial(DeepPrompts, "net.clip", 0, 2, text_depth=1, text_init=[1, 2], class_chunk=2),
+            partial(DeepPrompts, "net.clip", 3, 0, visual_depth=1, lr_factor=2.0, weight_decay=0.1),
         ],
         invalid=[
             ({"visual": -1}, "visual"),
