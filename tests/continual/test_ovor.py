@@ -566,6 +566,20 @@ def test_a_vision_transformer_of_transformers():
     assert (plain - wanted).abs().max() > 0.01
 
 
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode")
+def test_a_frozen_network_in_evaluation_mode_has_the_same_prompts():
+    """It has no dropout and no batch norm, so its mode makes no difference."""
+    ends = []
+    for training in (True, False):
+        for module, head in ((vit(), "net.head*"), (hf(), "net.classifier*")):
+            module.net.train(training)
+            prompt = OnePrompt(head, [4])
+            fit(module, prompt, loader=DataLoader(images(), 8))
+            ends.append([*weights_of(module).values(), *weights_of(next(iter(prompt.own.modules.values()))).values()])
+    for one, other in zip(ends[:2], ends[2:], strict=True):
+        assert all(map(torch.equal, one, other))
+
+
 def test_what_has_no_attention_that_can_be_told_is_refused():
     refused("has 0 whose keys and values can be told", Classifier(), OnePrompt(lengths=[2]))
     refused("no attention layer has such a name", vit(), OnePrompt(lengths=[2], layers="encoder*"))
