@@ -69,7 +69,7 @@ def losses_of_row(p, v, y, known, unknown, near, values, scale, scheme="joint", 
         ]
         a = unit(sum(alone) / len(alone))
     b = [make(constant[n], constant[y][None], v[None], keep=of["b"][j]) for j, n in enumerate(near)]
-    order = sorted(range(len(unknown)), key=lambda c: -float(constant[y] @ unknown[c]))[: len(near)]
+    order = sorted(range(len(unknown)), key=lambda c: -float(constant[y] @ unknown[c].detach()))[: len(near)]
     c = [make(unknown[t], constant[y][None], v[None], keep=of["c"][j]) for j, t in enumerate(order)]
     count = len(near)
 
@@ -396,12 +396,13 @@ TOY = {"layer": "net.1", "known": "table", "unknown": waves(2, 8, step=1.4).floa
 def test_the_generator_is_alone_at_first():
     class Noted(Cosine):
         def on_train_batch_end(self, *_):
-            self.__dict__.setdefault("moved", []).append(self.table.detach().clone())
+            self.__dict__.setdefault("moved", []).append({n: p.detach().clone() for n, p in self.named_parameters()})
 
     technique, model = SyntheticUnknowns(**TOY, warmup=0.5), Noted()
-    start = model.table.detach().clone()
+    start = {name: p.detach().clone() for name, p in model.named_parameters() if name in ("table", "net.0.weight")}
     fit(model, technique)
-    assert [torch.equal(moved, start) for moved in model.moved] == [True] * 4 + [False] * 4
+    for name, first in start.items():  # embeddings, and what makes the features
+        assert [torch.equal(moved[name], first) for moved in model.moved] == [True] * 4 + [False] * 4
     plain = Noted()
     fit(plain)
     assert not same_weights(plain, model)
