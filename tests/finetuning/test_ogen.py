@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_reg import LocalMeanTeacher, SyntheticUnknowns
+from lightning_reg import DeepPrompts, LocalMeanTeacher, ModalityDropout, OnePrompt, SyntheticUnknowns
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.row_bits import keep_mask
+from lightning_reg.engine.run.composition import conflict_between
 from lightning_reg.functional import FeatureGenerator, nearest_classes, synthesis_losses, window_shares, window_size
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
@@ -452,6 +453,15 @@ def test_the_teacher_of_a_new_training_begins_anew_and_one_that_is_alone_agrees(
     fit(fresh, LocalMeanTeacher("net.3", weight=2.0), max_epochs=1)
     assert same_weights(again, fresh)
     assert not same_weights(again, plain)
+
+
+def test_what_is_trained_beside_the_module_is_in_no_snapshot_and_refused():
+    teacher = LocalMeanTeacher("net.3")
+    for other in (DeepPrompts("net"), OnePrompt()):
+        assert "the teacher would be the network without it" in conflict_between(other, teacher)
+        assert conflict_between(other, LocalMeanTeacher("net.3", weight=0.0)) is None
+    for other in (SyntheticUnknowns(**TOY), ModalityDropout(layer="net.0")):  # in evaluation as it was
+        assert conflict_between(other, teacher) is None
 
 
 def test_a_layer_that_gives_no_tensor_is_refused():
