@@ -424,6 +424,11 @@ def test_what_cannot_be_is_told_before_the_head_is_alone():
     assert conflict_between(FITTED(), PredictionDistillation()) is None
 
 
+def test_a_fit_that_ends_before_the_head_is_alone_is_told():
+    with pytest.warns(UserWarning, match=r"ended before its last 1 epochs, those from 2 on"):
+        fit(Classifier(), FITTED(), max_epochs=3, max_steps=3)
+
+
 # -- prompts in a fit -------------------------------------------------------------------------------------------------
 
 
