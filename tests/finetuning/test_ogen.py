@@ -460,7 +460,7 @@ def test_what_is_trained_beside_the_module_is_in_no_snapshot_and_refused():
     for other in (DeepPrompts("net"), OnePrompt()):
         assert "the teacher would be the network without it" in conflict_between(other, teacher)
         assert conflict_between(other, LocalMeanTeacher("net.3", weight=0.0)) is None
-    for other in (SyntheticUnknowns(**TOY), ModalityDropout(layer="net.0")):  # in evaluation as it was
+    for other in (SyntheticUnknowns(**TOY), ModalityDropout(layer="net.0", null_shape=[8])):  # in evaluation as it was
         assert conflict_between(other, teacher) is None
 
 
