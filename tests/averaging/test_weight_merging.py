@@ -6,8 +6,9 @@ from functools import partial
 import pytest
 import torch
 
-from lightning_reg import SoupAverager, WiSEFT
+from lightning_reg import DeepPrompts, OnePrompt, SoupAverager, WiSEFT
 from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.run.composition import conflict_between
 from lightning_reg.functional import average_state_dicts, dare_merge, slerp_merge, ties_merge, wise_ft, wise_ft_curve
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
@@ -282,3 +283,9 @@ def test_a_curve_of_state_dicts():
     names = iter("ab")
     with pytest.raises(ValueError, match=r"same names each time, got \['b'\] after \['a'\]"):
         wise_ft_curve(start, end, lambda _: {next(names): 0.0}, [0.0, 1.0])
+
+
+def test_what_is_trained_beside_the_module_is_in_no_mix_and_refused():
+    for other in (DeepPrompts("net"), OnePrompt()):
+        assert "is not among the weights that are mixed" in conflict_between(other, WiSEFT(0.5))
+        assert conflict_between(other, WiSEFT(1.0)) is None

@@ -143,9 +143,9 @@ def attended(tokens, weights, key, value):
     """Attention of two heads with keys and values in front, head by head."""
     q, k, v = (tokens @ weights["qkv.weight"].T + weights["qkv.bias"]).chunk(3, dim=2)
     k, v = (torch.cat([p.expand(len(tokens), -1, -1), rows], 1) for p, rows in ((key, k), (value, v)))
-    heads = []
-    for part in (slice(0, 4), slice(4, 8)):
-        scores = q[:, :, part] @ k[:, :, part].transpose(1, 2) / 4**0.5
+    heads, half = [], q.shape[2] // 2
+    for part in (slice(0, half), slice(half, None)):
+        scores = q[:, :, part] @ k[:, :, part].transpose(1, 2) / half**0.5
         heads.append(scores.softmax(2) @ v[:, :, part])
     return torch.cat(heads, 2) @ weights["proj.weight"].T + weights["proj.bias"]
 
@@ -424,6 +424,11 @@ def test_what_cannot_be_is_told_before_the_head_is_alone():
     assert conflict_between(FITTED(), PredictionDistillation()) is None
 
 
+def test_a_fit_that_ends_before_the_head_is_alone_is_told():
+    with pytest.warns(UserWarning, match=r"ended before its last 1 epochs, those from 2 on"):
+        fit(Classifier(), FITTED(), max_epochs=3, max_steps=3)
+
+
 # -- prompts in a fit -------------------------------------------------------------------------------------------------
 
 
@@ -564,6 +569,20 @@ def test_a_vision_transformer_of_transformers():
         wanted = module.scores(images().tensors[0])
     torch.testing.assert_close(module.last, wanted, atol=1e-5, rtol=1e-5)  # float32, another order of sums
     assert (plain - wanted).abs().max() > 0.01
+
+
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode")
+def test_a_frozen_network_in_evaluation_mode_has_the_same_prompts():
+    """It has no dropout and no batch norm, so its mode makes no difference."""
+    ends = []
+    for training in (True, False):
+        for module, head in ((vit(), "net.head*"), (hf(), "net.classifier*")):
+            module.net.train(training)
+            prompt = OnePrompt(head, [4])
+            fit(module, prompt, loader=DataLoader(images(), 8))
+            ends.append([*weights_of(module).values(), *weights_of(next(iter(prompt.own.modules.values()))).values()])
+    for one, other in zip(ends[:2], ends[2:], strict=True):
+        assert all(map(torch.equal, one, other))
 
 
 def test_what_has_no_attention_that_can_be_told_is_refused():

@@ -7,6 +7,7 @@ from torch import nn
 from torch.optim import SGD
 
 from lightning_reg.engine.host.modules import checksum as exact_checksum
+from lightning_reg.engine.layers.outputs import given_outputs
 from lightning_reg.engine.networks.named_weights import weights_of
 from lightning_reg.engine.networks.peer import Peer
 from lightning_reg.engine.networks.references import PLACES, Reference, ReferenceTechnique
@@ -184,3 +185,15 @@ def test_its_checksum_is_that_of_the_first_weights_during_and_after_a_fit_that_g
     assert technique.sums == resumed.sums == [first] * len(inputs())
     assert exact_checksum(technique.reference.weights) == exact_checksum(resumed.reference.weights) == first
     assert exact_checksum(weights_of(model)) != first
+
+
+def test_given_outputs_are_where_the_arguments_are_by_position_or_by_name():
+    """As of a tower of texts after a resume: they come from the file, on the CPU."""
+
+    class Texts(nn.Module):
+        def forward(self, input_ids):
+            return input_ids
+
+    model, texts = nn.Sequential(Texts()), torch.zeros(2, 3, device="meta")
+    with given_outputs(model, {"0": torch.zeros(2, 3)}, "Owner"):
+        assert model[0](texts).device == model[0](input_ids=texts).device == texts.device

@@ -116,6 +116,22 @@ class Manual(LossMixin, Classifier):
         self.optimizers().zero_grad()
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_layers_that_a_term_runs_are_not_what_others_see_of_the_step(first):
+    class Runs(StepTechnique):
+        def is_active(self, step):
+            return True
+
+        def step_term(self, step):
+            return 0.0 * step.module.net(7.0 * step.batch[0]).sum()
+
+    alone, beside = Classifier(), Classifier()
+    fit(alone, Norms())
+    runs = Runs(name="runs")
+    fit(beside, *([runs, Norms()] if first else [Norms(), runs]))
+    assert same_weights(alone, beside)
+
+
 def test_under_manual_optimization_it_joins_the_loss_that_is_handed_over():
     technique, hand = Manual(), Manual(0.5)
     fit(technique, Norms(), max_epochs=2)

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_reg import LocalMeanTeacher, SyntheticUnknowns
+from lightning_reg import DeepPrompts, LocalMeanTeacher, ModalityDropout, OnePrompt, SyntheticUnknowns
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.row_bits import keep_mask
+from lightning_reg.engine.run.composition import conflict_between
 from lightning_reg.functional import FeatureGenerator, nearest_classes, synthesis_losses, window_shares, window_size
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
@@ -69,7 +70,7 @@ def losses_of_row(p, v, y, known, unknown, near, values, scale, scheme="joint", 
         ]
         a = unit(sum(alone) / len(alone))
     b = [make(constant[n], constant[y][None], v[None], keep=of["b"][j]) for j, n in enumerate(near)]
-    order = sorted(range(len(unknown)), key=lambda c: -float(constant[y] @ unknown[c]))[: len(near)]
+    order = sorted(range(len(unknown)), key=lambda c: -float(constant[y] @ unknown[c].detach()))[: len(near)]
     c = [make(unknown[t], constant[y][None], v[None], keep=of["c"][j]) for j, t in enumerate(order)]
     count = len(near)
 
@@ -396,12 +397,13 @@ TOY = {"layer": "net.1", "known": "table", "unknown": waves(2, 8, step=1.4).floa
 def test_the_generator_is_alone_at_first():
     class Noted(Cosine):
         def on_train_batch_end(self, *_):
-            self.__dict__.setdefault("moved", []).append(self.table.detach().clone())
+            self.__dict__.setdefault("moved", []).append({n: p.detach().clone() for n, p in self.named_parameters()})
 
     technique, model = SyntheticUnknowns(**TOY, warmup=0.5), Noted()
-    start = model.table.detach().clone()
+    start = {name: p.detach().clone() for name, p in model.named_parameters() if name in ("table", "net.0.weight")}
     fit(model, technique)
-    assert [torch.equal(moved, start) for moved in model.moved] == [True] * 4 + [False] * 4
+    for name, first in start.items():  # embeddings, and what makes the features
+        assert [torch.equal(moved[name], first) for moved in model.moved] == [True] * 4 + [False] * 4
     plain = Noted()
     fit(plain)
     assert not same_weights(plain, model)
@@ -451,6 +453,15 @@ def test_the_teacher_of_a_new_training_begins_anew_and_one_that_is_alone_agrees(
     fit(fresh, LocalMeanTeacher("net.3", weight=2.0), max_epochs=1)
     assert same_weights(again, fresh)
     assert not same_weights(again, plain)
+
+
+def test_what_is_trained_beside_the_module_is_in_no_snapshot_and_refused():
+    teacher = LocalMeanTeacher("net.3")
+    for other in (DeepPrompts("net"), OnePrompt()):
+        assert "the teacher would be the network without it" in conflict_between(other, teacher)
+        assert conflict_between(other, LocalMeanTeacher("net.3", weight=0.0)) is None
+    for other in (SyntheticUnknowns(**TOY), ModalityDropout(layer="net.0", null_shape=[8])):  # in evaluation as it was
+        assert conflict_between(other, teacher) is None
 
 
 def test_a_layer_that_gives_no_tensor_is_refused():

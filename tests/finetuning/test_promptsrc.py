@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_reg import BaseToNovelAccuracy, CutMix, DeepPrompts, DRTune, FrozenTwinAgreement, SoupAverager
 from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.run.composition import conflict_between
 from lightning_reg.functional import class_template_mean, feature_l1, harmonic_mean, logit_agreement
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
@@ -420,7 +421,7 @@ def test_all_that_ask_for_the_first_network_share_its_pass():
         passes.append(module.training)
         return F.cross_entropy(module(batch[0]), batch[1])
 
-    asking = [FrozenTwinAgreement({"net.0": 1.0, "net.2": 1.0}), DRTune("net.2", "net.3", bank_size=4)]
+    asking = [FrozenTwinAgreement({"net.0": 1.0, "net.2": 1.0}), DRTune("net.2", "net.3", bank_size=4, warm_up=False)]
     fit(Classifier(step), *asking, max_epochs=1)
     assert passes == [False, True] * 4  # the twin's and the user's, in each step
     one, other = (technique.state_dict()["reference"] for technique in asking)
@@ -730,6 +731,14 @@ def test_what_is_no_place_for_prompts_is_refused_in_words(options, words):
     technique = DeepPrompts(**{"clip": "net", "visual_depth": 2, "text_depth": 2, **options})
     with pytest.raises(MisconfigurationException, match=words):
         fit(Names(hugging_face(), trained="logit_scale"), technique, loader=digits(4), max_epochs=1)
+
+
+def test_two_instances_in_one_tower_are_refused():
+    one = DeepPrompts("net", 2, 4, name="one")
+    assert "more prompts does what two would do" in conflict_between(one, DeepPrompts("net", 2, 0))
+    assert "more prompts does what two would do" in conflict_between(DeepPrompts("net", 0, 4), one)
+    assert conflict_between(one, DeepPrompts("clip", 2, 4)) is None
+    assert conflict_between(DeepPrompts("net", 2, 0), DeepPrompts("net", 0, 4, name="texts")) is None
 
 
 def test_a_test_without_trained_prompts_and_pooled_images_are_refused():

@@ -1,7 +1,7 @@
 """OnePrompt: one set of prefix prompts for the attention layers of a vision transformer, for all tasks."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +93,8 @@ class OnePrompt(ModuleTechnique, LayerTechnique):
         >>> trainer = Trainer(max_epochs=50, callbacks=[prompt], logger=False, enable_checkpointing=False)
 
     """
+
+    in_any_mode: ClassVar[bool] = True  # a frozen network is in evaluation mode, as from_pretrained gives it
 
     def __init__(
         self,

@@ -260,6 +260,12 @@ class VirtualOutliers(TaskTechnique, LayerTechnique, LossTechnique):
 
     @override
     def keep(self, trainer: "Trainer", module: "LightningModule") -> dict[str, Any]:
+        if self.weight and not self._made:
+            host.rank_zero_warn(
+                f"VirtualOutliers(epochs={self.epochs}): the fit ended before its last {self.epochs} epochs, those from"
+                f" {self._first_epoch} on, so the head learned from no outliers. Let it train all of `max_epochs`, or"
+                " give the Trainer fewer."
+            )
         self._made = {}
         return {}
 

@@ -37,7 +37,7 @@ def given_outputs(module: nn.Module, outputs: Mapping[str, Tensor], owner: str) 
             each.undo()
 
 
-def _given(rows: Tensor, *args: Any, **_: Any) -> Tensor:
+def _given(rows: Tensor, *args: Any, **named: Any) -> Tensor:
     # A leaf of its own, so that calls with a gradient are told apart.
-    device = next((value.device for value in args if isinstance(value, Tensor)), rows.device)
+    device = next((value.device for value in (*args, *named.values()) if isinstance(value, Tensor)), rows.device)
     return rows.to(device).detach().requires_grad_(torch.is_grad_enabled())

@@ -85,7 +85,8 @@ class TermPart(Part):
         total = loss = resting(loss) if step.alone else loss
         with step.trainer.precision_plugin.train_step_context():
             for technique in techniques:
-                term = technique.step_term(step)
+                with _observed_as_before(step):
+                    term = technique.step_term(step)
                 if term is None:
                     term = loss.new_zeros(())  # logged as such: all ranks log the same names
                 if term.dim():
@@ -97,6 +98,16 @@ class TermPart(Part):
                 if step.is_logging:
                     log_joined(step, technique, "term", term, loss)
         return total
+
+
+@contextmanager
+def _observed_as_before(step: "Step") -> Iterator[None]:
+    """Of layers that a term runs (an encoder, on other names), others still see what the step itself made of them."""
+    features, passes = dict(step.features), {name: list(rows) for name, rows in step.passes.items()}
+    yield
+    for held, before in ((step.features, features), (step.passes, passes)):
+        held.clear()
+        held.update(before)
 
 
 class GradientPart(Part):

@@ -246,6 +246,7 @@ class SyntheticUnknowns(ModuleTechnique, StepTechnique):
                         f" {tuple(rows.shape)}. Name where they are."
                     )
             v, w, u = (F.normalize(rows.float(), dim=1) for rows in (features, known, unknown))
+            v = v.detach() if step.alone else v  # else the regression would train what makes the features
             self._check(v, w, u, labels)
             self._statistics.add(*self._of_all_ranks(step, v.detach(), labels), len(w))
             losses = self._losses(step, v, labels, w, u)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
     from lightning_reg.engine.layers.edits import InputCall, LayerCall
+    from lightning_reg.engine.run.phases import Member
     from lightning_reg.engine.step import Stage, Step
 
 __all__ = ["DeepPrompts"]
@@ -138,6 +139,17 @@ class DeepPrompts(ModuleTechnique, LayerTechnique):
         parts = [f"{n} for {what} in {depth} layers" for what, (n, depth) in counts.items() if n]
         chunk = f"; {self.class_chunk} texts at a time" if self.class_chunk else ""
         return f"prompts in {self.clip or 'the module'}: {', '.join(parts)}{chunk}"
+
+    @override
+    def conflict_with(self, other: "Member") -> str | None:
+        if not isinstance(other, DeepPrompts) or self.clip != other.clip:
+            return None
+        if not (self.visual and other.visual) and not (self.text and other.text):
+            return None
+        return (
+            "each puts its prompts into the same tower of one CLIP, where the second takes the place of the first. One"
+            " of them with more prompts does what two would do."
+        )
 
     @override
     def is_active(self, step: "Step") -> bool:
