@@ -356,6 +356,15 @@ def test_maps_of_labels_are_refused_in_words():
         fit(Pixels(), CoreTuning("net.0", "net.1"), loader=maps)
 
 
+def test_smoothed_labels_are_refused_where_labels_are_mixed():
+    def step(module, batch):
+        return F.cross_entropy(module(batch[0]), batch[1], label_smoothing=0.1)
+
+    with pytest.raises(MisconfigurationException, match="has `label_smoothing`, and the smooth classifier's labels"):
+        fit(Classifier(step=step), CoreTuning(**TOY))
+    fit(Classifier(step=step), CoreTuning(**TOY, smooth_classifier=False), max_epochs=1)
+
+
 def test_mixed_batches_are_refused():
     with pytest.raises(MisconfigurationException, match="CoreTuning"):
         fit(Classifier(), Mixup(), CoreTuning(**TOY))

@@ -198,6 +198,11 @@ class CoreTuning(ModuleTechnique, LossTechnique):
     def change_losses(self, call: "LossCall") -> Tensor | None:
         if not self.smooth_classifier:
             return None
+        if call.arguments.get("label_smoothing", 0.0):
+            raise MisconfigurationException(
+                f"CoreTuning: {call} has `label_smoothing`, and the smooth classifier's labels are mixed in its place."
+                " Leave it out, or write `smooth_classifier=False`."
+            )
         mixed, own = self._mixed(call)
         head = linear_head(self, call.step.module, self.layer, self.head, mixed.features.shape[1])
         with torch.autocast(mixed.features.device.type, enabled=False):
