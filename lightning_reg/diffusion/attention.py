@@ -191,6 +191,16 @@ class AttentionMaps:
         return torch.stack(grids).mean(0)
 
 
+def check_tokens(owner: str, argument: str, *tokens: Tensor) -> None:
+    """Refuses choices of tokens that name them by their positions, or have none of them in a row."""
+    odd = next((str(one.dtype) for one in tokens if one.dtype is not torch.bool), None)
+    if odd or not bool(sum(one.any(-1) for one in tokens).all()):
+        raise ValueError(
+            f"{owner}: `{argument}` must be bool, a place for each token of the prompt and at least one True in a row,"
+            f" got {odd or 'a row without one'}. Write `ids == word` of the tokenized prompt."
+        )
+
+
 _BACKEND = "_attention_backend"  # of diffusers' processors since 0.36: which kernels they ask for
 
 
