@@ -191,6 +191,16 @@ class AttentionMaps:
         return torch.stack(grids).mean(0)
 
 
+def check_tokens(owner: str, argument: str, *tokens: Tensor) -> None:
+    """Refuses choices of tokens that name them by their positions, or have none of them in a row."""
+    odd = next((str(one.dtype) for one in tokens if one.dtype is not torch.bool), None)
+    if odd or not bool(sum(one.any(-1) for one in tokens).all()):
+        raise ValueError(
+            f"{owner}: `{argument}` must be bool, a place for each token of the prompt and at least one True in a row,"
+            f" got {odd or 'a row without one'}. Write `ids == word` of the tokenized prompt."
+        )
+
+
 _BACKEND = "_attention_backend"  # of diffusers' processors since 0.36: which kernels they ask for
 
 
@@ -220,7 +230,7 @@ class _Watched:
         places = math.prod(hidden.shape[2:]) if hidden.dim() == 4 else hidden.shape[1]
         tokens = 0 if context is None else context.shape[1]
         eyes = _Eyes(self.maps, self.layer, places, tokens, "Joint" in type(self.processor).__name__)
-        with eyes, _scores_seen(attention, eyes):
+        with eyes, _scores_seen(attention, eyes, len(hidden)):
             result = self.processor(attention, *args, **kwargs)
         if not eyes.has_seen:
             kind = type(self.processor).__name__
@@ -255,12 +265,13 @@ class _Eyes(TorchFunctionMode):
         place = self.place(call["query"].shape[-2], call["key"].shape[-2])
         if place is None or not self.wants(place):
             return output
-        weights = _weights(call)
-        changed = self.looked_at(weights, place)
-        if changed is weights:
-            return output
-        value = call["value"].repeat_interleave(call["query"].shape[1] // call["value"].shape[1], 1)
-        return (output + (changed - weights) @ value.to(weights.dtype)).to(output.dtype)
+        with torch.autocast(output.device.type, enabled=False):  # which would make products of half precision
+            weights = _weights(call)
+            changed = self.looked_at(weights, place)
+            if changed is weights:
+                return output
+            value = call["value"].repeat_interleave(call["query"].shape[1] // call["value"].shape[1], 1)
+            return (output + (changed - weights) @ value.to(weights.dtype)).to(output.dtype)
 
     def place(self, queries: int, keys: int) -> AttentionPlace | None:
         """Where the image and the prompt are in a map of this size; ``None``: it is something else."""
@@ -305,7 +316,7 @@ def _weights(call: dict[str, Any]) -> Tensor:
 
 
 @contextmanager
-def _scores_seen(attention: Any, eyes: _Eyes) -> Iterator[None]:  # noqa: ANN401 # a layer of diffusers
+def _scores_seen(attention: Any, eyes: _Eyes, count: int) -> Iterator[None]:  # noqa: ANN401 # a layer of diffusers
     """Sees the maps of processors that ask their layer for them, as those before torch 2 did."""
     own = getattr(attention, "get_attention_scores", None)
     if own is None:
@@ -316,7 +327,8 @@ def _scores_seen(attention: Any, eyes: _Eyes) -> Iterator[None]:  # noqa: ANN401
     def scores(query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
         weights: Tensor = own(query, key, mask)
         place = eyes.place(weights.shape[1], weights.shape[2])
-        if place is None or weights.shape[0] % attention.heads or eyes.has_seen or not eyes.wants(place):
+        is_slice = weights.shape[0] != count * attention.heads  # of the rows or the heads: not all would be seen
+        if place is None or is_slice or eyes.has_seen or not eyes.wants(place):
             return weights
         by_head = weights.reshape(-1, attention.heads, *weights.shape[1:]).to(
             torch.promote_types(weights.dtype, torch.float32)

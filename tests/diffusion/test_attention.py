@@ -1,6 +1,7 @@
 """Attention seen and replaced: outputs reproduced, maps by hand, processors put back."""
 
 import math
+from functools import partial
 
 import diffusers
 import pytest
@@ -9,6 +10,7 @@ from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
 
 from lightning_reg import AttentionMaps, Denoiser
+from lightning_reg.diffusion import attention
 from tests.conformance.problems import seeded
 from tests.diffusion.digits import flow_condition, flow_model, prompt, scheduler, word_model, words
 
@@ -252,8 +254,11 @@ def test_processors_that_ask_their_layer_for_maps(processors):
     with AttentionMaps(processors, replace=changed):
         torch.testing.assert_close(unet(), replaced, atol=1e-5, rtol=1e-5)
     processors.set_attn_processor(SlicedAttnProcessor(3))
-    with AttentionMaps(processors), pytest.raises(RuntimeError, match=r"attention of SlicedAttnProcessor .* not seen"):
-        unet()
+    # Slices of as many rows as there are heads would be whole maps of one sample of two.
+    for size in (3, processors.get_submodule(CROSS).heads):
+        processors.set_attn_processor(SlicedAttnProcessor(size))
+        with AttentionMaps(processors), pytest.raises(RuntimeError, match=r"of SlicedAttnProcessor .* not seen"):
+            unet()
 
 
 def test_arguments_of_a_processor_are_still_read(caplog):
@@ -275,7 +280,7 @@ def test_arguments_of_a_processor_are_still_read(caplog):
     assert not torch.equal(wanted, unet())
 
 
-def test_masks_and_half_precision_are_in_the_maps():
+def test_masks_and_half_precision_are_in_the_maps(monkeypatch):
     model, states = word_model()[0], text(3, 5)
     mask = torch.tensor([[True] * 5 + [False] * 3] * 2)
     with AttentionMaps(model) as maps, torch.no_grad():
@@ -287,6 +292,17 @@ def test_masks_and_half_precision_are_in_the_maps():
         model(X, TIMES, encoder_hidden_states=states)
         maps.means()[CROSS][:, :, 4].sum().backward()
     assert float(states.grad.abs().sum()) > 0
+    seen = []
+
+    def asked(self, call, *args, **kwargs):
+        query, key = call["query"].detach().float(), call["key"].detach().float()
+        seen.append((query.double() @ key.double().mT / query.shape[-1] ** 0.5).softmax(-1).mean(1))
+        return self(call, *args, **kwargs)
+
+    monkeypatch.setattr(attention, "_weights", partial(asked, attention._weights))
+    with AttentionMaps(model, CROSS) as maps, torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(X, TIMES, encoder_hidden_states=states)
+        torch.testing.assert_close(maps.means()[CROSS].double(), seen[0], atol=1e-6, rtol=0)
     for one in model.parameters():
         one.grad = None
 

@@ -391,6 +391,8 @@ def test_a_flow_transformer_is_inverted_and_edited_too():
     made = prompt_to_prompt(denoiser, found, own, edited)
     assert torch.equal(made.source, same.source)
     assert not torch.allclose(made.samples, made.source, atol=1e-2)
+    with pytest.raises(ValueError, match=r"or has joint attention of more places than `size_limit`=15"):
+        prompt_to_prompt(denoiser, found, own, edited, size_limit=15)
 
 
 # -- edits -------------------------------------------------------------------------------------------------------------
@@ -470,6 +472,12 @@ def test_a_blend_changes_the_sample_where_its_words_are_attended_to():
     is_word = torch.tensor([[False, True, False]] * 2)
     made = prompt_to_prompt(unet(), inversion(), PROMPT, OTHER, blend=LocalBlend(is_word, is_word, 0.95, 0.0))
     free = prompt_to_prompt(unet(), inversion(), PROMPT, OTHER)
+    nothing = is_word & ~is_word
+    for one, other, said in ((is_word[:, :1].long(), is_word, "torch.int64"), (nothing, nothing, "a row without one")):
+        with pytest.raises(ValueError, match=rf"^prompt_to_prompt: `blend` must be bool, .* got {said}"):
+            prompt_to_prompt(unet(), inversion(), PROMPT, OTHER, blend=LocalBlend(one, other))
+    # A word that the source has not.
+    prompt_to_prompt(unet(), inversion(), PROMPT, OTHER, blend=LocalBlend(nothing, is_word))
     same = made.samples == made.source
     assert bool(same.any())
     assert not bool(same.all())

@@ -245,6 +245,16 @@ def test_background_prototypes_are_filtered_by_other_foregrounds():
         assert found == [kept[0], 0, kept[1]]
 
 
+def test_at_one_no_background_is_filtered_and_a_class_without_a_place_is_refused():
+    images, everywhere = drawn(4, 16, 4, 4), torch.ones(4, 4, 4, dtype=torch.bool)
+    made = PrototypeSegmenter([channels], parts=4, background_filter=1.0)
+    both = dict.fromkeys("ab", everywhere)
+    made.fit(dict.fromkeys("ab", images), both, both)  # the same rows, of which some cosines are above 1
+    assert int((made._kept(0)[2] == 0).sum()) == 2 * (1 + 4 + 4)
+    with pytest.raises(ValueError, match=r"`foreground` must have a place of each class, got none of 'b' in all 4 im"):
+        made.fit(dict.fromkeys("ab", images), {"a": everywhere, "b": ~everywhere}, both)
+
+
 def test_boats_have_water_around_them_and_water_is_stuff():
     """Channels are cat, boat and water; a cat is beside a boat, a boat in water."""
     cat, boat, water = torch.eye(3)[:, None, :, None, None].expand(3, 1, 3, 2, 2).clone().unbind()
@@ -331,6 +341,12 @@ def test_prompts_of_other_lengths_are_no_pair():
         sample_support(unet(), SAMPLE, PROMPT, OTHER[:, :2], word, 2.0, 3)
 
 
+def test_words_are_chosen_by_places_that_are_true():
+    for tokens, said in ((torch.tensor([[1]]), "torch.int64"), (torch.zeros(1, 3) > 0, "a row without one")):
+        with pytest.raises(ValueError, match=rf"^sample_support: `tokens` must be bool, .* got {said}\. Write `ids =="):
+            sample_support(unet(), SAMPLE, PROMPT, OTHER, tokens, 2.0, 3)
+
+
 def test_features_of_a_denoiser_are_the_outputs_of_its_layers_at_one_level():
     extract = DenoiserFeatures(denoiser(), ["conv_in", "mid_block"], 100, text(""), draws=2)
     images = support(3).images
@@ -345,6 +361,8 @@ def test_features_of_a_denoiser_are_the_outputs_of_its_layers_at_one_level():
     assert not [h for m in word_model()[0].modules() for h in m._forward_hooks]
     with pytest.raises(ValueError, match=r"^DenoiserFeatures: `layers` must match .* got 'mid'. Near it: 'mid_block"):
         DenoiserFeatures(denoiser(), "mid")
+    with pytest.raises(ValueError, match=r"must be layers that make tensors, got \['down_blocks'\], which were not"):
+        DenoiserFeatures(denoiser(), "down_blocks", 100, text(""))(images)
     with pytest.raises(ValueError, match="`draws` must be at least 1"):
         DenoiserFeatures(denoiser(), "mid_block", draws=0)
 

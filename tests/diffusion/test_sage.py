@@ -301,6 +301,9 @@ def test_words_are_ordered_by_gradient_and_the_best_prompts_stay():
     assert (tuple(one.ids[0].tolist()), one.tried) == (everything[0], 2)
     two = prompt_search(network, noise, ids, [1, 0], *arguments[4:], range(12), sampler_steps=1, top_k=1, beam=1)
     assert q(two.ids[0].tolist()) <= q(one.ids[0].tolist())
+    for slots in ([-1], [0, 3]):
+        with pytest.raises(ValueError, match=r"^prompt_search: `slots` must be positions in a prompt of 3 tokens"):
+            prompt_search(network, noise, ids, slots, *arguments[4:], range(12), sampler_steps=1)
 
 
 # -- digits ------------------------------------------------------------------------------------------------------------

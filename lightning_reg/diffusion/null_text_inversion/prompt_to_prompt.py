@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_reg.diffusion._attention import AttentionMaps, AttentionPlace
+from lightning_reg.diffusion._attention import AttentionMaps, AttentionPlace, check_tokens
 from lightning_reg.diffusion._service import Condition, Denoiser, spread
 from lightning_reg.diffusion.null_text_inversion.core import TokenMap, blend_mask, edited_maps
 from lightning_reg.diffusion.null_text_inversion.null_text_inversion import NullTextInversion
@@ -108,6 +108,8 @@ def prompt_to_prompt(
             "prompt_to_prompt: `blend` must have a threshold in (0, 1) and a start in [0, 1), for samples (B, C, H, W),"
             f" got {blend.threshold!r}, {blend.start!r} and {tuple(inversion.noise.shape)}."
         )
+    if blend is not None:
+        check_tokens("prompt_to_prompt", "blend", blend.source, blend.edited)
     module.eval()
     condition, edited = (spread(one, len(inversion.noise)) for one in (condition, edited))
     editor = _Editor(module, inversion, tokens, token_weights, blend, size_limit)
@@ -167,7 +169,8 @@ class _Editor:
             if not self.has_words:
                 raise ValueError(
                     "prompt_to_prompt: no cross-attention was seen: the model takes no prompt whose tokens could be"
-                    " edited. Write `null_text_sample(denoiser, inversion, edited)`."
+                    " edited (write `null_text_sample(denoiser, inversion, edited)`), or has joint attention of more"
+                    f" places than `size_limit`={self.size_limit} (write a larger one)."
                 )
             if self.blend is not None:
                 grid = maps.grid(*self.size)

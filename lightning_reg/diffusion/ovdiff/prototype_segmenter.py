@@ -126,7 +126,7 @@ class PrototypeSegmenter(nn.Module):
             stuff: Classes that are stuff.
 
         Raises:
-            ValueError: If a class has no mask, or ``stuff`` is not among them.
+            ValueError: If a class has no mask or no place of a foreground, or ``stuff`` is not among them.
 
         """
         self.names, self.stuff = list(support), sorted(stuff)
@@ -143,6 +143,11 @@ class PrototypeSegmenter(nn.Module):
             for name, images in support.items():
                 features = extract(images)
                 front.append(build_prototypes(features, foreground[name], self.kinds, self.parts, self.seed))
+                if not len(front[-1]):
+                    raise ValueError(
+                        f"PrototypeSegmenter: `foreground` must have a place of each class, got none of {name!r} in all"
+                        f" {len(images)} images: nothing would ever be taken for it. Draw others, or leave it out."
+                    )
                 mask = torch.zeros_like(foreground[name]) if name in stuff else background[name]
                 back.append(build_prototypes(features, mask, self.kinds, self.parts, self.seed))
             back = [self._filtered(rows, place, front) for place, rows in enumerate(back)]
@@ -160,7 +165,7 @@ class PrototypeSegmenter(nn.Module):
             for number, other in enumerate(front)
             if number != place and (self.filter_against == "all" or self.names[number] in self.stuff)
         ]
-        if not others or not len(rows):
+        if not others or not len(rows) or self.background_filter == 1:  # a cosine may be rounded to above 1
             return rows
         cosines = F.normalize(rows, dim=1) @ F.normalize(torch.cat(others), dim=1).T
         return rows[cosines.amax(1) <= self.background_filter] if cosines.shape[1] else rows

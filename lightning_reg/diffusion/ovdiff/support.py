@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_reg.diffusion._attention import AttentionMaps
+from lightning_reg.diffusion._attention import AttentionMaps, check_tokens
 from lightning_reg.diffusion._service import Condition, Denoiser, can_join, spread
 from lightning_reg.engine.host.names import Patterns, is_selected, near_names, unmatched
 from lightning_reg.engine.host.procedures import left_as_found, procedure
@@ -65,7 +65,7 @@ def sample_support(
         Images and maps.
 
     Raises:
-        ValueError: If ``steps`` is below 1, or the model has no attention to a prompt.
+        ValueError: If ``steps`` is below 1, ``tokens`` chooses none, or the model has no attention to a prompt.
 
     Example:
         >>> Support(torch.zeros(2, 1, 8, 8), torch.zeros(2, 8, 8)).maps.shape
@@ -74,6 +74,7 @@ def sample_support(
     """
     if not steps >= 1:
         raise ValueError(f"sample_support: `steps` must be at least 1, got {steps!r}.")
+    check_tokens("sample_support", "tokens", tokens)
     module.eval()
     count, (height, width) = len(noise), noise.shape[-2:]
     condition, null = spread(condition, count), spread(null, count)
@@ -161,6 +162,11 @@ class DenoiserFeatures:
         finally:
             for hook in hooks:
                 hook.remove()
+        if not kept:
+            raise ValueError(
+                f"DenoiserFeatures: `layers` must be layers that make tensors, got {self.layers}, which were not called"
+                " or made none: a list of layers is called by none. Write the names of those in it, or `name.*`."
+            )
         return _joined(kept, images.shape[-2:])
 
 

@@ -195,6 +195,10 @@ def prompt_search(
 
     """
     check_search("prompt_search", judges, {"sampler_steps": sampler_steps, "top_k": top_k, "beam": beam}, {})
+    if not all(0 <= slot < len(ids) for slot in slots):
+        raise ValueError(
+            f"prompt_search: `slots` must be positions in a prompt of {len(ids)} tokens, from 0, got {list(slots)}."
+        )
     vectors, labels = embedding.detach().float(), torch.full((len(noise),), label, device=noise.device)
 
     def probability(embedded: Tensor, *, through: bool = False) -> Tensor:
