@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from types import TracebackType
 from typing import Any, Literal, TypeAlias
 
@@ -194,7 +195,7 @@ class AttentionMaps:
 def check_tokens(owner: str, argument: str, *tokens: Tensor) -> None:
     """Refuses choices of tokens that name them by their positions, or have none of them in a row."""
     odd = next((str(one.dtype) for one in tokens if one.dtype is not torch.bool), None)
-    if odd or not bool(sum(one.any(-1) for one in tokens).all()):
+    if odd or not bool(reduce(torch.logical_or, [one.any(-1) for one in tokens]).all()):
         raise ValueError(
             f"{owner}: `{argument}` must be bool, a place for each token of the prompt and at least one True in a row,"
             f" got {odd or 'a row without one'}. Write `ids == word` of the tokenized prompt."
