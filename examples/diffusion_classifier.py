@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+import lightning_reg
 from lightning_reg import Denoiser, DiffusionClassifier
 from lightning_reg.functional import classify_images
 
@@ -37,8 +38,7 @@ console = Console()
 # transformer of diffusers with its scheduler, and any function of `(x, t, condition)`.
 
 # %%
-root = next(path for path in (Path.cwd(), *Path.cwd().parents) if (path / "tests" / "diffusion").is_dir())
-sys.path.insert(0, str(root))
+sys.path.insert(0, str(Path(lightning_reg.__file__).resolve().parents[1]))  # the checkout that is installed
 from tests.diffusion.digits import class_model, held_out, scheduler  # noqa: E402 # found by the line above
 
 denoiser = Denoiser(class_model(), scheduler())
@@ -69,10 +69,10 @@ console.print(summary)
 posterior = classifier(images).softmax(1)
 figure, axes = plt.subplots(2, 6, figsize=(7.5, 3.4), gridspec_kw={"height_ratios": [1, 1]})
 for column in range(6):
-    axes[0, column].imshow(images[column, 0], cmap="gray_r")
+    axes[0, column].imshow(images[column, 0].numpy(), cmap="gray_r")
     axes[0, column].set_title(f"digit {int(labels[column])}", fontsize=9)
     axes[0, column].axis("off")
-    axes[1, column].bar(range(10), posterior[column].detach(), color="#1f4e8c")
+    axes[1, column].bar(range(10), posterior[column].detach().numpy(), color="#1f4e8c")
     axes[1, column].set(ylim=(0, 1), xticks=(0, 3, 6, 9), yticks=() if column else (0, 0.5, 1))
 axes[1, 0].set_ylabel("posterior")
 figure.tight_layout()

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+import lightning_reg
 from lightning_reg import Denoiser
 from lightning_reg.functional import (
     failure_groups,
@@ -43,8 +44,7 @@ console = Console()
 # repository, and four small classifiers; the fourth takes no part in the search.
 
 # %%
-root = next(path for path in (Path.cwd(), *Path.cwd().parents) if (path / "tests" / "diffusion").is_dir())
-sys.path.insert(0, str(root))
+sys.path.insert(0, str(Path(lightning_reg.__file__).resolve().parents[1]))  # the checkout that is installed
 from tests.diffusion.digits import NULL, class_model, scheduler, training_digits  # noqa: E402 # by the line above
 
 denoiser = Denoiser(class_model(), scheduler())
@@ -100,7 +100,7 @@ count = min(STARTS, 8)
 figure, axes = plt.subplots(2, count, figsize=(7.5, 2.4))
 for column in range(count):
     for line, picture in enumerate((before, found.samples)):
-        axes[line, column].imshow(picture[column, 0], cmap="gray_r")
+        axes[line, column].imshow(picture[column, 0].numpy(), cmap="gray_r")
         axes[line, column].set(xticks=(), yticks=())
     axes[0, column].set_title(f"asked: {int(labels[column])}", fontsize=8)
     axes[1, column].set_xlabel("confirmed" if bool(found.confirmed[column]) else "", fontsize=8)

@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+import lightning_reg
 from lightning_reg import AdaptiveGuidance, DecorProjection, Denoiser, GuidancePolicy
 from lightning_reg.functional import fit_linear_ag, guided_sample
 
@@ -36,8 +37,7 @@ console = Console()
 # one with labels, one with prompts through a small CLIP text encoder.
 
 # %%
-root = next(path for path in (Path.cwd(), *Path.cwd().parents) if (path / "tests" / "diffusion").is_dir())
-sys.path.insert(0, str(root))
+sys.path.insert(0, str(Path(lightning_reg.__file__).resolve().parents[1]))  # the checkout that is installed
 from tests.diffusion.digits import NULL, class_model, prompt, scheduler, word_model, words  # noqa: E402 # by the line above
 
 denoiser, none = Denoiser(class_model(), scheduler()), torch.tensor([NULL])
@@ -76,7 +76,7 @@ curves = made["full guidance"].similarity if SHORT else guided_sample(
     denoiser, noise, labels, none, AdaptiveGuidance(SCALE, 2.0), STEPS
 ).similarity  # fmt: skip
 figure, axes = plt.subplots(figsize=(6, 3))
-axes.plot(range(1, STEPS + 1), curves.T, color="#1f4e8c", alpha=0.3)
+axes.plot(range(1, STEPS + 1), curves.T.numpy(), color="#1f4e8c", alpha=0.3)
 axes.set(xlabel="step", ylabel="cosine of both predictions")
 figure.tight_layout()
 plt.show()
@@ -101,7 +101,7 @@ pictures = [
 figure, axes = plt.subplots(2, 4, figsize=(6, 3.2))
 for line, (name, row) in enumerate(zip(("as asked for", "projected"), pictures, strict=True)):
     for column in range(4):
-        axes[line, column].imshow(row[column, 0], cmap="gray_r")
+        axes[line, column].imshow(row[column, 0].numpy(), cmap="gray_r")
         axes[line, column].set(xticks=(), yticks=())
     axes[line, 0].set_ylabel(name)
 figure.tight_layout()

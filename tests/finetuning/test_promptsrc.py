@@ -57,12 +57,15 @@ class AgreementByHand(Hand):
         return 3.0 * (now - then).abs().sum() / now.numel() + 0.5 * sum(divergences) / len(divergences)
 
 
+WORDS = [[0, 1, 2, 5, 8], [0, 1, 2, 6, 8], [0, 1, 2, 7, 8], [0, 1, 2, 4, 8]]
+
+
 class Block(nn.Module):
     """A layer of a toy transformer."""
 
     def __init__(self):
         super().__init__()
-        self.ln_1, self.mix = nn.LayerNorm(6), nn.Linear(6, 6)
+        self.ln_1, self.mix = nn.LayerNorm(8), nn.Linear(8, 8)
 
     def forward(self, x, attn_mask=None):
         y = self.ln_1(x)
@@ -85,10 +88,21 @@ class Blocks(nn.Module):
 class Visual(nn.Module):
     def __init__(self):
         super().__init__()
-        self.conv1, self.ln_pre, self.transformer = nn.Linear(4, 6), nn.LayerNorm(6), Blocks()
+        self.conv1, self.ln_pre, self.transformer = nn.Linear(4, 8), nn.LayerNorm(8), Blocks()
 
     def forward(self, x):
         return self.transformer(self.ln_pre(self.conv1(x.unflatten(1, (4, 4)))))[:, 0]
+
+
+class Words(nn.Module):
+    """Vectors of nine words, which nobody trains."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("weight", torch.randn(9, 8, generator=torch.Generator().manual_seed(5)), False)
+
+    def forward(self, words):
+        return self.weight[words]
 
 
 class ToyClip(nn.Module):
@@ -96,13 +110,13 @@ class ToyClip(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.visual, self.token_embedding, self.transformer = Visual(), nn.Embedding(9, 6), Blocks()
-        self.register_buffer("texts", torch.tensor([[0, 1, 2, 5, 8], [0, 1, 2, 6, 8], [0, 1, 2, 7, 8]]), False)
+        self.visual, self.token_embedding, self.transformer = Visual(), Words(), Blocks()
+        self.register_buffer("texts", torch.tensor(WORDS), False)
 
     def forward(self, x):
         texts = self.transformer(self.token_embedding(self.texts))[:, -1]
         images = self.visual(x)
-        return torch.cat([images, images @ texts.T / 6], 1)
+        return torch.cat([images, images @ texts.T / 8], 1)
 
 
 def labelled(size):
@@ -112,7 +126,7 @@ def labelled(size):
 
 def toy():
     layers = {"first": nn.Linear(8, 16), "act": nn.Tanh(), "body": nn.Linear(16, 16), "act_body": nn.Tanh()}
-    return nn.Sequential(OrderedDict(layers, clip=ToyClip(), head=nn.Linear(9, 4)))
+    return nn.Sequential(OrderedDict(layers, clip=ToyClip(), head=nn.Linear(12, 4)))
 
 
 class PromptsByHand(Hand):
@@ -125,7 +139,7 @@ class PromptsByHand(Hand):
             generator = torch.Generator().manual_seed(self.technique.derived_seed(f"{kind} prompts"))
             return (0.5 * torch.randn(*shape, generator=generator)).requires_grad_()
 
-        self.visual, self.text = drawn("visual", 3, 2, 6), drawn("text", 2, 1, 6)
+        self.visual, self.text = drawn("visual", 3, 2, 8), drawn("text", 2, 1, 8)
 
     def own(self):
         return [self.visual, self.text]
@@ -151,7 +165,7 @@ class PromptsByHand(Hand):
         w = {name[len("net.clip.") :]: value for name, value in weights.items() if name.startswith("net.clip.")}
 
         def norm(rows, name):
-            return F.layer_norm(rows, (6,), w[f"{name}.weight"], w[f"{name}.bias"])
+            return F.layer_norm(rows, (8,), w[f"{name}.weight"], w[f"{name}.bias"])
 
         def block(rows, name):
             y = norm(rows, f"{name}.ln_1")
@@ -167,12 +181,12 @@ class PromptsByHand(Hand):
             if i:
                 rows = torch.cat([rows[:, :4], many(self.visual[i], rows)], 1)
             rows = block(rows, f"visual.transformer.resblocks.{i}")
-        texts = w["token_embedding.weight"][torch.tensor([[0, 1, 2, 5, 8], [0, 1, 2, 6, 8], [0, 1, 2, 7, 8]])]
+        texts = Words()(torch.tensor(WORDS))
         for i in range(3):
             if i < 2:
                 texts = torch.cat([texts[:, :1], many(self.text[i], texts), texts[:, 2:]], 1)
             texts = block(texts, f"transformer.resblocks.{i}")
-        return torch.cat([rows[:, 0], rows[:, 0] @ texts[:, -1].T / 6], 1)
+        return torch.cat([rows[:, 0], rows[:, 0] @ texts[:, -1].T / 8], 1)
 
 
 def scored(seed, rows):

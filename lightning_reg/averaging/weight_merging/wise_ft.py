@@ -11,7 +11,7 @@ from lightning_reg.averaging.weight_merging.core import wise_ft, wise_ft_curve
 from lightning_reg.engine.host.arguments import check_number
 from lightning_reg.engine.networks.named_weights import load_weights_, weights_of
 from lightning_reg.engine.networks.references import Reference
-from lightning_reg.engine.run.phases import Member, OnLayers, OnModules
+from lightning_reg.engine.run.phases import Member, has_prompts, phases_of
 from lightning_reg.engine.technique import BatchTechnique
 from lightning_reg.engine.weights.strategies import check_whole
 
@@ -88,10 +88,15 @@ class WiSEFT(BatchTechnique):
                 f"{type(other).__name__} puts its average into the module when the fit ends, and this one its mix. Give"
                 f" {type(other).__name__} `load_at_end=False`, or WiSEFT `alpha=1` and ask for `mixed`."
             )
-        if self.alpha < 1 and isinstance(other, OnModules) and isinstance(other, OnLayers) and other.in_any_mode:
+        if self.alpha < 1 and has_prompts(other):
             return (
                 f"what {type(other).__name__} trains beside the module is not among the weights that are mixed, and"
                 " would stay as it was reached. Remove one of them."
+            )
+        if self.alpha < 1 and "edit_weights" in phases_of(other):
+            return (
+                f"the first weights are not as {type(other).__name__} makes weights, and a mix with them would not be"
+                " either. Remove one of them, or give WiSEFT `alpha=1`."
             )
         if isinstance(other, WiSEFT) and self.alpha < 1 and other.alpha < 1:
             return "each puts its mix into the module when the fit ends. Keep one; `curve` tries other alphas."

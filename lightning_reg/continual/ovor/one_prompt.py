@@ -12,6 +12,7 @@ from lightning_reg.engine.host.arguments import check_number
 from lightning_reg.engine.host.errors import MisconfigurationException, check_patterns
 from lightning_reg.engine.host.names import as_patterns, matches, plain_name
 from lightning_reg.engine.layers.named import named_layers
+from lightning_reg.engine.run.phases import Member, phases_of
 from lightning_reg.engine.technique import LayerTechnique, ModuleTechnique
 from lightning_reg.engine.weights.owned import OwnModules
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
     from lightning_reg.engine.layers.edits import InputCall, LayerCall
-    from lightning_reg.engine.run.phases import Member
     from lightning_reg.engine.step import Stage, Step
 
 __all__ = ["OnePrompt"]
@@ -136,7 +136,12 @@ class OnePrompt(ModuleTechnique, LayerTechnique):
         return f"{said}; trained beside them: {beside}"
 
     @override
-    def conflict_with(self, other: "Member") -> str | None:
+    def conflict_with(self, other: Member) -> str | None:
+        if any(self.lengths) and self.trained is not None and {"map_weights", "edit_weights"} & {*phases_of(other)}:
+            return (
+                f"with `trained` it freezes the weights that {type(other).__name__} trains or changes. Leave out"
+                " `trained`, and say by `requires_grad` what is to be trained."
+            )
         if not isinstance(other, OnePrompt) or not any(self.lengths) or not any(other.lengths):
             return None
         return "each makes room before the same tokens. One of them with longer `lengths` does what two would do."

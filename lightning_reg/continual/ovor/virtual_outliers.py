@@ -16,7 +16,7 @@ from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.layers.named import find_layer, named_layers
 from lightning_reg.engine.run.periods import Period
-from lightning_reg.engine.run.phases import phases_of
+from lightning_reg.engine.run.phases import OnLayers, OnModules, phases_of
 from lightning_reg.engine.technique import LayerTechnique, LossTechnique
 
 if TYPE_CHECKING:
@@ -179,6 +179,16 @@ class VirtualOutliers(TaskTechnique, LayerTechnique, LossTechnique):
     def conflict_with(self, other: "Member") -> str | None:
         if isinstance(other, VirtualOutliers) and self.weight and other.weight:
             return "each trains its head alone, so that neither head would be trained. Remove one of them."
+        if self.weight and "map_weights" in phases_of(other):
+            return (
+                f"in its last epochs the head alone is trained, and {type(other).__name__} trains weights through a map"
+                " of its own. Let that training end first, or remove one of them."
+            )
+        if self.weight and isinstance(other, OnLayers) and not isinstance(other, OnModules) and len(other.stages) > 1:
+            return (
+                f"{type(other).__name__} changes layers in evaluation as well, so that outliers would be made of other"
+                " features than the head is trained on. Remove one of them."
+            )
         replaces = {"change_losses", "change_targets"}.intersection(phases_of(other)) and other.loss == self.loss
         if self.new_classes is not None and replaces:
             return (

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,6 +14,7 @@ from lightning_reg.engine.networks.foreign import ForeignNetwork, MadeNetwork, s
 from lightning_reg.engine.networks.named_weights import fill_, weights_of
 from lightning_reg.engine.networks.peer import Peer, Sight, check_runs_on_copy
 from lightning_reg.engine.run.engine import Engine, attached_engine
+from lightning_reg.engine.run.phases import Member, has_prompts
 from lightning_reg.engine.technique import BatchTechnique
 from lightning_reg.engine.weights.strategies import check_whole
 
@@ -92,6 +93,20 @@ class Reference:
 
 class ReferenceTechnique(BatchTechnique):
     """A technique that compares the network with references; those that ask for the same weights share one pass."""
+
+    # Whether it means the network as it was, without what others train beside the module's weights.
+    without_prompts: ClassVar[bool] = False
+
+    @override
+    def conflict_with(self, other: Member) -> str | None:
+        # Prompts of a frozen network; what is drawn in training alone, such as dropped modalities, no reference has.
+        if self.without_prompts or not has_prompts(other):
+            return None
+        return (
+            f"what it compares with is made of the module's weights, and what {type(other).__name__} trains beside them"
+            " is in none: that would be the network without it. Remove one of them; FrozenTwinAgreement compares with"
+            " the network as it was."
+        )
 
     @property
     def references(self) -> Sequence[Reference | ForeignNetwork]:

@@ -38,6 +38,7 @@ __all__ = [
     "OnStep",
     "OnWeights",
     "ThroughMap",
+    "has_prompts",
     "needs_call",
     "phases_of",
     "taking_part",
@@ -480,3 +481,8 @@ def taking_part(techniques: "Sequence[Member]", role: type[Role], *phases: str) 
     """
     named = phases or _PHASES_OF_ROLE[role]
     return [cast("Role", t) for t in techniques if any(phase in named for phase in phases_of(t))]
+
+
+def has_prompts(technique: Member) -> bool:
+    """Whether it trains inputs of layers beside a frozen module, which no other network of the same weights has."""
+    return isinstance(technique, OnModules) and isinstance(technique, OnLayers) and technique.in_any_mode

@@ -87,6 +87,8 @@ class DRTune(ReferenceTechnique, StepTechnique):
 
     """
 
+    without_prompts = True
+
     def __init__(
         self,
         layer: str,

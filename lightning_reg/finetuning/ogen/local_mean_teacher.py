@@ -12,7 +12,7 @@ from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.networks.moving import WindowReference
 from lightning_reg.engine.networks.references import PLACES, Reference, ReferenceTechnique
-from lightning_reg.engine.run.phases import Member, OnLayers, OnModules
+from lightning_reg.engine.run.phases import Member
 from lightning_reg.engine.technique import StepTechnique
 from lightning_reg.finetuning.ogen.core import window_size
 
@@ -106,14 +106,7 @@ class LocalMeanTeacher(ReferenceTechnique, StepTechnique):
 
     @override
     def conflict_with(self, other: Member) -> str | None:
-        # Prompts of a frozen network; what is drawn in training alone, such as dropped modalities, no teacher has.
-        if not (self.weight and isinstance(other, OnModules) and isinstance(other, OnLayers) and other.in_any_mode):
-            return None
-        return (
-            f"snapshots are of the module's weights, and what {type(other).__name__} trains beside them is in none: the"
-            " teacher would be the network without it. Remove one of them; FrozenTwinAgreement compares with the"
-            " network as it was."
-        )
+        return super().conflict_with(other) if self.weight else None
 
     def _size_at(self, taken: int) -> int:
         return window_size(taken, self._total, self.window_min, self.window_max)

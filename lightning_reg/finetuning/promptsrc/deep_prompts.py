@@ -13,6 +13,7 @@ from lightning_reg.engine.host.arguments import check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.layers.edits import LayerEdit, LayerEdits
 from lightning_reg.engine.layers.named import named_layers
+from lightning_reg.engine.run.phases import Member, phases_of
 from lightning_reg.engine.technique import LayerTechnique, ModuleTechnique
 from lightning_reg.engine.weights.owned import OwnModules
 from lightning_reg.finetuning.promptsrc._prompting import Prompting
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
     from lightning_reg.engine.layers.edits import InputCall, LayerCall
-    from lightning_reg.engine.run.phases import Member
     from lightning_reg.engine.step import Stage, Step
 
 __all__ = ["DeepPrompts"]
@@ -141,7 +141,12 @@ class DeepPrompts(ModuleTechnique, LayerTechnique):
         return f"prompts in {self.clip or 'the module'}: {', '.join(parts)}{chunk}"
 
     @override
-    def conflict_with(self, other: "Member") -> str | None:
+    def conflict_with(self, other: Member) -> str | None:
+        if (self.visual or self.text) and {"map_weights", "edit_weights"} & {*phases_of(other)}:
+            return (
+                f"prompts are trained for a CLIP that stays as it is, and {type(other).__name__} trains or changes its"
+                " weights. Remove one of them."
+            )
         if not isinstance(other, DeepPrompts) or self.clip != other.clip:
             return None
         if not (self.visual and other.visual) and not (self.text and other.text):

@@ -82,6 +82,8 @@ class FrozenTwinAgreement(ReferenceTechnique, LossTechnique):
 
     """
 
+    without_prompts = True
+
     takes_mixed = True  # features of a mixed sample are compared; logits are a conflict
 
     def __init__(
