@@ -162,7 +162,7 @@ class PromptedByHand(Hand):
         return [self.key, self.value]
 
     def rests(self, name, moment):
-        return not name.startswith("net.head")
+        return not name.startswith(("net.first", "net.head"))
 
     def edit_input(self, name, rows, moment):
         if name == "net.attend":
@@ -187,11 +187,11 @@ class PromptedByHand(Hand):
 
 
 OF_PROMPTS = Case(
-    make=partial(OnePrompt, "net.head*", [6]),
-    neutral=partial(OnePrompt, "net.head*", []),
+    make=partial(OnePrompt, ["net.first*", "net.head*"], [6]),
+    neutral=partial(OnePrompt, ["net.first*", "net.head*"], []),
     by_hand=PromptedByHand,
     says=(
-        "3 keys and values before those of the first 1 attention layers; trained beside them: net.head*",
+        "3 keys and values before those of the first 1 attention layers; trained beside them: net.first*, net.head*",
         "no prompts: inactive",
         "1 keys and values before those of the first 1 attention layers among *attend; trained beside them: what you"
         " have left trainable",

@@ -458,7 +458,7 @@ def test_the_teacher_of_a_new_training_begins_anew_and_one_that_is_alone_agrees(
 def test_what_is_trained_beside_the_module_is_in_no_snapshot_and_refused():
     teacher = LocalMeanTeacher("net.3")
     for other in (DeepPrompts("net"), OnePrompt()):
-        assert "the teacher would be the network without it" in conflict_between(other, teacher)
+        assert "that would be the network without it" in conflict_between(other, teacher)
         assert conflict_between(other, LocalMeanTeacher("net.3", weight=0.0)) is None
     for other in (SyntheticUnknowns(**TOY), ModalityDropout(layer="net.0", null_shape=[8])):  # in evaluation as it was
         assert conflict_between(other, teacher) is None

@@ -41,11 +41,10 @@ def build_prototypes(
         ``(P, D)`` in float32 at least, up to 1 + N + K of them; none where no place counts.
 
     Example:
-        >>> build_prototypes(torch.tensor([[[[1.0, 0.0], [3.0, 0.0]]]]), torch.ones(1, 1, 2, dtype=torch.bool), parts=2)
+        >>> build_prototypes(torch.tensor([[[[1.0, 0.0], [3.0, 0.0]]]]), torch.ones(1, 1, 2, dtype=torch.bool), parts=1)
         tensor([[2., 0.],
                 [2., 0.],
-                [3., 0.],
-                [1., 0.]])
+                [2., 0.]])
 
     """
     wide = features.to(torch.promote_types(features.dtype, torch.float32))

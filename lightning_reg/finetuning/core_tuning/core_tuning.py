@@ -168,6 +168,11 @@ class CoreTuning(ModuleTechnique, LossTechnique):
 
     @override
     def conflict_with(self, other: Member) -> str | None:
+        if self.smooth_classifier and "change_targets" in phases_of(other):
+            return (
+                f"its classifier is trained on mixed rows with the given labels, and those that {type(other).__name__}"
+                " puts in their place would be lost. Remove one of them, or write `smooth_classifier=False`."
+            )
         arguments = {key: value for key, value in vars(other).items() if key[0] != "_"}
         edits = {"edit_inputs", "edit_features"} & set(phases_of(other))
         if not (self.smooth_classifier and edits and self.head in tree_leaves(arguments)):

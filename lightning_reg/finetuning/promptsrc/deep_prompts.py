@@ -177,7 +177,7 @@ class DeepPrompts(ModuleTechnique, LayerTechnique):
             generator = torch.Generator().manual_seed(self.derived_seed(f"{kind} prompts"))
             first = self.init_std * torch.randn(depth, count, tower.width, generator=generator)
             if kind == "text" and self.text_init is not None:
-                words = named_layers(module)[tower.before].get_parameter("weight")
+                words: Any = named_layers(module)[tower.before].weight
                 first[0] = words.detach()[self.text_init].float()
             made[kind] = nn.Module()
             made[kind].prompts = nn.Parameter(first)
