@@ -86,7 +86,7 @@ def null_text_rate(lr: float, early_stop: tuple[float, float], step: int, steps:
 class TokenMap(NamedTuple):
     """Which tokens of an edited prompt take their maps from which of the source's.
 
-    Args:
+    Attributes:
         source: The token of the source for each of the edited prompt, ``(B, L)``; -1: it keeps its own map.
         share: What the map is multiplied by, ``(B, L)``.
 

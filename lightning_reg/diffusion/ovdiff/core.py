@@ -127,7 +127,7 @@ def cosine_scores(features: Tensor, prototypes: Tensor, owner: Tensor, groups: i
 class Masks(NamedTuple):
     """Which places are the object and which are around it.
 
-    Args:
+    Attributes:
         foreground: bool ``(N, h, w)``.
         background: bool ``(N, h, w)``; places that are neither count for nothing.
 
