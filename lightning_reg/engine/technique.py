@@ -27,6 +27,7 @@ from lightning_reg.engine.run.phases import (
     OnWeights,
     ThroughMap,
 )
+from lightning_reg.engine.weights.owned import OwnModules
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -213,7 +214,33 @@ class WeightTechnique(OnWeights, Technique):
 
 
 class ModuleTechnique(OnModules, Technique):
-    """A technique with small trained modules of its own."""
+    """A technique with small trained modules of its own; they are its state, unless it has more."""
+
+    def train_own(self, lr_factor: float = 1.0, weight_decay: float = 0.0, own_optimizer: int | None = None) -> None:
+        """Says at construction how the modules are trained.
+
+        Args:
+            lr_factor: Learning rate, as a multiple of that of the optimizer's first group.
+            weight_decay: Weight decay, where the optimizer has one.
+            own_optimizer: Position of the optimizer, if there are several.
+
+        Raises:
+            ValueError: If an argument is below 0, or a position is not whole.
+
+        """
+        check_number(self, "lr_factor", lr_factor, low=0)
+        check_number(self, "weight_decay", weight_decay, low=0)
+        if own_optimizer is not None:
+            check_number(self, "own_optimizer", own_optimizer, low=0, integer=True)
+        self.own, self.own_optimizer = OwnModules(lr_factor, weight_decay), own_optimizer
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return self.own.state_dict()
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.own.load_state_dict(state_dict)
 
 
 class PenaltyTechnique(OnParameters, Technique):

@@ -221,14 +221,6 @@ class ProjectsFeatures(_Reference, ModuleTechnique, StepTechnique):
         rows = step.features["net.body"].flatten(1)[:, :16]
         return (self.own["projection"](rows) - 1.0).square().mean()
 
-    @override
-    def state_dict(self):
-        return self.own.state_dict()
-
-    @override
-    def load_state_dict(self, state_dict):
-        self.own.load_state_dict(state_dict)
-
 
 class FeaturesProjectedByHand(Hand):
     def begin(self, loop):

@@ -365,12 +365,12 @@ class Digits(LightningModule):
         self.log("loss", batch[0].mean())
 
 
+SHORT = {"shape": [1, 8, 8], "classes": 10, "judges": ["one"], "held_out": "two", "denoiser": "unet", "starts": 4}
+SHORT |= {"sampler_steps": 2, "iterations": 2, "threshold": 0.9}
+
+
 def validated(**options):
-    search = AdversarialSearch(
-        **{"shape": [1, 8, 8], "classes": 10, "judges": ["one"], "held_out": "two", "denoiser": "unet", "starts": 4}
-        | {"sampler_steps": 2, "iterations": 2, "threshold": 0.9}
-        | options
-    )
+    search = AdversarialSearch(**SHORT | options)
     loader = DataLoader(TensorDataset(torch.zeros(2, 1)), batch_size=2)
     (logged,) = make_trainer(callbacks=[search]).validate(Digits(), loader, verbose=False)
     return search, {name.removeprefix("reg/adversarial_search/"): value for name, value in logged.items()}
@@ -396,6 +396,26 @@ def test_validation_logs_what_the_search_finds():
     torch.testing.assert_close(search.result.noise, made.noise)
     assert "random" not in validated(baseline=False)[1]
     assert validated(every_n_epochs=2)[1].keys() == {"loss"}
+
+
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training")
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+@pytest.mark.parametrize(("options", "validates"), [({}, False), ({"every_n_epochs": 3}, True)])
+def test_a_fit_in_which_nothing_was_searched_is_told(options, validates):
+    class Trained(Digits):
+        def training_step(self, batch, batch_idx):
+            return self.weight * batch[0].mean()
+
+        def configure_optimizers(self):
+            self.weight = nn.Parameter(torch.ones(()))
+            return torch.optim.SGD([self.weight], 0.1)
+
+    search = AdversarialSearch(**SHORT, **options)
+    loader = DataLoader(TensorDataset(torch.ones(2, 1)), batch_size=2)
+    trainer = make_trainer(callbacks=[search], max_epochs=1)
+    with pytest.warns(UserWarning, match=r"^AdversarialSearch: nothing was searched in this fit, .* `every_n_epochs`="):
+        trainer.fit(Trained(), loader, loader if validates else None)
+    assert search.result is None
 
 
 def test_judges_are_found_by_name_or_import_path_or_told():

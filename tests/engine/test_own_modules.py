@@ -58,12 +58,6 @@ class Projects(ModuleTechnique, StepTechnique):
     def step_term(self, step):
         return (self.own["projection"](step.features["net.0"].float()) - 1.0).square().mean()
 
-    def state_dict(self):
-        return self.own.state_dict()
-
-    def load_state_dict(self, state_dict):
-        self.own.load_state_dict(state_dict)
-
 
 class Adam(Classifier):
     """With a schedule, and weight decay of its own."""
@@ -299,3 +293,26 @@ def test_the_table_says_how_much_is_trained():
     fit(Classifier(), technique, max_epochs=1)
     cells = list(techniques_table([technique], {}).columns[3].cells)
     assert cells[0].endswith("; trains 9 numbers of its own")
+
+
+def test_what_was_trained_or_loaded_is_there_outside_of_training():
+    def new():
+        made.append(nn.Linear(2, 1))
+        return {"one": made[-1]}
+
+    made, own, here = [], OwnModules(), torch.device("cpu")
+    with pytest.raises(
+        MisconfigurationException, match=r"^Owner: there is none\. Fit with Owner first, or pass `ckpt_path"
+    ):
+        own.trained("one", new, here, "Owner", "there is none")
+    own.begin(new(), here, "Owner")
+    again = OwnModules()
+    again.load_state_dict(own.state_dict())
+    with torch.inference_mode():
+        module = again.trained("one", new, here, "Owner", "there is none")
+    assert module is made[1]
+    assert torch.equal(module.weight, made[0].weight)
+    assert not module.weight.is_inference()
+    assert again.trained("one", new, here, "Owner", "there is none") is module
+    assert len(made) == 2
+    assert again.trained("one", new, torch.device("meta"), "Owner", "there is none").weight.device.type == "meta"

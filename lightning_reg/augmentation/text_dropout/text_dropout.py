@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -17,7 +18,6 @@ from lightning_reg.engine.host.arguments import check_bool, check_choice, check_
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.row_bits import global_rows, uniforms
 from lightning_reg.engine.technique import BatchTechnique, LayerTechnique, ModuleTechnique
-from lightning_reg.engine.weights.owned import OwnModules
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -117,7 +117,7 @@ class ModalityDropout(ModuleTechnique, LayerTechnique, BatchTechnique):
         super().__init__(name=name, seed=seed)
         self.layer, self.batch_key, self.p, self.null, self.null_shape = layer, batch_key, p, null, null_shape
         self.exclusive, self.per_sample, self.fill, self.attention_masks = exclusive, per_sample, fill, attention_masks
-        self.start_epoch, self.ramp_epochs, self.own_optimizer = start_epoch, ramp_epochs, own_optimizer
+        self.start_epoch, self.ramp_epochs = start_epoch, ramp_epochs
         for value in p.values() if isinstance(p, dict) else [p]:
             check_number(self, "p", value, low=0, high=1)
         check_choice(self, "null", null, ("learned", "zero"))
@@ -125,14 +125,12 @@ class ModalityDropout(ModuleTechnique, LayerTechnique, BatchTechnique):
         check_bool(self, "per_sample", per_sample)
         check_number(self, "start_epoch", start_epoch, low=0, integer=True)
         check_number(self, "ramp_epochs", ramp_epochs, low=0, integer=True)
-        if own_optimizer is not None:
-            check_number(self, "own_optimizer", own_optimizer, low=0, integer=True)
+        self.train_own(own_optimizer=own_optimizer)
         self._layers, self._keys = names_of(layer), names_of(batch_key)
         self._check_names()
         self._probs = by_name(p, self._layers + self._keys)
         self._shapes = {} if null == "zero" or null_shape is None else by_name(null_shape, self._layers)
         self._check_values()
-        self.own = OwnModules()
         self._absent: frozenset[str] = frozenset()
 
     def _check_names(self) -> None:
@@ -265,15 +263,9 @@ class ModalityDropout(ModuleTechnique, LayerTechnique, BatchTechnique):
         name = call.name
         if self.null == "zero":
             return 0.0
-        if self.own.is_loaded:  # a test from a checkpoint, without a fit
-            with torch.inference_mode(mode=False):  # a fit may go on with them
-                self.own.begin(self.own_modules(call.step.module), rows.device, "ModalityDropout")
-        if name not in self.own.modules:
-            raise MisconfigurationException(
-                f"ModalityDropout: the state that stands for an absent {name!r} was not trained. Fit with"
-                " ModalityDropout first, or pass `ckpt_path` of such a fit."
-            )
-        state: Tensor = self.own[name].get_parameter("state")
+        missing = f"the state that stands for an absent {name!r} was not trained"
+        new = partial(self.own_modules, call.step.module)
+        state = self.own.trained(name, new, rows.device, "ModalityDropout", missing).get_parameter("state")
         # As many dimensions as a row at most, each of its size or 1.
         sizes = zip(reversed(state.shape), reversed(rows.shape[1:]), strict=False)
         if state.dim() >= rows.dim() or any(size not in (1, wanted) for size, wanted in sizes):
@@ -312,11 +304,3 @@ class ModalityDropout(ModuleTechnique, LayerTechnique, BatchTechnique):
             for name, mask in keep.items():
                 step.log(self, "dropped" if len(keep) == 1 else f"dropped_{name}", 1 - mask.float().mean())
         return keep
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return self.own.state_dict()
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.own.load_state_dict(state_dict)

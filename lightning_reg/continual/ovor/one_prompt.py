@@ -1,6 +1,7 @@
 """OnePrompt: one set of prefix prompts for the attention layers of a vision transformer, for all tasks."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -14,7 +15,6 @@ from lightning_reg.engine.host.names import as_patterns, matches, plain_name
 from lightning_reg.engine.layers.named import named_layers
 from lightning_reg.engine.run.phases import Member, phases_of
 from lightning_reg.engine.technique import LayerTechnique, ModuleTechnique
-from lightning_reg.engine.weights.owned import OwnModules
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -114,13 +114,9 @@ class OnePrompt(ModuleTechnique, LayerTechnique):
             check_number(self, "lengths", length, low=0, integer=True)
             if length % 2:
                 raise ValueError(f"OnePrompt: `lengths` must be even, keys and values together, got {length}.")
-        check_number(self, "lr_factor", lr_factor, low=0)
-        check_number(self, "weight_decay", weight_decay, low=0)
-        if own_optimizer is not None:
-            check_number(self, "own_optimizer", own_optimizer, low=0, integer=True)
+        self.train_own(lr_factor, weight_decay, own_optimizer)
         self.trained, self.lengths, self.layers = trained, list(lengths), layers
-        self.lr_factor, self.weight_decay, self.own_optimizer = lr_factor, weight_decay, own_optimizer
-        self.own = OwnModules(lr_factor, weight_decay)
+        self.lr_factor, self.weight_decay = lr_factor, weight_decay
         self.stages: frozenset[Stage] = frozenset({"train", "validate", "test", "predict"} if any(lengths) else ())
         self._frozen: list[str] = []
         self._places: dict[str, str] = {}  # layers that make keys or values, with the attention layer they are in
@@ -218,14 +214,6 @@ class OnePrompt(ModuleTechnique, LayerTechnique):
             return prefix_rows(rows, torch.cat([query, prefix.key, prefix.value], dim=1))
         return prefix_rows(rows, prefix.key if made in ("k_proj", "key") else prefix.value)
 
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return self.own.state_dict()
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.own.load_state_dict(state_dict)
-
     def _thaw(self, module: nn.Module) -> None:
         frozen, self._frozen = {*self._frozen}, []
         for name, parameter in module.named_parameters():
@@ -247,19 +235,9 @@ class OnePrompt(ModuleTechnique, LayerTechnique):
         return {name: length for name, length in zip(found, self.lengths, strict=False) if length}
 
     def _prefix(self, call: "InputCall | LayerCall") -> _Prefix:
-        name = self._places.get(call.name, call.name)
-        if self.own.is_loaded:  # a test from a checkpoint, without a fit
-            with torch.inference_mode(mode=False):  # a fit may go on with them
-                self.own.begin(self.own_modules(call.step.module), call.step.module.device, "OnePrompt")
-        if name not in self.own.modules:
-            raise MisconfigurationException(
-                f"OnePrompt: there is no prompt for {name!r}. Fit with OnePrompt first, or pass `ckpt_path` of such a"
-                " fit."
-            )
-        prefix, device = self.own[name], call.step.module.device
-        if next(prefix.parameters()).device != device:  # after the fit they are on the CPU
-            with torch.inference_mode(mode=False):
-                prefix.to(device)
+        name, module = self._places.get(call.name, call.name), call.step.module
+        missing = f"there is no prompt for {name!r}"
+        prefix = self.own.trained(name, partial(self.own_modules, module), module.device, "OnePrompt", missing)
         return cast("_Prefix", prefix)
 
 

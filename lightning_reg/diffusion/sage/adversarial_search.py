@@ -10,6 +10,7 @@ from lightning_reg.diffusion._named import attribute_of, denoiser_of
 from lightning_reg.diffusion.sage._judged import Judge
 from lightning_reg.diffusion.sage.core import failure_groups, to_sphere
 from lightning_reg.diffusion.sage.latent_search import SearchResult, latent_search, random_failures
+from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.generators import isolated_randomness
@@ -146,6 +147,14 @@ class AdversarialSearch(Technique):
             scalars = self._search(trainer, pl_module)
         for name, value in scalars.items():
             pl_module.log(f"{self.log_key}/{name}", value, on_step=False, on_epoch=True, sync_dist=True)
+
+    @override
+    def on_fit_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        if self.starts and self.result is None and trainer.limit_val_batches != 0:  # 0: switched off on purpose
+            host.rank_zero_warn(
+                "AdversarialSearch: nothing was searched in this fit, in which no validation ended an epoch that"
+                f" `every_n_epochs`={self.every_n_epochs} counts. Give the fit validation data, or lower it."
+            )
 
     def _search(self, trainer: "Trainer", module: "LightningModule") -> dict[str, float]:
         count, device = -(-self.starts // trainer.world_size), module.device

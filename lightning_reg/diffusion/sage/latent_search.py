@@ -238,18 +238,15 @@ def region_size(
     """
     counts = {"sampler_steps": sampler_steps, "draws": draws}
     check_search("region_size", judges, counts, {"radii": min(radii, default=0.0)})
-    generator = torch.Generator().manual_seed(seed)
+    count, generator = len(noise), torch.Generator().manual_seed(seed)
     directions = torch.randn(draws, *noise.shape[1:], generator=generator).to(noise.device)
-    many, wanted = repeated(spread(condition, len(noise)), draws), labels.expand(len(noise)).repeat_interleave(draws)
+    many, wanted = repeated(spread(condition, count), draws), labels.expand(count).repeat_interleave(draws)
+    starts, away = to_sphere(noise.float()).repeat_interleave(draws, 0), torch.cat([directions] * count)
     shares = []
     for radius in radii:
-        moved = sphere_step(
-            to_sphere(noise.float()).repeat_interleave(draws, 0),
-            directions.repeat(len(noise), *[1] * (noise.dim() - 1)),
-            radius,
-        )
+        moved = sphere_step(starts, away, radius)
         failed = random_failures(module, moved, many, wanted, judges, null, scale, sampler_steps, threshold)
-        shares.append(failed.view(len(noise), draws).double().mean(1))
+        shares.append(failed.view(count, draws).double().mean(1))
     return torch.stack(shares, 1)
 
 

@@ -6,7 +6,7 @@ followed), and gives group and moments back: nothing of them is in the module's 
 is that of the user's model. Gradients are those of the loss, averaged over the ranks in one collective.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -92,6 +92,38 @@ class OwnModules:
         for name, module in self.modules.items():
             module.load_state_dict(loaded["modules"][name])
         self._moments = {name: dict(state) for name, state in loaded["moments"].items()}
+
+    def trained(
+        self, name: str, new: Callable[[], Mapping[str, nn.Module]], device: torch.device, owner: str, missing: str
+    ) -> nn.Module:
+        """A module as it was left by a fit or by a loaded state: for layers that run outside training too.
+
+        Args:
+            name: Of the module.
+            new: Makes the modules that a loaded state is read into, in a test from a checkpoint without a fit.
+            device: Where the module is to be; after a fit it is on the CPU.
+            owner: Class to name in errors.
+            missing: What to say where there is none, a clause.
+
+        Returns:
+            The module.
+
+        Raises:
+            MisconfigurationException: If nothing was trained or loaded.
+
+        """
+        if self.is_loaded:
+            with torch.inference_mode(mode=False):  # a fit may go on with them
+                self.begin(new(), device, owner)
+        if name not in self.modules:
+            raise MisconfigurationException(
+                f"{owner}: {missing}. Fit with {owner} first, or pass `ckpt_path` of such a fit."
+            )
+        module = self.modules[name]
+        if next(module.parameters()).device != device:
+            with torch.inference_mode(mode=False):
+                module.to(device)
+        return module
 
     def end(self) -> None:
         """Leaves the modules on the CPU, without gradients."""

@@ -1,6 +1,6 @@
 """Core-tuning: cross-entropy on mixed features, and a contrast with hard pairs that are made by mixing."""
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,6 @@ from lightning_reg.engine.layers.embeddings import Pooling, embeddings
 from lightning_reg.engine.loss.contrastive import rows_in_turn, unit_rows
 from lightning_reg.engine.run.phases import Member, phases_of
 from lightning_reg.engine.technique import LossTechnique, ModuleTechnique
-from lightning_reg.engine.weights.owned import OwnModules
 from lightning_reg.engine.weights.strategies import check_whole
 from lightning_reg.finetuning._head import linear_head
 from lightning_reg.finetuning.core_tuning.core import (
@@ -145,15 +144,11 @@ class CoreTuning(ModuleTechnique, LossTechnique):
             check_bool(self, argument, flag)
         check_choice(self, "variant", variant, ("paper", "released"))
         check_choice(self, "pooling", pooling, ("flatten", "first", "mean"))
-        check_number(self, "lr_factor", lr_factor, low=0)
-        check_number(self, "weight_decay", weight_decay, low=0)
-        if own_optimizer is not None:
-            check_number(self, "own_optimizer", own_optimizer, low=0, integer=True)
+        self.train_own(lr_factor, weight_decay, own_optimizer)
         self.layer, self.head, self.eta, self.alpha, self.min_share = layer, head, eta, alpha, min_share
         self.temperature, self.projection_size, self.focal = temperature, projection_size, focal
         self.smooth_classifier, self.variant, self.gather, self.pooling = smooth_classifier, variant, gather, pooling
-        self.lr_factor, self.weight_decay, self.own_optimizer = lr_factor, weight_decay, own_optimizer
-        self.own = OwnModules(lr_factor, weight_decay)
+        self.lr_factor, self.weight_decay = lr_factor, weight_decay
 
     @override
     def describe(self) -> str:
@@ -265,11 +260,3 @@ class CoreTuning(ModuleTechnique, LossTechnique):
         pairs = hard_pairs(features, labels, released=released)
         at_least = shares[1].clamp(min=self.min_share)
         return mix_pairs(features, labels, pairs, partners, shares[0], at_least, detach=released), own
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return self.own.state_dict()
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.own.load_state_dict(state_dict)

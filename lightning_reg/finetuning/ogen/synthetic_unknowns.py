@@ -19,7 +19,6 @@ from lightning_reg.engine.layers.embeddings import Pooling, class_numbers, poole
 from lightning_reg.engine.layers.named import find_layer, named_layers
 from lightning_reg.engine.run.periods import Period
 from lightning_reg.engine.technique import ModuleTechnique, StepTechnique
-from lightning_reg.engine.weights.owned import OwnModules
 from lightning_reg.finetuning.ogen._statistics import ClassStatistics
 from lightning_reg.finetuning.ogen.core import FeatureGenerator, nearest_classes, synthesis_losses
 
@@ -138,24 +137,21 @@ class SyntheticUnknowns(ModuleTechnique, StepTechnique):
         check_number(self, "warmup", warmup, low=0, high=1, high_open=True)
         check_number(self, "dropout", dropout, low=0, high=1, high_open=True)
         check_number(self, "scale", scale, low=0, low_open=True)
-        check_number(self, "lr_factor", lr_factor, low=0)
+        self.train_own(lr_factor, own_optimizer=own_optimizer)
         given = (regression_weight, known_weight, neighbour_weight, unknown_weight)
         for of, weight in zip(("regression", "known", "neighbour", "unknown"), given, strict=True):
             check_number(self, f"{of}_weight", weight, low=0)
         check_choice(self, "scheme", scheme, ("joint", "each"))
         check_choice(self, "pooling", pooling, ("flatten", "first", "mean"))
-        if own_optimizer is not None:
-            check_number(self, "own_optimizer", own_optimizer, low=0, integer=True)
         self.layer, self.known, self.unknown, self.encoder = layer, known, unknown, encoder
         self.known_tokens, self.unknown_tokens, self.label_key = known_tokens, unknown_tokens, label_key
         self.neighbours, self.noise, self.warmup = neighbours, noise, warmup
         self.regression_weight, self.known_weight = regression_weight, known_weight
         self.neighbour_weight, self.unknown_weight = neighbour_weight, unknown_weight
         self.scale, self.scheme, self.heads, self.dropout = scale, scheme, heads, dropout
-        self.lr_factor, self.pooling, self.own_optimizer = lr_factor, pooling, own_optimizer
+        self.lr_factor, self.pooling = lr_factor, pooling
         self._weights = given
         self._check_sources()
-        self.own = OwnModules(lr_factor)
         self._statistics = ClassStatistics()
         self._is_checked, self._is_known_by_layer = False, False
         self._moved: dict[int, Tensor] = {}

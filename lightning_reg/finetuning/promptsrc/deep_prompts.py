@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -15,7 +16,6 @@ from lightning_reg.engine.layers.edits import LayerEdit, LayerEdits
 from lightning_reg.engine.layers.named import named_layers
 from lightning_reg.engine.run.phases import Member, phases_of
 from lightning_reg.engine.technique import LayerTechnique, ModuleTechnique
-from lightning_reg.engine.weights.owned import OwnModules
 from lightning_reg.finetuning.promptsrc._prompting import Prompting
 from lightning_reg.finetuning.promptsrc._towers import find_towers
 
@@ -110,14 +110,13 @@ class DeepPrompts(ModuleTechnique, LayerTechnique):
         seed: int = 0,
     ) -> None:
         super().__init__(name=name, seed=seed)
-        least = {"visual": 0, "text": 0, "visual_depth": 1, "text_depth": 1, "class_chunk": 1, "own_optimizer": 0}
-        given = (visual, text, visual_depth, text_depth, class_chunk, own_optimizer)
+        least = {"visual": 0, "text": 0, "visual_depth": 1, "text_depth": 1, "class_chunk": 1}
+        given = (visual, text, visual_depth, text_depth, class_chunk)
         for (argument, low), value in zip(least.items(), given, strict=True):
             if value is not None:
                 check_number(self, argument, value, low=low, integer=True)
         check_number(self, "init_std", init_std, low=0)
-        check_number(self, "lr_factor", lr_factor, low=0)
-        check_number(self, "weight_decay", weight_decay, low=0)
+        self.train_own(lr_factor, weight_decay, own_optimizer)
         if text_init is not None and len(text_init) != text:
             raise ValueError(
                 f"DeepPrompts: `text_init` must have a word for each of {text} prompts, got {text_init!r}."
@@ -126,9 +125,7 @@ class DeepPrompts(ModuleTechnique, LayerTechnique):
             check_number(self, "text_init", word, low=0, integer=True)
         self.clip, self.visual, self.text, self.text_init = clip, visual, text, text_init
         self.visual_depth, self.text_depth, self.init_std = visual_depth, text_depth, init_std
-        self.class_chunk, self.own_optimizer = class_chunk, own_optimizer
-        self.lr_factor, self.weight_decay = lr_factor, weight_decay
-        self.own = OwnModules(lr_factor, weight_decay)
+        self.class_chunk, self.lr_factor, self.weight_decay = class_chunk, lr_factor, weight_decay
         self._prompting: Prompting | None = None
 
     @override
@@ -232,14 +229,6 @@ class DeepPrompts(ModuleTechnique, LayerTechnique):
         finally:
             layers.close()
 
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return self.own.state_dict()
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.own.load_state_dict(state_dict)
-
     def _made(self, module: nn.Module) -> Prompting:
         if self._prompting is None:
             self._prompting = self._of(module, self.clip)
@@ -258,12 +247,6 @@ class DeepPrompts(ModuleTechnique, LayerTechnique):
         return Prompting(images, texts, depths, chunk, prompts)
 
     def _prompts(self, kind: str, module: nn.Module, clip: str) -> Tensor:
-        if self.own.is_loaded:  # a test from a checkpoint, without a fit
-            with torch.inference_mode(mode=False):  # a fit may go on with them
-                self.own.begin(self._new_prompts(module, clip), next(module.parameters()).device, "DeepPrompts")
-        if kind not in self.own.modules:
-            raise MisconfigurationException(
-                "DeepPrompts: there are no trained prompts. Fit with DeepPrompts first, or pass `ckpt_path` of such a"
-                " fit."
-            )
-        return self.own[kind].get_parameter("prompts")
+        new, device = partial(self._new_prompts, module, clip), next(module.parameters()).device
+        trained = self.own.trained(kind, new, device, "DeepPrompts", "there are no trained prompts")
+        return trained.get_parameter("prompts")

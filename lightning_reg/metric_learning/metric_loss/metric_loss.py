@@ -15,7 +15,6 @@ from lightning_reg.engine.host.user_functions import user_function
 from lightning_reg.engine.layers.embeddings import Pooling, class_numbers, embeddings
 from lightning_reg.engine.loss.contrastive import rows_with_labels
 from lightning_reg.engine.technique import ModuleTechnique, StepTechnique
-from lightning_reg.engine.weights.owned import OwnModules
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -116,19 +115,16 @@ class MetricLoss(ModuleTechnique, StepTechnique):
         check_number(self, "weight", weight, low=0)
         check_choice(self, "pooling", pooling, ("flatten", "first", "mean"))
         check_bool(self, "gather", gather)
-        check_number(self, "lr_factor", lr_factor, low=0)
-        check_number(self, "weight_decay", weight_decay, low=0)
-        for argument, position in (("own_optimizer", own_optimizer), ("loss", loss)):
-            if position is not None:
-                check_number(self, argument, position, low=0, integer=True)
+        self.train_own(lr_factor, weight_decay, own_optimizer)
+        if loss is not None:
+            check_number(self, "loss", loss, low=0, integer=True)
         if "." not in str(criterion):
             raise ValueError(
                 f"MetricLoss: `criterion` must be an import path such as 'my_project.losses.MyLoss', got {criterion!r}."
             )
         self.layer, self.criterion, self.criterion_args, self.weight = layer, criterion, criterion_args, weight
         self.label_key, self.pooling, self.gather = label_key, pooling, gather
-        self.lr_factor, self.weight_decay, self.own_optimizer = lr_factor, weight_decay, own_optimizer
-        self.own = OwnModules(lr_factor, weight_decay)
+        self.lr_factor, self.weight_decay = lr_factor, weight_decay
 
     @override
     def describe(self) -> str:
@@ -199,11 +195,3 @@ class MetricLoss(ModuleTechnique, StepTechnique):
         if "criterion" in self.own.modules:
             return self.own["criterion"](rows, labels)
         return self._found(step.trainer, step.module)(rows, labels, **(self.criterion_args or {}))
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return self.own.state_dict()
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.own.load_state_dict(state_dict)
