@@ -28,6 +28,7 @@ def pytest_collection():
     result = yield
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)  # fits leave circles of some megabytes; looking for them took a twentieth
     gc.enable()
     return result
 

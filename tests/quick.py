@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from lightning.fabric.utilities import registry
+from lightning.pytorch import LightningModule
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultMetric
 from lightning.pytorch.utilities import signature_utils
@@ -19,6 +20,7 @@ from torch._dynamo import guards
 __all__ = ["make_fits_quick"]
 
 _move = _ResultMetric.to
+_set_as_torch = LightningModule.__setattr__
 _known_arguments: WeakKeyDictionary[Any, inspect.FullArgSpec] = WeakKeyDictionary()
 
 
@@ -35,9 +37,18 @@ def make_fits_quick() -> None:
     PassThroughProfiler.profile = lambda _, action: nullcontext(action)
     # The Trainer's states are compared dozens of times in a step, by their lower case, when they are the same, too.
     StrEnum.__eq__ = _is_equal
+    # The module is told the name of each hook before and after it, through torch's search for parameters.
+    LightningModule.__setattr__ = _set
     # Each compiled frame is timed for the log, behind a flush of the processor's caches, a quarter of a tiny one.
     if hasattr(guards, "profile_guard_manager"):
         guards.profile_guard_manager = lambda *_: 0.0
+
+
+def _set(module: LightningModule, name: str, value: Any) -> None:
+    if name == "_current_fx_name":
+        module.__dict__[name] = value
+    else:
+        _set_as_torch(module, name, value)
 
 
 def _to(result: _ResultMetric, device: torch.device | str, **options: Any) -> _ResultMetric:

@@ -152,7 +152,10 @@ class _Recorder(Logger):
 
 
 class _Watch(Checkpoint):  # Lightning calls checkpoint callbacks last
-    """Notes weights and random states after every batch, and saves checkpoints where ModelCheckpoint would."""
+    """Notes weights and random states after every batch, and saves checkpoints where ModelCheckpoint would.
+
+    Without a ``mid_epoch`` (the batch, counted from the first) there is one checkpoint, at the end.
+    """
 
     def __init__(self, folder: Path | None, mid_epoch: int) -> None:
         self.folder, self.mid_epoch = folder, mid_epoch
@@ -168,14 +171,14 @@ class _Watch(Checkpoint):  # Lightning calls checkpoint callbacks last
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.random.append(_random_state())
         self.weights.append(weights_of(pl_module))
-        if self.folder is not None and len(self.random) == self.mid_epoch:
+        if self.mid_epoch and len(self.random) == self.mid_epoch:
             trainer.save_checkpoint(self.folder / "mid_epoch.ckpt")
-        if self.folder is not None and trainer.current_epoch == 0 and trainer.is_last_batch:
+        if self.mid_epoch and trainer.current_epoch == 0 and trainer.is_last_batch:
             trainer.save_checkpoint(self.folder / "last_batch.ckpt")
 
     @override
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        if self.folder is not None and trainer.current_epoch == 0:
+        if self.mid_epoch and trainer.current_epoch == 0:
             trainer.save_checkpoint(self.folder / "epoch_end.ckpt")
 
     @override

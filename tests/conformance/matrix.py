@@ -21,7 +21,7 @@ from lightning_reg.engine.run.composition import conflict_between
 from tests.conformance.case import Case
 from tests.conformance.discovery import case_of, technique_classes
 from tests.conformance.pairs import check_pair, common_problem, need_other_layers
-from tests.conformance.record import RECORD, content_of, is_stale, name_of, recorded, technique_pairs
+from tests.conformance.record import RECORD, all_pairs, content_of, is_stale, name_of, recorded
 
 __all__ = ["PATH", "hand_checked", "page", "run"]
 
@@ -90,7 +90,7 @@ def _section(case: Case, cases: Sequence[Case], by_hand: set[frozenset[str]]) ->
 
 def run() -> None:
     """Tries the pairs that have changed since they were tried, and writes down what was seen after each."""
-    pairs, known = technique_pairs([case_of(cls) for cls in technique_classes()]), recorded()
+    pairs, known = all_pairs([case_of(cls) for cls in technique_classes()]), recorded()
     stale = [pair for pair in pairs if is_stale(pair, known)]
     known = {name: entry for name, entry in known.items() if name in set(map(name_of, pairs))}
     versions = {"python": platform.python_version(), "torch": torch.__version__, "lightning": lightning.__version__}

@@ -11,19 +11,41 @@ from pathlib import Path
 import lightning_reg
 from lightning_reg.engine.technique import Technique
 from tests.conformance.case import Case
-from tests.conformance.pairs import common_problem
+from tests.conformance.pairs import common_problem, pairs_with_references
 
-__all__ = ["RECORD", "Pair", "content_of", "is_stale", "name_of", "pairs_to_try", "recorded", "technique_pairs"]
+__all__ = [
+    "RECORD",
+    "Pair",
+    "all_pairs",
+    "content_of",
+    "is_stale",
+    "name_of",
+    "pairs_to_try",
+    "recorded",
+    "reference_pairs",
+    "reference_pairs_to_try",
+    "technique_pairs",
+]
 
 RECORD = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "compositions.json"
 Pair = tuple[Case, Case]
-# Of the pairs that have not changed, as many for each technique.
-_PARTNERS = 1
+# Of the pairs that have not changed, as many for each technique: of techniques, and with references.
+_PARTNERS, _REFERENCES = 1, 7
 
 
 def technique_pairs(cases: Sequence[Case]) -> list[Pair]:
     """All ordered pairs that have data in common, each technique with itself included."""
     return [pair for pair in product(cases, cases) if common_problem(*pair) is not None]
+
+
+def reference_pairs(cases: Sequence[Case]) -> list[Pair]:
+    """Each technique beside the references, in one order or in both."""
+    return [pair for case in cases for pair in pairs_with_references(case)]
+
+
+def all_pairs(cases: Sequence[Case]) -> list[Pair]:
+    """What ``make matrix`` tries."""
+    return [*technique_pairs(cases), *reference_pairs(cases)]
 
 
 def name_of(pair: Pair) -> str:
@@ -33,7 +55,12 @@ def name_of(pair: Pair) -> str:
 
 @cache
 def content_of(cls: type[Technique]) -> str:
-    """What identifies a technique's code: a digest of the files of its unit and of the file with its case."""
+    """What identifies a technique's code: a digest of the files of its unit and of the file with its case.
+
+    That of a reference is the file of all of them.
+    """
+    if not cls.__module__.startswith(f"{lightning_reg.__name__}."):
+        return _digest([Path(inspect.getfile(cls))])
     unit = Path(inspect.getfile(cls)).parent
     purpose, key = cls.__module__.split(".")[1:3]
     test = Path(__file__).resolve().parents[1] / purpose / f"test_{key}.py"
@@ -50,14 +77,23 @@ def pairs_to_try(cases: Sequence[Case]) -> list[Pair]:
 
     The same content chooses the same pairs, and each change of the package others.
     """
-    pairs, known = technique_pairs(cases), recorded()
+    return _changed_and_a_slice(technique_pairs(cases), _PARTNERS * len(cases))
+
+
+def reference_pairs_to_try(cases: Sequence[Case]) -> list[Pair]:
+    """The same of techniques beside references: about a third of those that have not changed."""
+    return _changed_and_a_slice(reference_pairs(cases), _REFERENCES * len(cases))
+
+
+def _changed_and_a_slice(pairs: Sequence[Pair], size: int) -> list[Pair]:
+    known = recorded()
     changed = [pair for pair in pairs if is_stale(pair, known)]
     package = _digest(Path(lightning_reg.__file__).parent.rglob("*.py"))
     rest = sorted(
         (pair for pair in pairs if pair not in changed),
         key=lambda pair: hashlib.sha256(f"{package} {name_of(pair)}".encode()).digest(),
     )
-    return [*changed, *rest[: _PARTNERS * len(cases)]]
+    return [*changed, *rest[:size]]
 
 
 def is_stale(pair: Pair, known: dict[str, dict[str, str]]) -> bool:

@@ -1,7 +1,7 @@
 """Two techniques in one fit; a pair is a test.
 
 What every technique needs is shown at a cost that grows in line with their number: the references, one for each phase,
-in all pairs and orders; each technique beside the references; and of the pairs of techniques those of which a file has
+in all pairs and orders; each technique beside the references, and pairs of techniques: those of which a file has
 changed since all were tried (``make matrix``), and a slice that the package's content chooses.
 """
 
@@ -11,8 +11,8 @@ from itertools import product
 import pytest
 
 from tests.conformance.discovery import MissingCaseError, case_of, technique_classes
-from tests.conformance.pairs import check_pair, neutral_beside_references, pairs_with_references
-from tests.conformance.record import pairs_to_try
+from tests.conformance.pairs import check_pair, neutral_beside_references
+from tests.conformance.record import pairs_to_try, reference_pairs_to_try
 from tests.conformance.references import REFERENCES
 
 
@@ -47,7 +47,7 @@ def test_references(first, second):
     assert check_pair(first, second) == ("refused" if names in REFUSED else "trains")
 
 
-@pytest.mark.parametrize(("first", "second"), named(pair for case in CASES for pair in pairs_with_references(case)))
+@pytest.mark.parametrize(("first", "second"), named(reference_pairs_to_try(CASES)))
 def test_beside_a_reference(first, second):
     check_pair(first, second)
 
