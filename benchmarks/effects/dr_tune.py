@@ -1,8 +1,8 @@
 """Few-shot fine-tuning to new digits: accuracy with and without DR-Tune.
 
 A perceptron 64-256-128 is trained on the digits 0 to 4 (half of their images, 30 epochs of Adam 1e-3), then fine-tuned
-with a new head on 2 or 5 images of each of the digits 5 to 9: SGD 0.02 with momentum 0.9, the whole set as one batch,
-60 epochs; the bank is as large as the set. Test: all other images of the digits 5 to 9, in per cent. The last arm is a
+with a new head on 2 or 5 images of each of the digits 5 to 9: SGD 0.02 with momentum 0.9, batches of 5, 60 epochs; the
+bank is as large as the set. Test: all other images of the digits 5 to 9, in per cent. The last arm is a
 control: the features of the first encoder as they were.
 """
 
@@ -49,7 +49,7 @@ def accuracy(start, arguments, few, rest, seed):
     model.encoder.load_state_dict(start)
     size = len(few[0])
     callbacks = [] if arguments is None else [DRTune("encoder", "head", bank_size=size, **arguments)]
-    fit(model, callbacks, DataLoader(TensorDataset(*few), size, shuffle=True), max_epochs=60)
+    fit(model, callbacks, DataLoader(TensorDataset(*few), 5, shuffle=True), max_epochs=60)
     with torch.no_grad():
         return 100 * (model.head(model.encoder(rest[0])).argmax(1) == rest[1]).float().mean()
 
