@@ -31,15 +31,19 @@ from by_hand import (
     after_one_task,
     ewc,
 )
+from by_hand_references import BANK, Agreeing, Banked, Mined
 from by_hand_terms import STEPS_APART, Clamped, Dropped, Margins, Matched, Repelled, Scored, WithCentres
 from overhead import ResNet18, SmallTransformer, data, in_turns, quiet, show
 
 from lightning_reg import (
     TCM,
     ConR,
+    CoreTuning,
     CutMix,
+    DRTune,
     ELRPlusCallback,
     FeatureDistillation,
+    FrozenTwinAgreement,
     L2ToStart,
     Loki,
     MetricLoss,
@@ -83,6 +87,9 @@ def arms(key, samples):
         "non_negative": Clamped,
         "proximal_matching": Matched,
         "weight_repulsion": Repelled,
+        "frozen_twin": Agreeing,
+        "dr_tune": Banked,
+        "core_tuning": Mined,
     }.get(key)
     technique = {
         "l2_to_start": lambda: L2ToStart(LAM),
@@ -99,15 +106,29 @@ def arms(key, samples):
         "non_negative": lambda: NonNegative("net.head.weight"),
         "proximal_matching": lambda: ProximalMatching(0.1, pretrain=0),
         "weight_repulsion": WeightRepulsion,
+        "frozen_twin": lambda: FrozenTwinAgreement({"net.pool": 10.0}),
+        "dr_tune": lambda: DRTune("net.pool", "net.head", bank_size=BANK, warm_up=False),
+        "core_tuning": lambda: CoreTuning("net.pool", "net.head"),
     }[key]()
     plain = Numbers if key in {"conr", "proximal_matching"} else Plain
     by_hand = Averaged(copy.deepcopy(net), samples) if key == "elr_plus" else hand(copy.deepcopy(net))
     return {"plain": (plain(copy.deepcopy(net)), []), "by hand": (by_hand, []), "engine": (plain(net), [technique])}
 
 
-POOLED = ("conr", "tcm_loss", "metric_loss", "text_dropout")
+REFERENCES = ("frozen_twin", "dr_tune", "core_tuning")
+POOLED = ("conr", "tcm_loss", "metric_loss", "text_dropout", *REFERENCES)
 NEW = ("tcm_loss", "metric_loss", "text_dropout", "loki", "non_negative", "proximal_matching", "weight_repulsion")
-KEYS = ("l2_to_start", "ewc", "prediction_distillation", "feature_distillation", "conr", "cutmix", "elr_plus", *NEW)
+KEYS = (
+    "l2_to_start",
+    "ewc",
+    "prediction_distillation",
+    "feature_distillation",
+    "conr",
+    "cutmix",
+    "elr_plus",
+    *NEW,
+    *REFERENCES,
+)
 
 
 def fisher_times(rounds, batch=64):

@@ -1005,7 +1005,7 @@ def test_a_weight_of_zeros_has_lost_nothing():
 def test_flips_after_a_resume_are_those_of_the_whole_run(tmp_path, every, options):
     options = {"dense_steps": 4, "dim": "out", "log_layers": True, **options}
     make, setup = partial(NMSparsity, 1, 4, **options), {"log_every_n_steps": every}
-    whole = fit([make()], CASE.problem, folder=tmp_path, max_epochs=3, **setup)
+    whole = fit([make()], CASE.problem, folder=tmp_path, mid_epoch=3, max_epochs=3, **setup)
     resumed = fit([make()], CASE.problem, ckpt=tmp_path / "last_batch.ckpt", seed=1, max_epochs=3, **setup)
     assert not difference(resumed.logged, whole.logged[-len(resumed.logged) :])
 

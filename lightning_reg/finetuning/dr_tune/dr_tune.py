@@ -40,8 +40,9 @@ class DRTune(ReferenceTechnique, StepTechnique):
     No gradient of the second term reaches the encoder, which nothing ties to its start.
 
     Use it to fine-tune a good pretrained encoder for classification with few labelled images. Leave it where the
-    pretrained features do not separate the classes somewhat, or where a second forward pass is too dear. On few digits
-    and a small perceptron (``benchmarks/effects/dr_tune.py``) no setting that was tried gained anything: compare.
+    pretrained features do not separate the classes somewhat, or where a second forward pass is too dear. On digits and
+    a small perceptron (``benchmarks/effects/dr_tune.py``) it cost accuracy with two images of a class, and with five
+    no gain is shown beyond the spread of seeds: compare.
 
     Source:
         Zhou, Chen, Huang, "DR-Tune: Improving Fine-tuning of Pretrained Visual Models by Distribution Regularization
