@@ -190,7 +190,7 @@ class Denoiser(nn.Module):
         return Prediction(x, output, *self._columns(times, x), self.prediction)
 
     def _run(self, x: Tensor, times: Tensor, condition: Condition) -> Tensor:
-        param = next(self.parameters(), x)
+        param = next(iter([*self.parameters(), x]))  # in a form that torch 2.7 compiles, too
         dtype = param.dtype if param.is_floating_point() else x.dtype
 
         def cast(value: Tensor) -> Tensor:

@@ -115,7 +115,7 @@ def test_long_work_has_the_time_left(capsys):
                 assert task.completed == 4
                 names = [type(column).__name__ for column in live.columns]
                 assert "CustomTimeColumn" in names  # of Lightning: elapsed and left
-            assert task not in live.tasks
+            assert not task.visible
 
     fit([During(), case_of(ELRCallback).make(), RichProgressBar()], KINDS["classification"], max_epochs=1, **SHOWN)
     capsys.readouterr()

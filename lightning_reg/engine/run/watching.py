@@ -134,7 +134,7 @@ def _task(live: Any, what: str, total: float | None) -> Iterator[Callable[[], No
     try:
         yield lambda: live.advance(task)
     finally:
-        live.remove_task(task)
+        live.update(task, visible=False)  # Lightning 2.6.0 takes numbers of tasks for positions: none may be removed
 
 
 def counted(items: Iterable[_T], advance: Callable[[], None]) -> Iterator[_T]:
