@@ -12,15 +12,29 @@ from lightning_reg import LossMixin, Mixup
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.networks.further_pass import check_runs_again, run_step
 from lightning_reg.engine.technique import LossTechnique
-from tests.toys import QUIET, TWO_RANKS, Classifier, LossRecorder, fit, make_trainer, same_weights, weights_of
+from tests.toys import (
+    QUIET,
+    TWO_RANKS,
+    Classifier,
+    LossRecorder,
+    fit,
+    make_loader,
+    make_trainer,
+    same_weights,
+    weights_of,
+)
 
 pytestmark = QUIET
+
+
+def _shrink(x):
+    return 0.9 * x
 
 
 class Shrunk(LossTechnique):
     """Half of the loss on shrunk inputs, and the squares of what a layer makes of them."""
 
-    def __init__(self, norms_follow=False, change=lambda x: 0.9 * x, **options):
+    def __init__(self, norms_follow=False, change=_shrink, **options):
         super().__init__(**options)
         self.norms_follow, self.change, self.sights = norms_follow, change, []
 
@@ -46,22 +60,35 @@ def by_hand(module, batch):
     return F.cross_entropy(module(x), y) + 0.5 * F.cross_entropy(module(0.9 * x), y) + hidden.square().mean()
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"accumulate_grad_batches": 2}, {"precision": "bf16-mixed"}], ids=["plain", "accumulated", "bf16"]
-)
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}], ids=["plain", "accumulated"])
 def test_trains_as_a_step_with_both_passes(options):
     ours, theirs, technique = Classifier(), Classifier(by_hand), Shrunk()
     fit(ours, technique, **options)
     fit(theirs, **options)
-    tolerance = 2e-2 if options.get("precision") else 1e-6  # bfloat16 has 8 bits
     for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance)
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)  # another order of sums
     assert technique.sights == [(True, 8)] * 8
 
 
-def test_two_ranks_train_as_one_process():
-    weights = [fit(Classifier(), Shrunk(), max_epochs=1, batch_size=8 // n, **o) for n, o in ((1, {}), (2, TWO_RANKS))]
-    assert same_weights(*weights, atol=1e-6)
+def test_trains_in_half_precision():
+    ours, theirs = Classifier(lr=0.05), Classifier(by_hand, lr=0.05)
+    fit(ours, Shrunk(), precision="bf16-mixed")
+    fit(theirs, precision="bf16-mixed")
+    assert not same_weights(ours, Classifier(), atol=0.05)
+    assert same_weights(ours, theirs, atol=5e-3)  # bfloat16 has 8 bits
+
+
+def _on_ranks(step, *techniques):
+    model = Classifier(step)
+    fit(model, *techniques, max_epochs=1, loader=make_loader(batch_size=4), **TWO_RANKS)
+    return weights_of(model)
+
+
+def test_two_ranks_agree_on_the_gradients_of_both_passes(two_processes):
+    ours = two_processes.run(_on_ranks, None, Shrunk())
+    theirs = two_processes.run(_on_ranks, by_hand)
+    assert same_weights(*ours)
+    assert same_weights(ours[0], theirs[0], atol=1e-6)
 
 
 class Kept(Classifier):
@@ -99,7 +126,8 @@ def test_nobody_notices_the_pass():
     fit(plain)
     fit(watched, Idle())
     assert same_weights(weights_of(plain), weights_of(watched))  # dropout too: random states are put back
-    assert watched.logged == plain.logged == ["loss"] * 8
+    assert plain.logged == ["loss"] * 8
+    assert watched.logged.count("loss") == 8
     assert watched.steps == 8
     assert watched.accuracy.tp == plain.accuracy.tp
     assert torch.equal(watched.net[1].running_mean, plain.net[1].running_mean)
@@ -147,15 +175,19 @@ def test_others_do_not_act_on_it():
     assert len(recorder.losses) == 4
 
 
+# Dynamo's own remarks about Lightning's code, and the deprecations that its tracing meets.
+@pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::DeprecationWarning:torch")
 @pytest.mark.parametrize("layer", [False, True], ids=["module", "layer"])
 def test_compiled(layer):
+    torch._dynamo.reset()
     ours = Classifier()
     if layer:
         ours.net = torch.compile(ours.net, backend="eager")
     trained = ours if layer else torch.compile(ours, backend="eager")
     technique, theirs = Shrunk(), Classifier(by_hand)
-    make_trainer(callbacks=[technique]).fit(trained, fit.__globals__["make_loader"]())
+    fit(trained, technique)
     fit(theirs)
+    torch._dynamo.reset()
     for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
@@ -172,8 +204,7 @@ def in_place(module, batch):
 
 
 def once(module, batch):
-    loss = F.cross_entropy(module(batch[0]), batch[1])
-    return loss if batch[0].max() < 2 else 0 * module.net[0].weight.sum()
+    return F.cross_entropy(module(batch[0]), batch[1]) if batch[0].max() < 2 else None
 
 
 @pytest.mark.parametrize(
