@@ -221,6 +221,14 @@ if TYPE_CHECKING:
     from lightning_reg.regularization.weight_compander.core import companding_refusal as companding_refusal
     from lightning_reg.regularization.weight_compander.core import expand as expand
     from lightning_reg.regularization.weight_compander.core import weight_stats as weight_stats
+    from lightning_reg.reweighting.adawac.core import adawac_loss as adawac_loss
+    from lightning_reg.reweighting.adawac.core import adawac_update as adawac_update
+    from lightning_reg.reweighting.adawac.core import apply_symmetry as apply_symmetry
+    from lightning_reg.reweighting.adawac.core import batch_dice_loss as batch_dice_loss
+    from lightning_reg.reweighting.adawac.core import draw_symmetries as draw_symmetries
+    from lightning_reg.reweighting.adawac.core import encoder_consistency as encoder_consistency
+    from lightning_reg.reweighting.adawac.core import undo_symmetry as undo_symmetry
+    from lightning_reg.reweighting.adawac.core import weight_ascent as weight_ascent
     from lightning_reg.reweighting.loss_reweighting.core import apply_strategy as apply_strategy
     from lightning_reg.reweighting.loss_reweighting.core import normalize_losses as normalize_losses
     from lightning_reg.reweighting.loss_reweighting.core import reweight as reweight
@@ -459,6 +467,14 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "companding_refusal": "lightning_reg.regularization.weight_compander.core",
         "expand": "lightning_reg.regularization.weight_compander.core",
         "weight_stats": "lightning_reg.regularization.weight_compander.core",
+        "adawac_loss": "lightning_reg.reweighting.adawac.core",
+        "adawac_update": "lightning_reg.reweighting.adawac.core",
+        "apply_symmetry": "lightning_reg.reweighting.adawac.core",
+        "batch_dice_loss": "lightning_reg.reweighting.adawac.core",
+        "draw_symmetries": "lightning_reg.reweighting.adawac.core",
+        "encoder_consistency": "lightning_reg.reweighting.adawac.core",
+        "undo_symmetry": "lightning_reg.reweighting.adawac.core",
+        "weight_ascent": "lightning_reg.reweighting.adawac.core",
         "apply_strategy": "lightning_reg.reweighting.loss_reweighting.core",
         "normalize_losses": "lightning_reg.reweighting.loss_reweighting.core",
         "reweight": "lightning_reg.reweighting.loss_reweighting.core",
