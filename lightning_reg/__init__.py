@@ -100,6 +100,9 @@ if TYPE_CHECKING:
     from lightning_reg.noisy_labels.elr.elr import ELRCallback as ELRCallback
     from lightning_reg.noisy_labels.elr_plus.elr_plus import ELRPlusCallback as ELRPlusCallback
     from lightning_reg.noisy_labels.label_errors import LabelErrors as LabelErrors
+    from lightning_reg.noisy_labels.multi_scale_consistency.multi_scale_consistency import (
+        MultiScaleConsistency as MultiScaleConsistency,
+    )
     from lightning_reg.noisy_labels.nested_dropout.nested_dropout import NestedDropout as NestedDropout
     from lightning_reg.proximal.learned_proximal.lpn import LPN as LPN
     from lightning_reg.proximal.learned_proximal.non_negative import NonNegative as NonNegative
@@ -204,6 +207,7 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "ELRCallback": "lightning_reg.noisy_labels.elr.elr",
         "ELRPlusCallback": "lightning_reg.noisy_labels.elr_plus.elr_plus",
         "LabelErrors": "lightning_reg.noisy_labels.label_errors",
+        "MultiScaleConsistency": "lightning_reg.noisy_labels.multi_scale_consistency.multi_scale_consistency",
         "NestedDropout": "lightning_reg.noisy_labels.nested_dropout.nested_dropout",
         "LPN": "lightning_reg.proximal.learned_proximal.lpn",
         "NonNegative": "lightning_reg.proximal.learned_proximal.non_negative",

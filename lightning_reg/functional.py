@@ -201,6 +201,9 @@ if TYPE_CHECKING:
     from lightning_reg.noisy_labels.elr_plus.core import elr_plus_targets as elr_plus_targets
     from lightning_reg.noisy_labels.elr_plus.core import refine_labels as refine_labels
     from lightning_reg.noisy_labels.elr_plus.core import sigmoid_rampup as sigmoid_rampup
+    from lightning_reg.noisy_labels.multi_scale_consistency.core import multiscale_consistency as multiscale_consistency
+    from lightning_reg.noisy_labels.multi_scale_consistency.core import resized as resized
+    from lightning_reg.noisy_labels.multi_scale_consistency.core import scaled_size as scaled_size
     from lightning_reg.noisy_labels.nested_dropout.core import best_prefix as best_prefix
     from lightning_reg.noisy_labels.nested_dropout.core import keep_prefix as keep_prefix
     from lightning_reg.noisy_labels.nested_dropout.core import prefix_correct as prefix_correct
@@ -447,6 +450,9 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "elr_plus_targets": "lightning_reg.noisy_labels.elr_plus.core",
         "refine_labels": "lightning_reg.noisy_labels.elr_plus.core",
         "sigmoid_rampup": "lightning_reg.noisy_labels.elr_plus.core",
+        "multiscale_consistency": "lightning_reg.noisy_labels.multi_scale_consistency.core",
+        "resized": "lightning_reg.noisy_labels.multi_scale_consistency.core",
+        "scaled_size": "lightning_reg.noisy_labels.multi_scale_consistency.core",
         "best_prefix": "lightning_reg.noisy_labels.nested_dropout.core",
         "keep_prefix": "lightning_reg.noisy_labels.nested_dropout.core",
         "prefix_correct": "lightning_reg.noisy_labels.nested_dropout.core",

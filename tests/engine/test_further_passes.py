@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_reg import LossMixin, Mixup
+from lightning_reg import LossMixin, Mixup, MultiSampleDropout
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.networks.further_pass import check_runs_again, run_step
 from lightning_reg.engine.technique import LossTechnique
@@ -39,6 +39,7 @@ class Shrunk(LossTechnique):
         self.norms_follow, self.change, self.sights = norms_follow, change, []
 
     feature_layers = ("net.0",)
+    runs_again = True
 
     def check(self, trainer, module):
         check_runs_again(self, trainer, module)
@@ -220,12 +221,17 @@ def test_refused_in_words(module, technique, words):
         fit(module(), technique())
 
 
-def test_mixed_samples_are_refused():
-    class TakesMixed(Shrunk):
-        takes_mixed = True
-
-    with pytest.raises(MisconfigurationException, match="labels are not those of the mixed samples"):
-        fit(Classifier(), Mixup(alpha=1.0), TakesMixed())
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (Mixup(alpha=1.0), "Mixup mixes samples: the labels there would not be those of the mixed ones"),
+        (MultiSampleDropout("net.2", num_samples=2), "MultiSampleDropout makes several copies of its rows"),
+    ],
+)
+def test_who_cannot_stand_beside_it(other, words):
+    for techniques in ([Shrunk(), other], [other, Shrunk()]):
+        with pytest.raises(MisconfigurationException, match=words):
+            fit(Classifier(), *techniques)
 
 
 def test_strategies_that_split_parameters_are_refused():

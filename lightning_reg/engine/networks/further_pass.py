@@ -55,10 +55,11 @@ def run_step(
 ) -> Sight:
     """Runs the user's ``training_step`` once more, on another batch and with gradient.
 
-    To be called in a phase on the loss, while the user's own step is under way: edited weights and edited layers are
-    those of the step, and under DDP the pass belongs to the same forward. Else nobody notices: nothing is logged,
-    metrics, random states and what is observed of layers are put back, other techniques do not act on its loss. What
-    ``training_step`` keeps on the module (``self.last_logits``) is that of the last pass.
+    For techniques that say so by ``runs_again``. To be called in a phase on the loss, while the user's own step is
+    under way: edited weights and edited layers are those of the step, and under DDP the pass belongs to the same
+    forward. Else nobody notices: nothing is logged, metrics, random states and what is observed of layers are put back,
+    other techniques do not act on its loss. What ``training_step`` keeps on the module (``self.last_logits``) is that
+    of the last pass.
 
     Args:
         step: The present step.
@@ -71,12 +72,11 @@ def run_step(
         The loss call of the pass and the outputs of the layers, with gradient.
 
     Raises:
-        MisconfigurationException: If the batch of the step has mixed samples or several passes, the loss call of the
-            pass is not certain, there is none, a layer has not run, or ``training_step`` changes its batch in place.
+        MisconfigurationException: If the loss call of the pass is not certain, there is none, a layer has not run, or
+            ``training_step`` changes its batch in place.
 
     """
     name, trainer, module = type(technique).__name__, step.trainer, step.module
-    _check_step(step, name)
     tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
     versions = [version_of(tensor) for tensor in tensors]
     again = Step(trainer, module, batch, {}, step.several, step.arguments)
@@ -108,19 +108,6 @@ def _interception(trainer: "Trainer", module: "LightningModule") -> Interception
     if trainer not in _INTERCEPTIONS:
         _INTERCEPTIONS[trainer] = Interception(compiled=host.is_compiled(module))
     return _INTERCEPTIONS[trainer]
-
-
-def _check_step(step: "Step", name: str) -> None:
-    if step.mixing is not None:
-        raise MisconfigurationException(
-            f"{name} runs the step once more on another version of the batch, whose samples were mixed: its labels are"
-            " not those of the mixed samples there. Leave one of the two out."
-        )
-    if step.feature_view is not None or step.call_changes:
-        raise MisconfigurationException(
-            f"{name} runs the step once more, and another technique runs it on several copies of the batch already."
-            " Leave one of the two out."
-        )
 
 
 def _check_found(name: str, call: "LossCall | None", missing: list[str]) -> None:

@@ -30,6 +30,11 @@ class WeightTable:
         self._memory: SampleMemory | None = None
         self._exchange = RowExchange()
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no step was made yet."""
+        return self._memory is None
+
     def clear(self) -> None:
         """Forgets everything."""
         self._memory, self._exchange = None, RowExchange()

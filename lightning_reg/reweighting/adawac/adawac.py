@@ -121,6 +121,7 @@ class AdaWAC(BatchTechnique, LossTechnique):
     """
 
     needs_indices: ClassVar[bool] = True
+    runs_again: ClassVar[bool] = True
     watched = ("weight",)
 
     def __init__(
@@ -172,8 +173,6 @@ class AdaWAC(BatchTechnique, LossTechnique):
 
     @override
     def conflict_with(self, other: Member) -> str | None:
-        if other.mixes != "none":
-            return "another view of a mixed batch has labels that are not mixed. Remove one of them."
         if "sample_weights" in phases_of(other) and other.loss == self.loss:
             return (
                 "both weigh the samples of the same loss, and what AdaWAC takes from a sample's loss it gives to its"
@@ -215,6 +214,11 @@ class AdaWAC(BatchTechnique, LossTechnique):
         step = call.step
         other, draws = step.notes[self]
         features = _encoded(step.features.get(self.layer), self.layer, call)
+        if self._table.is_empty and not features.requires_grad:  # later it may be frozen for a while
+            raise MisconfigurationException(
+                f"AdaWAC: the output of {self.layer!r} has no gradient, so nothing would be learned from its"
+                " consistency."
+            )
         sight = run_step(step, self, other, layers=[self.layer], norms_follow=self.norms_follow)
         if sight.call is None or sight.call.batch_size != call.batch_size:
             raise MisconfigurationException(f"AdaWAC: the other view of {call} has another number of samples.")
@@ -299,9 +303,5 @@ def _encoded(output: object, layer: str, call: "LossCall") -> Tensor:
         raise MisconfigurationException(
             f"AdaWAC: {layer!r} gave {what}, where a tensor with a row for each of {call.batch_size} samples is needed."
             " Name the encoder, or the layer whose output the decoder or the head gets."
-        )
-    if not found.requires_grad:
-        raise MisconfigurationException(
-            f"AdaWAC: the output of {layer!r} has no gradient, so nothing would be learned from its consistency."
         )
     return found

@@ -167,7 +167,16 @@ def apply_symmetry(maps: Tensor, draws: Tensor) -> Tensor:
 
 
 def undo_symmetry(maps: Tensor, draws: Tensor) -> Tensor:
-    """What :func:`apply_symmetry` has turned, as it was: at any size of the maps, features of an encoder too."""
+    """What :func:`apply_symmetry` has turned, as it was: at any size of the maps, features of an encoder too.
+
+    Args:
+        maps: ``(B, ..., h, w)``.
+        draws: What they were turned by, bool ``(B, 3)``.
+
+    Returns:
+        Maps of the same shape.
+
+    """
     exchange, down, side = _columns(maps, draws)
     maps = torch.where(side, maps.flip(-1), maps)
     maps = torch.where(down, maps.flip(-2), maps)
