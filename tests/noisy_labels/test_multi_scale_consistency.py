@@ -35,7 +35,11 @@ class ScalesByHand(Hand):
             if q.max() >= 0.3:
                 total = total + 0.5 * sum((each * (each / q).log()).sum() for each in p)
         total = total / len(moment.x)
-        return total + sum(loop.part.loss(output, moment.y) for output in outputs[1:])
+        y = moment.y
+        for hand in loop.hands:  # labels that are corrected count at all scales
+            changed = hand.change_targets(y)
+            y = y if changed is None else changed
+        return total + sum(loop.part.loss(output, y) for output in outputs[1:])
 
 
 CASE = Case(

@@ -459,7 +459,7 @@ class Flat(Encoding):
     [
         (LossReweighting(warmup_steps=0), "both weigh the samples of the same loss"),
         (AdaWAC("act", name="second"), "both weigh the samples of the same loss"),
-        (Mixup(alpha=1.0), "would not be those of the mixed ones"),
+        (Mixup(alpha=1.0), "AdaWAC and Mixup cannot stand together"),
     ],
 )
 def test_who_cannot_stand_beside_it(other, words):

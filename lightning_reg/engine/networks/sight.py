@@ -157,6 +157,7 @@ def kept_buffers(module: nn.Module, *, except_norms: bool = False) -> Iterator[N
         for layer, place, before in places:
             if except_norms and isinstance(layer, BatchNorm):
                 for name, buffer in before.items():
-                    if buffer is not None and place[name] is not None:
-                        buffer.data.copy_(place[name])  # unseen by graphs that saved it, and do not read it
+                    after = place[name]
+                    if buffer is not None and after is not None:
+                        buffer.data.copy_(after)  # unseen by graphs that saved it, and do not read it
             place.update(before)

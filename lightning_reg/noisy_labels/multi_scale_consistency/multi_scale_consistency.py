@@ -104,12 +104,14 @@ class MultiScaleConsistency(BatchTechnique, LossTechnique):
         check_number(self, "lam", lam, low=0)
         check_number(self, "rho", rho, low=0, high=1)
         check_number(self, "supervised", supervised, low=0)
-        for scale in scales:
+        given: object = scales
+        several = isinstance(given, Sequence) and not isinstance(given, str)
+        for scale in scales if several else ():
             check_number(self, "scales", scale, low=0, low_open=True)
-        if 1 not in scales or len(scales) < 2 or len(set(scales)) < len(scales):
+        if not several or 1 not in scales or len(scales) < 2 or len(set(scales)) < len(scales):
             raise ValueError(
                 "MultiScaleConsistency: `scales` must be at least two different numbers, with 1 among them, got"
-                f" {list(scales)}."
+                f" {scales!r}."
             )
         check_choice(self, "mask", mask, ("pixel", "image"))
         check_number(self, "multiple_of", multiple_of, low=1, integer=True)

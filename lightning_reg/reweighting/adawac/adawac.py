@@ -241,7 +241,8 @@ class AdaWAC(BatchTechnique, LossTechnique):
 
     @override
     def loss_term(self, call: "LossCall") -> Tensor | None:
-        weights, second, consistency = call.step.notes.pop(self)
+        found: _Found = call.step.notes.pop(self)
+        weights, second, consistency = found
         return weights / 2 * second + (1 - weights) * consistency
 
     def sample_report(self) -> SampleWeights:
