@@ -208,12 +208,19 @@ def once(module, batch):
     return F.cross_entropy(module(batch[0]), batch[1]) if batch[0].max() < 2 else None
 
 
+def elsewhere(module, batch):
+    first, x = module.net[0], batch[0]
+    hidden = first(x) if x.max() < 2 else F.linear(x, first.weight, first.bias)
+    return F.cross_entropy(module.net[1:](hidden), batch[1])
+
+
 @pytest.mark.parametrize(
     ("module", "technique", "words"),
     [
         (manual, Shrunk, "once more in each step, which would train there under automatic_optimization=False"),
         (lambda: Classifier(in_place), Shrunk, "changes its batch in place, and runs once more"),
         (lambda: Classifier(once), partial(Shrunk, change=lambda x: x + 9), "saw no loss call there"),
+        (lambda: Classifier(elsewhere), partial(Shrunk, change=lambda x: x + 9), "the layer 'net.0' did not run there"),
     ],
 )
 def test_refused_in_words(module, technique, words):

@@ -105,6 +105,9 @@ def test_what_agrees_and_what_is_certain_costs_nothing():
     assert multiscale_consistency([THREE[0]] * 3, rho=0.0).abs().max() < 1e-6
     sure = torch.tensor([[1e4, 0.0]])
     assert multiscale_consistency([sure, sure]).item() == 0.0
+    impossible = torch.tensor([[1.0, 1.0, -torch.inf]])  # a class that is masked out, at one scale or at both
+    assert multiscale_consistency([impossible, impossible], rho=0.0).item() == pytest.approx(0.0, abs=1e-6)
+    assert multiscale_consistency([impossible, torch.zeros(1, 3)], rho=0.0).isfinite().all()
     empty = multiscale_consistency(THREE, 0.0, torch.zeros(2, 4, 4, dtype=torch.bool))
     assert empty.tolist() == [0.0, 0.0]
 
@@ -147,6 +150,7 @@ def test_sizes():
     assert resized(mask, (4, 4)).tolist() == [[[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 255, 255], [2, 2, 255, 255]]]
     assert resized(resized(mask, (4, 4)), (2, 2)).tolist() == mask.tolist()
     assert resized(mask, (2, 2)) is mask
+    assert resized(torch.arange(16).reshape(1, 4, 4), (2, 2)).tolist() == [[[5, 7], [13, 15]]]  # of centres
     line = torch.tensor([[[[0.0, 2.0]]]]).expand(1, 1, 2, 2)
     assert resized(line, (2, 3))[0, 0, 0].tolist() == [0.0, 1.0, 2.0]
 

@@ -88,7 +88,6 @@ def run_step(
         undo.enter_context(host.silenced(module, trainer))
         undo.enter_context(host.metrics_kept(module))
         undo.enter_context(kept_buffers(module, except_norms=norms_follow))
-        undo.enter_context(trainer.precision_plugin.train_step_context())
         undo.enter_context(observed_as_before(step))
         undo.enter_context(seen.watch(again, technique, gradient=True))
         step.passes.clear()
