@@ -85,7 +85,7 @@ CASE = Case(
         f"net.body, eta=0, lam=0; view {HERE}.shrink, compared as it is",
         f"net.body, eta=0.5, lam=2; view {HERE}.shrink, compared by {HERE}.halved",
     ),
-    also=["images"],
+    also=["images", "regression"],
     variants=[
         partial(AdaWAC, **SMALL, eta=0.0, lam=0.0, loss="last", norms_follow=True),
         partial(AdaWAC, **SMALL, eta=0.5, limit=3.0, align=f"{HERE}.halved", index_key="2", num_samples=40),
