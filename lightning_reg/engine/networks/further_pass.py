@@ -13,6 +13,7 @@ from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.autograd import version_of
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.generators import own_randomness
+from lightning_reg.engine.host.quiet import silenced
 from lightning_reg.engine.loss.result import loss_of
 from lightning_reg.engine.loss.watch import Interception
 from lightning_reg.engine.networks.peer import check_runs_on_copy
@@ -85,7 +86,7 @@ def run_step(
     seed = technique.derived_seed(f"pass {distributed.rank()} {step.batches_so_far}{step.stream}")
     with ExitStack() as undo:
         undo.enter_context(own_randomness(seed))
-        undo.enter_context(host.silenced(module, trainer))
+        undo.enter_context(silenced(module, trainer))
         undo.enter_context(host.metrics_kept(module))
         undo.enter_context(kept_buffers(module, except_norms=norms_follow))
         undo.enter_context(observed_as_before(step))

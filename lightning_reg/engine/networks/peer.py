@@ -22,6 +22,7 @@ from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.generators import isolated_randomness
 from lightning_reg.engine.host.modules import forget_compiled_call, own_hooks, own_parameters, uncompiled
 from lightning_reg.engine.host.names import plain_name
+from lightning_reg.engine.host.quiet import lent_trainer
 from lightning_reg.engine.layers.named import FeatureTap, LayerHook
 from lightning_reg.engine.layers.outputs import given_outputs
 from lightning_reg.engine.loss.result import loss_of
@@ -261,7 +262,7 @@ class Peer:
         try:
             with ExitStack() as undo:
                 undo.enter_context(isolated_randomness())
-                undo.enter_context(host.lent_trainer(self.module, trainer))
+                undo.enter_context(lent_trainer(self.module, trainer))
                 undo.enter_context(kept_buffers(self.module))
                 # With a graph, so that calls with a gradient are told apart as they are in the user's own step (a
                 # metric's have none); the graph keeps nothing. Without one, where no call is asked for: torch's
