@@ -100,6 +100,9 @@ if TYPE_CHECKING:
     from lightning_reg.noisy_labels.elr.elr import ELRCallback as ELRCallback
     from lightning_reg.noisy_labels.elr_plus.elr_plus import ELRPlusCallback as ELRPlusCallback
     from lightning_reg.noisy_labels.label_errors import LabelErrors as LabelErrors
+    from lightning_reg.noisy_labels.multi_scale_consistency.multi_scale_consistency import (
+        MultiScaleConsistency as MultiScaleConsistency,
+    )
     from lightning_reg.noisy_labels.nested_dropout.nested_dropout import NestedDropout as NestedDropout
     from lightning_reg.proximal.learned_proximal.lpn import LPN as LPN
     from lightning_reg.proximal.learned_proximal.non_negative import NonNegative as NonNegative
@@ -110,6 +113,8 @@ if TYPE_CHECKING:
     from lightning_reg.regularization.weight_compander.core import Compander as Compander
     from lightning_reg.regularization.weight_compander.core import Companding as Companding
     from lightning_reg.regularization.weight_compander.weight_compander import WeightCompander as WeightCompander
+    from lightning_reg.reweighting.adawac.adawac import AdaWAC as AdaWAC
+    from lightning_reg.reweighting.adawac.report import SampleWeights as SampleWeights
     from lightning_reg.reweighting.loss_reweighting.loss_reweighting import LossReweighting as LossReweighting
     from lightning_reg.sparsity.nm_sparsity.nm_sparsity import NMSparsity as NMSparsity
     from lightning_reg.sparsity.nm_sparsity.report import SparsityReport as SparsityReport
@@ -202,6 +207,7 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "ELRCallback": "lightning_reg.noisy_labels.elr.elr",
         "ELRPlusCallback": "lightning_reg.noisy_labels.elr_plus.elr_plus",
         "LabelErrors": "lightning_reg.noisy_labels.label_errors",
+        "MultiScaleConsistency": "lightning_reg.noisy_labels.multi_scale_consistency.multi_scale_consistency",
         "NestedDropout": "lightning_reg.noisy_labels.nested_dropout.nested_dropout",
         "LPN": "lightning_reg.proximal.learned_proximal.lpn",
         "NonNegative": "lightning_reg.proximal.learned_proximal.non_negative",
@@ -210,6 +216,8 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "Compander": "lightning_reg.regularization.weight_compander.core",
         "Companding": "lightning_reg.regularization.weight_compander.core",
         "WeightCompander": "lightning_reg.regularization.weight_compander.weight_compander",
+        "AdaWAC": "lightning_reg.reweighting.adawac.adawac",
+        "SampleWeights": "lightning_reg.reweighting.adawac.report",
         "LossReweighting": "lightning_reg.reweighting.loss_reweighting.loss_reweighting",
         "NMSparsity": "lightning_reg.sparsity.nm_sparsity.nm_sparsity",
         "SparsityReport": "lightning_reg.sparsity.nm_sparsity.report",

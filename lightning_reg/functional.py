@@ -201,6 +201,9 @@ if TYPE_CHECKING:
     from lightning_reg.noisy_labels.elr_plus.core import elr_plus_targets as elr_plus_targets
     from lightning_reg.noisy_labels.elr_plus.core import refine_labels as refine_labels
     from lightning_reg.noisy_labels.elr_plus.core import sigmoid_rampup as sigmoid_rampup
+    from lightning_reg.noisy_labels.multi_scale_consistency.core import multiscale_consistency as multiscale_consistency
+    from lightning_reg.noisy_labels.multi_scale_consistency.core import resized as resized
+    from lightning_reg.noisy_labels.multi_scale_consistency.core import scaled_size as scaled_size
     from lightning_reg.noisy_labels.nested_dropout.core import best_prefix as best_prefix
     from lightning_reg.noisy_labels.nested_dropout.core import keep_prefix as keep_prefix
     from lightning_reg.noisy_labels.nested_dropout.core import prefix_correct as prefix_correct
@@ -221,6 +224,14 @@ if TYPE_CHECKING:
     from lightning_reg.regularization.weight_compander.core import companding_refusal as companding_refusal
     from lightning_reg.regularization.weight_compander.core import expand as expand
     from lightning_reg.regularization.weight_compander.core import weight_stats as weight_stats
+    from lightning_reg.reweighting.adawac.core import adawac_loss as adawac_loss
+    from lightning_reg.reweighting.adawac.core import adawac_update as adawac_update
+    from lightning_reg.reweighting.adawac.core import apply_symmetry as apply_symmetry
+    from lightning_reg.reweighting.adawac.core import batch_dice_loss as batch_dice_loss
+    from lightning_reg.reweighting.adawac.core import draw_symmetries as draw_symmetries
+    from lightning_reg.reweighting.adawac.core import encoder_consistency as encoder_consistency
+    from lightning_reg.reweighting.adawac.core import undo_symmetry as undo_symmetry
+    from lightning_reg.reweighting.adawac.core import weight_ascent as weight_ascent
     from lightning_reg.reweighting.loss_reweighting.core import apply_strategy as apply_strategy
     from lightning_reg.reweighting.loss_reweighting.core import normalize_losses as normalize_losses
     from lightning_reg.reweighting.loss_reweighting.core import reweight as reweight
@@ -439,6 +450,9 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "elr_plus_targets": "lightning_reg.noisy_labels.elr_plus.core",
         "refine_labels": "lightning_reg.noisy_labels.elr_plus.core",
         "sigmoid_rampup": "lightning_reg.noisy_labels.elr_plus.core",
+        "multiscale_consistency": "lightning_reg.noisy_labels.multi_scale_consistency.core",
+        "resized": "lightning_reg.noisy_labels.multi_scale_consistency.core",
+        "scaled_size": "lightning_reg.noisy_labels.multi_scale_consistency.core",
         "best_prefix": "lightning_reg.noisy_labels.nested_dropout.core",
         "keep_prefix": "lightning_reg.noisy_labels.nested_dropout.core",
         "prefix_correct": "lightning_reg.noisy_labels.nested_dropout.core",
@@ -459,6 +473,14 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "companding_refusal": "lightning_reg.regularization.weight_compander.core",
         "expand": "lightning_reg.regularization.weight_compander.core",
         "weight_stats": "lightning_reg.regularization.weight_compander.core",
+        "adawac_loss": "lightning_reg.reweighting.adawac.core",
+        "adawac_update": "lightning_reg.reweighting.adawac.core",
+        "apply_symmetry": "lightning_reg.reweighting.adawac.core",
+        "batch_dice_loss": "lightning_reg.reweighting.adawac.core",
+        "draw_symmetries": "lightning_reg.reweighting.adawac.core",
+        "encoder_consistency": "lightning_reg.reweighting.adawac.core",
+        "undo_symmetry": "lightning_reg.reweighting.adawac.core",
+        "weight_ascent": "lightning_reg.reweighting.adawac.core",
         "apply_strategy": "lightning_reg.reweighting.loss_reweighting.core",
         "normalize_losses": "lightning_reg.reweighting.loss_reweighting.core",
         "reweight": "lightning_reg.reweighting.loss_reweighting.core",

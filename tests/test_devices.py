@@ -29,6 +29,7 @@ LOSSES, COUNTED = draw(6).square(), torch.tensor([True, True, False, True, True,
 WEIGHT, MASK = draw(8, 16), draw(8, 16) > 0
 STATES = [{"w": draw(4, 3, seed=s), "b": draw(3, seed=9 + s)} for s in range(3)]
 ORDER = torch.tensor([1, 0, 3, 2, 5, 4])
+SYMMETRIES = f.draw_symmetries(6, draws())
 PARAMETER = draw(5, 7).requires_grad_()
 
 
@@ -101,6 +102,15 @@ CALLS = {
     "elr_plus_loss": lambda: f.elr_plus_loss(LOGITS, LABELS, TABLE[:6], 3.0),
     "elr_plus_targets": lambda: f.elr_plus_targets(TABLE[:6], OTHERS, 0.7),
     "refine_labels": lambda: f.refine_labels(TABLE[3:], TABLE[:6]),
+    "adawac_loss": lambda: f.adawac_loss(LOSSES, LOSSES.flip(0), LOSSES.sigmoid()),
+    "adawac_update": lambda: f.adawac_update(TABLE[:, 0].clone(), INDEX, LOSSES, LOSSES.flip(0)),
+    "apply_symmetry": lambda: f.apply_symmetry(X, SYMMETRIES),
+    "batch_dice_loss": lambda: f.batch_dice_loss(LOGITS, LABELS),
+    "encoder_consistency": lambda: f.encoder_consistency(LOGITS, OTHERS),
+    "multiscale_consistency": lambda: f.multiscale_consistency([LOGITS, OTHERS], 0.3),
+    "resized": lambda: f.resized(X.long(), (3, 5)),
+    "undo_symmetry": lambda: f.undo_symmetry(X, SYMMETRIES),
+    "weight_ascent": lambda: f.weight_ascent(LOSSES, LOSSES.flip(0), LOSSES, 2.0),
     "compand": lambda: f.compand(WEIGHT, 2.0, 0.5),
     "compand_gradients": lambda: f.compand_gradients(WEIGHT, WEIGHT.flip(0), 2.0, 0.5),
     "expand": lambda: f.expand(WEIGHT.clamp(-1, 1), 2.0, 0.5),

@@ -142,6 +142,11 @@ class MultiSampleDropout(Technique):
         how = f"{self.mode}, {self.backbone} once" if self.mode == "replay" else f"{self.mode}, {self.outputs} rows"
         return f"{self.num_samples} samples of {self.dropout}{rate}; {how}"
 
+    @property
+    @override
+    def copies_rows(self) -> bool:
+        return self.num_samples > 1
+
     @override
     def is_active(self, step: "Step") -> bool:
         return self.num_samples > 1

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 __all__ = [
     "STEP_HOOKS",
     "Callback",
+    "DummyLogger",
     "IdleHooks",
     "MisconfigurationException",
     "Replacement",
@@ -70,7 +71,6 @@ __all__ = [
     "is_compiled",
     "is_logging_step",
     "joined_like",
-    "lent_trainer",
     "log_beside",
     "metrics_kept",
     "new_scaler",
@@ -306,25 +306,6 @@ def metrics_kept(module: nn.Module) -> Iterator[None]:
 def reaches_step_through_call(trainer: "Trainer", module: "LightningModule") -> bool:
     """Whether the strategy wraps the module (DDP, FSDP), and so reaches ``training_step`` through its ``__call__``."""
     return trainer.strategy.model is not module
-
-
-@contextmanager
-def lent_trainer(module: "LightningModule", trainer: "Trainer") -> Iterator[None]:
-    """A module that is attached to no Trainer has one, with nothing logged from it."""
-    with ExitStack() as undo:
-        for part in module.modules():
-            if hasattr(part, "_trainer") and hasattr(part, "log_dict"):
-                undo.callback(setattr, part, "_trainer", None)
-                setattr(part, "_trainer", trainer)  # noqa: B010 # mypy takes what modules have for tensors
-                for name in ("log", "log_dict"):
-                    undo.callback(Replacement(part, name, _ignore).undo)
-        undo.callback(setattr, trainer, "loggers", trainer.loggers)
-        trainer.loggers = [DummyLogger() for _ in trainer.loggers]
-        yield
-
-
-def _ignore(*args: Any, **kwargs: Any) -> None:
-    pass
 
 
 @contextmanager

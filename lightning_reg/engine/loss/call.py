@@ -245,7 +245,15 @@ class LossCall:
     @cached_property
     def losses(self) -> Tensor:
         """Loss of each sample ``L_i``, ``(B,)`` float32, without gradient; 0 where every element is ignored."""
-        elements = self.decomposition.elements.detach().float().reshape(self.batch_size, -1)
+        return self._per_sample(self.decomposition.elements.detach())
+
+    @property
+    def learned_losses(self) -> Tensor:
+        """The same with gradient."""
+        return self._per_sample(self.decomposition.elements)
+
+    def _per_sample(self, elements: Tensor) -> Tensor:
+        elements = elements.float().reshape(self.batch_size, -1)
         if self.sample_mass is None:
             return elements.mean(1)
         return elements.sum(1) / torch.where(self.sample_mass > 0, self.sample_mass, 1.0)

@@ -2,9 +2,8 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from types import CellType, FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
@@ -21,17 +20,14 @@ from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.autograd import version_of
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.generators import isolated_randomness
-from lightning_reg.engine.host.modules import forget_compiled_call, own_buffers, own_hooks, own_parameters, uncompiled
+from lightning_reg.engine.host.modules import forget_compiled_call, own_hooks, own_parameters, uncompiled
 from lightning_reg.engine.host.names import plain_name
+from lightning_reg.engine.host.quiet import lent_trainer
 from lightning_reg.engine.layers.named import FeatureTap, LayerHook
 from lightning_reg.engine.layers.outputs import given_outputs
-from lightning_reg.engine.loss.call import LossCall, loss_call
-from lightning_reg.engine.loss.call_by_hand import call_by_hand
-from lightning_reg.engine.loss.choice import Selection
-from lightning_reg.engine.loss.elements import bind
-from lightning_reg.engine.loss.mixin import LossMixin
 from lightning_reg.engine.loss.result import loss_of
-from lightning_reg.engine.loss.watch import Interception, call_site
+from lightning_reg.engine.loss.watch import Interception
+from lightning_reg.engine.networks.sight import SeenCall, Sight, kept_buffers
 from lightning_reg.engine.weights.finite import all_finite, chosen_if
 from lightning_reg.engine.weights.ways import needs_gradient
 
@@ -132,12 +128,13 @@ def _held(function: Any) -> Iterator[Any]:
             stack.append(value)
 
 
-def check_runs_on_copy(module: "LightningModule", owner: object) -> None:
+def check_runs_on_copy(module: "LightningModule", owner: object, where: str = "on a copy of the module") -> None:
     """Refuses a module whose ``training_step`` does more than to compute a loss from its batch.
 
     Args:
         module: The user's module.
         owner: Who wants to run it; its class is named in the message.
+        where: Where it is to run, for the message.
 
     Raises:
         MisconfigurationException: If it fetches batches or trains by itself.
@@ -145,12 +142,12 @@ def check_runs_on_copy(module: "LightningModule", owner: object) -> None:
     """
     if "dataloader_iter" in inspect.signature(module.training_step).parameters:
         raise MisconfigurationException(
-            f"{type(owner).__name__} runs `training_step` on a copy of the module; one that takes `dataloader_iter`"
+            f"{type(owner).__name__} runs `training_step` {where}; one that takes `dataloader_iter`"
             " would fetch another batch there. Write `training_step(batch, batch_idx)`."
         )
     if not module.automatic_optimization:
         raise MisconfigurationException(
-            f"{type(owner).__name__} runs `training_step` on a copy of the module, which would train there under"
+            f"{type(owner).__name__} runs `training_step` {where}, which would train there under"
             " automatic_optimization=False. Leave optimization to Lightning, or use the functional core."
         )
 
@@ -176,23 +173,6 @@ def update_average_(average: Sequence[Tensor], params: Sequence[Tensor], decay: 
 
 
 # -- what a copy makes of a batch -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Sight:
-    """What a second network made of a batch, without gradient unless it was asked for.
-
-    Args:
-        call: The loss call of its ``training_step``, the same one as of the user's module; ``None`` if it was not asked
-            for, or the step made no loss.
-        features: Outputs of the named layers.
-        made_loss: Whether its ``training_step`` returned a loss that has a gradient.
-
-    """
-
-    call: LossCall | None
-    features: Mapping[str, Any]
-    made_loss: bool = False
 
 
 class Peer:
@@ -222,11 +202,7 @@ class Peer:
         self._tap = FeatureTap(self.module, layers)
         self._metrics = [layer for layer in self.module.modules() if isinstance(layer, Metric)]
         self._pairs = list(self.module.parameters()), list(module.parameters())
-        self._interception = Interception(compiled=False)
-        self._step: Step | None = None
-        self._selection: Selection[Owner] = Selection(())
-        self._taken: LossCall | None = None
-        self._keep: Callable[[dict[str, Any]], dict[str, Any]] = _detached
+        self._seen = SeenCall(self.module, Interception(compiled=False))
 
     def update_average_(self, decay: float) -> Tensor:
         """Moves its parameters to those of the module it was copied from: :func:`update_average_`."""
@@ -283,13 +259,11 @@ class Peer:
         trainer = step.trainer
         tensors = [leaf for leaf in tree_leaves(step.batch) if isinstance(leaf, Tensor)]
         versions = [version_of(tensor) for tensor in tensors]
-        self._step, self._selection, self._taken = step, Selection([] if technique is None else [technique]), None
-        self._keep = _unchanged if gradient else _detached
         try:
             with ExitStack() as undo:
                 undo.enter_context(isolated_randomness())
-                undo.enter_context(host.lent_trainer(self.module, trainer))
-                undo.enter_context(_kept_buffers(self.module))
+                undo.enter_context(lent_trainer(self.module, trainer))
+                undo.enter_context(kept_buffers(self.module))
                 # With a graph, so that calls with a gradient are told apart as they are in the user's own step (a
                 # metric's have none); the graph keeps nothing. Without one, where no call is asked for: torch's
                 # transformer layers have a faster way then.
@@ -299,7 +273,7 @@ class Peer:
                     undo.enter_context(torch.autocast(self.module.device.type, enabled=False))
                 else:
                     undo.enter_context(saved_tensors_hooks(_forget, _forgotten))
-                undo.enter_context(self._watch())
+                undo.enter_context(self._seen.watch(step, technique, gradient=gradient))
                 undo.enter_context(given_outputs(self.module, outputs or {}, self._owner))
                 self._tap.open = True
                 loss = loss_of(self._run(step, weights))
@@ -321,7 +295,6 @@ class Peer:
         finally:
             self._tap.open = False
             self._tap.outputs.clear()
-            self._step = None
             for metric in self._metrics:
                 metric.reset()
         if versions != [version_of(tensor) for tensor in tensors]:
@@ -329,7 +302,7 @@ class Peer:
                 f"{type(self.module).__name__}.training_step changes its batch in place, so a second network sees"
                 " another batch than the module. Write `x = x + noise` for `x += noise`."
             )
-        return Sight(self._chosen(), features, made_loss=loss is not None and loss.requires_grad)
+        return Sight(self._seen.chosen(), features, made_loss=loss is not None and loss.requires_grad)
 
     def _run(self, step: "Step", weights: Mapping[str, Tensor] | None) -> Any:
         arguments = step.batch, *step.arguments
@@ -350,50 +323,6 @@ class Peer:
         # Not by exchanging `.data`: inside one autocast region torch goes on with the old weights.
         return functional_call(_Step(self.module, method), others, arguments)
 
-    @contextmanager
-    def _watch(self) -> Iterator[None]:
-        if not isinstance(self.module, LossMixin):
-            with self._interception.watch(self._intercept):
-                yield
-            return
-        replaced = host.Replacement(self.module, "reduce_loss", self._reduce_loss)
-        try:
-            yield
-        finally:
-            replaced.undo()
-
-    def _intercept(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        arguments = bind(function, args, kwargs)
-        has_gradient = any(isinstance(value, Tensor) and value.requires_grad for value in arguments.values())
-        if self._step is not None and torch.is_grad_enabled() and has_gradient:
-            self._note(loss_call(function, self._keep(arguments), self._step, call_site()))
-        return function(*args, **kwargs)
-
-    def _reduce_loss(
-        self,
-        per_sample_loss: Tensor,
-        *,
-        logits: Tensor | None = None,
-        targets: Tensor | None = None,
-        indices: Tensor | None = None,
-    ) -> Tensor:
-        if self._step is not None and per_sample_loss.requires_grad:
-            handed_over = self._keep({"loss": per_sample_loss, "logits": logits})
-            self._note(
-                call_by_hand(handed_over["loss"], handed_over["logits"], targets, indices, self._step, call_site())
-            )
-        return per_sample_loss.mean()
-
-    def _note(self, call: LossCall) -> None:
-        if self._selection.take(call.name, call.site, str(call)) or self._selection.late:
-            self._taken = call
-
-    def _chosen(self) -> LossCall | None:
-        if self._selection.seen:
-            self._selection.check()
-        call, self._taken = self._taken, None
-        return call
-
 
 class _Step(nn.Module):
     """A module's ``training_step``, or another of its methods, as a ``forward``, for ``functional_call``."""
@@ -407,14 +336,6 @@ class _Step(nn.Module):
         return getattr(self.module, self._method)(*arguments)
 
 
-def _detached(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.detach() if isinstance(value, Tensor) else value for name, value in arguments.items()}
-
-
-def _unchanged(arguments: dict[str, Any]) -> dict[str, Any]:
-    return arguments
-
-
 # What a step raises that gets from its network something else than in train mode.
 _OF_ANOTHER_MODE = AttributeError, TypeError, KeyError, IndexError, ValueError, AssertionError
 _ASKS_FOR_GRADIENTS = "`training_step` asks for gradients itself; a second network, which gets none, cannot run it."
@@ -426,18 +347,3 @@ def _forget(tensor: Tensor) -> None:
 
 def _forgotten(nothing: None) -> Tensor:
     raise RuntimeError(_ASKS_FOR_GRADIENTS)
-
-
-@contextmanager
-def _kept_buffers(module: nn.Module) -> Iterator[None]:
-    # In eval mode too: `training_step` may move them itself. Copies stand in for them, because a graph that outlives
-    # the pass allows no writing into what it saved.
-    copies = {id(buffer): buffer.detach().clone() for buffer in module.buffers()}
-    places = [(own, dict(own)) for layer in module.modules() if (own := own_buffers(layer))]
-    try:
-        for place, before in places:
-            place.update({name: None if buffer is None else copies[id(buffer)] for name, buffer in before.items()})
-        yield
-    finally:
-        for place, before in places:
-            place.update(before)

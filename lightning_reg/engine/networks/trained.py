@@ -20,6 +20,7 @@ from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.generators import isolated_randomness, own_randomness
 from lightning_reg.engine.host.modules import reset_of
 from lightning_reg.engine.host.names import plain_name
+from lightning_reg.engine.host.quiet import lent_trainer
 from lightning_reg.engine.networks.followed import Follower, Source, TakenOver, regroup_
 from lightning_reg.engine.networks.named_weights import load_weights_, weights_of
 from lightning_reg.engine.networks.peer import copy_of
@@ -197,7 +198,7 @@ class TrainedPeer:
                 f"{type(owner).__name__}: the second network starts with the first one's values for {', '.join(kept)}:"
                 " their layers have no `reset_parameters`. Define it on the module to draw them anew."
             )
-        with host.lent_trainer(self.module, trainer), isolated_randomness():
+        with lent_trainer(self.module, trainer), isolated_randomness():
             optimizers, self._schedulers = host.optimizers_of(self.module)
         _check_optimizers(owner, self.module, optimizers, self._schedulers)
         self._optimizer: torch.optim.Optimizer = optimizers[0]
@@ -241,7 +242,7 @@ class TrainedPeer:
         draws, losses = loader.draws(epoch)[:until], []
         before = [position for position in self._settings if position < self._position]
         self._take_over(self._settings[max(before)] if before else None)
-        with host.lent_trainer(self.module, self._trainer), torch.enable_grad():
+        with lent_trainer(self.module, self._trainer), torch.enable_grad():
             for position, indices, batch in loader.batches(draws, epoch, self._position):
                 self._take_over(self._settings.get(position))
                 loss = self._batch(engine, loader.source, indices, batch, position)
@@ -294,7 +295,7 @@ class TrainedPeer:
         epoch = self._trainer.current_epoch
         if self._scheduled < epoch:
             self._scheduled = epoch
-            with host.lent_trainer(self.module, self._trainer):
+            with lent_trainer(self.module, self._trainer):
                 self._schedule("epoch", epoch + 1)
             self._check_rates()
 

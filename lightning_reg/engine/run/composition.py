@@ -78,7 +78,7 @@ def conflict_between(one: Member, two: Member) -> str | None:
     sentence = one.conflict_with(two) or two.conflict_with(one)
     if sentence is None:
         sentence = _mixing_conflict(one, two) or _views_conflict(one, two) or _periods_conflict(one, two)
-        sentence = sentence or _order_conflict(one, two)
+        sentence = sentence or _order_conflict(one, two) or _further_pass_conflict(one, two)
     for phase, what in _EXCLUSIVE.items():
         if sentence is None and phase in phases_of(one) and phase in phases_of(two) and one.loss == two.loss:
             sentence = (
@@ -96,6 +96,19 @@ def _views_conflict(one: Member, two: Member) -> str | None:
                 f" {type(other).__name__} mixes samples: which rows belong together is then not known. Remove one of"
                 " them."
             )
+    return None
+
+
+def _further_pass_conflict(one: Member, two: Member) -> str | None:
+    for running, other in ((one, two), (two, one)):
+        does = f"{type(running).__name__} runs the step once more on another version of the batch, and"
+        if running.runs_again and other.mixes != "none":
+            return (
+                f"{does} {type(other).__name__} mixes samples: the labels there would not be those of the mixed ones."
+                " Remove one of them."
+            )
+        if running.runs_again and other.copies_rows:
+            return f"{does} {type(other).__name__} makes several copies of its rows. Remove one of them."
     return None
 
 

@@ -55,6 +55,9 @@ class Member:
     # there is no fit if the user calls `trainer.test` alone: what it needs then it has in its arguments or its state.
     stages: frozenset[Stage] = frozenset({"train"})  # instances may have their own, which stay as they are
 
+    # Whether it runs `training_step` once more in a step, on another version of the batch (`run_step`).
+    runs_again: ClassVar[bool] = False
+
     # Which of its scalars stand beside the progress bar, by their names behind the log key: none for the first logged.
     watched: ClassVar[tuple[str, ...]] = ()
 
@@ -88,6 +91,11 @@ class Member:
     def mixes(self) -> Literal["none", "some", "all"]:
         """Which batches it mixes the samples of, over the whole training, see ``step.mixing``."""
         return "none"
+
+    @property
+    def copies_rows(self) -> bool:
+        """Whether it passes several copies of a batch's rows through layers, or runs the step once for each."""
+        return False
 
     @property
     def reorders_channels(self) -> bool:

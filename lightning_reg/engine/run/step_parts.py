@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from lightning_reg.engine.step import Step
 
-__all__ = ["GradientPart", "OwnPart", "PenaltyPart", "TermPart", "log_joined"]
+__all__ = ["GradientPart", "OwnPart", "PenaltyPart", "TermPart", "log_joined", "observed_as_before"]
 
 
 def log_joined(step: "Step", technique: Any, name: str, value: Tensor, loss: Tensor | None) -> None:
@@ -85,7 +85,7 @@ class TermPart(Part):
         total = loss = resting(loss) if step.alone else loss
         with step.trainer.precision_plugin.train_step_context():
             for technique in techniques:
-                with _observed_as_before(step):
+                with observed_as_before(step):
                     term = technique.step_term(step)
                 if term is None:
                     term = loss.new_zeros(())  # logged as such: all ranks log the same names
@@ -101,7 +101,7 @@ class TermPart(Part):
 
 
 @contextmanager
-def _observed_as_before(step: "Step") -> Iterator[None]:
+def observed_as_before(step: "Step") -> Iterator[None]:
     """Of layers that a term runs (an encoder, on other names), others still see what the step itself made of them."""
     features, passes = dict(step.features), {name: list(rows) for name, rows in step.passes.items()}
     yield

@@ -17,6 +17,7 @@ from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.generators import isolated_randomness
 from lightning_reg.engine.host.modules import Dropout, own_buffers, own_parameters
+from lightning_reg.engine.host.quiet import lent_trainer
 from lightning_reg.engine.layers.named import named_layers
 from lightning_reg.engine.loss.result import loss_of
 from lightning_reg.engine.networks.peer import check_runs_on_copy, copy_of
@@ -256,7 +257,7 @@ def _running(twin: "LightningModule", step: "Step", dtype: torch.dtype) -> Itera
 
     with ExitStack() as undo:
         undo.enter_context(isolated_randomness())
-        undo.enter_context(host.lent_trainer(twin, step.trainer))
+        undo.enter_context(lent_trainer(twin, step.trainer))
         undo.enter_context(torch.no_grad())
         undo.enter_context(torch.autocast(twin.device.type, enabled=False))
         yield tree_map_only(Tensor, converted, step.batch)

@@ -1,0 +1,45 @@
+"""A module that logs nothing for a while, with a Trainer that is not its own or that is."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from lightning_reg.engine.host.lightning import DummyLogger, Replacement
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["lent_trainer", "silenced"]
+
+
+@contextmanager
+def lent_trainer(module: "LightningModule", trainer: "Trainer") -> Iterator[None]:
+    """A module that is attached to no Trainer has one, with nothing logged from it."""
+    with ExitStack() as undo:
+        for part in _parts_that_log(module):
+            undo.callback(setattr, part, "_trainer", None)
+            setattr(part, "_trainer", trainer)  # noqa: B010 # mypy takes what modules have for tensors
+        undo.enter_context(silenced(module, trainer))
+        yield
+
+
+@contextmanager
+def silenced(module: "LightningModule", trainer: "Trainer") -> Iterator[None]:
+    """Nothing is logged from a module."""
+    with ExitStack() as undo:
+        for part in _parts_that_log(module):
+            for name in ("log", "log_dict"):
+                undo.callback(Replacement(part, name, _ignore).undo)
+        undo.callback(setattr, trainer, "loggers", trainer.loggers)
+        trainer.loggers = [DummyLogger() for _ in trainer.loggers]
+        yield
+
+
+def _parts_that_log(module: "LightningModule") -> list[nn.Module]:
+    return [part for part in module.modules() if hasattr(part, "_trainer") and hasattr(part, "log_dict")]
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    pass

@@ -1,0 +1,1 @@
+"""Multi-scale consistency: predictions at several scales of an image agree."""

@@ -1,0 +1,1 @@
+"""AdaWAC: per-sample weights between the supervised loss and the consistency of two views."""
