@@ -25,6 +25,7 @@ from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
 from tests.conformance.kinds.network import NetworkCase
 from tests.diffusion.digits import prompt, scheduler, word_model, words
+from tests.diffusion.test_diffusion_classifier import PROBLEM
 from tests.toys import QUIET, make_trainer
 
 pytestmark = QUIET
@@ -69,7 +70,7 @@ CASE = (
         make=sampling,
         neutral=partial(DecorSampling, "net.body.weight", "net.act_body", 0.0),
         by_hand=ByHand,
-        also=["regression"],
+        data=PROBLEM,
         says=(
             "net.act_body without 0.5 of net.body.weight (words), in validate, test, predict",
             "no strength or no mode: inactive",
