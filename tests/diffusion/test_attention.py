@@ -327,3 +327,20 @@ def test_what_is_refused():
         AttentionMaps(Denoiser(lambda x, t: x, scheduler()))
     with pytest.raises(ValueError, match=r"^AttentionMaps: `layers` must match .* got '\*attn3'. Near it: '"):
         AttentionMaps(word_model()[0], ["*attn2", "*attn3"])
+
+
+def test_processors_with_several_maps_or_none_are_refused_by_name(processors):
+    import diffusers.models.attention_processor as known
+
+    own = processors.attn_processors
+    image = known.IPAdapterAttnProcessor2_0(32, 64)
+    processors.set_attn_processor({name: image if "attn2" in name else one for name, one in own.items()})
+    with pytest.raises(ValueError, match=r"^AttentionMaps: `layers` .* with IPAdapterAttnProcessor2_0, .*unload_ip_adap"):
+        AttentionMaps(processors)
+    AttentionMaps(processors, "*.attn1")  # those that are not looked at may be what they are
+    linear = known.SanaLinearAttnProcessor2_0()
+    processors.set_attn_processor({name: linear if "attn1" in name else own[name] for name in own})
+    with pytest.raises(ValueError, match=r"^AttentionMaps: `layers` .* with SanaLinearAttnProcessor2_0, .*'\*\.attn2'"):
+        AttentionMaps(processors)
+    with AttentionMaps(processors, "*.attn2"):
+        pass
