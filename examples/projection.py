@@ -65,10 +65,9 @@ def encoded(*prompts: str) -> torch.Tensor:
 kinds = token_rows(words(wanted), end=0, start=1)
 axes_of = embedding_components(encoded(wanted)[0], kinds["words"][0])
 figure, axes = plt.subplots(figsize=(6, 2.6))
-places = torch.arange(len(axes_of.words))
-axes.bar(places - 0.2, axes_of.words, 0.4, label="words", color="#1f4e8c")
-axes.bar(places + 0.2, axes_of.padding, 0.4, label="end and padding", color="#d08a2e")
-axes.set(xlabel="axis", ylabel="share of energy", xticks=places)
+for shift, name, shares in ((-0.2, "words", axes_of.words), (0.2, "end and padding", axes_of.padding)):
+    axes.bar([n + shift for n in range(len(shares))], shares.tolist(), 0.4, label=name)
+axes.set(xlabel="axis", ylabel="share of energy")
 axes.legend()
 figure.tight_layout()
 plt.show()

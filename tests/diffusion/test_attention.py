@@ -335,7 +335,7 @@ def test_processors_with_several_maps_or_none_are_refused_by_name(processors):
     own = processors.attn_processors
     image = known.IPAdapterAttnProcessor2_0(32, 64)
     processors.set_attn_processor({name: image if "attn2" in name else one for name, one in own.items()})
-    with pytest.raises(ValueError, match=r"^AttentionMaps: `layers` .* with IPAdapterAttnProcessor2_0, .*unload_ip_adap"):
+    with pytest.raises(ValueError, match=r"^AttentionMaps: `layers` .* with IPAdapterAttnProcessor2_0, .*unload_ip_"):
         AttentionMaps(processors)
     AttentionMaps(processors, "*.attn1")  # those that are not looked at may be what they are
     linear = known.SanaLinearAttnProcessor2_0()

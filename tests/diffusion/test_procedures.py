@@ -17,11 +17,17 @@ from lightning_reg import (
 )
 from lightning_reg.functional import (
     classify_images,
+    conditions_failed,
     guided_sample,
+    latent_search,
     null_text_invert,
     null_text_sample,
+    prompt_search,
     prompt_to_prompt,
+    random_failures,
+    region_size,
     sample_support,
+    token_search,
 )
 from tests.diffusion.digits import (
     class_model,
@@ -113,6 +119,39 @@ def featured(kind):
     return found
 
 
+def judge(samples):
+    """Class scores of two classes, by the pixels' sign."""
+    return torch.stack([samples.flatten(1).mean(1), -samples.flatten(1).mean(1)], 1)
+
+
+LABELS, FAST = torch.tensor([0, 1]), {"sampler_steps": 2}
+
+
+def searched(kind, search, **options):
+    return search(denoiser(kind), NOISE, conditions(kind, 3, 5), LABELS, [judge], **FAST, **options)
+
+
+def others_failed(kind):
+    return conditions_failed(denoiser(kind), NOISE, conditions(kind, 3, 5), LABELS, [judge], **FAST)
+
+
+def token(kind):
+    return token_search(denoiser(kind), NOISE, conditions(kind, 3, 5), 0, [judge], iterations=1, **FAST).token
+
+
+def prompts(kind):
+    embedding = torch.randn(9, 64, generator=torch.Generator().manual_seed(1))
+
+    def encode(embedded):
+        if kind == "class-conditional UNet":
+            return embedded.argmax(-1)[:, 0] % 10
+        is_flow = kind == "flow transformer"
+        return {**conditions(kind), "encoder_hidden_states": embedded} if is_flow else embedded
+
+    ids = torch.arange(8)
+    return prompt_search(denoiser(kind), NOISE, ids, [4], 0, [judge], encode, embedding, [8], **FAST).values
+
+
 RUNS = {
     "AttentionMaps": attention_maps,
     "classify_images": classified,
@@ -122,6 +161,12 @@ RUNS = {
     "DecorProjection": projected,
     "sample_support": supported,
     "DenoiserFeatures": featured,
+    "latent_search": lambda kind: searched(kind, latent_search, iterations=1).noise,
+    "random_failures": lambda kind: searched(kind, random_failures),
+    "region_size": lambda kind: searched(kind, region_size, draws=2),
+    "conditions_failed": others_failed,
+    "token_search": token,
+    "prompt_search": prompts,
 }
 
 

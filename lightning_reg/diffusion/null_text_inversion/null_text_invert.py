@@ -119,7 +119,10 @@ def null_text_invert(
         rate, threshold = null_text_rate(lr, early_stop, number, steps)
         step = _step_of(module, z, path, number, condition, guidance)
         pivot = state.pivots[:, number + 1].to(z)
-        start = {name: value.to(z if _is_moved(name, value) else z.device) for name, value in (current if warm_start else leaves).items()}
+        start = {
+            name: value.to(z if _is_moved(name, value) else z.device)
+            for name, value in (current if warm_start else leaves).items()
+        }
         current, count = _searched(step, pivot, start, inner_steps, rate, threshold)
         with torch.no_grad():
             z = step(_plain(current))

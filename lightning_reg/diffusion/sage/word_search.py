@@ -191,7 +191,7 @@ def prompt_search(
         The prompts found, the first one among the candidates too.
 
     Raises:
-        ValueError: If an argument is outside its range.
+        ValueError: If an argument is outside its range, or conditions do not depend on the vectors of words.
 
     """
     check_search("prompt_search", judges, {"sampler_steps": sampler_steps, "top_k": top_k, "beam": beam}, {})
@@ -214,7 +214,7 @@ def prompt_search(
             for words in sorted(known, key=known.__getitem__)[:beam]:
                 prompt = torch.tensor(words, device=ids.device)
                 embedded = vectors[prompt].requires_grad_()
-                (gradient,) = torch.autograd.grad(probability(embedded, through=True), embedded)
+                gradient = _gradient(probability(embedded, through=True), embedded)
                 offered = candidates(prompt, slot) if callable(candidates) else candidates
                 choice = torch.as_tensor(list(offered), device=ids.device)
                 order = ((vectors[choice] - vectors[prompt[slot]]) @ gradient[slot]).argsort()[:top_k]
@@ -225,3 +225,13 @@ def prompt_search(
                             known[other] = float(probability(vectors[list(other)]))
     best = sorted(known, key=known.__getitem__)[:beam]
     return PromptResult(torch.tensor(best), torch.tensor([known[words] for words in best]), len(known))
+
+
+def _gradient(value: Tensor, embedded: Tensor) -> Tensor:
+    gradient = torch.autograd.grad(value, embedded, allow_unused=True)[0] if value.requires_grad else None
+    if gradient is None:
+        raise ValueError(
+            "prompt_search: `encode` must give conditions that depend on the vectors of words, so that there is a"
+            " gradient; labels, and an encoder that runs under `torch.no_grad`, give none."
+        )
+    return gradient
