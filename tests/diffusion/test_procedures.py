@@ -5,6 +5,8 @@ from functools import partial
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
+from torch.utils.data import DataLoader
 
 from lightning_reg import (
     AdaptiveGuidance,
@@ -40,6 +42,9 @@ from tests.diffusion.digits import (
     word_model,
 )
 from tests.structure import ROOT
+from tests.toys import QUIET, make_trainer
+
+pytestmark = QUIET
 
 PAGE = (ROOT / "docs" / "architecture" / "diffusion_edits.md").read_text()
 X = held_out()[0][:2]
@@ -192,3 +197,28 @@ def test_it_works_or_is_refused_as_the_page_says(name, kind, cell):
         assert cell.startswith("works")
         made = run()
         assert made is None or bool(made.isfinite().all())
+
+
+class Predicting(LightningModule):
+    """A user's module with one line in its steps."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+
+    def predict_step(self, batch, batch_idx):
+        return RUNS[self.name]("word-conditioned UNet")  # its conditions and embeddings are made here
+
+    def validation_step(self, batch, batch_idx):
+        self.found = RUNS[self.name]("word-conditioned UNet")
+
+
+@pytest.mark.parametrize("name", sorted({*RUNS} - {"AttentionMaps"}))
+def test_in_steps_of_a_trainer_it_gives_the_same(name):
+    """Lightning's steps of prediction and validation are in inference mode."""
+    module, loader = Predicting(name), DataLoader(torch.zeros(1, 1))
+    (predicted,) = make_trainer().predict(module, loader)
+    make_trainer().validate(module, loader, verbose=False)
+    wanted = RUNS[name]("word-conditioned UNet")
+    torch.testing.assert_close(predicted, wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(module.found, wanted, atol=1e-5, rtol=1e-5)

@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_reg.diffusion._service import Condition, Denoiser, spread
 from lightning_reg.diffusion.sage._judged import Judge, JudgedSampler, check_search, frozen
 from lightning_reg.diffusion.sage.core import ensemble_prob
-from lightning_reg.engine.host.procedures import left_as_found
+from lightning_reg.engine.host.procedures import left_as_found, out_of_inference
 
 __all__ = ["PromptResult", "TokenResult", "append_token", "prompt_search", "token_search"]
 
@@ -120,6 +120,7 @@ def token_search(
         raise ValueError("token_search: `init` must be a vector where the condition holds no token vectors (B, l, d).")
     with left_as_found(module), frozen(judges):
         module.eval()
+        noise, condition, null, rows, init = out_of_inference((noise, condition, null, rows, init))
         sampler = JudgedSampler(module, judges, null, scale, sampler_steps)
         first = rows.mean((0, 1)) if init is None and rows is not None else init
         token = torch.as_tensor(first).detach().float().clone().requires_grad_()
@@ -199,7 +200,6 @@ def prompt_search(
         raise ValueError(
             f"prompt_search: `slots` must be positions in a prompt of {len(ids)} tokens, from 0, got {list(slots)}."
         )
-    vectors, labels = embedding.detach().float(), torch.full((len(noise),), label, device=noise.device)
 
     def probability(embedded: Tensor, *, through: bool = False) -> Tensor:
         made = sampler.samples(noise, spread(encode(embedded[None]), len(noise)), through=through)
@@ -207,6 +207,8 @@ def prompt_search(
 
     with left_as_found(module), frozen(judges):
         module.eval()
+        noise, null, vectors = out_of_inference((noise, null, embedding.detach().float()))
+        labels = torch.full((len(noise),), label, device=noise.device)
         sampler = JudgedSampler(module, judges, null, scale, sampler_steps)
         with torch.no_grad():
             known = {tuple(ids.tolist()): float(probability(vectors[ids]))}
