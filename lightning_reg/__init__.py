@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from lightning_reg.diffusion.attention import AttentionPlace as AttentionPlace
     from lightning_reg.diffusion.decor.core import EmbeddingComponents as EmbeddingComponents
     from lightning_reg.diffusion.decor.decor_projection import DecorProjection as DecorProjection
+    from lightning_reg.diffusion.decor.decor_sampling import DecorSampling as DecorSampling
     from lightning_reg.diffusion.denoiser import Denoiser as Denoiser
     from lightning_reg.diffusion.denoiser import NoiseSchedule as NoiseSchedule
     from lightning_reg.diffusion.denoiser import Prediction as Prediction
@@ -150,6 +151,7 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "AttentionPlace": "lightning_reg.diffusion.attention",
         "EmbeddingComponents": "lightning_reg.diffusion.decor.core",
         "DecorProjection": "lightning_reg.diffusion.decor.decor_projection",
+        "DecorSampling": "lightning_reg.diffusion.decor.decor_sampling",
         "Denoiser": "lightning_reg.diffusion.denoiser",
         "NoiseSchedule": "lightning_reg.diffusion.denoiser",
         "Prediction": "lightning_reg.diffusion.denoiser",

@@ -63,6 +63,8 @@ if TYPE_CHECKING:
     from lightning_reg.diffusion.decor.core import keep_axes as keep_axes
     from lightning_reg.diffusion.decor.core import token_rows as token_rows
     from lightning_reg.diffusion.decor.core import undesired_basis as undesired_basis
+    from lightning_reg.diffusion.decor.core import undesired_rows as undesired_rows
+    from lightning_reg.diffusion.decor.decor_condition import decor_condition as decor_condition
     from lightning_reg.diffusion.diffusion_classifier.classify import classify_images as classify_images
     from lightning_reg.diffusion.diffusion_classifier.classify import match_pairs as match_pairs
     from lightning_reg.diffusion.diffusion_classifier.core import class_log_posterior as class_log_posterior
@@ -314,6 +316,8 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "keep_axes": "lightning_reg.diffusion.decor.core",
         "token_rows": "lightning_reg.diffusion.decor.core",
         "undesired_basis": "lightning_reg.diffusion.decor.core",
+        "undesired_rows": "lightning_reg.diffusion.decor.core",
+        "decor_condition": "lightning_reg.diffusion.decor.decor_condition",
         "classify_images": "lightning_reg.diffusion.diffusion_classifier.classify",
         "match_pairs": "lightning_reg.diffusion.diffusion_classifier.classify",
         "class_log_posterior": "lightning_reg.diffusion.diffusion_classifier.core",

@@ -18,6 +18,7 @@ OURS = {
     "adapt_then_unlearn",
     "continual_learning",
     "diffusion_classifier",
+    "editing",
     "failures",
     "few_shot",
     "find_wrong_labels",
@@ -27,6 +28,8 @@ OURS = {
     "llm_reweighting",
     "metric_learning",
     "nm_sparsity",
+    "projection",
+    "segmentation",
     "soups",
     "stacking",
 }
@@ -212,6 +215,28 @@ def is_guidance(space, folder, printed):
 def is_failures(space, folder, printed):
     assert space["found"].noise.flatten(1).norm(dim=1).tolist() == pytest.approx([8.0] * 3)
     assert "through the sampler" in printed
+
+
+def is_editing(space, folder, printed):
+    assert space["same"].samples.equal(space["same"].source)
+    assert space["inversion"].noise.equal(space["found"]["null-text", 3.0].noise)
+    for guidance in (3.0, 7.5):
+        alone, moved = (space["found"][name, guidance].current for name in ("alone", "null-text"))
+        assert (moved - space["images"]).square().mean() < (alone - space["images"]).square().mean()
+
+
+def is_projection(space, folder, printed):
+    left = [(row - space["encoded"](space["wanted"])).norm() for row in (space["changed"],)]
+    assert float(left[0]) > 0
+    assert space["found"].samples.shape == (2, 1, 8, 8)
+    assert "passes for a sample" in printed
+
+
+def is_segmentation(space, folder, printed):
+    assert {name: tuple(one.shape) for name, one in space["predicted"].items()} == dict.fromkeys(
+        ("attention", "pixels"), (2, 16, 16)
+    )
+    assert "mean intersection over union" in printed
 
 
 CHECKS = {name: globals()[f"is_{name}"] for name in OURS}

@@ -1,7 +1,7 @@
 """Attention of a denoiser, seen and replaced: maps of its layers, through the attention processors of diffusers."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
@@ -81,7 +81,8 @@ class AttentionMaps:
         gradients: Whether the sums can be differentiated.
 
     Raises:
-        ValueError: If the model has no attention processors, a pattern matches nothing, or ``kind`` is none of both.
+        ValueError: If the model has no attention processors, a pattern matches nothing, ``kind`` is none of both, or a
+            layer has no map (linear attention) or several (IP-Adapter).
 
     Example:
         >>> from diffusers import UNet2DModel
@@ -122,6 +123,7 @@ class AttentionMaps:
         self.kind, self.rows, self.size_limit = kind, rows, size_limit
         self.replace, self.keep, self.gradients = replace, keep, gradients
         self._layers = {name: layer for name, layer in found.items() if is_selected(name, layers)}
+        _check_have_maps(self._layers)
         self._before: list[tuple[Any, Any, dict[str, Any]]] = []
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
@@ -210,6 +212,22 @@ def _attention_layers(network: object) -> dict[str, Any]:
         return {}
     wanted = ("get_processor", "set_processor")
     return {name: one for name, one in network.named_modules() if all(hasattr(one, method) for method in wanted)}
+
+
+def _check_have_maps(layers: Mapping[str, Any]) -> None:
+    """Refuses processors that have several maps or none."""
+    for name, layer in layers.items():
+        kind = type(layer.get_processor()).__name__
+        if "IPAdapter" in kind:
+            raise ValueError(
+                f"AttentionMaps: `layers` must have one map of attention each, got {name!r} with {kind}, which attends"
+                " to an image prompt beside the text. Write `pipeline.unload_ip_adapter()` before."
+            )
+        if "LinearAttn" in kind:
+            raise ValueError(
+                f"AttentionMaps: `layers` must have maps of attention, got {name!r} with {kind}, whose linear attention"
+                " makes none. Name the others, such as layers='*.attn2' for the cross-attention of Sana."
+            )
 
 
 class _Watched:

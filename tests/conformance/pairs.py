@@ -167,8 +167,9 @@ def _hand(case: Case, name: str, problem: Problem) -> Any:
 
 
 def stages_of(technique: Technique) -> frozenset[str]:
-    """Steps in which a technique acts."""
-    return frozenset(technique.stages) if isinstance(technique, OnLayers) else frozenset({"train"})
+    """Steps in which a technique acts; one that takes part in no phase says so itself."""
+    says = isinstance(technique, OnLayers) or not phases_of(technique)
+    return frozenset(technique.stages) if says else frozenset({"train"})
 
 
 def _acts_in_training(case: Case) -> bool:

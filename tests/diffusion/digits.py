@@ -118,7 +118,9 @@ def prompt(digit, inverted=False):
 
 def _loaded(module, name):
     weights = {key: value.float() for key, value in load_file(HERE / f"{name}.safetensors").items()}
-    module.load_state_dict(weights)
+    # Before transformers 5 all of a CLIPTextModel lay in one module of it.
+    older = {key.replace(".text_model", "", 1): key for key in module.state_dict()}
+    module.load_state_dict({older.get(key, key): value for key, value in weights.items()})
     return module.eval()
 
 

@@ -1,12 +1,12 @@
 """Attention seen and replaced: outputs reproduced, maps by hand, processors put back."""
 
 import math
+from contextlib import nullcontext
 from functools import partial
 
 import diffusers
 import pytest
 import torch
-from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
 
 from lightning_reg import AttentionMaps, Denoiser
@@ -172,6 +172,8 @@ def test_processors_and_backends_are_put_back_after_exceptions_too():
             assert not [m for m in model.modules() if "get_attention_scores" in vars(m)]
     model = flux()
     first = next(iter(model.attn_processors.values()))
+    if not hasattr(first, "_attention_backend"):  # diffusers before 0.35
+        return
     first._attention_backend = "mine"
     with AttentionMaps(model):
         assert {p._attention_backend for p in model.attn_processors.values()} == {"native"}
@@ -197,12 +199,21 @@ def test_joint_attention_of_a_transformer():
     assert (places[0].queries, places[0].pixels, places[0].words) == (slice(0, 16), slice(0, 16), slice(16, 24))
 
 
+def another_backend():
+    """Another default than torch's own; diffusers has none to choose from before 0.35."""
+    try:
+        from diffusers.models.attention_dispatch import attention_backend
+    except ImportError:
+        return nullcontext()
+    return attention_backend("_native_math")
+
+
 @pytest.mark.parametrize("tokens", [3, 4])
 def test_joint_attention_with_the_text_first_and_rotary_positions(tokens):
     """By hand in Flux: the first block's text comes first; a text as long as the image is told by the processor."""
     model, places = flux(), []
     wanted = flux_output(model, tokens)
-    with attention_backend("_native_math"), AttentionMaps(model) as maps:
+    with another_backend(), AttentionMaps(model) as maps:
         torch.testing.assert_close(flux_output(model, tokens), wanted, atol=1e-6, rtol=0)
         cross = maps.means()
     assert {name: one.shape for name, one in cross.items()} == {"transformer_blocks.0.attn": (2, 4, tokens)}
@@ -316,3 +327,20 @@ def test_what_is_refused():
         AttentionMaps(Denoiser(lambda x, t: x, scheduler()))
     with pytest.raises(ValueError, match=r"^AttentionMaps: `layers` must match .* got '\*attn3'. Near it: '"):
         AttentionMaps(word_model()[0], ["*attn2", "*attn3"])
+
+
+def test_processors_with_several_maps_or_none_are_refused_by_name(processors):
+    import diffusers.models.attention_processor as known
+
+    own = processors.attn_processors
+    image = known.IPAdapterAttnProcessor2_0(32, 64)
+    processors.set_attn_processor({name: image if "attn2" in name else one for name, one in own.items()})
+    with pytest.raises(ValueError, match=r"^AttentionMaps: `layers` .* with IPAdapterAttnProcessor2_0, .*unload_ip_"):
+        AttentionMaps(processors)
+    AttentionMaps(processors, "*.attn1")  # those that are not looked at may be what they are
+    linear = known.SanaLinearAttnProcessor2_0()
+    processors.set_attn_processor({name: linear if "attn1" in name else own[name] for name in own})
+    with pytest.raises(ValueError, match=r"^AttentionMaps: `layers` .* with SanaLinearAttnProcessor2_0, .*'\*\.attn2'"):
+        AttentionMaps(processors)
+    with AttentionMaps(processors, "*.attn2"):
+        pass

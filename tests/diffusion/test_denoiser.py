@@ -261,7 +261,10 @@ class Counting(nn.Module):
 
 @pytest.mark.parametrize("rescale", [0.0, 0.7])
 def test_guidance_is_that_of_the_pipelines_in_one_pass(rescale):
-    from diffusers.guiders.guider_utils import rescale_noise_cfg
+    try:
+        from diffusers.guiders.guider_utils import rescale_noise_cfg
+    except ImportError:  # before 0.35
+        from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
     x, times, condition, null = noise(), torch.tensor(400), torch.tensor([0.9, 0.4]), torch.tensor([0.2])
     for batched, passes in ((True, [4]), (False, [2, 2])):

@@ -364,6 +364,25 @@ def test_validation_logs_what_the_classifier_says():
     module.unet.eval()
 
 
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training")
+def test_a_fit_without_a_validation_is_told():
+    class Trained(Digits):
+        def training_step(self, batch, batch_idx):
+            return self.weight * batch[0].mean()
+
+        def configure_optimizers(self):
+            self.weight = nn.Parameter(torch.ones(()))
+            return torch.optim.SGD([self.weight], 0.1)
+
+    loader = DataLoader(TensorDataset(*(part[:2] for part in held_out())), batch_size=2)
+    watch = DiffusionClassifierEval(10, "unet", n_samples=[1], keep=[1], max_images=2)
+    with pytest.warns(UserWarning, match=r"^DiffusionClassifierEval: nothing was classified in this fit"):
+        make_trainer(callbacks=[watch], max_epochs=1).fit(Trained(), loader)
+    for options in ({"max_epochs": 1}, {"max_epochs": 1, "limit_val_batches": 0}):  # it ran, or was switched off
+        make_trainer(callbacks=[watch], **options).fit(Trained(), loader, loader)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

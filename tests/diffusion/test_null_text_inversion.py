@@ -506,3 +506,36 @@ def test_without_diffusers_inversion_works(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     denoiser = Denoiser(lambda x, t, c: x + c, NoiseSchedule(torch.linspace(0.99, 0.01, 100)))
     assert null_text_invert(denoiser, torch.ones(1, 2), torch.ones(1, 2), torch.zeros(1, 2), 2.0, 3).done == 3
+
+
+LEVELS_OF_MASKED = NoiseSchedule(torch.linspace(0.99, 0.01, 100))
+
+
+class Masked(torch.nn.Module):
+    """A denoiser with a mask beside its embeddings, and a condition that may be missing."""
+
+    def forward(self, x, t, hidden=None, mask=None, encoder_attention_mask=None):
+        if hidden is None:
+            return x.tanh()
+        if encoder_attention_mask is not None:
+            assert not encoder_attention_mask.requires_grad
+            hidden = hidden * encoder_attention_mask[..., None]
+        return x.tanh() + (hidden * mask[..., None]).mean(1)
+
+
+def test_masks_beside_embeddings_stay_and_a_condition_may_be_missing(tmp_path):
+    denoiser, x = Denoiser(Masked(), LEVELS_OF_MASKED), drawn(2, 5)
+    mask, soft = torch.tensor([[1, 1, 0], [1, 0, 0]]), torch.tensor([[1.0, 0.5, 1.0]])
+    null = {"hidden": 0 * OTHER, "mask": mask, "encoder_attention_mask": soft}
+    own = {**null, "hidden": PROMPT}
+    options = {"guidance": 3.0, "steps": 4, "lr": 0.1}
+    plain, found = (null_text_invert(denoiser, x, own, null, inner_steps=n, **options) for n in (0, 20))
+    assert float((found.current - x).square().mean()) < 0.1 * float((plain.current - x).square().mean())
+    assert torch.equal(found.null["mask"], mask[:, None].expand(2, 4, 3))
+    assert torch.equal(found.null["encoder_attention_mask"], soft.expand(2, 4, 3))
+    assert not bool(found.null["hidden"][1, :, 1:].any())  # what is masked gets no gradient
+    found.save(tmp_path / "one.safetensors")
+    again = null_text_sample(denoiser, NullTextInversion.load(tmp_path / "one.safetensors"), own)
+    torch.testing.assert_close(again, found.current, atol=1e-5, rtol=0)
+    free = null_text_invert(denoiser, x, None, null, inner_steps=2, **options)
+    torch.testing.assert_close(null_text_sample(denoiser, free, None), free.current, atol=1e-5, rtol=0)

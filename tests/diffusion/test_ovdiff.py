@@ -363,6 +363,8 @@ def test_features_of_a_denoiser_are_the_outputs_of_its_layers_at_one_level():
         DenoiserFeatures(denoiser(), "mid")
     with pytest.raises(ValueError, match=r"must be layers that make tensors, got \['down_blocks'\], which were not"):
         DenoiserFeatures(denoiser(), "down_blocks", 100, text(""))(images)
+    with pytest.raises(ValueError, match=r"must be layers whose output has places, .* got one of \(6, 32\)"):
+        DenoiserFeatures(denoiser(), "down_blocks.0.resnets.0.time_emb_proj", 100, text(""))(images)
     with pytest.raises(ValueError, match="`draws` must be at least 1"):
         DenoiserFeatures(denoiser(), "mid_block", draws=0)
 

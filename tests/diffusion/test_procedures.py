@@ -5,6 +5,8 @@ from functools import partial
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
+from torch.utils.data import DataLoader
 
 from lightning_reg import (
     AdaptiveGuidance,
@@ -17,11 +19,17 @@ from lightning_reg import (
 )
 from lightning_reg.functional import (
     classify_images,
+    conditions_failed,
     guided_sample,
+    latent_search,
     null_text_invert,
     null_text_sample,
+    prompt_search,
     prompt_to_prompt,
+    random_failures,
+    region_size,
     sample_support,
+    token_search,
 )
 from tests.diffusion.digits import (
     class_model,
@@ -34,6 +42,9 @@ from tests.diffusion.digits import (
     word_model,
 )
 from tests.structure import ROOT
+from tests.toys import QUIET, make_trainer
+
+pytestmark = QUIET
 
 PAGE = (ROOT / "docs" / "architecture" / "diffusion_edits.md").read_text()
 X = held_out()[0][:2]
@@ -113,6 +124,39 @@ def featured(kind):
     return found
 
 
+def judge(samples):
+    """Class scores of two classes, by the pixels' sign."""
+    return torch.stack([samples.flatten(1).mean(1), -samples.flatten(1).mean(1)], 1)
+
+
+LABELS, FAST = torch.tensor([0, 1]), {"sampler_steps": 2}
+
+
+def searched(kind, search, **options):
+    return search(denoiser(kind), NOISE, conditions(kind, 3, 5), LABELS, [judge], **FAST, **options)
+
+
+def others_failed(kind):
+    return conditions_failed(denoiser(kind), NOISE, conditions(kind, 3, 5), LABELS, [judge], **FAST)
+
+
+def token(kind):
+    return token_search(denoiser(kind), NOISE, conditions(kind, 3, 5), 0, [judge], iterations=1, **FAST).token
+
+
+def prompts(kind):
+    embedding = torch.randn(9, 64, generator=torch.Generator().manual_seed(1))
+
+    def encode(embedded):
+        if kind == "class-conditional UNet":
+            return embedded.argmax(-1)[:, 0] % 10
+        is_flow = kind == "flow transformer"
+        return {**conditions(kind), "encoder_hidden_states": embedded} if is_flow else embedded
+
+    ids = torch.arange(8)
+    return prompt_search(denoiser(kind), NOISE, ids, [4], 0, [judge], encode, embedding, [8], **FAST).values
+
+
 RUNS = {
     "AttentionMaps": attention_maps,
     "classify_images": classified,
@@ -122,6 +166,12 @@ RUNS = {
     "DecorProjection": projected,
     "sample_support": supported,
     "DenoiserFeatures": featured,
+    "latent_search": lambda kind: searched(kind, latent_search, iterations=1).noise,
+    "random_failures": lambda kind: searched(kind, random_failures),
+    "region_size": lambda kind: searched(kind, region_size, draws=2),
+    "conditions_failed": others_failed,
+    "token_search": token,
+    "prompt_search": prompts,
 }
 
 
@@ -147,3 +197,23 @@ def test_it_works_or_is_refused_as_the_page_says(name, kind, cell):
         assert cell.startswith("works")
         made = run()
         assert made is None or bool(made.isfinite().all())
+
+
+class Predicting(LightningModule):
+    """A user's module with one line in its step."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+
+    def predict_step(self, batch, batch_idx):
+        return RUNS[self.name]("word-conditioned UNet")  # its conditions and embeddings are made here
+
+
+@pytest.mark.parametrize("name", sorted({*RUNS} - {"AttentionMaps"}))
+def test_in_a_step_of_a_trainer_it_gives_the_same(name):
+    """Lightning's steps of prediction are in inference mode, as those of validation are."""
+    module, loader = Predicting(name), DataLoader(torch.zeros(1, 1))
+    (predicted,) = make_trainer().predict(module, loader)
+    wanted = RUNS[name]("word-conditioned UNet")
+    torch.testing.assert_close(predicted, wanted, atol=1e-5, rtol=1e-5)

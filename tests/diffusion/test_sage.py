@@ -105,6 +105,14 @@ CASE = (
         {"judges": [judge], "sampler_steps": 2, "draws": 3},
         [({"draws": 0}, "draws"), ({"radii": [0.0]}, "radii")],
     ),
+    ProcedureCase(
+        conditions_failed,
+        small,
+        (X,),
+        {"conditions": torch.cat([CONDITION, -CONDITION]), "labels": LABELS.repeat(2), "judges": [judge]}
+        | {"sampler_steps": 2},
+        [({"sampler_steps": 0}, "sampler_steps"), ({"judges": []}, "judges")],
+    ),
 )
 
 

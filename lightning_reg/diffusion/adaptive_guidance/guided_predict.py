@@ -1,6 +1,6 @@
 """GuidedPredict: samples for the conditions of a prediction loader, under a policy of guidance."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,11 +45,16 @@ class GuidedPredict:
         """Of a sample, without the batch."""
         raise NotImplementedError("GuidedPredict: define `sample_shape(self)`, such as (4, 64, 64).")
 
+    def condition_of(self, batch: Any) -> Condition:  # noqa: ANN401 # the user's
+        """The condition that a batch is or has first; override it to encode prompts (``self.encode_prompt(batch)``)."""
+        condition: Condition = batch[0] if isinstance(batch, list | tuple) else batch
+        return condition
+
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> GuidedSamples:  # noqa: ANN401 # the user's
         """Samples for a batch of conditions."""
-        condition = batch[0] if isinstance(batch, list | tuple) else batch
+        condition = self.condition_of(batch)
         count, trainer = count_of(condition) or 0, self.trainer  # type: ignore[attr-defined]  # of the LightningModule
-        first = next(iter(condition.values())) if isinstance(condition, dict) else condition
+        first: Any = next(iter(condition.values())) if isinstance(condition, Mapping) else condition
         loader = trainer.predict_dataloaders
         loader = list(loader)[dataloader_idx] if isinstance(loader, list | tuple) else loader
         # Lightning's own loader for predictions knows its size by its sampler alone.

@@ -1,6 +1,7 @@
 """Directions of undesired tokens, their projection out of embeddings, and what the axes of an embedding carry."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,7 +13,10 @@ __all__ = [
     "keep_axes",
     "token_rows",
     "undesired_basis",
+    "undesired_rows",
 ]
+
+TokenKind: TypeAlias = Literal["words", "end", "padding"]
 
 
 def decor_project(embeddings: Tensor, basis: Tensor, alpha: float = 1.0, token_mask: Tensor | None = None) -> Tensor:
@@ -27,7 +31,7 @@ def decor_project(embeddings: Tensor, basis: Tensor, alpha: float = 1.0, token_m
         token_mask: Rows that are changed, bool ``(B, l)``; ``None``: all.
 
     Returns:
-        X', of the shape and type of X. It is never brought back to its norm.
+        X', of the shape and type of X, computed in float32 at least. It is never brought back to its norm.
 
     Example:
         >>> decor_project(torch.tensor([[[1.0, 2.0]]]), torch.tensor([[1.0], [0.0]]), alpha=0.75)
@@ -35,19 +39,27 @@ def decor_project(embeddings: Tensor, basis: Tensor, alpha: float = 1.0, token_m
 
     """
     rows = embeddings[:, None] if embeddings.dim() == 2 else embeddings
-    directions = basis.to(rows)
-    changed = rows - alpha * (rows @ directions) @ directions.mT  # the d x d projector is never formed
+    directions = basis.to(rows.device, torch.promote_types(rows.dtype, torch.float32))
+    with torch.autocast(rows.device.type, enabled=False):  # directions that are rounded are not orthonormal any more
+        # The d x d projector is never formed.
+        removed = (rows.to(directions.dtype) @ directions) @ directions.mT
+        changed = (rows - alpha * removed).to(rows.dtype)
     if token_mask is not None:
         changed = torch.where(token_mask[..., None], changed, rows)
     return changed[:, 0] if embeddings.dim() == 2 else changed
 
 
 def undesired_basis(
-    undesired: Tensor, rank: int | None = None, rtol: float = 1e-5, mask: Tensor | None = None
+    undesired: Tensor,
+    rank: int | None = None,
+    rtol: float = 1e-5,
+    mask: Tensor | None = None,
+    widths: Sequence[int] | None = None,
 ) -> Tensor:
     r"""Right singular vectors of undesired token vectors, :math:`\tilde X = U S V^T`.
 
-    Rows are neither centred nor scaled.
+    Rows are neither centred nor scaled. Vectors of two text encoders that stand side by side along d (SDXL) are one
+    vector, whose larger part decides, unless ``widths`` keeps the encoders apart.
 
     Args:
         undesired: Token vectors ``(m, d)``, those of several prompts one below the other; or a set for each prompt
@@ -55,6 +67,8 @@ def undesired_basis(
         rank: The leading directions that are taken; ``None``: all.
         rtol: Singular values below this share of the largest are rounding, and not taken.
         mask: Rows that count, bool ``(m,)`` or ``(B, m)``.
+        widths: How many of the d numbers belong to each text encoder: each has directions of its own, and a ``rank``.
+            ``None``: there is one.
 
     Returns:
         ``(d, r)`` in float64, or ``(B, d, r)`` with zero columns where a set has fewer directions.
@@ -68,6 +82,8 @@ def undesired_basis(
                 [1.]], dtype=torch.float64)
 
     """
+    if widths is not None:
+        return _side_by_side(undesired, rank, rtol, mask, widths)
     rows = undesired.detach().double()
     if mask is not None:
         rows = rows * mask[..., None]
@@ -85,6 +101,23 @@ def undesired_basis(
     most = int(is_taken.sum(-1).max()) if rank is None else min(rank, int(is_taken.sum(-1).max()))
     basis: Tensor = (right * is_taken[..., None]).mT[..., :most]
     return basis
+
+
+def _side_by_side(
+    undesired: Tensor, rank: int | None, rtol: float, mask: Tensor | None, widths: Sequence[int]
+) -> Tensor:
+    if sum(widths) != undesired.shape[-1] or min(widths) < 1:
+        raise ValueError(
+            f"undesired_basis: `widths` must be at least 1 and sum to {undesired.shape[-1]}, the length of a vector,"
+            f" got {list(widths)}."
+        )
+    parts = [undesired_basis(part, rank, rtol, mask) for part in torch.split(undesired, list(widths), -1)]
+    joined = parts[0].new_zeros(*undesired.shape[:-2], sum(widths), sum(part.shape[-1] for part in parts))
+    row = column = 0
+    for part in parts:
+        joined[..., row : row + part.shape[-2], column : column + part.shape[-1]] = part
+        row, column = row + part.shape[-2], column + part.shape[-1]
+    return joined
 
 
 class EmbeddingComponents(NamedTuple):
@@ -160,3 +193,36 @@ def token_rows(input_ids: Tensor, end: int, start: int | None = None) -> dict[st
     if start is not None:
         words &= input_ids != start
     return {"words": words, "end": is_end, "padding": (after > 0) & ~is_end}
+
+
+def undesired_rows(
+    embeddings: Tensor, input_ids: Tensor, end: int, start: int | None = None, kinds: Sequence[TokenKind] = ("words",)
+) -> Tensor:
+    """The vectors of an undesired prompt that :func:`undesired_basis` is to get.
+
+    Args:
+        embeddings: Token vectors ``(B, l, d)``; those of several prompts come one below the other.
+        input_ids: Their tokens ``(B, l)``.
+        end: Number of the token that ends a text.
+        start: Number of the token that starts one, which is never taken.
+        kinds: Of ``"words"``, ``"end"`` and ``"padding"``.
+
+    Returns:
+        ``(m, d)``.
+
+    Raises:
+        ValueError: If there is no such row.
+
+    Example:
+        >>> undesired_rows(torch.arange(6.0).view(1, 3, 2), torch.tensor([[7, 5, 0]]), end=0, start=7)
+        tensor([[2., 3.]])
+
+    """
+    by_kind = token_rows(input_ids, end, start)
+    chosen = torch.stack([by_kind[kind] for kind in kinds]).any(0) if kinds else torch.zeros_like(input_ids).bool()
+    if not bool(chosen.any()):
+        raise ValueError(
+            f"undesired_rows: `kinds` must be of those that the prompts have, got {list(kinds)} for"
+            f" {int(by_kind['words'].sum())} words."
+        )
+    return embeddings[chosen]

@@ -1,7 +1,9 @@
 """DecorProjection: takes undesired directions out of the embedding of a prompt."""
 
 import warnings
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -17,8 +19,9 @@ class DecorProjection(nn.Module):
     .. math:: X' = X - \alpha X V V^T, \qquad \tilde X = U S V^T
 
     Encode the undesired words as the model encodes prompts (after its last norm; of several encoders joined along d),
-    and take their rows: ``encode(ids)[0][token_rows(ids, end)["words"][0]]``. Then hand ``projection(encode(prompt))``
-    to the sampler as its condition, and leave the null condition alone, or guidance cancels what was done.
+    and take their rows: ``undesired_rows(encode(ids), ids, end)``. Then hand ``projection(encode(prompt))`` to the
+    sampler as its condition (:func:`decor_condition`, where there is a pooled vector besides), and leave the null
+    condition alone, or guidance cancels what was done. :class:`DecorSampling` does both for a module's own ``encode``.
 
     In small causal encoders the word's meaning is copied to the end and the padding, and its own rows alone change
     nothing: there the rows of all three must be taken, which costs wanted content at full strength. On a digits model
@@ -26,6 +29,9 @@ class DecorProjection(nn.Module):
     that is drawn in the same style (``benchmarks/effects/decor.py``). Try it on the model you have. Pooled vectors
     (SDXL) carry the concept past this: they need a projection of their own, of the undesired pooled vectors; it takes
     ``(B, d)`` as well.
+
+    Several concepts are removed together by their rows in one projection. One projection after another brings back a
+    part of what the first has removed, where their directions are not orthogonal.
 
     Use it where a customised model drags in what was in its training images, or as a negative prompt that costs no
     second pass. Leave it where desired and undesired words share their directions.
@@ -45,6 +51,8 @@ class DecorProjection(nn.Module):
             1 - (1 - a)(1 - b).
         rank: Leading directions that are taken; ``None``: all.
         rtol: Directions below this share of the strongest are rounding, in [0, 1).
+        widths: Lengths of the vectors of several text encoders that stand side by side along d (SDXL:
+            ``[768, 1280]``), each of which then has directions of its own; ``None``: the vectors are one.
 
     Raises:
         ValueError: If an argument is outside its range, or the vectors are all zero.
@@ -59,7 +67,14 @@ class DecorProjection(nn.Module):
 
     basis: Tensor
 
-    def __init__(self, undesired: Tensor, alpha: float = 1.0, rank: int | None = None, rtol: float = 1e-5) -> None:
+    def __init__(
+        self,
+        undesired: Tensor,
+        alpha: float = 1.0,
+        rank: int | None = None,
+        rtol: float = 1e-5,
+        widths: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
         check_number(self, "alpha", alpha, low=0, high=1)
         check_number(self, "rtol", rtol, low=0, high=1, high_open=True)
@@ -70,8 +85,13 @@ class DecorProjection(nn.Module):
                 f"DecorProjection: `undesired` must be vectors (m, d) or (B, m, d) that are not all zero, got shape"
                 f" {tuple(undesired.shape)}."
             )
-        self.alpha, self.rank, self.rtol = alpha, rank, rtol
-        basis = undesired_basis(undesired, rank, rtol)
+        if widths is not None and (min(widths, default=0) < 1 or sum(widths) != undesired.shape[-1]):
+            raise ValueError(
+                f"DecorProjection: `widths` must be at least 1 and sum to {undesired.shape[-1]}, the length of a"
+                f" vector, got {list(widths)}."
+            )
+        self.alpha, self.rank, self.rtol, self.widths = alpha, rank, rtol, widths
+        basis = undesired_basis(undesired, rank, rtol, widths=widths)
         size, found = basis.shape[-2:]
         if found > size / 4:
             warnings.warn(
@@ -79,7 +99,7 @@ class DecorProjection(nn.Module):
                 " fewer rows, or a smaller `rank`.",
                 stacklevel=2,
             )
-        self.register_buffer("basis", basis.to(undesired.dtype))
+        self.register_buffer("basis", basis.to(torch.promote_types(undesired.dtype, torch.float32)))
 
     @override
     def forward(self, embeddings: Tensor, token_mask: Tensor | None = None) -> Tensor:

@@ -12,6 +12,7 @@ from lightning_reg.diffusion.diffusion_classifier.core import LOSSES, ErrorLoss
 from lightning_reg.diffusion.diffusion_classifier.diffusion_classifier import DiffusionClassifier, check_stages
 from lightning_reg.diffusion.diffusion_classifier.metrics import DiffusionAccuracy
 from lightning_reg.engine.data.entries import find_entry
+from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.technique import Technique
@@ -99,6 +100,7 @@ class DiffusionClassifierEval(Technique):
         self.input_key, self.label_key = input_key, label_key
         self._metric: DiffusionAccuracy | None = None
         self._seen = 0
+        self._has_run = False
 
     @override
     def __getstate__(self) -> dict[str, Any]:
@@ -109,6 +111,18 @@ class DiffusionClassifierEval(Technique):
         if not self.max_images:
             return "no images: inactive"
         return f"{self.denoiser}, {self.classes} classes, {self.max_images} images, times {list(self.n_samples)}"
+
+    @override
+    def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        self._has_run = False
+
+    @override
+    def on_fit_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        if self.max_images and not self._has_run and trainer.limit_val_batches != 0:  # 0: switched off on purpose
+            host.rank_zero_warn(
+                "DiffusionClassifierEval: nothing was classified in this fit, in which no validation ran. Give the fit"
+                " validation data, or lower `check_val_every_n_epoch` of the Trainer."
+            )
 
     @override
     def on_validation_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
@@ -163,6 +177,7 @@ class DiffusionClassifierEval(Technique):
     def on_validation_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         if self._metric is None:
             return
+        self._has_run = True
         for name, value in self._metric.compute().items():
             pl_module.log(f"{self.log_key}/{name}", value, on_step=False, on_epoch=True, sync_dist=True)
         self._metric = None

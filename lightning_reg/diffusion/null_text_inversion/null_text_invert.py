@@ -69,7 +69,8 @@ def null_text_invert(
         module: The denoiser.
         x: Samples ``(B, ...)``; of latent models their latents.
         condition: A row for each, embeddings of the prompts.
-        null: What stands for no condition, one row or one for each: embeddings ``(1, L, d)``, or several by name.
+        null: What stands for no condition, one row or one for each: embeddings ``(1, L, d)``, or several by name;
+            masks and whole numbers among these stay as they are.
         guidance: w, at least 1. Paper: 7.5.
         steps: S, of the sampler. Paper: 50.
         inner_steps: Updates at each step, at most. Paper: 10. 0: guided sampling from inverted noise.
@@ -118,7 +119,10 @@ def null_text_invert(
         rate, threshold = null_text_rate(lr, early_stop, number, steps)
         step = _step_of(module, z, path, number, condition, guidance)
         pivot = state.pivots[:, number + 1].to(z)
-        start = {name: value.to(z) for name, value in (current if warm_start else leaves).items()}
+        start = {
+            name: value.to(z if _is_moved(name, value) else z.device)
+            for name, value in (current if warm_start else leaves).items()
+        }
         current, count = _searched(step, pivot, start, inner_steps, rate, threshold)
         with torch.no_grad():
             z = step(_plain(current))
@@ -148,12 +152,13 @@ def _searched(
     step: Callable[[Condition], Tensor], pivot: Tensor, start: Null, inner_steps: int, rate: float, threshold: float
 ) -> tuple[Null, Tensor]:
     """The embeddings that lead to the pivot, and the updates of each row; a row that is near enough stays."""
-    leaves = {name: value.detach().clone().requires_grad_() for name, value in start.items()}
+    fixed = {name: value for name, value in start.items() if not _is_moved(name, value)}
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in start.items() if name not in fixed}
     optimizer = torch.optim.Adam(leaves.values(), rate)
     is_open = torch.ones(len(pivot), dtype=torch.bool, device=pivot.device)
     count = torch.zeros(len(pivot), device=pivot.device)
     for _ in range(inner_steps):
-        distances = _distances(step(_plain(leaves)), pivot)  # summed, each row has its own gradient
+        distances = _distances(step(_plain(leaves | fixed)), pivot)  # summed, each row has its own gradient
         gradients = torch.autograd.grad(distances.sum(), list(leaves.values()))
         for leaf, gradient in zip(leaves.values(), gradients, strict=True):
             leaf.grad = gradient
@@ -166,7 +171,7 @@ def _searched(
         is_open &= distances.detach() >= threshold
         if not bool(is_open.any()):
             break
-    return {name: leaf.detach() for name, leaf in leaves.items()}, count
+    return {name: leaf.detach() for name, leaf in leaves.items()} | fixed, count
 
 
 def _distances(one: Tensor, two: Tensor) -> Tensor:
@@ -206,7 +211,7 @@ def null_text_sample(module: Denoiser, inversion: NullTextInversion, condition: 
     """
     check_finished("null_text_sample", inversion)
     module.eval()
-    z, path = inversion.noise.to(device_of(condition)), module.path(inversion.steps, joined=True)
+    z, path = inversion.noise.to(device_of(condition, module)), module.path(inversion.steps, joined=True)
     condition = spread(condition, len(z))
     with torch.no_grad():
         for number in range(inversion.steps):
@@ -234,9 +239,10 @@ def sampled_step(
     return made.at(float(path.alphas[number, 1]), float(path.sigmas[number, 1]))
 
 
-def device_of(condition: Condition) -> torch.device:
-    """Where a condition lies."""
-    return next(iter(_named(condition).values())).device
+def device_of(condition: Condition, module: Denoiser) -> torch.device:
+    """Where a condition lies; where there is none, the denoiser."""
+    rows = [*_named(condition).values(), *module.parameters(), *module.buffers()]
+    return rows[0].device
 
 
 def check_finished(name: str, inversion: NullTextInversion) -> None:
@@ -268,10 +274,10 @@ def _check(
 
 
 def _as_leaves(null: Condition, count: int, device: torch.device) -> Null:
-    """The embedding of each row by name, in float32 at least."""
+    """The embedding of each row by name, in float32 at least; masks and numbers beside it stay as they are."""
     rows = _named(spread(null, count))
     for name, value in rows.items():
-        if not value.is_floating_point():
+        if not value.is_floating_point() and not any(_is_moved(*row) for row in rows.items()):
             where = f"of {name!r} " if name else ""
             raise ValueError(
                 f"null_text_invert: `null` must be embeddings, which can be moved, got labels {where}({value.dtype})."
@@ -279,8 +285,15 @@ def _as_leaves(null: Condition, count: int, device: torch.device) -> Null:
             )
     if not rows or count_of(null) is None:
         raise ValueError("null_text_invert: `null` must be embeddings with a row for each sample or one, got none.")
-    wide = {name: torch.promote_types(value.dtype, torch.float32) for name, value in rows.items()}
+    wide = {
+        name: torch.promote_types(value.dtype, torch.float32) if _is_moved(name, value) else value.dtype
+        for name, value in rows.items()
+    }
     return {name: value.detach().to(device, wide[name]).contiguous() for name, value in rows.items()}
+
+
+def _is_moved(name: str, value: Tensor) -> bool:
+    return value.is_floating_point() and "mask" not in name
 
 
 def _checked(resume: NullTextInversion, x: Tensor, steps: int, guidance: float) -> NullTextInversion:

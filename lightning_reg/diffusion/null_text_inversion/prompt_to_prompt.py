@@ -114,7 +114,7 @@ def prompt_to_prompt(
     condition, edited = (spread(one, len(inversion.noise)) for one in (condition, edited))
     editor = _Editor(module, inversion, tokens, token_weights, blend, size_limit)
     editor.shares = cross_replace, self_replace
-    source = sample = inversion.noise.to(device_of(condition))
+    source = sample = inversion.noise.to(device_of(condition, module))
     path = module.path(inversion.steps, joined=True)
     with torch.no_grad():
         for number in range(inversion.steps):

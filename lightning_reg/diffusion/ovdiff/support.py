@@ -165,7 +165,7 @@ class DenoiserFeatures:
         if not kept:
             raise ValueError(
                 f"DenoiserFeatures: `layers` must be layers that make tensors, got {self.layers}, which were not called"
-                " or made none: a list of layers is called by none. Write the names of those in it, or `name.*`."
+                " or made none: a list of layers is called by none. Write the names of those in it, or `name.[0-9]`."
             )
         return _joined(kept, images.shape[-2:])
 
@@ -181,6 +181,12 @@ def _keeper(kept: list[Tensor]) -> Callable[[nn.Module, object, object], None]:
 
 def _joined(outputs: list[Tensor], size: torch.Size) -> Tensor:
     """Outputs of layers at the size of the largest, ``(B, h, w, D)``; tokens are brought to the image's shape."""
+    shapeless = next((one for one in outputs if one.dim() not in (3, 4)), None)
+    if shapeless is not None:
+        raise ValueError(
+            "DenoiserFeatures: `layers` must be layers whose output has places, (B, D, h, w) or (B, N, D), got one of"
+            f" {tuple(shapeless.shape)}. Write patterns that match whole blocks, such as 'up_blocks.[0-9]'."
+        )
     grids = [one if one.dim() == 4 else _as_grid(one, size) for one in outputs]
     height, width = max(one.shape[2] for one in grids), max(one.shape[3] for one in grids)
     wide = [F.interpolate(one, (height, width), mode="bilinear") for one in grids]

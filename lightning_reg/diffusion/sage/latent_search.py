@@ -250,6 +250,7 @@ def region_size(
     return torch.stack(shares, 1)
 
 
+@procedure
 def conditions_failed(
     module: Denoiser,
     noise: Tensor,
@@ -264,6 +265,13 @@ def conditions_failed(
     """For how large a share of conditions noise fails: near 1 it distorts images whatever is asked for.
 
     Near 0 the found image is a natural one that has nothing to do with its own condition.
+
+    Source:
+        Liu et al., "Discovering Failure Modes of Text-guided Diffusion Models via Adversarial Search", ICLR 2024,
+        arXiv 2306.00974.
+
+    Differs:
+        A reconstruction, see :func:`latent_search`; the share is ours.
 
     Args:
         module: The denoiser.
@@ -283,6 +291,7 @@ def conditions_failed(
         ValueError: If an argument is outside its range.
 
     """
+    check_search("conditions_failed", judges, {"sampler_steps": sampler_steps}, {})
     count = len(labels)
     many = rows_of(spread(conditions, count), torch.arange(count, device=noise.device).repeat(len(noise)))
     failed = random_failures(

@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_reg.diffusion._service import Condition, Denoiser, spread
 from lightning_reg.diffusion.sage._judged import Judge, JudgedSampler, check_search, frozen
 from lightning_reg.diffusion.sage.core import ensemble_prob
-from lightning_reg.engine.host.procedures import left_as_found
+from lightning_reg.engine.host.procedures import left_as_found, out_of_inference
 
 __all__ = ["PromptResult", "TokenResult", "append_token", "prompt_search", "token_search"]
 
@@ -120,6 +120,7 @@ def token_search(
         raise ValueError("token_search: `init` must be a vector where the condition holds no token vectors (B, l, d).")
     with left_as_found(module), frozen(judges):
         module.eval()
+        noise, condition, null, rows, init = out_of_inference((noise, condition, null, rows, init))
         sampler = JudgedSampler(module, judges, null, scale, sampler_steps)
         first = rows.mean((0, 1)) if init is None and rows is not None else init
         token = torch.as_tensor(first).detach().float().clone().requires_grad_()
@@ -191,7 +192,7 @@ def prompt_search(
         The prompts found, the first one among the candidates too.
 
     Raises:
-        ValueError: If an argument is outside its range.
+        ValueError: If an argument is outside its range, or conditions do not depend on the vectors of words.
 
     """
     check_search("prompt_search", judges, {"sampler_steps": sampler_steps, "top_k": top_k, "beam": beam}, {})
@@ -199,7 +200,6 @@ def prompt_search(
         raise ValueError(
             f"prompt_search: `slots` must be positions in a prompt of {len(ids)} tokens, from 0, got {list(slots)}."
         )
-    vectors, labels = embedding.detach().float(), torch.full((len(noise),), label, device=noise.device)
 
     def probability(embedded: Tensor, *, through: bool = False) -> Tensor:
         made = sampler.samples(noise, spread(encode(embedded[None]), len(noise)), through=through)
@@ -207,6 +207,8 @@ def prompt_search(
 
     with left_as_found(module), frozen(judges):
         module.eval()
+        noise, null, vectors = out_of_inference((noise, null, embedding.detach().float()))
+        labels = torch.full((len(noise),), label, device=noise.device)
         sampler = JudgedSampler(module, judges, null, scale, sampler_steps)
         with torch.no_grad():
             known = {tuple(ids.tolist()): float(probability(vectors[ids]))}
@@ -214,7 +216,7 @@ def prompt_search(
             for words in sorted(known, key=known.__getitem__)[:beam]:
                 prompt = torch.tensor(words, device=ids.device)
                 embedded = vectors[prompt].requires_grad_()
-                (gradient,) = torch.autograd.grad(probability(embedded, through=True), embedded)
+                gradient = _gradient(probability(embedded, through=True), embedded)
                 offered = candidates(prompt, slot) if callable(candidates) else candidates
                 choice = torch.as_tensor(list(offered), device=ids.device)
                 order = ((vectors[choice] - vectors[prompt[slot]]) @ gradient[slot]).argsort()[:top_k]
@@ -225,3 +227,13 @@ def prompt_search(
                             known[other] = float(probability(vectors[list(other)]))
     best = sorted(known, key=known.__getitem__)[:beam]
     return PromptResult(torch.tensor(best), torch.tensor([known[words] for words in best]), len(known))
+
+
+def _gradient(value: Tensor, embedded: Tensor) -> Tensor:
+    gradient = torch.autograd.grad(value, embedded, allow_unused=True)[0] if value.requires_grad else None
+    if gradient is None:
+        raise ValueError(
+            "prompt_search: `encode` must give conditions that depend on the vectors of words, so that there is a"
+            " gradient; labels, and an encoder that runs under `torch.no_grad`, give none."
+        )
+    return gradient

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from lightning_reg.engine.host.generators import isolated_randomness
 
-__all__ = ["is_procedure", "left_as_found", "procedure"]
+__all__ = ["is_procedure", "left_as_found", "out_of_inference", "procedure"]
 
 Arguments = ParamSpec("Arguments")
 Module = TypeVar("Module", bound=nn.Module)
@@ -42,7 +42,7 @@ def procedure(
         if not isinstance(module, nn.Module):
             raise TypeError(f"{function.__name__}: the first argument must be a torch.nn.Module, got {module!r:.80}.")
         with left_as_found(module):
-            inputs = tree_map_only(Tensor, _out_of_inference, (args, kwargs))
+            inputs = out_of_inference((args, kwargs))
             return function(module, *inputs[0], **inputs[1])
 
     vars(run)["is_procedure"] = True
@@ -85,5 +85,14 @@ def left_as_found(module: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
 
 
-def _out_of_inference(value: Tensor) -> Tensor:
-    return value.clone() if value.is_inference() else value
+def out_of_inference(values: Any) -> Any:  # of any structure
+    """The same with copies of tensors that were made in inference mode; to be called outside of it.
+
+    Args:
+        values: Tensors in any structure.
+
+    Returns:
+        The structure, with tensors that autograd may save.
+
+    """
+    return tree_map_only(Tensor, lambda value: value.clone() if value.is_inference() else value, values)
