@@ -114,6 +114,7 @@ if TYPE_CHECKING:
     from lightning_reg.regularization.weight_compander.core import Compander as Compander
     from lightning_reg.regularization.weight_compander.core import Companding as Companding
     from lightning_reg.regularization.weight_compander.weight_compander import WeightCompander as WeightCompander
+    from lightning_reg.retrieval.item_ssl.item_ssl import ItemSSL as ItemSSL
     from lightning_reg.reweighting.adawac.adawac import AdaWAC as AdaWAC
     from lightning_reg.reweighting.adawac.report import SampleWeights as SampleWeights
     from lightning_reg.reweighting.loss_reweighting.loss_reweighting import LossReweighting as LossReweighting
@@ -218,6 +219,7 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "Compander": "lightning_reg.regularization.weight_compander.core",
         "Companding": "lightning_reg.regularization.weight_compander.core",
         "WeightCompander": "lightning_reg.regularization.weight_compander.weight_compander",
+        "ItemSSL": "lightning_reg.retrieval.item_ssl.item_ssl",
         "AdaWAC": "lightning_reg.reweighting.adawac.adawac",
         "SampleWeights": "lightning_reg.reweighting.adawac.report",
         "LossReweighting": "lightning_reg.reweighting.loss_reweighting.loss_reweighting",

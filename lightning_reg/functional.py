@@ -226,6 +226,11 @@ if TYPE_CHECKING:
     from lightning_reg.regularization.weight_compander.core import companding_refusal as companding_refusal
     from lightning_reg.regularization.weight_compander.core import expand as expand
     from lightning_reg.regularization.weight_compander.core import weight_stats as weight_stats
+    from lightning_reg.retrieval.item_ssl.core import complementary_views as complementary_views
+    from lightning_reg.retrieval.item_ssl.core import correlated_features as correlated_features
+    from lightning_reg.retrieval.item_ssl.core import item_ssl_loss as item_ssl_loss
+    from lightning_reg.retrieval.item_ssl.core import mutual_information as mutual_information
+    from lightning_reg.retrieval.item_ssl.core import popularity_slices as popularity_slices
     from lightning_reg.reweighting.adawac.core import adawac_loss as adawac_loss
     from lightning_reg.reweighting.adawac.core import adawac_update as adawac_update
     from lightning_reg.reweighting.adawac.core import apply_symmetry as apply_symmetry
@@ -477,6 +482,11 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "companding_refusal": "lightning_reg.regularization.weight_compander.core",
         "expand": "lightning_reg.regularization.weight_compander.core",
         "weight_stats": "lightning_reg.regularization.weight_compander.core",
+        "complementary_views": "lightning_reg.retrieval.item_ssl.core",
+        "correlated_features": "lightning_reg.retrieval.item_ssl.core",
+        "item_ssl_loss": "lightning_reg.retrieval.item_ssl.core",
+        "mutual_information": "lightning_reg.retrieval.item_ssl.core",
+        "popularity_slices": "lightning_reg.retrieval.item_ssl.core",
         "adawac_loss": "lightning_reg.reweighting.adawac.core",
         "adawac_update": "lightning_reg.reweighting.adawac.core",
         "apply_symmetry": "lightning_reg.reweighting.adawac.core",

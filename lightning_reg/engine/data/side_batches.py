@@ -1,0 +1,54 @@
+"""Rows of a second source of data, drawn for each step beside the batch."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lightning_reg.engine.host import distributed
+
+if TYPE_CHECKING:
+    from lightning_reg.engine.step import Step
+    from lightning_reg.engine.technique import Technique
+
+__all__ = ["side_rows"]
+
+
+def side_rows(technique: "Technique", step: "Step", total: int, size: int) -> Tensor:
+    """Positions of rows that are drawn uniformly, without repeating one, for all ranks together.
+
+    They depend on the technique's seed and the count of batches alone, so a resumed run draws what the uninterrupted
+    one would have drawn, and there is no state to save.
+
+    Args:
+        technique: Whose draws they are.
+        step: The present step.
+        total: How many rows there are.
+        size: How many are drawn, over all ranks; all of them if there are fewer.
+
+    Returns:
+        Those of this rank, in turns with the others, on the CPU.
+
+    """
+    generator = technique.generator(step, same_on_ranks=True)
+    return distinct_rows(total, size, generator)[distributed.rank() :: distributed.world_size()]
+
+
+def distinct_rows(total: int, size: int, generator: torch.Generator) -> Tensor:
+    """``size`` of the numbers below ``total``, none twice, in random order.
+
+    Args:
+        total: How many numbers there are.
+        size: How many are wanted; all of them if there are fewer.
+        generator: Draws.
+
+    Returns:
+        ``(size,)``.
+
+    """
+    if 4 * size >= total:
+        return torch.randperm(total, generator=generator)[:size]
+    found = torch.empty(0, dtype=torch.long)
+    while len(found) < size:  # once, nearly always; a permutation of a large catalogue would take longer than a step
+        found = torch.unique(torch.cat([found, torch.randint(total, (2 * size,), generator=generator)]))
+    return found[torch.randperm(len(found), generator=generator)[:size]]

@@ -1,0 +1,1 @@
+"""Retrieval and recommendation: queries, documents and items as rows that are compared."""
