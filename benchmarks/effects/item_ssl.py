@@ -34,7 +34,11 @@ ARMS = {
 
 def tower(columns):
     return nn.Sequential(
-        nn.Embedding(columns * (VALUES + 1), 16), nn.Flatten(), nn.Linear(16 * columns, 64), nn.ReLU(), nn.Linear(64, 32)
+        nn.Embedding(columns * (VALUES + 1), 16),
+        nn.Flatten(),
+        nn.Linear(16 * columns, 64),
+        nn.ReLU(),
+        nn.Linear(64, 32),
     )
 
 
