@@ -10,6 +10,7 @@ from lightning_reg.engine.host import distributed
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.generators import own_randomness
+from lightning_reg.engine.host.quiet import silenced
 from lightning_reg.engine.host.user_functions import user_function
 from lightning_reg.engine.networks.sight import kept_buffers
 
@@ -48,7 +49,7 @@ def call_named(technique: "Technique", step: "Step", name: str, argument: str, *
     seed = technique.derived_seed(f"call {name} {distributed.rank()} {step.batches_so_far}{step.stream}")
     with ExitStack() as undo:
         undo.enter_context(own_randomness(seed))
-        undo.enter_context(host.silenced(step.module, step.trainer))
+        undo.enter_context(silenced(step.module, step.trainer))
         undo.enter_context(host.metrics_kept(step.module))
         undo.enter_context(kept_buffers(step.module))
         output = function(step.module, *inputs) if takes_module else function(*inputs)

@@ -45,7 +45,8 @@ class ItemSSL(StepTechnique):
     step. The loss :math:`\ell` is whatever ``training_step`` returns.
 
     Use it for encoders of several categorical features with a long tail of items that have little feedback. Leave it
-    where an item is a single id, or has fewer than about four features.
+    where an item is a single id, or has fewer than about four features. On a made catalogue
+    (``benchmarks/effects/item_ssl.py``) masking helped, and masking at random no less than by correlation: compare.
 
     Source:
         Yao et al., "Self-supervised Learning for Large-scale Item Recommendations", CIKM 2021, arXiv 2007.12865.
