@@ -157,13 +157,13 @@ def test_drawn_rows_are_distinct_and_uniform(total, size):
 
 
 def test_ranks_share_the_draw(monkeypatch):
-    technique, step = CASE.make(), SimpleNamespace(batches_so_far=3, stream="")
-    whole = side_rows(technique, step, 1000, 9)
+    draws = partial(torch.Generator().manual_seed, 7)
+    whole = side_rows(draws(), 1000, 9)
     monkeypatch.setattr("lightning_reg.engine.host.distributed.world_size", lambda group=None: 2)
     ranks = []
     for rank in (0, 1):
         monkeypatch.setattr("lightning_reg.engine.host.distributed.rank", lambda group=None, rank=rank: rank)
-        ranks.append(side_rows(technique, step, 1000, 9))
+        ranks.append(side_rows(draws(), 1000, 9))
     assert torch.equal(ranks[0], whole[::2])
     assert torch.equal(ranks[1], whole[1::2])
 

@@ -1,28 +1,21 @@
 """Rows of a second source of data, drawn for each step beside the batch."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from lightning_reg.engine.host import distributed
 
-if TYPE_CHECKING:
-    from lightning_reg.engine.step import Step
-    from lightning_reg.engine.technique import Technique
-
-__all__ = ["side_rows"]
+__all__ = ["distinct_rows", "side_rows"]
 
 
-def side_rows(technique: "Technique", step: "Step", total: int, size: int) -> Tensor:
+def side_rows(generator: torch.Generator, total: int, size: int) -> Tensor:
     """Positions of rows that are drawn uniformly, without repeating one, for all ranks together.
 
-    They depend on the technique's seed and the count of batches alone, so a resumed run draws what the uninterrupted
-    one would have drawn, and there is no state to save.
+    From a technique's ``generator(step, same_on_ranks=True)`` they depend on its seed and the count of batches alone: a
+    resumed run draws what the uninterrupted one would have drawn, and there is no state to save.
 
     Args:
-        technique: Whose draws they are.
-        step: The present step.
+        generator: Draws, on all ranks the same.
         total: How many rows there are.
         size: How many are drawn, over all ranks; all of them if there are fewer.
 
@@ -30,7 +23,6 @@ def side_rows(technique: "Technique", step: "Step", total: int, size: int) -> Te
         Those of this rank, in turns with the others, on the CPU.
 
     """
-    generator = technique.generator(step, same_on_ranks=True)
     return distinct_rows(total, size, generator)[distributed.rank() :: distributed.world_size()]
 
 

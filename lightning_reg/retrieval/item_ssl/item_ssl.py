@@ -159,7 +159,7 @@ class ItemSSL(StepTechnique):
     @override
     def step_term(self, step: "Step") -> Tensor | None:
         self._catalogue = self._catalogue.to(step.module.device)
-        rows = side_rows(self, step, len(self._catalogue), self.size)
+        rows = side_rows(self.generator(step, same_on_ranks=True), len(self._catalogue), self.size)
         first, second = self._views(step, self._catalogue[rows.to(self._catalogue.device, non_blocking=True)])
         # One pass for both views: layers that draw or normalise treat them as one batch.
         embedded = call_named(self, step, self.encode, "encode", torch.cat([first, second]))
