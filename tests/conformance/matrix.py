@@ -92,7 +92,8 @@ def run() -> None:
     """Tries the pairs that have changed since they were tried, and writes down what was seen after each."""
     pairs, known = all_pairs([case_of(cls) for cls in technique_classes()]), recorded()
     stale = [pair for pair in pairs if is_stale(pair, known)]
-    known = {name: entry for name, entry in known.items() if name in set(map(name_of, pairs))}
+    names = set(map(name_of, pairs))
+    known = {name: entry for name, entry in known.items() if name in names}
     versions = {"python": platform.python_version(), "torch": torch.__version__, "lightning": lightning.__version__}
     failed = []
     with Progress() as progress:
