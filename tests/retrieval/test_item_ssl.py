@@ -198,6 +198,9 @@ class TwoTowers(Classifier):
     def floats(self):
         return torch.rand(4, 2)
 
+    def without_gradient(self, items):
+        return self.tower(items).detach()
+
     def listed(self, items):
         return items.tolist()
 
@@ -242,6 +245,7 @@ def test_ids_are_in_a_view_by_chance_and_values_of_a_field_drop_alone():
         ({"encode": "towers"}, "towers"),
         ({"encode": "seen"}, "names a list"),
         ({"encode": "listed"}, "returned list"),
+        ({"encode": "without_gradient"}, "without gradient"),
         ({"correlated": 7}, "at least one must be left"),
         ({"unranked": [9]}, "ranked"),
         ({"missing": [0, 0]}, "8 columns"),

@@ -129,6 +129,7 @@ class ItemSSL(StepTechnique):
         self.correlated, self.rate = correlated, rate
         self.fields, self.unranked = fields, unranked
         self._catalogue = self._information = torch.empty(0)
+        self._has_trained = False
         self._fields = self._ranked = torch.empty(0, dtype=torch.long)
 
     @override
@@ -163,7 +164,9 @@ class ItemSSL(StepTechnique):
         first, second = self._views(step, self._catalogue[rows.to(self._catalogue.device, non_blocking=True)])
         # One pass for both views: layers that draw or normalise treat them as one batch.
         embedded = call_named(self, step, self.encode, "encode", torch.cat([first, second]))
-        if embedded.dim() != 2 or len(embedded) != 2 * len(first) or not embedded.requires_grad:
+        has_gradient = embedded.requires_grad or self._has_trained  # later it may be frozen for a time
+        self._has_trained |= embedded.requires_grad
+        if embedded.dim() != 2 or len(embedded) != 2 * len(first) or not has_gradient:
             raise MisconfigurationException(
                 f"ItemSSL(encode={self.encode!r}) must make an embedding with a gradient for each of {2 * len(first)}"
                 f" items, found {tuple(embedded.shape)}{'' if embedded.requires_grad else ' without gradient'}."
@@ -190,7 +193,7 @@ class ItemSSL(StepTechnique):
                 f"ItemSSL: of {count} fields {ranked} are ranked, of which `correlated`={self.correlated!r} and a seed"
                 " are masked and at least one must be left. Give fewer, or a catalogue with more fields."
             )
-        self._catalogue, self._fields = items, fields
+        self._catalogue, self._fields, self._has_trained = items, fields, False
         self._ranked = torch.tensor([field for field in range(count) if field not in (self.unranked or ())])
         if self.masking == "correlated":
             self._information = mutual_information(items.cpu(), fields)[self._ranked][:, self._ranked]
