@@ -22,6 +22,7 @@ from lightning_reg.functional import (
 )
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
+from tests.conformance.problems import KINDS, Problem
 from tests.toys import QUIET, Classifier, fit, same_weights
 
 pytestmark = QUIET
@@ -77,6 +78,8 @@ CASE = Case(
     make=partial(ItemSSL, **SMALL, weight=0.7),
     neutral=partial(ItemSSL, **SMALL, weight=0.0),
     by_hand=FoundAgain,
+    # A problem of its own: its encoder is made of layers that vectors pass.
+    data=Problem(KINDS["classification"].net, KINDS["classification"].data, F.cross_entropy, serves=["classification"]),
     says=(
         f"{__name__}.encode on 6 of {__name__}.catalogue, correlated masking, weight 0.7",
         "weight=0: inactive",

@@ -80,6 +80,7 @@ class ItemSSL(StepTechnique):
             is a field.
         unranked: Fields that say all about the others, such as an id: they are no seed and go with none, but are in
             either view by chance.
+        loss: Under manual optimization, which of several losses that are handed over it joins: the position.
         name: Tells several instances in one Trainer apart.
         seed: Of the draws.
 
@@ -106,10 +107,11 @@ class ItemSSL(StepTechnique):
         rate: float = 0.0,
         fields: list[int] | None = None,
         unranked: list[int] | None = None,
+        loss: int | None = None,
         name: str | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(name=name, seed=seed)
+        super().__init__(loss=loss, name=name, seed=seed)
         check_number(self, "weight", weight, low=0)
         check_number(self, "temperature", temperature, low=0, low_open=True)
         check_number(self, "size", size, low=2, integer=True)
