@@ -40,6 +40,11 @@ def encode(module, items):
     return F.linear(F.linear(items / 4, first.weight, first.bias).tanh(), body.weight, body.bias)
 
 
+def labelled(size):
+    x = torch.randn(size, 8)
+    return x, (x[:, :4] + torch.randn(size, 4)).argmax(1)
+
+
 class FoundAgain(Hand):
     """Pairs one after the other; the features that go together are known here: the two of an attribute."""
 
@@ -79,7 +84,7 @@ CASE = Case(
     neutral=partial(ItemSSL, **SMALL, weight=0.0),
     by_hand=FoundAgain,
     # A problem of its own: its encoder is made of layers that vectors pass.
-    data=Problem(KINDS["classification"].net, KINDS["classification"].data, F.cross_entropy, serves=["classification"]),
+    data=Problem(KINDS["classification"].net, labelled, F.cross_entropy, serves=["classification"]),
     says=(
         f"{__name__}.encode on 6 of {__name__}.catalogue, correlated masking, weight 0.7",
         "weight=0: inactive",

@@ -112,6 +112,8 @@ class ItemSSL(StepTechnique):
         seed: int = 0,
     ) -> None:
         super().__init__(loss=loss, name=name, seed=seed)
+        if loss is not None:
+            check_number(self, "loss", loss, low=0, integer=True)
         check_number(self, "weight", weight, low=0)
         check_number(self, "temperature", temperature, low=0, low_open=True)
         check_number(self, "size", size, low=2, integer=True)
