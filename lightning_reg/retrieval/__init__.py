@@ -1,0 +1,1 @@
+"""Retrieval: embeddings, dense and sparse, that find documents for queries."""
