@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.retrieval import RetrievalMRR, RetrievalNormalizedDCG
@@ -48,14 +48,10 @@ class _Teacher(nn.Module):
 
 
 class FlopsByHand(Hand):
-    def begin(self, loop):
-        self.steps = 0
-
     def term(self, loop, moment):
         rows = moment.features["net.body"]
         columns = (rows / torch.tensor(IDF)).abs().sum(0) / len(rows)
-        self.steps += 1
-        return 0.3 * min(self.steps / 5, 1) ** 2 * (columns**2).sum()
+        return 0.3 * (columns**2).sum()
 
 
 class EnsembleByHand(Hand):
@@ -100,15 +96,15 @@ ENSEMBLE = partial(
 BOTH = "kl, weight=0.5, of dense (teacher, made at the first batch), sparse (teacher, made at the first batch)"
 CASE = (
     Case(
-        make=partial(IDFFlops, "net.body", IDF, 0.3, 5),
-        neutral=partial(IDFFlops, "net.body", IDF, 0.0, 5),
+        make=partial(IDFFlops, "net.body", IDF, 0.3, 1),
+        neutral=partial(IDFFlops, "net.body", IDF, 0.0, 1),
         by_hand=FlopsByHand,
         says=(
-            "net.body, weight=0.3 after 5 steps, divided by IDF",
+            "net.body, weight=0.3 after 1 steps, divided by IDF",
             "weight=0: inactive",
-            "net.head, weight=0.1 after 1 steps",
+            "net.head, weight=0.1 after 5 steps",
         ),
-        variants=[partial(IDFFlops, "net.head", weight=0.1, ramp_steps=1, group_size=2, threshold=3, position=0)],
+        variants=[partial(IDFFlops, "net.head", weight=0.1, ramp_steps=5, group_size=2, threshold=3, position=0)],
         invalid=[
             ({"layer": "net.body", "weight": -0.1}, "weight"),
             ({"layer": "net.body", "ramp_steps": 0}, "ramp_steps"),
@@ -139,7 +135,7 @@ CASE = (
         ],
     ),
     NetworkCase(
-        make=partial(QueryIDF, [0.0, 0.5, 2.0, 1.0], [0], trainable=True),
+        make=partial(QueryIDF, idf=[0.0, 0.5, 2.0, 1.0], special_token_ids=[0], trainable=True),
         inputs=(torch.tensor([[1, 2, 2, 0], [3, 3, 0, 0], [1, 2, 3, 0]]),),
         invalid=[
             ({"idf": [[1.0]]}, "idf"),
@@ -149,7 +145,7 @@ CASE = (
         ],
     ),
     MetricCase(
-        make=partial(RetrievalMetrics, 3),
+        make=partial(RetrievalMetrics, k=3),
         batches=[_queries(seed) for seed in range(4)],
         expected=_by_hand,
         invalid=[({"k": 0}, "k")],
@@ -304,6 +300,19 @@ def test_two_ranks_with_unequal_batches_are_one_of_the_joined_batch(two_processe
 # -- the techniques ---------------------------------------------------------------------------------------------------
 
 
+def test_the_ramp_follows_optimizer_steps():
+    seen = []
+
+    class Terms(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            logged = trainer.callback_metrics
+            seen.append((logged["reg/idf_flops/term"] / logged["reg/idf_flops/flops"]).item())
+
+    trainer = make_trainer(callbacks=[IDFFlops("net", None, 0.9, 3), Terms()], accumulate_grad_batches=2)
+    trainer.fit(Sparse(), DataLoader(_documents(), 4))  # 4 batches in each of 2 epochs
+    assert seen == pytest.approx([0.1, 0.1, 0.4, 0.4, 0.9, 0.9, 0.9, 0.9])
+
+
 def test_empty_documents_are_told():
     module = Sparse()
     nn.init.constant_(module.net[0].bias, -100.0)
@@ -319,7 +328,7 @@ def test_empty_documents_are_told():
     [
         ({"pooling": "splade"}, r"gave \(8, 10\) in this step, where trained logits \(N, T, V\) are needed"),
         ({"idf": [1.0, 2.0]}, r"where trained vectors \(N, V\) with V=2, the length of `idf`, are needed"),
-        ({"position": 1}, "say which pass in `position`"),
+        ({"position": 1}, "gave .* are needed. Name the layer that puts them out, say which pass in `position`"),
         ({"group_size": 3}, "8 documents in this step, which is no multiple of group_size=3"),
     ],
 )

@@ -65,12 +65,13 @@ def flops_penalty(
         if idf is not None:
             factors = idf.to(weights)
             weights = weights * torch.where(factors > 0, 1 / factors, 0.0)
-        sums = weights.unflatten(0, (-1, group_size)).sum(0)
+        sums = weights.reshape(-1, group_size, weights.shape[1]).sum(0)
         local = torch.cat([sums.flatten(), sums.new_tensor([len(weights) / group_size])])
         total = distributed.all_reduce_sum(local, group)
         # The value is that of all ranks; rows of other ranks are constants here.
         moving = distributed.world_size(group) * (sums - sums.detach()) + total[:-1].view_as(sums)
-        return (moving / total[-1].clamp(min=1)).square().sum()
+        value: Tensor = (moving / total[-1].clamp(min=1)).square().sum()
+    return value
 
 
 def quadratic_ramp(step: int, steps: int) -> float:

@@ -1,7 +1,7 @@
 """EnsembleDistillation: scores of candidates follow those of several teachers, dense and sparse ones."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -93,7 +93,7 @@ class EnsembleDistillation(ReferenceTechnique, StepTechnique):
         teacher_entries: dict[str, str] | None = None,
         scores: dict[str, str] | None = None,
         weight: float = 1.0,
-        kind: str = "kl",
+        kind: Literal["kl", "margin_mse"] = "kl",
         scale: float = 30.0,
         temperature: float = 1.0,
         place: str = "device",
@@ -187,7 +187,7 @@ class EnsembleDistillation(ReferenceTechnique, StepTechnique):
             if shape[1] == len(documents):
                 own = torch.arange(count, device=queries.device) * (len(documents) // count)
                 return queries.float() @ documents.float().T, own
-            grouped = documents.float().unflatten(0, (count, -1))
+            grouped = documents.float().reshape(count, -1, width)
             return (grouped @ queries.float()[:, :, None])[:, :, 0], None
 
     def _output(self, step: "Step", layer: str) -> Tensor:

@@ -1,7 +1,7 @@
 """IDFFlops: documents' sparse vectors are kept sparse, most of all in tokens that say little."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -36,7 +36,8 @@ class IDFFlops(StepTechnique):
     warning says so: an empty document gets no gradient from behind its relu.
 
     Use it for retrieval by an inverted index. Leave it where the vectors are dense by design, or where no document
-    frequencies are to be had for the serving corpus.
+    frequencies are to be had for the serving corpus. On docstrings of the standard library queries with IDF found more
+    with fewer active entries (``benchmarks/effects/idf_flops.py``).
 
     Source:
         Geng, Wang, Ru, Yang, "Towards Competitive Search Relevance For Inference-Free Learned Sparse Retrievers", 2024,
@@ -90,7 +91,7 @@ class IDFFlops(StepTechnique):
         ramp_steps: int = 10_000,
         group_size: int = 1,
         threshold: int | None = None,
-        pooling: str = "given",
+        pooling: Literal["given", "splade"] = "given",
         mask_key: str | None = None,
         position: int | None = None,
         loss: int | None = None,

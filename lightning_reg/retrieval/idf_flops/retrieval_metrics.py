@@ -21,7 +21,8 @@ class RetrievalMetrics(Metric):
     count.
 
     Source:
-        Järvelin and Kekäläinen, "Cumulated Gain-based Evaluation of IR Techniques", TOIS 2002, with relevance 0 or 1.
+        Järvelin and Kekäläinen, "Cumulated Gain-based Evaluation of IR Techniques", TOIS 2002,
+        doi 10.1145/582415.582418, with relevance 0 or 1.
 
     Differs:
         From torchmetrics' ``RetrievalNormalizedDCG`` and ``RetrievalMRR``, which keep all pairs: of equal scores the
