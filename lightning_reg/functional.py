@@ -221,12 +221,12 @@ if TYPE_CHECKING:
     from lightning_reg.regularization.weight_compander.core import companding_refusal as companding_refusal
     from lightning_reg.regularization.weight_compander.core import expand as expand
     from lightning_reg.regularization.weight_compander.core import weight_stats as weight_stats
-    from lightning_reg.retrieval.idf_flops.core import distillation_loss as distillation_loss
     from lightning_reg.retrieval.idf_flops.core import ensemble_scores as ensemble_scores
     from lightning_reg.retrieval.idf_flops.core import flops_penalty as flops_penalty
     from lightning_reg.retrieval.idf_flops.core import idf_from_corpus as idf_from_corpus
     from lightning_reg.retrieval.idf_flops.core import quadratic_ramp as quadratic_ramp
     from lightning_reg.retrieval.idf_flops.core import ranking_scores as ranking_scores
+    from lightning_reg.retrieval.idf_flops.core import score_distillation_loss as score_distillation_loss
     from lightning_reg.retrieval.idf_flops.core import splade_vectors as splade_vectors
     from lightning_reg.reweighting.loss_reweighting.core import apply_strategy as apply_strategy
     from lightning_reg.reweighting.loss_reweighting.core import normalize_losses as normalize_losses
@@ -466,12 +466,12 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "companding_refusal": "lightning_reg.regularization.weight_compander.core",
         "expand": "lightning_reg.regularization.weight_compander.core",
         "weight_stats": "lightning_reg.regularization.weight_compander.core",
-        "distillation_loss": "lightning_reg.retrieval.idf_flops.core",
         "ensemble_scores": "lightning_reg.retrieval.idf_flops.core",
         "flops_penalty": "lightning_reg.retrieval.idf_flops.core",
         "idf_from_corpus": "lightning_reg.retrieval.idf_flops.core",
         "quadratic_ramp": "lightning_reg.retrieval.idf_flops.core",
         "ranking_scores": "lightning_reg.retrieval.idf_flops.core",
+        "score_distillation_loss": "lightning_reg.retrieval.idf_flops.core",
         "splade_vectors": "lightning_reg.retrieval.idf_flops.core",
         "apply_strategy": "lightning_reg.reweighting.loss_reweighting.core",
         "normalize_losses": "lightning_reg.reweighting.loss_reweighting.core",

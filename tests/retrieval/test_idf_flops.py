@@ -14,12 +14,12 @@ from torchmetrics.retrieval import RetrievalMRR, RetrievalNormalizedDCG
 from lightning_reg import EnsembleDistillation, IDFFlops, QueryIDF, RetrievalMetrics
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.functional import (
-    distillation_loss,
     ensemble_scores,
     flops_penalty,
     idf_from_corpus,
     quadratic_ramp,
     ranking_scores,
+    score_distillation_loss,
     splade_vectors,
 )
 from tests.conformance.by_hand import Hand
@@ -207,13 +207,13 @@ def test_teachers_are_averaged_in_units_of_their_own():
 
 def test_both_distillations_by_hand():
     s, t = torch.tensor([[0.0, math.log(3.0)]]), torch.tensor([[0.0, 0.0]])
-    assert distillation_loss(s, t).item() == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3), abs=1e-6)
-    assert distillation_loss(t, t).item() == pytest.approx(0.0, abs=1e-7)
+    assert score_distillation_loss(s, t).item() == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3), abs=1e-6)
+    assert score_distillation_loss(t, t).item() == pytest.approx(0.0, abs=1e-7)
     s, t = torch.tensor([[4.0, 1.0, 2.0]]), torch.tensor([[3.0, 3.0, 0.0]])
-    assert distillation_loss(s, t, "margin_mse").item() == ((3 - 0) ** 2 + (2 - 3) ** 2) / 2
-    other = distillation_loss(s, t, "margin_mse", positives=torch.tensor([2]))
+    assert score_distillation_loss(s, t, "margin_mse").item() == ((3 - 0) ** 2 + (2 - 3) ** 2) / 2
+    other = score_distillation_loss(s, t, "margin_mse", positives=torch.tensor([2]))
     assert other.item() == ((-2 + 3) ** 2 + (1 + 3) ** 2) / 2
-    assert distillation_loss(s, t, "margin_mse", 2.0).item() == 5.0 / 4
+    assert score_distillation_loss(s, t, "margin_mse", 2.0).item() == 5.0 / 4
 
 
 def test_idf_of_a_corpus():
@@ -423,7 +423,7 @@ def test_candidates_are_own_documents_or_all(in_batch, kind):
         student = torch.stack([d[3 * row : 3 * row + 3] @ q[row] for row in range(2)])
         target, positives = [batch["given"]], [0, 0]
     target = ensemble_scores(target, 30.0)
-    expected = distillation_loss(student, target, kind, positives=torch.tensor(positives))
+    expected = score_distillation_loss(student, target, kind, positives=torch.tensor(positives))
     assert trainer.callback_metrics["reg/ensemble_distillation/term"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 

@@ -9,12 +9,12 @@ from torch import Tensor
 from lightning_reg.engine.host import distributed
 
 __all__ = [
-    "distillation_loss",
     "ensemble_scores",
     "flops_penalty",
     "idf_from_corpus",
     "quadratic_ramp",
     "ranking_scores",
+    "score_distillation_loss",
     "splade_vectors",
 ]
 
@@ -137,7 +137,7 @@ def ensemble_scores(scores: Sequence[Tensor], scale: float = 30.0) -> Tensor:
     return scale * total / len(scores)
 
 
-def distillation_loss(
+def score_distillation_loss(
     student: Tensor, teacher: Tensor, kind: str = "kl", temperature: float = 1.0, positives: Tensor | None = None
 ) -> Tensor:
     r"""How far a student's scores of candidates are from a teacher's.
@@ -157,7 +157,7 @@ def distillation_loss(
         A scalar, float32 at least.
 
     Example:
-        >>> distillation_loss(torch.tensor([[3.0, 1.0]]), torch.tensor([[2.0, 1.0]]), "margin_mse")
+        >>> score_distillation_loss(torch.tensor([[3.0, 1.0]]), torch.tensor([[2.0, 1.0]]), "margin_mse")
         tensor(1.)
 
     """

@@ -14,7 +14,7 @@ from lightning_reg.engine.networks.foreign import ForeignNetwork
 from lightning_reg.engine.networks.references import PLACES, ReferenceTechnique
 from lightning_reg.engine.run.phases import Member
 from lightning_reg.engine.technique import StepTechnique
-from lightning_reg.retrieval.idf_flops.core import distillation_loss, ensemble_scores
+from lightning_reg.retrieval.idf_flops.core import ensemble_scores, score_distillation_loss
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -108,21 +108,21 @@ class EnsembleDistillation(ReferenceTechnique, StepTechnique):
         self.layer, self.query_layer, self.weight, self.kind = layer, query_layer, weight, kind
         self.teachers, self.teacher_args, self.teacher_entries = teachers, teacher_args, teacher_entries
         self.scores, self.scale, self.temperature, self.place = scores, scale, temperature, place
-        named, given = teachers or {}, {"teacher_args": teacher_args or {}, "teacher_entries": teacher_entries or {}}
+        named, arguments, entries = teachers or {}, teacher_args or {}, teacher_entries or {}
         if not named and not scores:
             raise ValueError("EnsembleDistillation: `teachers` or `scores` must name at least one teacher, got none.")
         if common := named.keys() & (scores or {}).keys():
             raise ValueError(
                 f"EnsembleDistillation: `scores` must have other names than `teachers`, got {sorted(common)}."
             )
-        for argument, value in given.items():
-            if unknown := value.keys() - named.keys():
+        for argument, given in (("teacher_args", {*arguments}), ("teacher_entries", {*entries})):
+            if unknown := given - named.keys():
                 raise ValueError(
                     f"EnsembleDistillation: `{argument}` must have names of `teachers` ({sorted(named)}), got"
                     f" {sorted(unknown)}."
                 )
         self._networks = {
-            key: ForeignNetwork(path, given["teacher_args"].get(key), (), given["teacher_entries"].get(key, "0"), place)
+            key: ForeignNetwork(path, arguments.get(key), (), entries.get(key, "0"), place)
             for key, path in named.items()
         }
 
@@ -159,21 +159,27 @@ class EnsembleDistillation(ReferenceTechnique, StepTechnique):
 
     @override
     def step_term(self, step: "Step") -> Tensor | None:
-        teachers = {key: _scores(self.sight(step, n).features[""]) for key, n in self._networks.items()}
-        for key, entry in (self.scores or {}).items():
-            teachers[key] = find_entry(step.batch, entry, f"EnsembleDistillation: scores[{key!r}]")
-        first = next(iter(teachers))
-        for key, found in teachers.items():
-            if not isinstance(found, Tensor) or found.dim() != 2 or found.shape != teachers[first].shape:
-                self._refuse(
-                    f"teacher {key!r}", found, f"scores (B, C), as many of all teachers ({first!r} is the first)"
-                )
-        shape = teachers[first].shape
+        teachers = self._teachers(step)
+        shape = teachers[0].shape
         student, positives = self._student(step, shape)
         if student.shape != shape:
             self._refuse("the student", student, f"scores {tuple(shape)} of the teachers' candidates")
-        target = ensemble_scores([scores.to(student.device) for scores in teachers.values()], self.scale)
-        return self.weight * distillation_loss(student, target, self.kind, self.temperature, positives)
+        target = ensemble_scores([scores.to(student.device) for scores in teachers], self.scale)
+        return self.weight * score_distillation_loss(student, target, self.kind, self.temperature, positives)
+
+    def _teachers(self, step: "Step") -> list[Tensor]:
+        """Scores ``(B, C)`` of each."""
+        found = {key: _scores(self.sight(step, n).features[""]) for key, n in self._networks.items()}
+        for key, entry in (self.scores or {}).items():
+            found[key] = find_entry(step.batch, entry, f"EnsembleDistillation: scores[{key!r}]")
+        checked: list[Tensor] = []
+        for key, scores in found.items():
+            if not isinstance(scores, Tensor) or scores.dim() != 2 or (checked and scores.shape != checked[0].shape):
+                self._refuse(
+                    f"teacher {key!r}", scores, f"scores (B, C) of the same candidates as {next(iter(found))!r}"
+                )
+            checked.append(scores)
+        return checked
 
     def _student(self, step: "Step", shape: torch.Size) -> tuple[Tensor, Tensor | None]:
         found = self._output(step, self.layer)

@@ -105,12 +105,12 @@ class IDFFlops(StepTechnique):
         for argument, value in (("threshold", threshold), ("position", position), ("loss", loss)):
             if value is not None:
                 check_number(self, argument, value, low=0, integer=True)
-        for value in () if idf is None else idf:
-            check_number(self, "idf", value, low=0)
+        for factor in () if idf is None else idf:
+            check_number(self, "idf", factor, low=0)
         self.layer, self.idf, self.weight, self.ramp_steps = layer, idf, weight, ramp_steps
         self.group_size, self.threshold, self.pooling = group_size, threshold, pooling
         self.mask_key, self.position = mask_key, position
-        self._idf = None if idf is None else torch.tensor([float(value) for value in idf])
+        self._idf = None if idf is None else torch.tensor([float(factor) for factor in idf])
         self._warned = False
 
     @override
