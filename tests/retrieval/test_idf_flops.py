@@ -389,6 +389,7 @@ def test_a_masked_language_model_as_published():
 class TwoTowers(LightningModule):
     def __init__(self):
         super().__init__()
+        self.held = (n for n in "ab")  # cannot be copied, which scores of the batch do not ask for
         self.documents, self.queries = nn.Linear(3, 5), nn.Linear(2, 5)
 
     def training_step(self, batch, batch_idx):
@@ -411,6 +412,8 @@ def test_candidates_are_own_documents_or_all(in_batch, kind):
     width = 6 if in_batch else 3
     batch = {"queries": queries, "documents": documents, "given": torch.randn(2, width, generator=draw)}
     module, teachers = TwoTowers(), {"dense": f"{HERE}.DenseTeacher"} if in_batch else None
+    if in_batch:
+        module.held = None
     technique = EnsembleDistillation(
         "documents", "queries", teachers, None, {"dense": ""} if in_batch else None, {"sparse": "given"}, kind=kind
     )

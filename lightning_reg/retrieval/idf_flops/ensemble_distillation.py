@@ -158,6 +158,11 @@ class EnsembleDistillation(ReferenceTechnique, StepTechnique):
         return [*self._networks.values()]
 
     @override
+    def observe_batch(self, step: "Step") -> None:
+        if self._networks:  # scores of the batch need no copy of the module
+            super().observe_batch(step)
+
+    @override
     def step_term(self, step: "Step") -> Tensor | None:
         teachers = self._teachers(step)
         shape = teachers[0].shape
