@@ -26,6 +26,7 @@ from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
 from tests.conformance.kinds.metric import MetricCase
 from tests.conformance.kinds.network import NetworkCase
+from tests.conformance.problems import KINDS, Problem
 from tests.toys import QUIET, TWO_RANKS, make_trainer
 
 pytestmark = QUIET
@@ -85,6 +86,13 @@ def _queries(seed):
     return {"scores": scores, "relevant": torch.rand(5, 8, generator=draw) < 0.3}
 
 
+def labelled(size):
+    x = torch.randn(size, 8)
+    return x, (x[:, :4] + torch.randn(size, 4)).argmax(1)
+
+
+# A problem of its own: neither has a loss call to choose, and what they name has one width.
+DOCUMENTS = Problem(KINDS["classification"].net, labelled, F.cross_entropy, serves=["classification"])
 ENSEMBLE = partial(
     EnsembleDistillation,
     "net.head",
@@ -99,6 +107,7 @@ CASE = (
         make=partial(IDFFlops, "net.body", IDF, 0.3, 1),
         neutral=partial(IDFFlops, "net.body", IDF, 0.0, 1),
         by_hand=FlopsByHand,
+        data=DOCUMENTS,
         says=(
             "net.body, weight=0.3 after 1 steps, divided by IDF",
             "weight=0: inactive",
@@ -120,6 +129,7 @@ CASE = (
         make=partial(ENSEMBLE, weight=0.5),
         neutral=partial(ENSEMBLE, weight=0.0),
         by_hand=EnsembleByHand,
+        data=DOCUMENTS,
         says=(BOTH, "weight=0: inactive", BOTH.replace("kl", "margin_mse")),
         variants=[partial(ENSEMBLE, weight=0.5, kind="margin_mse")],
         invalid=[
@@ -335,6 +345,30 @@ def test_empty_documents_are_told():
 def test_what_is_no_vector_of_documents_is_refused(arguments, says):
     with pytest.raises(MisconfigurationException, match=says):
         make_trainer(callbacks=[IDFFlops("net", **arguments)]).fit(Sparse(), DataLoader(_documents(), 8))
+
+
+def test_a_layer_that_rests_gets_no_gradient_and_one_without_gradient_is_refused():
+    class Resting(Sparse):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) + 0.0 * self.other
+
+    module = Resting()
+    module.other = nn.Parameter(torch.zeros(()))
+    module.net.requires_grad_(requires_grad=False)
+    trainer = make_trainer(callbacks=[IDFFlops("net", weight=1.0)])
+    trainer.fit(module, DataLoader(_documents(), 8))
+    assert trainer.callback_metrics["reg/idf_flops/flops"] > 0
+
+    class Detached(Resting):
+        def training_step(self, batch, batch_idx):
+            with torch.no_grad():
+                self.net(batch[0])
+            return 0.0 * self.other
+
+    module = Detached()
+    module.other = nn.Parameter(torch.zeros(()))
+    with pytest.raises(MisconfigurationException, match=r"gave \(8, 10\) without gradient in this step"):
+        trainer.fit(module, DataLoader(_documents(), 8))
 
 
 class Retriever(LightningModule):
