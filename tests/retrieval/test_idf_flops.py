@@ -367,6 +367,7 @@ def test_a_layer_that_rests_gets_no_gradient_and_one_without_gradient_is_refused
 
     module = Detached()
     module.other = nn.Parameter(torch.zeros(()))
+    trainer = make_trainer(callbacks=[IDFFlops("net")])
     with pytest.raises(MisconfigurationException, match=r"gave \(8, 10\) without gradient in this step"):
         trainer.fit(module, DataLoader(_documents(), 8))
 
