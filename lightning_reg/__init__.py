@@ -114,6 +114,10 @@ if TYPE_CHECKING:
     from lightning_reg.regularization.weight_compander.core import Compander as Compander
     from lightning_reg.regularization.weight_compander.core import Companding as Companding
     from lightning_reg.regularization.weight_compander.weight_compander import WeightCompander as WeightCompander
+    from lightning_reg.retrieval.idf_flops.ensemble_distillation import EnsembleDistillation as EnsembleDistillation
+    from lightning_reg.retrieval.idf_flops.idf_flops import IDFFlops as IDFFlops
+    from lightning_reg.retrieval.idf_flops.query_idf import QueryIDF as QueryIDF
+    from lightning_reg.retrieval.idf_flops.retrieval_metrics import RetrievalMetrics as RetrievalMetrics
     from lightning_reg.retrieval.item_ssl.item_ssl import ItemSSL as ItemSSL
     from lightning_reg.reweighting.adawac.adawac import AdaWAC as AdaWAC
     from lightning_reg.reweighting.adawac.report import SampleWeights as SampleWeights
@@ -219,6 +223,10 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "Compander": "lightning_reg.regularization.weight_compander.core",
         "Companding": "lightning_reg.regularization.weight_compander.core",
         "WeightCompander": "lightning_reg.regularization.weight_compander.weight_compander",
+        "EnsembleDistillation": "lightning_reg.retrieval.idf_flops.ensemble_distillation",
+        "IDFFlops": "lightning_reg.retrieval.idf_flops.idf_flops",
+        "QueryIDF": "lightning_reg.retrieval.idf_flops.query_idf",
+        "RetrievalMetrics": "lightning_reg.retrieval.idf_flops.retrieval_metrics",
         "ItemSSL": "lightning_reg.retrieval.item_ssl.item_ssl",
         "AdaWAC": "lightning_reg.reweighting.adawac.adawac",
         "SampleWeights": "lightning_reg.reweighting.adawac.report",

@@ -226,6 +226,13 @@ if TYPE_CHECKING:
     from lightning_reg.regularization.weight_compander.core import companding_refusal as companding_refusal
     from lightning_reg.regularization.weight_compander.core import expand as expand
     from lightning_reg.regularization.weight_compander.core import weight_stats as weight_stats
+    from lightning_reg.retrieval.idf_flops.core import ensemble_scores as ensemble_scores
+    from lightning_reg.retrieval.idf_flops.core import flops_penalty as flops_penalty
+    from lightning_reg.retrieval.idf_flops.core import idf_from_corpus as idf_from_corpus
+    from lightning_reg.retrieval.idf_flops.core import quadratic_ramp as quadratic_ramp
+    from lightning_reg.retrieval.idf_flops.core import ranking_scores as ranking_scores
+    from lightning_reg.retrieval.idf_flops.core import score_distillation_loss as score_distillation_loss
+    from lightning_reg.retrieval.idf_flops.core import splade_vectors as splade_vectors
     from lightning_reg.retrieval.item_ssl.core import complementary_views as complementary_views
     from lightning_reg.retrieval.item_ssl.core import correlated_features as correlated_features
     from lightning_reg.retrieval.item_ssl.core import item_ssl_loss as item_ssl_loss
@@ -482,6 +489,13 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "companding_refusal": "lightning_reg.regularization.weight_compander.core",
         "expand": "lightning_reg.regularization.weight_compander.core",
         "weight_stats": "lightning_reg.regularization.weight_compander.core",
+        "ensemble_scores": "lightning_reg.retrieval.idf_flops.core",
+        "flops_penalty": "lightning_reg.retrieval.idf_flops.core",
+        "idf_from_corpus": "lightning_reg.retrieval.idf_flops.core",
+        "quadratic_ramp": "lightning_reg.retrieval.idf_flops.core",
+        "ranking_scores": "lightning_reg.retrieval.idf_flops.core",
+        "score_distillation_loss": "lightning_reg.retrieval.idf_flops.core",
+        "splade_vectors": "lightning_reg.retrieval.idf_flops.core",
         "complementary_views": "lightning_reg.retrieval.item_ssl.core",
         "correlated_features": "lightning_reg.retrieval.item_ssl.core",
         "item_ssl_loss": "lightning_reg.retrieval.item_ssl.core",

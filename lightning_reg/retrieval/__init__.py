@@ -1,1 +1,1 @@
-"""Retrieval and recommendation: queries, documents and items as rows that are compared."""
+"""Retrieval and recommendation: embeddings, dense and sparse, by which documents and items are found."""
