@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from sklearn.metrics import mutual_info_score
 from torch import nn
 
-from lightning_reg import ItemSSL
+from lightning_reg import IDFFlops, ItemSSL
 from lightning_reg.engine.data.side_batches import distinct_rows, side_rows
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.functional import (
@@ -23,7 +23,7 @@ from lightning_reg.functional import (
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
 from tests.conformance.problems import KINDS, Problem
-from tests.toys import QUIET, Classifier, fit, same_weights
+from tests.toys import CLASSES, QUIET, Classifier, fit, same_weights
 
 pytestmark = QUIET
 
@@ -268,6 +268,39 @@ def test_what_does_not_fit_is_told_by_name(options, said):
 def test_what_the_encoder_draws_is_its_own():
     """The users' own draws, and the training of what the encoder does not touch, stay what they were."""
     one, two = TwoTowers(), TwoTowers()
+    assert same_weights(one.net, two.net)
     fit(one, max_epochs=1)
     fit(two, ItemSSL("tower", "catalogue", 0), max_epochs=1)
     assert same_weights(one.net, two.net)
+
+
+class Found(TwoTowers):
+    """Classifies what its tower makes of items, by plain SGD."""
+
+    def __init__(self):
+        super().__init__()
+        self.tower.drop.p = 0.0
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        items = (x[:, torch.arange(8) % x.shape[1]] * 2).long().clamp(-1, 1) + 2
+        return F.cross_entropy(self.tower(items)[:, :CLASSES], y)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_beside_idf_flops_on_the_same_tower_each_adds_its_own_gradient(first):
+    """One step of SGD is linear in the gradient; the masked items are no documents."""
+    made = [lambda: ItemSSL("tower", "catalogue", 0, size=8), lambda: IDFFlops("tower", weight=0.1, ramp_steps=1)]
+    ends = {}
+    for chosen in [(), (0,), (1,), (first, 1 - first)]:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = Found()
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        fit(model, *[made[i]() for i in chosen], max_steps=1)
+        ends[frozenset(chosen)] = {name: p.detach() - before[name] for name, p in model.named_parameters()}
+    plain, item, sparse, both = (ends[frozenset(of)] for of in ((), (0,), (1,), (0, 1)))
+    for name, change in both.items():
+        torch.testing.assert_close(change, item[name] + sparse[name] - plain[name], rtol=1e-4, atol=1e-6)
+    assert (item["tower.out.weight"] - plain["tower.out.weight"]).abs().max() > 1e-4
+    assert (sparse["tower.out.weight"] - plain["tower.out.weight"]).abs().max() > 1e-4
