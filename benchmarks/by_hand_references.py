@@ -55,7 +55,7 @@ class Banked(WithTeacher):
                     self.rotation = kabsch(F.normalize(self.first, dim=1), F.normalize(self.then, dim=1))
                 length = features.norm(dim=1).mean()
                 rows = calibrate(self.first, self.then, self.labels, head.weight, length, self.rotation)
-            loss = loss + dr_loss(rows, self.labels, head.weight, head.bias)
+            loss = loss + dr_loss(rows, self.labels.clone(), head.weight, head.bias)  # written to below
         places = slice(self.at, self.at + len(x))  # batches divide the bank
         self.first[places], self.then[places], self.labels[places] = old, features.detach(), y
         self.at = (self.at + len(x)) % BANK
