@@ -190,6 +190,13 @@ def test_copies_of_the_rows_are_cut_alike():
     assert not all(columns.all() for (columns,) in seen.columns)
 
 
+def test_random_and_ordered_dropout_at_one_layer_are_refused():
+    nested, copies = NestedDropout("net.2", eta=2, k="all"), MultiSampleDropout("net.2", 3)
+    for first, second in ((nested, copies), (copies, nested)):
+        with pytest.raises(MisconfigurationException, match=r"NestedDropout.*classifier behind the dropout layer"):
+            fit(Classifier(dropout=0.2), first, second)
+
+
 # -- in evaluation ----------------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from lightning_reg.engine.host import distributed
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.run.phases import Member
 from lightning_reg.engine.technique import LayerTechnique
 from lightning_reg.noisy_labels.nested_dropout.core import (
     best_prefix,
@@ -129,6 +130,15 @@ class NestedDropout(LayerTechnique):
             return "eta=0: inactive"
         where = ", ".join(self._layers) + (", in turns" if self.in_turns and len(self._layers) > 1 else "")
         return f"{where}: eta={self.eta:g}, mu={self.mu:g}; evaluates with k={self.k}"
+
+    @override
+    def conflict_with(self, other: Member) -> str | None:
+        if not (other.copies_rows and getattr(other, "dropout", None) in self._layers):
+            return None
+        return (
+            f"{self._layers[0]!r} would be cut to a prefix and dropped from at random, and features that are missing in"
+            " the copies by chance are not ordered. Let NestedDropout act on the classifier behind the dropout layer."
+        )
 
     @override
     def is_active(self, step: "Step") -> bool:
