@@ -6,7 +6,6 @@ from torch import Tensor
 __all__ = [
     "agreement_with",
     "clamped_probabilities",
-    "contradicted",
     "elr_targets",
     "finite_targets",
     "log_disagreement",
@@ -59,11 +58,6 @@ def finite_targets(targets_rows: Tensor, probabilities: Tensor, beta: float) -> 
     rows = elr_targets(targets_rows, probabilities, beta)
     finite = rows.sum(1).isfinite()
     return torch.where(finite[:, None], rows, targets_rows), finite
-
-
-def contradicted(targets: Tensor, labels: Tensor) -> Tensor:
-    """Which labels their targets contradict: bool ``(N,)``; a sample never seen is not suspected."""
-    return (targets.sum(1) > 0) & (labels >= 0) & (targets.argmax(1) != labels)
 
 
 def agreement_with(rows: Tensor, labels: Tensor) -> dict[str, Tensor]:

@@ -10,14 +10,13 @@ from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.distributed import RowExchange, world_size
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.left_out import LeftOut
-from lightning_reg.noisy_labels._early_learning import contradicted, finite_targets
-from lightning_reg.noisy_labels.label_errors import LabelErrors
+from lightning_reg.noisy_labels._early_learning import finite_targets
 
 if TYPE_CHECKING:
     from lightning_reg.engine.step import Samples
     from lightning_reg.engine.technique import Technique
 
-__all__ = ["LabelErrors", "TargetTable", "check_arguments", "errors_by_confidence", "targets_in_state"]
+__all__ = ["TargetTable", "check_arguments", "targets_in_state"]
 
 
 def check_arguments(
@@ -230,14 +229,6 @@ class TargetTable:
         self.targets = SampleMemory(num_samples, num_classes, dtype=self._dtype, top_k=self._top_k, on_cpu=self._on_cpu)
         self.labels = SampleMemory(num_samples, 1, dtype="int32", on_cpu=self._on_cpu, fill=-1)
         return self.targets, self.labels
-
-
-def errors_by_confidence(targets: Tensor, labels: Tensor) -> LabelErrors:
-    """The labels that their targets contradict, most confident first."""
-    (index,) = contradicted(targets, labels).nonzero(as_tuple=True)
-    confidence, suggested = (targets[index] / targets[index].sum(1, keepdim=True)).max(1)
-    order = confidence.argsort(descending=True, stable=True)
-    return LabelErrors(index[order], labels[index][order], suggested[order], confidence[order])
 
 
 def targets_in_state(state: dict[str, Any]) -> tuple[Tensor, Tensor]:

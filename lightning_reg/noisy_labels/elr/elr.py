@@ -11,10 +11,10 @@ from lightning_reg.engine.technique import LossTechnique
 from lightning_reg.noisy_labels._early_learning import (
     agreement_with,
     clamped_probabilities,
-    contradicted,
     log_disagreement,
 )
-from lightning_reg.noisy_labels._target_table import LabelErrors, TargetTable, check_arguments, errors_by_confidence
+from lightning_reg.noisy_labels._target_table import TargetTable, check_arguments
+from lightning_reg.noisy_labels.label_errors import ReportsLabelErrors
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["ELRCallback"]
 
 
-class ELRCallback(LossTechnique):
+class ELRCallback(ReportsLabelErrors, LossTechnique):
     r"""Early-learning regularization (ELR) against wrong labels in single-label classification.
 
     A network fits clean labels first. A moving average ``t`` of its own predictions, kept per training sample, points
@@ -165,32 +165,9 @@ class ELRCallback(LossTechnique):
     def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         self._table.left_out.say()
 
-    def suspected_label_errors(self, labels: Tensor | None = None) -> Tensor:
-        """Which training samples have a label that their target contradicts: ``argmax(t) != y``.
-
-        Args:
-            labels: Given labels ``(N,)``; ``None`` for those seen in training.
-
-        Returns:
-            bool ``(N,)`` on the CPU, by position in the training dataset. A sample never seen is not suspected.
-
-        Raises:
-            RuntimeError: If nothing was trained yet.
-
-        """
-        return contradicted(*self._table.all(labels))
-
-    def label_errors(self, labels: Tensor | None = None) -> LabelErrors:
-        """The suspected label errors with the suggested labels, most confident first.
-
-        Args:
-            labels: Given labels ``(N,)``; ``None`` for those seen in training.
-
-        Returns:
-            A report to print through rich or to write as CSV.
-
-        """
-        return errors_by_confidence(*self._table.all(labels))
+    @override
+    def _targets_and_labels(self, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self._table.all(labels)
 
     @property
     def targets_nbytes(self) -> int:

@@ -18,13 +18,13 @@ from lightning_reg.engine.technique import BatchTechnique, LossTechnique
 from lightning_reg.noisy_labels._early_learning import (
     agreement_with,
     clamped_probabilities,
-    contradicted,
     log_disagreement,
 )
-from lightning_reg.noisy_labels._target_table import LabelErrors, TargetTable, check_arguments, errors_by_confidence
+from lightning_reg.noisy_labels._target_table import TargetTable, check_arguments
 from lightning_reg.noisy_labels.elr_plus._mixup import mix_batch, mix_rows
 from lightning_reg.noisy_labels.elr_plus._networks import Networks, Notes
 from lightning_reg.noisy_labels.elr_plus.core import one_hot_labels, refine_labels, sigmoid_rampup
+from lightning_reg.noisy_labels.label_errors import ReportsLabelErrors
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["ELRPlusCallback"]
 
 
-class ELRPlusCallback(BatchTechnique, LossTechnique):
+class ELRPlusCallback(ReportsLabelErrors, BatchTechnique, LossTechnique):
     r"""ELR+: two networks, each regularized towards what a weight average of the other one predicts.
 
     A second network of the module's class is trained beside the module, with its own weights, optimizer, schedulers and
@@ -330,30 +330,6 @@ class ELRPlusCallback(BatchTechnique, LossTechnique):
         """
         return self._networks.ensemble(module, self, self.logits_layer)
 
-    def suspected_label_errors(self, labels: Tensor | None = None) -> Tensor:
-        """Which training samples have a label that their targets, summed over the networks, contradict.
-
-        Args:
-            labels: Given labels ``(N,)``; ``None`` for those seen in training.
-
-        Returns:
-            bool ``(N,)`` on the CPU, by position in the training dataset. A sample never seen is not suspected.
-
-        """
-        return contradicted(*self._all(labels))
-
-    def label_errors(self, labels: Tensor | None = None) -> LabelErrors:
-        """The suspected label errors with the suggested labels, most confident first.
-
-        Args:
-            labels: Given labels ``(N,)``; ``None`` for those seen in training.
-
-        Returns:
-            A report to print through rich or to write as CSV.
-
-        """
-        return errors_by_confidence(*self._all(labels))
-
     @override
     def __getstate__(self) -> dict[str, Any]:
         for table in self._tables:
@@ -395,6 +371,8 @@ class ELRPlusCallback(BatchTechnique, LossTechnique):
     def _left_out(self) -> list[LeftOut]:
         return [*(table.left_out for table in self._tables), self._networks.left_out]
 
-    def _all(self, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    @override
+    def _targets_and_labels(self, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Targets are summed over the networks."""
         tables = [table.all(labels) for table in self._tables]
         return torch.stack([targets for targets, _ in tables]).sum(0), tables[0][1]
