@@ -7,7 +7,8 @@ import torch
 from rich.console import Console
 
 from lightning_reg import ELRCallback, ELRPlusCallback
-from lightning_reg.noisy_labels.label_errors import LabelErrors, ReportsLabelErrors
+from lightning_reg.noisy_labels._reports import ReportsLabelErrors
+from lightning_reg.noisy_labels.label_errors import LabelErrors
 from tests.toys import QUIET, Classifier, fit
 
 pytestmark = QUIET

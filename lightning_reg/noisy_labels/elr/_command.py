@@ -7,8 +7,8 @@ from rich.console import Console
 
 from lightning_reg.engine.host.checkpoints import read_checkpoint
 from lightning_reg.engine.host.commands import Commands, Options
+from lightning_reg.noisy_labels._reports import errors_by_confidence
 from lightning_reg.noisy_labels._target_table import targets_in_state
-from lightning_reg.noisy_labels.label_errors import errors_by_confidence
 
 __all__ = ["add_command"]
 

@@ -13,8 +13,8 @@ from lightning_reg.noisy_labels._early_learning import (
     clamped_probabilities,
     log_disagreement,
 )
+from lightning_reg.noisy_labels._reports import ReportsLabelErrors
 from lightning_reg.noisy_labels._target_table import TargetTable, check_arguments
-from lightning_reg.noisy_labels.label_errors import ReportsLabelErrors
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

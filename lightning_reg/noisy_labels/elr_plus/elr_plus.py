@@ -20,11 +20,11 @@ from lightning_reg.noisy_labels._early_learning import (
     clamped_probabilities,
     log_disagreement,
 )
+from lightning_reg.noisy_labels._reports import ReportsLabelErrors
 from lightning_reg.noisy_labels._target_table import TargetTable, check_arguments
 from lightning_reg.noisy_labels.elr_plus._mixup import mix_batch, mix_rows
 from lightning_reg.noisy_labels.elr_plus._networks import Networks, Notes
 from lightning_reg.noisy_labels.elr_plus.core import one_hot_labels, refine_labels, sigmoid_rampup
-from lightning_reg.noisy_labels.label_errors import ReportsLabelErrors
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
