@@ -119,6 +119,7 @@ if TYPE_CHECKING:
     from lightning_reg.retrieval.idf_flops.query_idf import QueryIDF as QueryIDF
     from lightning_reg.retrieval.idf_flops.retrieval_metrics import RetrievalMetrics as RetrievalMetrics
     from lightning_reg.retrieval.item_ssl.item_ssl import ItemSSL as ItemSSL
+    from lightning_reg.retrieval.kalm_embedding.focal_contrastive import FocalContrastive as FocalContrastive
     from lightning_reg.reweighting.adawac.adawac import AdaWAC as AdaWAC
     from lightning_reg.reweighting.adawac.report import SampleWeights as SampleWeights
     from lightning_reg.reweighting.loss_reweighting.loss_reweighting import LossReweighting as LossReweighting
@@ -228,6 +229,7 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "QueryIDF": "lightning_reg.retrieval.idf_flops.query_idf",
         "RetrievalMetrics": "lightning_reg.retrieval.idf_flops.retrieval_metrics",
         "ItemSSL": "lightning_reg.retrieval.item_ssl.item_ssl",
+        "FocalContrastive": "lightning_reg.retrieval.kalm_embedding.focal_contrastive",
         "AdaWAC": "lightning_reg.reweighting.adawac.adawac",
         "SampleWeights": "lightning_reg.reweighting.adawac.report",
         "LossReweighting": "lightning_reg.reweighting.loss_reweighting.loss_reweighting",

@@ -238,6 +238,9 @@ if TYPE_CHECKING:
     from lightning_reg.retrieval.item_ssl.core import item_ssl_loss as item_ssl_loss
     from lightning_reg.retrieval.item_ssl.core import mutual_information as mutual_information
     from lightning_reg.retrieval.item_ssl.core import popularity_slices as popularity_slices
+    from lightning_reg.retrieval.kalm_embedding.core import focal_weights as focal_weights
+    from lightning_reg.retrieval.kalm_embedding.core import matryoshka_loss as matryoshka_loss
+    from lightning_reg.retrieval.kalm_embedding.core import mean_pooled as mean_pooled
     from lightning_reg.reweighting.adawac.core import adawac_loss as adawac_loss
     from lightning_reg.reweighting.adawac.core import adawac_update as adawac_update
     from lightning_reg.reweighting.adawac.core import apply_symmetry as apply_symmetry
@@ -501,6 +504,9 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "item_ssl_loss": "lightning_reg.retrieval.item_ssl.core",
         "mutual_information": "lightning_reg.retrieval.item_ssl.core",
         "popularity_slices": "lightning_reg.retrieval.item_ssl.core",
+        "focal_weights": "lightning_reg.retrieval.kalm_embedding.core",
+        "matryoshka_loss": "lightning_reg.retrieval.kalm_embedding.core",
+        "mean_pooled": "lightning_reg.retrieval.kalm_embedding.core",
         "adawac_loss": "lightning_reg.reweighting.adawac.core",
         "adawac_update": "lightning_reg.reweighting.adawac.core",
         "apply_symmetry": "lightning_reg.reweighting.adawac.core",

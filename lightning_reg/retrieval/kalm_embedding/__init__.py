@@ -1,0 +1,1 @@
+"""KaLM-Embedding: queries whose document is badly ranked count more."""
