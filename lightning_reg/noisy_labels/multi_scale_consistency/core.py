@@ -33,9 +33,9 @@ def multiscale_consistency(
         Mean over the counted positions V of each sample, ``(B,)`` float32; 0 where there are none.
 
     Example:
-        >>> same = torch.tensor([[2.0, 0.0]])
-        >>> multiscale_consistency([same, same, same], rho=0.0)
-        tensor([0.])
+        >>> one, other = torch.tensor([[99.0, 0.0]]), torch.tensor([[0.0, 99.0]])
+        >>> multiscale_consistency([one, other], rho=0.0)
+        tensor([1.3863])
 
     """
     size = len(logits[0])
