@@ -122,6 +122,9 @@ if TYPE_CHECKING:
     from lightning_reg.retrieval.kalm_embedding.focal_contrastive import FocalContrastive as FocalContrastive
     from lightning_reg.reweighting.adawac.adawac import AdaWAC as AdaWAC
     from lightning_reg.reweighting.adawac.report import SampleWeights as SampleWeights
+    from lightning_reg.reweighting.group_dro.group_dro import GroupDRO as GroupDRO
+    from lightning_reg.reweighting.group_dro.metrics import AdjustedAverageAccuracy as AdjustedAverageAccuracy
+    from lightning_reg.reweighting.group_dro.metrics import WorstGroupAccuracy as WorstGroupAccuracy
     from lightning_reg.reweighting.loss_reweighting.loss_reweighting import LossReweighting as LossReweighting
     from lightning_reg.sparsity.nm_sparsity.nm_sparsity import NMSparsity as NMSparsity
     from lightning_reg.sparsity.nm_sparsity.report import SparsityReport as SparsityReport
@@ -232,6 +235,9 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "FocalContrastive": "lightning_reg.retrieval.kalm_embedding.focal_contrastive",
         "AdaWAC": "lightning_reg.reweighting.adawac.adawac",
         "SampleWeights": "lightning_reg.reweighting.adawac.report",
+        "GroupDRO": "lightning_reg.reweighting.group_dro.group_dro",
+        "AdjustedAverageAccuracy": "lightning_reg.reweighting.group_dro.metrics",
+        "WorstGroupAccuracy": "lightning_reg.reweighting.group_dro.metrics",
         "LossReweighting": "lightning_reg.reweighting.loss_reweighting.loss_reweighting",
         "NMSparsity": "lightning_reg.sparsity.nm_sparsity.nm_sparsity",
         "SparsityReport": "lightning_reg.sparsity.nm_sparsity.report",

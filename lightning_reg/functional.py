@@ -249,6 +249,11 @@ if TYPE_CHECKING:
     from lightning_reg.reweighting.adawac.core import encoder_consistency as encoder_consistency
     from lightning_reg.reweighting.adawac.core import undo_symmetry as undo_symmetry
     from lightning_reg.reweighting.adawac.core import weight_ascent as weight_ascent
+    from lightning_reg.reweighting.group_dro.core import group_ascent as group_ascent
+    from lightning_reg.reweighting.group_dro.core import group_losses as group_losses
+    from lightning_reg.reweighting.group_dro.core import group_membership as group_membership
+    from lightning_reg.reweighting.group_dro.core import group_sample_weights as group_sample_weights
+    from lightning_reg.reweighting.group_dro.core import worst_group_weights as worst_group_weights
     from lightning_reg.reweighting.loss_reweighting.core import apply_strategy as apply_strategy
     from lightning_reg.reweighting.loss_reweighting.core import normalize_losses as normalize_losses
     from lightning_reg.reweighting.loss_reweighting.core import reweight as reweight
@@ -515,6 +520,11 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "encoder_consistency": "lightning_reg.reweighting.adawac.core",
         "undo_symmetry": "lightning_reg.reweighting.adawac.core",
         "weight_ascent": "lightning_reg.reweighting.adawac.core",
+        "group_ascent": "lightning_reg.reweighting.group_dro.core",
+        "group_losses": "lightning_reg.reweighting.group_dro.core",
+        "group_membership": "lightning_reg.reweighting.group_dro.core",
+        "group_sample_weights": "lightning_reg.reweighting.group_dro.core",
+        "worst_group_weights": "lightning_reg.reweighting.group_dro.core",
         "apply_strategy": "lightning_reg.reweighting.loss_reweighting.core",
         "normalize_losses": "lightning_reg.reweighting.loss_reweighting.core",
         "reweight": "lightning_reg.reweighting.loss_reweighting.core",

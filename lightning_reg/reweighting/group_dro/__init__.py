@@ -1,0 +1,1 @@
+"""Group DRO: training against the worst of several groups, and the metrics that tell how the worst one fares."""

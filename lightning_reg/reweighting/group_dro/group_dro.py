@@ -1,0 +1,256 @@
+"""Group DRO: the loss of each group counts by how bad it is."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_reg.engine.data.entries import find_entry
+from lightning_reg.engine.host import lightning as host
+from lightning_reg.engine.host.arguments import check_choice, check_number
+from lightning_reg.engine.host.distributed import world_size
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.host.user_functions import user_function
+from lightning_reg.engine.run.phases import Member, phases_of
+from lightning_reg.engine.technique import LossTechnique
+from lightning_reg.reweighting.group_dro.core import (
+    group_ascent,
+    group_losses,
+    group_membership,
+    group_sample_weights,
+    worst_group_weights,
+)
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+    from lightning_reg.engine.loss.call import LossCall
+
+__all__ = ["GroupDRO"]
+
+
+class GroupDRO(LossTechnique):
+    r"""Trains against the worst group: each group's mean loss counts by a weight that rises with it.
+
+    .. math::
+
+        q_g \leftarrow \frac{q_g \exp(\eta\, (L_g + C / \sqrt{n_g}))}{\sum_{g'} \dots}, \qquad L = \sum_g q_g L_g
+
+    in this order in each step, without gradient into q. :math:`L_g` is the mean over the samples of a group in the
+    global batch, of all data-parallel ranks; :math:`n_g` counts the group's training samples. A group without a sample
+    in the batch is skipped: it keeps its weight before all are normalized, and adds nothing to the loss. Every sample
+    has one group, or several, or none (then it does not count). Every rank must make a loss in every step. With
+    ``accumulate_grad_batches`` each micro-batch is a step of q. Other terms of the loss, validation and test are left
+    alone.
+
+    Use it when the training data name their groups and some of them are learned last; with strong regularization or
+    early stopping, and with batches in which groups are balanced (a ``WeightedRandomSampler``). Leave it when the
+    network fits all training data: then all losses are near 0 and no group is worse than another.
+
+    Source:
+        Sagawa et al., "Distributionally Robust Neural Networks for Group Shifts: On the Importance of Regularization
+        for Worst-Case Generalization", ICLR 2020, arXiv 1911.08731, algorithm 1 and section 3.3; ``mode="max"`` and
+        overlapping groups: Zhang et al., "Rich Feature Construction for the Optimization-Generalization Dilemma",
+        ICML 2022, arXiv 2203.15516.
+
+    Differs:
+        All groups of a batch move in a step, as in the authors' code, where the paper draws one. In that code a group
+        that is not in the batch moves by its adjustment alone; here it does not move. q is kept as its logarithm, which
+        does not underflow. A group whose loss is not finite does not move.
+
+    Memory: one number per group, and the group of each sample if groups go by sample. A step costs one collective of
+    2 G floats.
+
+    Args:
+        num_groups: Number of groups G, at least 1. Neutral: 1, with all samples in it.
+        group_key: Entry of the batch with the groups: keys and positions, separated by dots (``"group"``, ``"2"``);
+            whole numbers ``(B,)``, negative for none, or bool ``(B, G)`` for groups that overlap.
+        groups: In its place, groups by sample index: the name of a function, a method of your module or datamodule or
+            an import path, which is called without arguments at the start of fit and returns the same for all N
+            training samples, ``(N,)`` or ``(N, G)``. Just one of the two must be given.
+        mode: ``"online"``: q moves step by step (Sagawa et al.). ``"max"``: the worst group of the batch alone counts,
+            for full batches; with small ones it is biased.
+        eta: Step of q, at least 0. Authors' code: 0.01. 0: groups count alike.
+        generalization_adjustment: C, at least 0: small groups count as worse, for they generalize worse. Paper: 0
+            to 5. 0: none.
+        group_counts: Training samples of each group, at least 1 each; needed for the adjustment with ``group_key``.
+        loss: Which loss call it works on, if there are several: position, ``"last"``, function name, or
+            ``"model.py:42"``.
+        index_key: Batch entry with the sample indices; ``None`` to follow them from the DataLoader.
+        dataloader: Key of the training loader in a CombinedLoader.
+        name: Tells several instances in one Trainer apart.
+
+    Raises:
+        ValueError: If an argument is outside its range, or both or none of ``group_key`` and ``groups`` are given.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> dro = GroupDRO(num_groups=4, group_key="group", eta=0.01)
+        >>> trainer = Trainer(callbacks=[dro], logger=False, enable_checkpointing=False)
+
+    """
+
+    watched = ("worst_loss",)
+
+    def __init__(
+        self,
+        num_groups: int,
+        group_key: str | None = None,
+        groups: str | None = None,
+        mode: Literal["online", "max"] = "online",
+        eta: float = 0.01,
+        generalization_adjustment: float = 0.0,
+        group_counts: Sequence[int] | None = None,
+        loss: int | str | None = None,
+        index_key: str | None = None,
+        dataloader: str | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(loss=loss, index_key=index_key, dataloader=dataloader, name=name)
+        check_number(self, "num_groups", num_groups, low=1, integer=True)
+        check_choice(self, "mode", mode, ("online", "max"))
+        check_number(self, "eta", eta, low=0)
+        check_number(self, "generalization_adjustment", generalization_adjustment, low=0)
+        if (group_key is None) == (groups is None):
+            raise ValueError(
+                "GroupDRO: `group_key` or `groups` must be given, the one or the other, got"
+                f" group_key={group_key!r} and groups={groups!r}."
+            )
+        for count in group_counts or ():
+            check_number(self, "group_counts", count, low=1, integer=True)
+        if group_counts is not None and (groups is not None or len(group_counts) != num_groups):
+            raise ValueError(
+                f"GroupDRO: `group_counts` must be {num_groups} numbers, beside `group_key`, got {group_counts!r}."
+            )
+        if generalization_adjustment and groups is None and group_counts is None:
+            raise ValueError(
+                "GroupDRO: `group_counts` must be given with `group_key` for a `generalization_adjustment`, got None."
+            )
+        self.num_groups, self.group_key, self.groups, self.mode, self.eta = num_groups, group_key, groups, mode, eta
+        self.generalization_adjustment, self.group_counts = generalization_adjustment, group_counts
+        self._log_weights: Tensor | None = None
+        self._table: Tensor | None = None
+        self._checked = False
+
+    @property
+    @override
+    def needs_indices(self) -> bool:  # type: ignore[override]  # of the class elsewhere; here an argument says it
+        return self.groups is not None
+
+    @override
+    def describe(self) -> str:
+        source = f"entry {self.group_key!r}" if self.groups is None else f"{self.groups} by sample"
+        how = "the worst alone" if self.mode == "max" else f"eta={self.eta:g}"
+        adjusted = self.generalization_adjustment
+        return f"{self.num_groups} groups from {source}, {how}" + (f", adjusted by {adjusted:g}" if adjusted else "")
+
+    @override
+    def check(self, trainer: "Trainer", module: "LightningModule") -> None:
+        self._checked = False
+        if self.groups is None:
+            return
+        asked_by = "GroupDRO(groups=...)"
+        given = torch.as_tensor(user_function(self.groups, trainer, module, asked_by)())
+        self._table = self._membership(given, f"what {self.groups!r} returns")
+        self._check_numbers(given)
+        if not self._table.any(0).all():
+            empty = (~self._table.any(0)).nonzero().flatten().tolist()
+            raise MisconfigurationException(
+                f"{asked_by}: no training sample is of group {empty}. Leave it out, or train the model whose errors"
+                " make the groups for a shorter time."
+            )
+
+    @override
+    def conflict_with(self, other: Member) -> str | None:
+        if other.mixes != "none":
+            return "a mixed sample is of two groups. Remove one of them."
+        if "sample_weights" in phases_of(other) and other.loss == self.loss:
+            return (
+                "both weigh the samples of the same loss, and the product is the loss of no group. Remove one of them,"
+                " or let them work on different calls with `loss=...`."
+            )
+        return None
+
+    @override
+    def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        if host.batches_so_far(trainer) == 0:  # a new training, not a resumed or continued one
+            self._log_weights = None
+
+    @override
+    def sample_weights(self, call: "LossCall") -> Tensor | None:
+        membership, mass = self._of_batch(call), call.sample_mass
+        if mass is not None:
+            membership = membership * (mass > 0)[:, None]
+        group = host.data_parallel_group(call.step.trainer)
+        losses, counts = group_losses(call.losses, membership, group)
+        weights = self._weights(losses, counts)
+        if call.step.is_logging:
+            shown = torch.where(counts > 0, losses, -torch.inf).max()
+            call.step.log(self, "worst_loss", shown)
+            for position, weight in enumerate(weights.unbind()):
+                call.step.log(self, f"weight_{position}", weight)
+        # The user's mean divides by the mass of this rank, and DDP by the number of ranks.
+        each = group_sample_weights(membership, weights, counts) * (1 if group is None else world_size(group))
+        return each * call.batch_size if mass is None else each * mass.sum() / torch.where(mass > 0, mass, 1.0)
+
+    def _weights(self, losses: Tensor, counts: Tensor) -> Tensor:
+        present = (counts > 0) & losses.isfinite()
+        if self.generalization_adjustment:
+            sizes = self._table.sum(0) if self._table is not None else torch.tensor(self.group_counts)
+            losses = losses + (self.generalization_adjustment / sizes.sqrt()).to(losses, non_blocking=True)
+        if self.mode == "max":
+            return worst_group_weights(losses, present)
+        if self._log_weights is None:
+            self._log_weights = losses.new_zeros(self.num_groups).log_softmax(0)
+        self._log_weights = group_ascent(self._log_weights.to(losses.device), losses, present, self.eta)
+        return self._log_weights.exp()
+
+    def _of_batch(self, call: "LossCall") -> Tensor:
+        if self._table is None:
+            given = torch.as_tensor(find_entry(call.step.batch, self.group_key or "", "GroupDRO: group_key"))
+            if not self._checked:
+                self._check_numbers(given)
+            self._checked = True
+            membership = self._membership(given, f"the entry {self.group_key!r}").to(call.input.device)
+            if len(membership) != call.batch_size:
+                raise MisconfigurationException(
+                    f"GroupDRO: the entry {self.group_key!r} has {len(membership)} groups, and {call} has"
+                    f" {call.batch_size} samples. Name the entry with one group per sample."
+                )
+            return membership
+        samples = call.samples(self)
+        if samples.size not in (None, len(self._table)):
+            raise MisconfigurationException(
+                f"GroupDRO: {self.groups!r} returns the groups of {len(self._table)} samples, the training dataset has"
+                f" {samples.size}. Return one for each sample of the dataset."
+            )
+        self._table = self._table.to(call.input.device)
+        return self._table[samples.indices]
+
+    def _membership(self, given: Tensor, what: str) -> Tensor:
+        try:
+            return group_membership(given, self.num_groups)
+        except ValueError as error:
+            raise MisconfigurationException(f"GroupDRO: {what}: {error}") from error
+
+    def _check_numbers(self, given: Tensor) -> None:
+        if given.dtype != torch.bool and given.numel() and int(given.max()) >= self.num_groups:
+            raise MisconfigurationException(
+                f"GroupDRO: there is a group {int(given.max())}, and num_groups={self.num_groups} counts from 0. Raise"
+                " `num_groups`."
+            )
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_table": None}  # the user's data, read again at each fit
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._log_weights is None else {"log_weights": self._log_weights}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict:
+            self._log_weights = state_dict["log_weights"].clone()
