@@ -112,6 +112,7 @@ DEFAULTS = {
         "max_ingredients": None,
         "exclude": None,
     },
+    "group_losses": {"group": None},
     "guided_sample": {"steps": 20},
     "hard_pairs": {"released": False},
     "idf_from_corpus": {"special_token_ids": (), "unseen": None},

@@ -47,7 +47,9 @@ class GroupDRO(LossTechnique):
 
     Use it when the training data name their groups and some of them are learned last; with strong regularization or
     early stopping, and with batches in which groups are balanced (a ``WeightedRandomSampler``). Leave it when the
-    network fits all training data: then all losses are near 0 and no group is worse than another.
+    network fits all training data: then all losses are near 0 and no group is worse than another. On coloured digits
+    (``benchmarks/effects/group_dro.py``) the accuracy of the worst group rose from 18 to 70 %, with the adjustment to
+    78 %, as high as by drawing the groups alike.
 
     Source:
         Sagawa et al., "Distributionally Robust Neural Networks for Group Shifts: On the Importance of Regularization
