@@ -51,6 +51,10 @@ def toy_thirds():
     return thirds(SAMPLES)
 
 
+def toy_everyone():
+    return torch.zeros(SAMPLES, dtype=torch.long)
+
+
 class GroupsByHand(Hand):
     """Losses group by group."""
 
@@ -198,6 +202,24 @@ def test_the_worst_group_alone_has_gradient():
     fit(ours, GroupDRO(3, group_key="1", mode="max"))
     fit(by_hand)
     for one, two in zip(ours.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)  # another order of sums
+
+
+def test_class_weights_and_ignored_samples_leave_the_mean_of_the_group():
+    weight = torch.tensor([1.0, 2.0, 3.0])
+
+    def masked(module, batch):
+        return F.cross_entropy(module(batch[0]), batch[1], weight=weight, ignore_index=2)
+
+    def by_hand(module, batch):
+        x, y = batch
+        kept = y != 2
+        return F.cross_entropy(module(x[kept]), y[kept])  # one group; its mean is over samples, not over class weights
+
+    ours, plain = Classifier(masked), Classifier(by_hand)
+    fit(ours, GroupDRO(1, groups=f"{HERE}.toy_everyone"))
+    fit(plain)
+    for one, two in zip(ours.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)  # another order of sums
 
 
