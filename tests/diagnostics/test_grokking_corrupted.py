@@ -52,7 +52,7 @@ CASE = (
         prune_memorising,
         two_kinds,
         (torch.tensor([0.0, 0.5]), sizes),
-        invalid=[({"fractions": torch.tensor([1.5])}, "fractions"), ({"order": "first"}, "order")],
+        invalid=[({"order": "first"}, "order")],
     ),
     NetworkCase(
         partial(made, QuadraticMLP),
@@ -252,3 +252,31 @@ def test_an_embedding_has_a_neuron_in_each_column():
     pruned = without_memorising(made(ModularTransformer), 0.25, input_layer="tokens", blocks=1)
     assert (pruned.tokens.weight == 0).all(0).tolist() == (pruned.head.weight == 0).all(0).tolist()
     assert int((pruned.tokens.weight == 0).all(0).sum()) == 3
+
+
+def test_shares_outside_their_range_are_refused():
+    for share in (-0.1, 1.5):
+        with pytest.raises(ValueError, match=r"`fractions` must be in \[0, 1\], got"):
+            prune_memorising(two_kinds(), torch.tensor([share]), sizes)
+
+
+def filled(network):
+    for place, weight in enumerate(network.double().parameters()):
+        values = torch.sin(torch.arange(weight.numel(), dtype=torch.double) * (place + 1) * 0.7)
+        weight.data = 0.1 * values.reshape(weight.shape)
+    return network
+
+
+def test_numbers_are_those_of_the_authors_code():
+    """Of d-doshi/Grokking at 0b4335f: `calculate_ipr`, `fcn` and `EncoderOnlyTransformers` with the weights above."""
+    place = torch.arange(97, dtype=torch.double)
+    cubes = place**3 % 97 - 48
+    assert inverse_participation_ratio(place**2 % 97).item() == pytest.approx(0.696121939930594, abs=1e-12)
+    assert inverse_participation_ratio(cubes).item() == pytest.approx(0.03669421487603305, abs=1e-12)
+    assert inverse_participation_ratio(cubes, 3).item() == pytest.approx(0.0015774271642040236, abs=1e-12)
+    squares = [0.0008388882164038671, -0.001655571127224186, 0.0006864841200934974, 0.0010230740577741825,
+               -0.0016291007435987315, 0.0004779096008495432, 0.0011887753039393474]  # fmt: skip
+    attended = [-0.0023557201061999464, -0.005706394717118189, 0.0015585225917352143, 0.005924124193952534,
+                -0.0007309077286006695, -0.006026233818930931, -0.00011097210274423107]  # fmt: skip
+    assert filled(QuadraticMLP(7, 12))(PAIRS[:1])[0].tolist() == pytest.approx(squares, abs=1e-12)
+    assert filled(ModularTransformer(7, 8, 2))(PAIRS[:1])[0].tolist() == pytest.approx(attended, abs=1e-12)
