@@ -76,6 +76,8 @@ def prune_memorising(
     """
     if bool((fractions < 0).any()) or bool((fractions > 1).any()):
         raise ValueError(f"prune_memorising: `fractions` must be in [0, 1], got {fractions.tolist()}.")
+    if order not in ("lowest", "highest", "random"):
+        raise ValueError(f"prune_memorising: `order` must be 'lowest', 'highest' or 'random', got {order!r}.")
     inputs, outputs, ratios = _neurons(module, input_layer, output_layer, blocks, residues, "prune_memorising")
     neurons = neurons_by_ratio(ratios, order, torch.Generator().manual_seed(seed))
     counts = (fractions.double() * len(neurons)).round().long()
