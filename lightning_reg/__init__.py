@@ -29,6 +29,13 @@ if TYPE_CHECKING:
     )
     from lightning_reg.continual.weight_anchors.ewc import EWC as EWC
     from lightning_reg.continual.weight_anchors.l2_to_start import L2ToStart as L2ToStart
+    from lightning_reg.diagnostics.grokking_corrupted.corrupted_modular_arithmetic import Accuracies as Accuracies
+    from lightning_reg.diagnostics.grokking_corrupted.corrupted_modular_arithmetic import (
+        CorruptedModularArithmetic as CorruptedModularArithmetic,
+    )
+    from lightning_reg.diagnostics.grokking_corrupted.networks import ModularTransformer as ModularTransformer
+    from lightning_reg.diagnostics.grokking_corrupted.networks import QuadraticMLP as QuadraticMLP
+    from lightning_reg.diagnostics.grokking_corrupted.prune_memorising import PruningTable as PruningTable
     from lightning_reg.diffusion.adaptive_guidance.adaptive_guidance import AdaptiveGuidance as AdaptiveGuidance
     from lightning_reg.diffusion.adaptive_guidance.guided_predict import GuidedPredict as GuidedPredict
     from lightning_reg.diffusion.adaptive_guidance.guided_sample import Guidance as Guidance
@@ -150,6 +157,11 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "PredictionDistillation": "lightning_reg.continual.rehearsal_free_cl.prediction_distillation",
         "EWC": "lightning_reg.continual.weight_anchors.ewc",
         "L2ToStart": "lightning_reg.continual.weight_anchors.l2_to_start",
+        "Accuracies": "lightning_reg.diagnostics.grokking_corrupted.corrupted_modular_arithmetic",
+        "CorruptedModularArithmetic": "lightning_reg.diagnostics.grokking_corrupted.corrupted_modular_arithmetic",
+        "ModularTransformer": "lightning_reg.diagnostics.grokking_corrupted.networks",
+        "QuadraticMLP": "lightning_reg.diagnostics.grokking_corrupted.networks",
+        "PruningTable": "lightning_reg.diagnostics.grokking_corrupted.prune_memorising",
         "AdaptiveGuidance": "lightning_reg.diffusion.adaptive_guidance.adaptive_guidance",
         "GuidedPredict": "lightning_reg.diffusion.adaptive_guidance.guided_predict",
         "Guidance": "lightning_reg.diffusion.adaptive_guidance.guided_sample",

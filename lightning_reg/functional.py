@@ -49,6 +49,21 @@ if TYPE_CHECKING:
     from lightning_reg.continual.weight_anchors.core import fisher_diagonal as fisher_diagonal
     from lightning_reg.continual.weight_anchors.core import fisher_losses as fisher_losses
     from lightning_reg.continual.weight_anchors.core import quadratic_penalty as quadratic_penalty
+    from lightning_reg.diagnostics.grokking_corrupted.core import analytic_weights as analytic_weights
+    from lightning_reg.diagnostics.grokking_corrupted.core import discrete_logarithm_order as discrete_logarithm_order
+    from lightning_reg.diagnostics.grokking_corrupted.core import gain_correlation as gain_correlation
+    from lightning_reg.diagnostics.grokking_corrupted.core import (
+        inverse_participation_ratio as inverse_participation_ratio,
+    )
+    from lightning_reg.diagnostics.grokking_corrupted.core import modular_table as modular_table
+    from lightning_reg.diagnostics.grokking_corrupted.core import (
+        neuron_participation_ratios as neuron_participation_ratios,
+    )
+    from lightning_reg.diagnostics.grokking_corrupted.core import neurons_by_ratio as neurons_by_ratio
+    from lightning_reg.diagnostics.grokking_corrupted.core import peak_frequencies as peak_frequencies
+    from lightning_reg.diagnostics.grokking_corrupted.core import training_phase as training_phase
+    from lightning_reg.diagnostics.grokking_corrupted.prune_memorising import prune_memorising as prune_memorising
+    from lightning_reg.diagnostics.grokking_corrupted.prune_memorising import without_memorising as without_memorising
     from lightning_reg.diffusion.adaptive_guidance.core import cosine_similarity as cosine_similarity
     from lightning_reg.diffusion.adaptive_guidance.core import linear_ag_coefficients as linear_ag_coefficients
     from lightning_reg.diffusion.adaptive_guidance.core import predict_unconditional as predict_unconditional
@@ -322,6 +337,17 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "fisher_diagonal": "lightning_reg.continual.weight_anchors.core",
         "fisher_losses": "lightning_reg.continual.weight_anchors.core",
         "quadratic_penalty": "lightning_reg.continual.weight_anchors.core",
+        "analytic_weights": "lightning_reg.diagnostics.grokking_corrupted.core",
+        "discrete_logarithm_order": "lightning_reg.diagnostics.grokking_corrupted.core",
+        "gain_correlation": "lightning_reg.diagnostics.grokking_corrupted.core",
+        "inverse_participation_ratio": "lightning_reg.diagnostics.grokking_corrupted.core",
+        "modular_table": "lightning_reg.diagnostics.grokking_corrupted.core",
+        "neuron_participation_ratios": "lightning_reg.diagnostics.grokking_corrupted.core",
+        "neurons_by_ratio": "lightning_reg.diagnostics.grokking_corrupted.core",
+        "peak_frequencies": "lightning_reg.diagnostics.grokking_corrupted.core",
+        "training_phase": "lightning_reg.diagnostics.grokking_corrupted.core",
+        "prune_memorising": "lightning_reg.diagnostics.grokking_corrupted.prune_memorising",
+        "without_memorising": "lightning_reg.diagnostics.grokking_corrupted.prune_memorising",
         "cosine_similarity": "lightning_reg.diffusion.adaptive_guidance.core",
         "linear_ag_coefficients": "lightning_reg.diffusion.adaptive_guidance.core",
         "predict_unconditional": "lightning_reg.diffusion.adaptive_guidance.core",
