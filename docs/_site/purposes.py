@@ -38,6 +38,8 @@ TROUBLES = (
     Trouble("A big pretrained network, of which little can be trained", ["finetuning"]),
     Trouble("An inverse problem: denoise, deblur, reconstruct", ["proximal"]),
     Trouble("A trained network knows something that it should forget", ["unlearning"]),
+    Trouble("A network that memorises wrong labels before it learns the rule", ["diagnostics"]),
+    Trouble("Queries, documents, items: which belong together", ["retrieval"]),
     Trouble("A diffusion model, to be read, guided more cheaply, or probed", ["diffusion"]),
 )
 

@@ -1,1 +1,1 @@
-"""Techniques that only look: what a network has learned, and what it has memorised, read while it trains."""
+"""Diagnostics: what a network has learned and what it has memorised, read off its neurons."""

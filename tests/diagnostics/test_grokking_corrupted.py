@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from lightning_reg import CorruptedModularArithmetic, ModularTransformer, QuadraticMLP
-from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.functional import (
     discrete_logarithm_order,
     gain_correlation,
@@ -234,13 +233,13 @@ def test_pruning_takes_whole_neurons_in_order_and_leaves_the_network():
         ({}, ValueError, "one of `fraction` and `below` must be in"),
         ({"fraction": 0.5, "below": 0.2}, ValueError, "got 0.5 and 0.2"),
         ({"below": 1.5}, ValueError, "got None and 1.5"),
-        ({"below": 0.5, "blocks": 1}, MisconfigurationException, "do not fit"),
+        ({"below": 0.5, "blocks": 1}, ValueError, "do not fit"),
         (
             {"below": 0.5, "input_layer": "hiden"},
-            MisconfigurationException,
-            "no layer is named 'hiden'",
+            ValueError,
+            "there is no layer 'hiden'",
         ),
-        ({"below": 0.5, "input_layer": "dropout"}, MisconfigurationException, "must be a Linear or an Embedding"),
+        ({"below": 0.5, "input_layer": "dropout"}, ValueError, "must be a Linear or an Embedding"),
     ],
 )
 def test_what_cannot_be_pruned_is_told(options, error, words):

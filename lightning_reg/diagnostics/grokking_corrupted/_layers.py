@@ -2,7 +2,6 @@
 
 from torch import Tensor, nn
 
-from lightning_reg.engine.host.errors import MisconfigurationException, refuse_layer
 from lightning_reg.engine.host.modules import own_parameters
 
 __all__ = ["input_view", "weight_of"]
@@ -20,15 +19,15 @@ def weight_of(module: nn.Module, name: str, owner: str) -> tuple[nn.Module, Tens
         The layer and its own weight, detached.
 
     Raises:
-        MisconfigurationException: If there is no such layer, or it is of another kind.
+        ValueError: If there is no such layer, or it is of another kind.
 
     """
     layers = dict(module.named_modules())
     if name not in layers:
-        refuse_layer(name, layers, owner)
+        raise ValueError(f"{owner}: there is no layer {name!r}; there are {', '.join(filter(None, layers))}.")
     weight = own_parameters(layers[name]).get("weight")
     if not isinstance(layers[name], nn.Linear | nn.Embedding) or weight is None:
-        raise MisconfigurationException(
+        raise ValueError(
             f"{owner}: layer {name!r} must be a Linear or an Embedding with a weight of its own, got"
             f" {type(layers[name]).__name__}. Name the layer that reads the residues, or the last one."
         )

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from lightning_reg.diagnostics.grokking_corrupted._layers import input_view, weight_of
 from lightning_reg.diagnostics.grokking_corrupted.core import neuron_participation_ratios, neurons_by_ratio
-from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.procedures import procedure
 
 __all__ = ["PruningTable", "prune_memorising", "without_memorising"]
@@ -70,8 +69,7 @@ def prune_memorising(
         The table.
 
     Raises:
-        ValueError: If a share or the order is outside its range.
-        MisconfigurationException: If the layers are not there, or do not fit each other.
+        ValueError: If a share or the order is outside its range, or the layers are not there or do not fit each other.
 
     """
     if bool((fractions < 0).any()) or bool((fractions > 1).any()):
@@ -102,7 +100,7 @@ def _neurons(
     inputs = input_view(*weight_of(module, input_layer, owner))
     outputs = weight_of(module, output_layer, owner)[1]
     if inputs.shape[0] != outputs.shape[1] or inputs.shape[1] != blocks * outputs.shape[0]:
-        raise MisconfigurationException(
+        raise ValueError(
             f"{owner}: {input_layer!r} with {inputs.shape[0]} neurons of {inputs.shape[1]} inputs and {output_layer!r}"
             f" of weight {tuple(outputs.shape)} do not fit: N neurons of blocks * p inputs, and (p, N), with"
             f" blocks={blocks}."
@@ -140,7 +138,7 @@ def without_memorising(
 
     Raises:
         ValueError: If not just one of the two is given, or it is outside its range.
-        MisconfigurationException: If the layers are not there, or do not fit each other.
+        ValueError: If the layers are not there, or do not fit each other.
 
     """
     given = fraction if below is None else below
