@@ -144,8 +144,9 @@ def test_a_neuron_has_the_mean_over_its_sequences_in_their_order():
     assert neuron_participation_ratios(periodic).item() < 0.9
     assert peak_frequencies(periodic, order=order).tolist() == [2]
     assert peak_frequencies(torch.ones(1, 14)).tolist() == [0]
-    with pytest.raises(ValueError, match="`p` must be a prime above 2, got 9"):
-        discrete_logarithm_order(9)
+    for composite in (4, 6, 9, 10, 15):
+        with pytest.raises(ValueError, match=f"`p` must be a prime above 2, got {composite}"):
+            discrete_logarithm_order(composite)
 
 
 def test_the_closed_form_adds_without_training():

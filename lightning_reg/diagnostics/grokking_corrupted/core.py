@@ -235,7 +235,8 @@ def discrete_logarithm_order(p: int) -> Tensor:
     """
     for root in range(2, p):
         powers = [1]
-        while (power := powers[-1] * root % p) not in (0, 1):
+        # Modulo a composite p powers may go round without coming to 0 or 1.
+        while len(powers) < p and (power := powers[-1] * root % p) not in (0, 1):
             powers.append(power)
         if len(powers) == p - 1:
             return torch.tensor(powers)
