@@ -14,7 +14,9 @@ from tests.conformance.case import Case
 from tests.conformance.pairs import common_problem, pairs_with_references
 
 __all__ = [
+    "PARTNERS",
     "RECORD",
+    "REFERENCE_PAIRS",
     "Pair",
     "all_pairs",
     "content_of",
@@ -30,7 +32,7 @@ __all__ = [
 RECORD = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "compositions.json"
 Pair = tuple[Case, Case]
 # Of the pairs that have not changed, as many for each technique: of techniques, and with references.
-_PARTNERS, _REFERENCES = 1, 7
+PARTNERS, REFERENCE_PAIRS = 1, 7
 
 
 def technique_pairs(cases: Sequence[Case]) -> list[Pair]:
@@ -77,12 +79,12 @@ def pairs_to_try(cases: Sequence[Case]) -> list[Pair]:
 
     The same content chooses the same pairs, and each change of the package others.
     """
-    return _changed_and_a_slice(technique_pairs(cases), _PARTNERS * len(cases))
+    return _changed_and_a_slice(technique_pairs(cases), PARTNERS * len(cases))
 
 
 def reference_pairs_to_try(cases: Sequence[Case]) -> list[Pair]:
     """The same of techniques beside references: about a third of those that have not changed."""
-    return _changed_and_a_slice(reference_pairs(cases), _REFERENCES * len(cases))
+    return _changed_and_a_slice(reference_pairs(cases), REFERENCE_PAIRS * len(cases))
 
 
 def _changed_and_a_slice(pairs: Sequence[Pair], size: int) -> list[Pair]:

@@ -6,6 +6,8 @@ from tests.conformance import record
 from tests.conformance.discovery import case_of, technique_classes
 from tests.conformance.matrix import PATH, hand_checked, page
 from tests.conformance.record import (
+    PARTNERS,
+    REFERENCE_PAIRS,
     content_of,
     name_of,
     pairs_to_try,
@@ -33,7 +35,7 @@ def entry(pair):
     return {case.cls.__name__: content_of(case.cls) for case in pair}
 
 
-CHOICES = [(technique_pairs, pairs_to_try, 1), (reference_pairs, reference_pairs_to_try, 7)]
+CHOICES = [(technique_pairs, pairs_to_try, PARTNERS), (reference_pairs, reference_pairs_to_try, REFERENCE_PAIRS)]
 
 
 @pytest.mark.parametrize(("pairs_of", "to_try", "share"), CHOICES)
