@@ -246,8 +246,7 @@ def discrete_logarithm_order(p: int) -> Tensor:
 def analytic_weights(p: int, width: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     r"""Weights with which a network of squares, :math:`W (U e_m + V e_n)^2`, adds modulo p: nothing is trained.
 
-    .. math::
-        U_{ki} = s \cos(2\pi \sigma_k i / p + \phi_k), \quad V_{kj} = s \cos(2\pi \sigma_k j / p + \psi_k), \quad
+    .. math:: U_{ki} = s \cos(2\pi \sigma_k i / p + \phi_k), \quad V_{kj} = s \cos(2\pi \sigma_k j / p + \psi_k), \quad
         W_{qk} = s \cos(2\pi \sigma_k q / p + \phi_k + \psi_k)
 
     The phases are random, and the frequencies :math:`\sigma` a permutation. With :math:`s = (2/N)^{1/3}` the right
