@@ -75,6 +75,11 @@ class Smoothed(Retrieval):
         return F.cross_entropy(logits, torch.arange(len(logits)), label_smoothing=0.1)
 
 
+class Weighted(Retrieval):
+    def contrast(self, logits):
+        return F.cross_entropy(logits, torch.arange(len(logits)), weight=torch.ones(logits.shape[1]))
+
+
 def test_a_contrastive_step_is_that_of_weights_by_hand_and_gamma_0_is_plain():
     ours, hand, plain, neutral = Retrieval(), ByHand(), Retrieval(), Retrieval()
     for module, technique in ((ours, [FocalContrastive()]), (hand, []), (plain, []), (neutral, [FocalContrastive(0)])):
@@ -88,6 +93,7 @@ def test_a_contrastive_step_is_that_of_weights_by_hand_and_gamma_0_is_plain():
     ("module", "techniques", "said"),
     [
         (Smoothed, [FocalContrastive()], "has `label_smoothing`"),
+        (Weighted, [FocalContrastive()], "has `weight`"),
         (Retrieval, [FocalContrastive(), LossReweighting()], "off its cross-entropy, and LossReweighting"),
         (partial(Classifier, lambda m, b: F.mse_loss(m(b[0]), m(b[0]) * 0)), [FocalContrastive()], "is another loss"),
     ],

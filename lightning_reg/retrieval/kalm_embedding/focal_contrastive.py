@@ -86,7 +86,8 @@ class FocalContrastive(LossTechnique):
 
     @override
     def sample_weights(self, call: "LossCall") -> Tensor | None:
-        given = [name for name in ("weight", "label_smoothing") if call.arguments.get(name) not in (None, 0.0)]
+        given = [] if call.arguments.get("weight") is None else ["weight"]
+        given += ["label_smoothing"] if call.arguments.get("label_smoothing") else []
         if call.name != "cross_entropy" or call.kind != "row" or given:
             what = f"has `{given[0]}`" if given else "is another loss"
             raise MisconfigurationException(
