@@ -478,3 +478,25 @@ def test_scores_of_other_candidates_are_refused(scores, says):
     trainer = make_trainer(callbacks=[EnsembleDistillation("documents", "queries", scores=scores)])
     with pytest.raises(MisconfigurationException, match=says):
         trainer.fit(TwoTowers(), DataLoader([batch], batch_size=None))
+
+
+def test_a_student_without_gradient_is_refused_unless_it_rests():
+    class Detached(TwoTowers):
+        def training_step(self, batch, batch_idx):
+            with torch.no_grad():
+                super().training_step(batch, batch_idx)
+            return 0.0 * self.other
+
+    batch = {"queries": torch.randn(2, 2), "documents": torch.randn(6, 3), "given": torch.randn(2, 3)}
+    for rests in (False, True):
+        module = Detached()
+        module.other = nn.Parameter(torch.zeros(()))
+        module.queries.requires_grad_(requires_grad=not rests)
+        module.documents.requires_grad_(requires_grad=not rests)
+        technique = EnsembleDistillation("documents", "queries", scores={"sparse": "given"})
+        trainer = make_trainer(callbacks=[technique], max_steps=1)
+        if rests:
+            trainer.fit(module, DataLoader([batch], batch_size=None))
+        else:
+            with pytest.raises(MisconfigurationException, match="where scores with a gradient are needed"):
+                trainer.fit(module, DataLoader([batch], batch_size=None))

@@ -11,7 +11,7 @@ from lightning_reg.engine.host.autograd import is_reentrant
 from lightning_reg.engine.host.errors import MisconfigurationException, refuse_layer
 from lightning_reg.engine.host.names import plain_name
 
-__all__ = ["FeatureTap", "LayerHook", "find_layer", "named_layers"]
+__all__ = ["FeatureTap", "LayerHook", "find_layer", "is_frozen", "named_layers"]
 
 
 def named_layers(module: nn.Module) -> dict[str, nn.Module]:
@@ -38,6 +38,21 @@ def find_layer(layers: Mapping[str, nn.Module], name: str, owner: str = "") -> n
     if name not in layers:
         refuse_layer(name, layers, owner)
     return layers[name]
+
+
+def is_frozen(module: nn.Module, name: str) -> bool:
+    """Whether a layer has parameters and none is trained now, as where a fit trains a head alone for a time.
+
+    Args:
+        module: The user's module.
+        name: The layer's name.
+
+    Returns:
+        ``False`` for a layer without parameters, too.
+
+    """
+    params = [*find_layer(named_layers(module), name).parameters()]
+    return bool(params) and not any(p.requires_grad for p in params)
 
 
 class FeatureTap:

@@ -12,7 +12,7 @@ from lightning_reg.engine.host import distributed
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.layers.named import find_layer, named_layers
+from lightning_reg.engine.layers.named import is_frozen
 from lightning_reg.engine.technique import StepTechnique
 from lightning_reg.retrieval.idf_flops.core import flops_penalty, quadratic_ramp, splade_vectors
 
@@ -160,7 +160,7 @@ class IDFFlops(StepTechnique):
         chosen = own if self.position is None else own[self.position : self.position + 1]
         rank = 3 if self.pooling == "splade" else 2
         fine = [f for f in chosen if isinstance(f, Tensor) and f.dim() == rank]
-        if not any(f.requires_grad for f in fine) and not self._is_frozen(step):
+        if not any(f.requires_grad for f in fine) and not is_frozen(step.module, self.layer):
             self._refuse(own, rank)
         columns = {f.shape[-1] for f in fine} | ({len(self._idf)} if self._idf is not None else set())
         if not fine or len(fine) < len(chosen) or len(columns) > 1:
@@ -175,11 +175,6 @@ class IDFFlops(StepTechnique):
                 f" group_size={self.group_size}. Give as many documents for each query, in the order of the queries."
             )
         return vectors
-
-    def _is_frozen(self, step: "Step") -> bool:
-        """Whether nothing of the layer is trained now, as in the last epochs of a fit that trains a head alone."""
-        params = [*find_layer(named_layers(step.module), self.layer).parameters()]
-        return bool(params) and not any(p.requires_grad for p in params)
 
     def _refuse(self, found: "Sequence[object]", rank: int) -> NoReturn:
         shapes = ", ".join(
