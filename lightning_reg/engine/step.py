@@ -15,6 +15,7 @@ from lightning_reg.engine.data.batches import samples_of, tensors_of
 from lightning_reg.engine.data.indices import IndexSource, entry_of_batch
 from lightning_reg.engine.data.loaders import find_source
 from lightning_reg.engine.host import lightning as host
+from lightning_reg.engine.host.errors import MisconfigurationException
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -46,6 +47,28 @@ class Samples(NamedTuple):
     distinct: bool
     capacity: int | None
     size: int | None
+
+    def total(self, owner: str, num_samples: int | None) -> int:
+        """How many training samples a table has a row for.
+
+        Args:
+            owner: Name of the technique, for the error.
+            num_samples: What its argument of this name says; ``None`` for the length of the dataset.
+
+        Returns:
+            The number.
+
+        Raises:
+            MisconfigurationException: If neither says it.
+
+        """
+        total = num_samples or self.size
+        if total is None:
+            raise MisconfigurationException(
+                f"{owner}: the indices come from `reduce_loss`, so the number of training samples is not known. Write"
+                f" `{owner}(num_samples=...)`."
+            )
+        return total
 
 
 class Step:

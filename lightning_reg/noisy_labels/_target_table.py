@@ -200,12 +200,7 @@ class TargetTable:
             self._exchange.start(indices, rows, labels[:, None].int(), capacity=capacity)
 
     def _memories(self, samples: "Samples", num_classes: int) -> tuple[SampleMemory, SampleMemory]:
-        size = self._num_samples or samples.size
-        if size is None:
-            raise MisconfigurationException(
-                f"{self._owner}: the indices come from `reduce_loss`, so the number of training samples is not known."
-                f" Write `{self._owner}(num_samples=...)`."
-            )
+        size = samples.total(self._owner, self._num_samples)
         if samples.size is not None and samples.size > size:
             raise MisconfigurationException(
                 f"{self._owner}(num_samples={size}): the training dataset has {samples.size} samples."

@@ -8,16 +8,13 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lightning_reg.engine.host import distributed
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.autograd import version_of
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.host.generators import own_randomness
-from lightning_reg.engine.host.quiet import silenced
 from lightning_reg.engine.loss.result import loss_of
 from lightning_reg.engine.loss.watch import Interception
 from lightning_reg.engine.networks.peer import check_runs_on_copy
-from lightning_reg.engine.networks.sight import SeenCall, Sight, kept_buffers
+from lightning_reg.engine.networks.sight import SeenCall, Sight, beside_the_step
 from lightning_reg.engine.run.step_parts import observed_as_before
 from lightning_reg.engine.step import Step
 from lightning_reg.engine.weights.strategies import check_whole
@@ -83,12 +80,8 @@ def run_step(
     again = Step(trainer, module, batch, {}, step.several, step.arguments)
     again.batch_sizes = step.batch_sizes
     seen = SeenCall(module, _interception(trainer, module))
-    seed = technique.derived_seed(f"pass {distributed.rank()} {step.batches_so_far}{step.stream}")
     with ExitStack() as undo:
-        undo.enter_context(own_randomness(seed))
-        undo.enter_context(silenced(module, trainer))
-        undo.enter_context(host.metrics_kept(module))
-        undo.enter_context(kept_buffers(module, except_norms=norms_follow))
+        undo.enter_context(beside_the_step(technique, step, "pass", norms_follow=norms_follow))
         undo.enter_context(observed_as_before(step))
         undo.enter_context(seen.watch(again, technique, gradient=True))
         step.passes.clear()

@@ -1,18 +1,13 @@
 """A layer, a method or a function of the user's, called by its name with other inputs and with gradient."""
 
-from contextlib import ExitStack
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lightning_reg.engine.host import distributed
-from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.host.generators import own_randomness
-from lightning_reg.engine.host.quiet import silenced
 from lightning_reg.engine.host.user_functions import user_function
-from lightning_reg.engine.networks.sight import kept_buffers
+from lightning_reg.engine.networks.sight import beside_the_step
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -46,12 +41,7 @@ def call_named(technique: "Technique", step: "Step", name: str, argument: str, *
 
     """
     function, takes_module = _found(technique, step.trainer, step.module, name, argument)
-    seed = technique.derived_seed(f"call {name} {distributed.rank()} {step.batches_so_far}{step.stream}")
-    with ExitStack() as undo:
-        undo.enter_context(own_randomness(seed))
-        undo.enter_context(silenced(step.module, step.trainer))
-        undo.enter_context(host.metrics_kept(step.module))
-        undo.enter_context(kept_buffers(step.module))
+    with beside_the_step(technique, step, f"call {name}"):
         output = function(step.module, *inputs) if takes_module else function(*inputs)
     if not isinstance(output, Tensor):
         raise MisconfigurationException(

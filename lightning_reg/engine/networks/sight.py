@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lightning_reg.engine.host import distributed
 from lightning_reg.engine.host import lightning as host
+from lightning_reg.engine.host.generators import own_randomness
 from lightning_reg.engine.host.modules import BatchNorm, own_buffers
+from lightning_reg.engine.host.quiet import silenced
 from lightning_reg.engine.loss.call import LossCall, loss_call
 from lightning_reg.engine.loss.call_by_hand import call_by_hand
 from lightning_reg.engine.loss.choice import Selection
@@ -22,8 +25,9 @@ if TYPE_CHECKING:
 
     from lightning_reg.engine.host.owner import Owner
     from lightning_reg.engine.step import Step
+    from lightning_reg.engine.technique import Technique
 
-__all__ = ["SeenCall", "Sight", "kept_buffers"]
+__all__ = ["SeenCall", "Sight", "beside_the_step", "kept_buffers"]
 
 
 @dataclass(frozen=True)
@@ -161,3 +165,29 @@ def kept_buffers(module: nn.Module, *, except_norms: bool = False) -> Iterator[N
                     if buffer is not None and after is not None:
                         buffer.data.copy_(after)  # unseen by graphs that saved it, and do not read it
             place.update(before)
+
+
+@contextmanager
+def beside_the_step(
+    technique: "Technique", step: "Step", purpose: str, *, norms_follow: bool = False
+) -> Iterator[None]:
+    """The user's module may run once more, and nobody notices.
+
+    Nothing is logged; metrics, buffers and random states are put back, and what is drawn meanwhile depends on the
+    technique's seed, the purpose, the rank and the count of batches.
+
+    Args:
+        technique: Who runs it.
+        step: The present step.
+        purpose: What for.
+        norms_follow: Whether statistics of batch norm go on from what they were meanwhile.
+
+    """
+    seed = technique.derived_seed(f"{purpose} {distributed.rank()} {step.batches_so_far}{step.stream}")
+    with (
+        own_randomness(seed),
+        silenced(step.module, step.trainer),
+        host.metrics_kept(step.module),
+        kept_buffers(step.module, except_norms=norms_follow),
+    ):
+        yield

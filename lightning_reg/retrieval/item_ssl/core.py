@@ -70,9 +70,8 @@ def mutual_information(features: Tensor, fields: Tensor | None = None) -> Tensor
         [0.693, 0.693, 0.0]
 
     """
-    groups = [features] if fields is None else [features[:, fields == k] for k in range(int(fields.max()) + 1)]
-    if fields is None:
-        groups = list(features[:, :, None].unbind(1))
+    fields = torch.arange(features.shape[1]) if fields is None else fields
+    groups = [features[:, fields == k] for k in range(int(fields.max()) + 1)]
     columns = [torch.unique(group.sort(1).values, dim=0, return_inverse=True)[1] for group in groups]
     counts = [int(column.max()) + 1 for column in columns]
     found = torch.zeros(len(columns), len(columns), dtype=torch.float64)

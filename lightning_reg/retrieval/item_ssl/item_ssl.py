@@ -134,7 +134,7 @@ class ItemSSL(StepTechnique):
         self.fields, self.unranked = fields, unranked
         self._catalogue = self._information = torch.empty(0)
         self._has_trained = False
-        self._fields = self._ranked = torch.empty(0, dtype=torch.long)
+        self._fields = self._ranked = self._missing = torch.empty(0, dtype=torch.long)
 
     @override
     def describe(self) -> str:
@@ -163,7 +163,7 @@ class ItemSSL(StepTechnique):
 
     @override
     def step_term(self, step: "Step") -> Tensor | None:
-        self._catalogue = self._catalogue.to(step.module.device)
+        self._catalogue, self._missing = (kept.to(step.module.device) for kept in (self._catalogue, self._missing))
         rows = side_rows(self.generator(step, same_on_ranks=True), len(self._catalogue), self.size)
         first, second = self._views(step, self._catalogue[rows.to(self._catalogue.device, non_blocking=True)])
         # One pass for both views: layers that draw or normalise treat them as one batch.
@@ -198,13 +198,13 @@ class ItemSSL(StepTechnique):
                 " are masked and at least one must be left. Give fewer, or a catalogue with more fields."
             )
         self._catalogue, self._fields, self._has_trained = items, fields, False
+        self._missing = torch.as_tensor(self.missing, dtype=items.dtype)
         self._ranked = torch.tensor([field for field in range(count) if field not in (self.unranked or ())])
         if self.masking == "correlated":
             self._information = mutual_information(items.cpu(), fields)[self._ranked][:, self._ranked]
 
     def _views(self, step: "Step", items: Tensor) -> tuple[Tensor, Tensor]:
-        generator, device = self.generator(step, same_on_ranks=True), items.device
-        missing = torch.as_tensor(self.missing, device=device, dtype=items.dtype)
+        generator, device, missing = self.generator(step, same_on_ranks=True), items.device, self._missing
         if self.masking in ("correlated", "random"):
             masked = self._masked(generator)[self._fields].to(device, non_blocking=True)
             views = complementary_views(items, masked, missing)

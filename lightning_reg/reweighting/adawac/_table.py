@@ -110,12 +110,7 @@ class WeightTable:
             self._memory.load_state_dict(state["rows"])
 
     def _of(self, samples: "Samples") -> SampleMemory:
-        size = self._num_samples or samples.size
-        if size is None:
-            raise MisconfigurationException(
-                f"{self._owner}: the indices come from `reduce_loss`, so the number of training samples is not known."
-                f" Write `{self._owner}(num_samples=...)`."
-            )
+        size = samples.total(self._owner, self._num_samples)
         if self._memory is None:
             self._memory = SampleMemory(size, 2)
         if self._memory.num_samples != size or (samples.size or 0) > size:

@@ -134,6 +134,7 @@ class GroupDRO(LossTechnique):
         self.generalization_adjustment, self.group_counts = generalization_adjustment, group_counts
         self._log_weights: Tensor | None = None
         self._table: Tensor | None = None
+        self._adjustment = self._adjusted(torch.tensor(group_counts or [1] * num_groups))
         self._checked = False
 
     @property
@@ -163,6 +164,7 @@ class GroupDRO(LossTechnique):
                 f"{asked_by}: no training sample is of group {empty}. Leave it out, or train the model whose errors"
                 " make the groups for a shorter time."
             )
+        self._adjustment = self._adjusted(self._table.sum(0))
 
     @override
     def conflict_with(self, other: Member) -> str | None:
@@ -200,14 +202,17 @@ class GroupDRO(LossTechnique):
     def _weights(self, losses: Tensor, counts: Tensor) -> Tensor:
         present = (counts > 0) & losses.isfinite()
         if self.generalization_adjustment:
-            sizes = self._table.sum(0) if self._table is not None else torch.tensor(self.group_counts)
-            losses = losses + (self.generalization_adjustment / sizes.sqrt()).to(losses, non_blocking=True)
+            self._adjustment = self._adjustment.to(losses)  # once: it stays there
+            losses = losses + self._adjustment
         if self.mode == "max":
             return worst_group_weights(losses, present)
         if self._log_weights is None:
             self._log_weights = losses.new_zeros(self.num_groups).log_softmax(0)
         self._log_weights = group_ascent(self._log_weights.to(losses.device), losses, present, self.eta)
         return self._log_weights.exp()
+
+    def _adjusted(self, sizes: Tensor) -> Tensor:
+        return self.generalization_adjustment / sizes.sqrt()
 
     def _of_batch(self, call: "LossCall") -> Tensor:
         if self._table is None:

@@ -90,9 +90,6 @@ class WorstGroupAccuracy(_GroupAccuracy):
 
     higher_is_better = True
 
-    def __init__(self, num_groups: int) -> None:
-        super().__init__(num_groups)
-
     @override
     def compute(self) -> Tensor:
         """The accuracy of the worst group."""
