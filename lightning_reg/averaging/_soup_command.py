@@ -2,11 +2,15 @@
 
 import importlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from argparse import ArgumentError
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -16,7 +20,12 @@ from lightning_reg.averaging._file_bars import Evaluate, evaluations
 from lightning_reg.averaging._soup_results import SoupResult, own_scores, save_soup
 from lightning_reg.engine.host.commands import Commands, Options, Parser
 
+if TYPE_CHECKING:
+    from lightning.pytorch.cli import LightningCLI
+
 __all__ = ["Evaluate", "add_methods", "function_at", "mix_files"]
+
+_OF_EVERY_CLI = ("seed_everything", "trainer", "model", "data", "optimizer", "lr_scheduler")
 
 
 def add_methods(
@@ -54,9 +63,9 @@ def _add_common(parser: Parser) -> None:
         help="keys to leave as the first checkpoint has them, as `*.position_ids`; may be given several times",
     )
     parser.add_argument("--evaluate", type=str, help="module:function from a state dict to its held-out score")
-    parser.add_argument(
-        "--config", type=str, help="LightningCLI config (class_path of model and data) whose validation scores"
-    )
+    parser.add_argument("--config", type=str, help="LightningCLI config, of whose run the validation scores")
+    parser.add_argument("--model", type=str, help="module:Class of its model, where the config does not say it")
+    parser.add_argument("--data", type=str, help="module:Class of its data, where the config does not say it")
     parser.add_argument("--monitor", type=str, help="metric that the validation of --config logs")
     parser.add_argument("--mode", choices=("max", "min"), default="max", help="which score is better")
 
@@ -114,7 +123,8 @@ def _evaluation(options: Options) -> Evaluate | None:
         return None
     if options.monitor is None:
         raise ValueError("--config needs --monitor, the metric that its validation logs.")
-    return _from_config(Path(options.config), options.monitor)
+    with _working_directory():
+        return _from_config(options)
 
 
 def function_at(place: str) -> Callable[..., Any]:
@@ -133,42 +143,68 @@ def function_at(place: str) -> Callable[..., Any]:
     module, _, name = place.partition(":")
     if not name:
         raise ValueError(f"{place!r} must be written module:function.")
-    sys.path.insert(0, str(Path.cwd()))
     try:
-        found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+        with _working_directory():
+            found: Callable[..., Any] = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"there is no {place}: {error}") from error
-    finally:
-        sys.path.pop(0)
     return found
 
 
-def _from_config(path: Path, monitor: str) -> Evaluate:
-    from lightning.pytorch import LightningDataModule, LightningModule
-    from lightning.pytorch.cli import LightningCLI  # only with the extra `cli`
-
-    from lightning_reg import TrainerEvaluation  # by its public name: what units share knows none of them
-
+@contextmanager
+def _working_directory() -> Iterator[None]:
+    """Modules are found there too, as they are when a script of the user's runs."""
     sys.path.insert(0, str(Path.cwd()))
     try:
-        cli = LightningCLI(
-            LightningModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            run=False,
-            save_config_callback=None,
-            args=["--config", str(path)],
-        )
+        yield
     finally:
-        sys.path.pop(0)
+        sys.path.remove(str(Path.cwd()))
+
+
+def _from_config(options: Options) -> Evaluate:
+    from lightning_reg import TrainerEvaluation  # by its public name: what units share knows none of them
+
+    cli = _cli_of(Path(options.config), options.model, options.data)
     cli.datamodule.prepare_data()
     cli.datamodule.setup("fit")
     batches = cli.datamodule.train_dataloader()
     evaluation: Evaluate = TrainerEvaluation(
-        cli.trainer, cli.model, monitor, datamodule=cli.datamodule, train_batches=batches
+        cli.trainer, cli.model, options.monitor, datamodule=cli.datamodule, train_batches=batches
     )
     return evaluation
+
+
+def _cli_of(path: Path, model: str | None, data: str | None) -> "LightningCLI":
+    """The LightningCLI that a config describes; one of fixed classes, as most write it, names no class itself."""
+    from lightning.pytorch import LightningDataModule, LightningModule
+    from lightning.pytorch.cli import LightningCLI  # only with the extra `cli`
+
+    config = yaml.safe_load(path.read_text())
+    config = config.get("fit", config)
+    # A validation of ours is no run of the user's, to be logged.
+    config["trainer"] = {**(config.get("trainer") or {}), "logger": False}
+    for name, given in (("model", model), ("data", data)):
+        if given is None and "class_path" not in (config.get(name) or {}):
+            raise ValueError(
+                f"{path} does not say of which class the {name} is, as a LightningCLI made with fixed classes writes"
+                f" it: give --{name} package.module:Class."
+            )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # the words were for lightning-reg
+        try:
+            return LightningCLI(
+                LightningModule if model is None else function_at(model),
+                LightningDataModule if data is None else function_at(data),
+                subclass_mode_model=model is None,
+                subclass_mode_data=data is None,
+                run=False,
+                save_config_callback=None,
+                parser_kwargs={"exit_on_error": False},
+                # What else is in it (ckpt_path, arguments that another CLI adds) is nothing to a validation.
+                args={key: config[key] for key in _OF_EVERY_CLI if key in config},
+            )
+        except ArgumentError as error:
+            raise ValueError(f"{path} could not be read: {' '.join(str(error).split())}") from error
 
 
 def _table(method: str, result: SoupResult) -> Table:

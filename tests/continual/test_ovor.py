@@ -560,9 +560,11 @@ def test_a_vision_transformer_of_transformers():
 
             def attend(layer, args, named, output, prefix=prefix):
                 x = args[0] if args else named["hidden_states"]
-                parts = [layer.q_proj, layer.k_proj, layer.v_proj]
+                new = hasattr(layer, "q_proj")  # transformers 5; before it another layer has the projection behind
+                parts = [layer.get_submodule(n) for n in ("q_proj k_proj v_proj" if new else "query key value").split()]
                 weights = {f"qkv.{kind}": torch.cat([getattr(p, kind) for p in parts]) for kind in ("weight", "bias")}
-                weights |= {f"proj.{kind}": getattr(layer.o_proj, kind) for kind in ("weight", "bias")}
+                weights["proj.weight"] = layer.o_proj.weight if new else torch.eye(len(parts[0].bias))
+                weights["proj.bias"] = layer.o_proj.bias if new else torch.zeros(len(parts[0].bias))
                 return attended(x, weights, prefix.key, prefix.value), None
 
             named[name].register_forward_hook(attend, with_kwargs=True)

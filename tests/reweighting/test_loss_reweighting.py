@@ -1,5 +1,6 @@
 """Loss-based sample reweighting."""
 
+import inspect
 import math
 from functools import partial
 from itertools import pairwise
@@ -670,6 +671,9 @@ def test_transformers_called_with_labels(kind, items):
     tokens = torch.randint(20, (4, 7), generator=torch.Generator().manual_seed(4))
     labels = tokens.clone()
     labels[1, 3:], labels[2] = -100, -100
+    named = inspect.signature(language_model(kind).forward).parameters
+    if items is not None and all(p.kind != p.VAR_KEYWORD for p in named.values()):
+        pytest.skip("this transformers' model does not take the number of items")
     arguments = {} if items is None else {"num_items_in_batch": items}
     model, losses = CausalLM(language_model(kind), **arguments), StepLosses()
     reference = language_model(kind)
