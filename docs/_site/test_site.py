@@ -155,3 +155,31 @@ def test_a_page_of_a_technique_is_two_clicks_away(browser, address):
     browser.find_element(By.CSS_SELECTOR, "article a[href='troubles.html']").click()
     browser.find_element(By.CSS_SELECTOR, "article a[href$='ELRCallback.html']").click()
     assert browser.find_element(By.TAG_NAME, "h1").text.startswith("ELRCallback")
+
+
+@pytest.mark.parametrize("screen", SCREENS)
+def test_from_a_trouble_to_its_page_its_picture_and_what_its_arguments_mean(browser, address, screen):
+    """By clicks alone, from the start page: no address is typed."""
+    show(browser, address, screen, "light")
+    browser.get(f"{address}/index.html")
+    click(browser, "article a[href='troubles.html']")
+    click(browser, "article a[href='how-to/clean-labels.html']")
+    click(browser, "article a[href$='ELRCallback.html']")
+    pictures = browser.find_elements(By.CSS_SELECTOR, "article img")
+    assert any(picture.size["width"] > 100 for picture in pictures)
+    click(browser, "article a[href$='arguments.html#index_key']")
+    assert browser.find_element(By.ID, "index_key").is_displayed()
+
+
+@pytest.mark.parametrize("name", ["loss", "index_key", "input_key", "layer", "head", "views", "augment", "monitor"])
+def test_arguments_are_one_click_from_the_start_page(browser, address, name):
+    show(browser, address, "desktop", "light")
+    browser.get(f"{address}/index.html")
+    click(browser, "article a[href='arguments.html']")
+    assert name in [heading.text.rstrip("¶") for heading in browser.find_elements(By.CSS_SELECTOR, "article h2")]
+
+
+def click(browser, selector):
+    link = browser.find_element(By.CSS_SELECTOR, selector)
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", link)
+    link.click()
