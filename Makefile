@@ -38,8 +38,9 @@ wheel: .venv/.dev  ## build and check wheel and sdist, install the wheel where n
 	.venv/wheel/bin/python -m pip install dist/*.whl
 	cd .venv/wheel && bin/python ../../.ci/first_example.py
 
-matrix: .venv/.dev  ## try all pairs of techniques that changed since they were tried; goes on where it stopped
+matrix: .venv/.dev  ## try all pairs of techniques that changed since they were tried, and each on models people have
 	$(BIN)/python -m tests.conformance.matrix --run
+	$(BIN)/python benchmarks/models.py --save benchmarks/results/models.md
 
 mutants: .venv/.dev  ## change the package in 150 small ways and see which the tests notice; goes on where it stopped
 	$(BIN)/python .ci/mutants.py

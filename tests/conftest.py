@@ -6,10 +6,13 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import gc
+import weakref
+from collections.abc import Generator
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils.data import BatchSampler, DataLoader
 
@@ -17,6 +20,23 @@ from tests.quick import make_fits_quick
 from tests.workers import WorkerPool, plain_sharded_gradient
 
 make_fits_quick()
+
+_CHECKPOINTS: list[weakref.ref[Generator[None]]] = []
+
+
+def _follow_checkpoints(name: str) -> None:
+    """An exception in a checkpointed layer keeps its frames, and so torch's hooks, until garbage is collected."""
+    made = getattr(torch.utils.checkpoint, name)
+
+    def follow(*args, **kwargs):
+        _CHECKPOINTS.append(weakref.ref(generator := made(*args, **kwargs)))
+        return generator
+
+    setattr(torch.utils.checkpoint, name, follow)
+
+
+_GENERATOR = "_checkpoint_without_reentrant_generator"
+_follow_checkpoints(f"{_GENERATOR}_impl" if hasattr(torch.utils.checkpoint, f"{_GENERATOR}_impl") else _GENERATOR)
 
 _ASKED_BY_TORCH = {name: getattr(F, name) for name in ("has_torch_function_variadic", "handle_torch_function")}
 
@@ -52,6 +72,9 @@ def sharded_means(two_processes):
 def torch_stays_as_it_is():
     """A test that leaves torch patched would change every test after it."""
     yield
+    while _CHECKPOINTS:  # those that have ended do nothing more
+        if (left := _CHECKPOINTS.pop()()) is not None:
+            left.close()
     assert {name: getattr(F, name) for name in _ASKED_BY_TORCH} == _ASKED_BY_TORCH
     assert not _get_current_function_mode_stack()
     # Lightning wraps these while it asks for loaders, and leaves them wrapped where that raises.

@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from lightning_reg import registry
 from tests.structure import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -99,6 +100,12 @@ def test_every_technique_has_a_page_with_all_sections():
                     member.name
                 )
             assert not re.search(r"^(Memory|Cost): ", page, re.MULTILINE) or "What it costs" in sections
+
+
+def test_every_technique_was_tried_on_the_models_that_people_have():
+    tried = re.findall(r"^\| (\w+) \|", (ROOT / "benchmarks/results/models.md").read_text(), re.MULTILINE)[1:]
+    everybody = {cls.__name__ for unit in registry.units() for cls in unit.techniques()}
+    assert {*tried} == everybody, "run `python benchmarks/models.py --save benchmarks/results/models.md`"
 
 
 def test_every_page_of_a_technique_shows_a_picture_that_is_there():

@@ -146,7 +146,7 @@ def models_of(name: str) -> str:
     """What a technique did on models that people have, and what it said where it was refused."""
     rows = tables("models.md")[0][1]
     row = next((row for row in rows[1:] if row[0] == name), None)
-    if row is None:
+    if row is None or "-" in row:  # it asks for a model of its own kind
         return ""
     trains = [model for model, said in zip(rows[0][1:], row[1:], strict=True) if said == "trains"]
     lines = [f"It trains on: {', '.join(trains) or 'none of them'}."]
