@@ -143,6 +143,31 @@ def test_forecasts_beat_fewer_steps_at_the_same_cost():
     assert off(found.samples) < 0.1 * off(guided(15))
 
 
+def test_with_the_start_among_the_regressors_it_is_the_same_whatever_the_model_predicts():
+    """The present sample is a sum of the start and of past predictions, so each kind has the other's regressors."""
+    model, schedule = small().double().model, torch.linspace(0.95, 0.1, 100)
+    noise_kind = Denoiser(model, NoiseSchedule(schedule))
+
+    def clean(x, t, condition):
+        return noise_kind.predict(x, t, condition).clean
+
+    sample_kind = Denoiser(clean, NoiseSchedule(schedule, "sample"))
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(20, *X.shape[1:], generator=generator).double()
+    condition = torch.randn(20, *CONDITION.shape[1:], generator=generator).double()
+    made = {}
+    for affine in (True, False):
+        for denoiser in (noise_kind, sample_kind):
+            options = {"steps": 4, "guided_share": 1.0, "affine": affine}
+            policy = fit_linear_ag(denoiser, noise, condition, 0 * condition[:1], 3.0, **options)
+            assert [len(row) for row in policy.coefficients] == [n + 2 * affine for n in (1, 3, 5, 7)]
+            rows = noise[:2] + 0.1, condition[:2], 0 * condition[:1]
+            made[affine, denoiser] = guided_sample(denoiser, *rows, policy, 4).samples
+    first, second, third, fourth = made.values()
+    torch.testing.assert_close(first, second, atol=1e-8, rtol=0)  # regressors are nearly collinear
+    assert float((third - fourth).abs().max()) > 1e-6
+
+
 # -- formulas ----------------------------------------------------------------------------------------------------------
 
 
@@ -172,6 +197,14 @@ def test_a_multiple_is_recovered_with_nothing_left():
         forecast = predict_unconditional(found[step], list(c[: step + 1]), list(u[:step]))
         torch.testing.assert_close(forecast, u[step], atol=1e-12, rtol=0)
     assert float(found[0]) == pytest.approx(0.7)
+    start, ones = torch.linspace(-1, 1, 24).double().view(8, 3), torch.ones(8, 3).double()
+    rows = linear_ag_coefficients(c, u + 0.3 * start - 2, others=[start, ones])
+    for step in range(5):
+        past = [*c[: step + 1], *(u + 0.3 * start - 2)[:step]]
+        forecast = predict_unconditional(rows[step], past[: step + 1], past[step + 1 :], [start, ones])
+        torch.testing.assert_close(forecast, u[step] + 0.3 * start - 2, atol=1e-11, rtol=0)
+    wanted = torch.tensor([0.7, 0.3, -2.0], dtype=torch.double)
+    torch.testing.assert_close(rows[0], wanted, atol=1e-11, rtol=0)
     mixed = torch.stack([c[0] - 2 * c[0], 0.5 * c[1] + 0.25 * c[0]])
     again = linear_ag_coefficients(c[:2], mixed, ridge=1e-9)
     torch.testing.assert_close(again[1][1], torch.tensor(0.5, dtype=torch.double), atol=1e-6, rtol=0)
@@ -262,6 +295,7 @@ def test_a_threshold_that_is_met_at_the_first_step_is_told():
         (GuidancePolicy, {"scales": [-1.0]}, "scales"),
         (LinearAG, {"coefficients": [], "scale": 1.0}, "coefficients"),
         (LinearAG, {"coefficients": [torch.ones(2)], "scale": 1.0}, "coefficients"),
+        (LinearAG, {"coefficients": [torch.ones(3), torch.ones(3)], "scale": 1.0}, "coefficients"),
         (LinearAG, {"coefficients": [torch.ones(1)], "scale": 1.0, "every": 0}, "every"),
         (LinearAG, {"coefficients": [torch.ones(1)], "scale": 1.0, "guided_share": 0.0}, "guided_share"),
     ],
