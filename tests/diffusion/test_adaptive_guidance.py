@@ -38,7 +38,7 @@ from tests.conformance.kinds.procedure import ProcedureCase
 from tests.diffusion.digits import NULL, class_model, scheduler
 from tests.diffusion.test_denoiser import CONDITION, LEVELS, X, small
 from tests.diffusion.test_diffusion_classifier import PROBLEM
-from tests.toys import QUIET, make_trainer
+from tests.toys import QUIET, TWO_RANKS, make_trainer
 
 pytestmark = QUIET
 
@@ -559,6 +559,23 @@ def test_weights_are_those_of_the_validation():
     averaged, plain = validated(Averaged())[0].last_samples, validated()[0].last_samples
     assert float((averaged - plain).abs().max()) > 0.01
     assert torch.equal(validated()[0].last_samples, plain)
+
+
+def _on_ranks(_):
+    watch = GuidedSampling(**DRAWN, threshold=0.9, compare=True)
+    trainer = make_trainer(callbacks=[watch], **TWO_RANKS)
+    (logged,) = trainer.validate(Drawn(), LOADER, verbose=False)
+    return watch.last_samples, watch.last_calls, logged
+
+
+def test_two_ranks_draw_what_one_does(two_processes):
+    """Three samples: one rank draws two, the other one, and the first anew."""
+    watch, wanted = validated(threshold=0.9, compare=True)
+    for samples, calls, logged in two_processes.run(_on_ranks, None):
+        torch.testing.assert_close(samples, watch.last_samples)
+        assert torch.equal(calls, watch.last_calls)
+        assert logged["reg/guided_sampling/calls"] == pytest.approx(wanted["calls"])
+        assert logged["reg/guided_sampling/distance"] == pytest.approx(wanted["distance"], rel=1e-4)
 
 
 def test_too_few_conditions_are_told():
