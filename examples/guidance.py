@@ -34,11 +34,11 @@ console = Console()
 # ## The models
 #
 # Two small UNets of diffusers, trained on 8 x 8 digits in minutes by `tests/diffusion/digits.py` of this repository:
-# one with labels, one with prompts through a small CLIP text encoder.
+# one with labels, one with prompts in five styles through a small CLIP text encoder.
 
 # %%
 sys.path.insert(0, str(Path(lightning_reg.__file__).resolve().parents[1]))  # the checkout that is installed
-from tests.diffusion.digits import NULL, class_model, prompt, scheduler, word_model, words  # noqa: E402 # by the line above
+from tests.diffusion.digits import NULL, class_model, scheduler, style_model, styled_words  # noqa: E402 # by the line above
 
 denoiser, none = Denoiser(class_model(), scheduler()), torch.tensor([NULL])
 generator = torch.Generator().manual_seed(0)
@@ -50,7 +50,7 @@ noise, labels = torch.randn(SAMPLES, 1, 8, 8, generator=generator), torch.arange
 # Distance: to the samples of full guidance from the same noise.
 
 # %%
-others = torch.randn(SAMPLES, 1, 8, 8, generator=generator), torch.arange(SAMPLES) % 10
+others = torch.randn(5 * SAMPLES, 1, 8, 8, generator=generator), torch.arange(5 * SAMPLES) % 10
 policies = {
     "full guidance": (GuidancePolicy([SCALE] * STEPS), STEPS),
     "adaptive, 0.95": (AdaptiveGuidance(SCALE, 0.95), STEPS),
@@ -82,19 +82,23 @@ figure.tight_layout()
 plt.show()
 
 # %% [markdown]
+# `lightning_reg.plots.guidance` makes such a picture too, with a threshold in it. In `trainer.validate` and in a fit,
+# `GuidedSampling` draws samples under a policy, and logs the passes that they took.
+
+# %% [markdown]
 # ## A direction taken out of the prompt
 #
-# The model knows the word *inverted*. `DecorProjection` takes the direction of that word's vectors out of a prompt.
-# What is left of it in the image depends on the model.
+# The model knows the word *inverted*. `DecorProjection` takes the directions of "a photo of digit inverted" out of
+# prompts. `examples/projection.py` has more of it.
 
 # %%
-network, text = word_model()
+network, text = style_model()
 with torch.no_grad():
-    wanted = text(words(*(prompt(n, inverted=True) for n in range(4)))).last_hidden_state
-    unwanted = text(words("inverted")).last_hidden_state
-    nothing = text(words("")).last_hidden_state
+    wanted = text(styled_words(*(f"a photo of d{n} inverted" for n in range(4)))).last_hidden_state
+    unwanted = text(styled_words("a photo of digit inverted")).last_hidden_state
+    nothing = text(styled_words("")).last_hidden_state
 sampler = Denoiser(network, scheduler("v_prediction"))
-rows = [wanted, DecorProjection(unwanted[0, 1:2])(wanted)]
+rows = [wanted, DecorProjection(unwanted[0, 1:6], alpha=0.75)(wanted)]
 pictures = [
     guided_sample(sampler, noise[:4], row, nothing, GuidancePolicy([2.0] * STEPS), STEPS).samples for row in rows
 ]

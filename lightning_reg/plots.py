@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "compared",
     "forgetting",
+    "guidance",
     "interpolation",
     "masks",
     "masks_over_time",
@@ -379,6 +380,35 @@ def forgetting(accuracies: Tensor, tasks: Sequence[str] | None = None) -> Figure
     _matrix(
         figure.subplots(), percent, names, names, ("accuracy on task, %", "after task", "What is left of each task")
     )
+    return figure
+
+
+@_styled
+def guidance(similarity: Tensor, threshold: float | None = None) -> Figure:
+    """How alike a diffusion model's predictions with and without a condition are at each step of a sampler.
+
+    Args:
+        similarity: ``(B, S)``, NaN where it was not asked for: ``guided_sample(...).similarity``, of all steps with a
+            threshold above 1.
+        threshold: Of ``AdaptiveGuidance``, drawn as a line; ``None``: none.
+
+    Returns:
+        The figure: a thin curve for each sample, their median, and the threshold.
+
+    Raises:
+        ValueError: If there is no row, or no step.
+
+    """
+    if similarity.dim() != 2 or not similarity.numel():
+        raise ValueError(f"guidance: `similarity` must be of shape (B, S), got {tuple(similarity.shape)}.")
+    figure, axes = _one("Where guidance still says something", "step", "similarity of both predictions")
+    curves, steps = similarity.detach().float().cpu(), list(range(1, similarity.shape[1] + 1))
+    for curve in curves:
+        axes.plot(steps, curve.tolist(), color=_BLUE, alpha=0.3, linewidth=0.8, linestyle="-")
+    axes.plot(steps, curves.nanmedian(0).values.tolist(), color=_BLUE, label="median")
+    if threshold is not None:
+        axes.axhline(threshold, color=_ORANGE, linestyle="--", label=f"threshold {threshold:g}")
+    axes.legend()
     return figure
 
 

@@ -185,6 +185,21 @@ def test_forgetting_leaves_out_what_was_not_tested():
         plots.forgetting(torch.zeros(2, 3))
 
 
+def test_guidance_has_a_curve_for_each_sample_and_the_median():
+    nan = float("nan")
+    axes = plots.guidance(torch.tensor([[0.5, 0.9, nan], [0.25, 0.75, 1.0], [0.75, 0.5, 0.5]]), 0.9).axes[0]
+    *samples, median, threshold = [line.get_ydata() for line in axes.lines]
+    assert [list(curve)[:2] for curve in samples] == [[0.5, pytest.approx(0.9)], [0.25, 0.75], [0.75, 0.5]]
+    assert list(median) == [0.5, 0.75, 0.5]  # of an even number the lower one
+    assert list(axes.lines[0].get_xdata()) == [1, 2, 3]
+    assert list(threshold) == [0.9, 0.9]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["median", "threshold 0.9"]
+    assert len(plots.guidance(torch.ones(1, 2)).axes[0].lines) == 2
+    for odd in (torch.ones(3), torch.ones(0, 3)):
+        with pytest.raises(ValueError, match=r"^guidance: `similarity` must be of shape \(B, S\)"):
+            plots.guidance(odd)
+
+
 def test_the_style_ends_with_the_picture():
     import matplotlib as mpl
 

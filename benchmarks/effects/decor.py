@@ -1,11 +1,13 @@
 """A style taken out of prompts: which rows of the undesired prompt carry it, and what goes with it?
 
-A UNet2DConditionModel of 1.0 million parameters and a CLIPTextModel of two layers (``tests/diffusion/digits.py``),
-trained on prompts such as "a photo of d3 inverted", in which digits are dark on light. Samples of "a photo of d3
-inverted" from the embedding without the directions of rows of "a photo of digit inverted"; guidance 2, 10 steps, 40
-samples for each seed. Shares in %: still inverted (light margins), still a 3 (nearest to the mean of the threes among
-those of all classes, after an inversion is undone); and the share of the padding's energy and of the words' on the
-first axis of the prompt's own embedding.
+Two models of a UNet2DConditionModel (1.0 million parameters) and a CLIPTextModel of two layers
+(``tests/diffusion/digits.py``). "Five styles" was trained on prompts such as "a photo of d3 inverted" and "a photo of
+d3 plain": each style has its word. "One style" knows "a photo of d3 inverted" and "a photo of d3": its absence has no
+word. Samples of "a photo of d3 inverted" from the embedding without the directions of rows of "a photo of digit
+inverted"; guidance 2, 10 steps, 40 samples for each seed. Shares in %: still inverted (light margins), still a 3
+(nearest to the mean of the threes among those of all classes, after an inversion is undone); and the share of the
+padding's energy and of the words' on the first axis of the prompt's own embedding. "No condition" hands zeros over in
+the prompt's place: what each model draws where nothing is left.
 """
 
 import sys
@@ -19,7 +21,14 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from lightning_reg import DecorProjection, Denoiser
 from lightning_reg.functional import embedding_components, token_rows
-from tests.diffusion.digits import prompt, scheduler, training_digits, word_model, words
+from tests.diffusion.digits import (
+    scheduler,
+    style_model,
+    styled_words,
+    training_digits,
+    word_model,
+    words,
+)
 
 ALL = ("words", "end", "padding")
 ARMS: dict[str, tuple[tuple[str, ...], float]] = {
@@ -35,16 +44,31 @@ ARMS: dict[str, tuple[tuple[str, ...], float]] = {
 }
 
 
-def encoded(text: str) -> Tensor:
-    states: Tensor = word_model()[1](words(text)).last_hidden_state
-    return states
+MODELS = {"five styles": (style_model, styled_words), "one style": (word_model, words)}
+WANTED, REFERENCE = "a photo of d3 inverted", "a photo of digit inverted"
 
 
-def undesired(kinds: Sequence[str]) -> Tensor:
-    ids, text = words(prompt(None, inverted=True)), prompt(None, inverted=True)
-    rows = token_rows(ids, end=0, start=1) | {"style": ids == words("inverted")[0, 1]}
-    chosen = torch.stack([rows[kind][0] for kind in kinds]).any(0)
-    return encoded(text)[0][chosen]
+class Model:
+    """One of the two, and what it makes of prompts."""
+
+    def __init__(self, name: str) -> None:
+        load, self.ids = MODELS[name]
+        network, self.encoder = load()
+        self.denoiser = Denoiser(network, scheduler("v_prediction"))
+        self.condition, self.null = self.encoded(WANTED), self.encoded("")
+        rows = token_rows(self.ids(WANTED), end=0, start=1)["words"][0]
+        self.axes = embedding_components(self.condition[0], rows)
+
+    def encoded(self, text: str) -> Tensor:
+        states: Tensor = self.encoder(self.ids(text)).last_hidden_state
+        return states
+
+    def without(self, kinds: Sequence[str], alpha: float) -> Tensor:
+        ids = self.ids(REFERENCE)
+        rows = token_rows(ids, end=0, start=1) | {"style": ids == self.ids("inverted")[0, 1]}
+        chosen = torch.stack([rows[kind][0] for kind in kinds]).any(0)
+        changed: Tensor = DecorProjection(self.encoded(REFERENCE)[0][chosen], alpha)(self.condition)
+        return changed
 
 
 def figures(samples: Tensor) -> dict[str, float]:
@@ -58,16 +82,16 @@ def figures(samples: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def run(seeds: Sequence[int]) -> list[Arm]:
-    results = [Arm(name) for name in ARMS]
-    denoiser = Denoiser(word_model()[0], scheduler("v_prediction"))
-    condition, null = encoded(prompt(3, inverted=True)), encoded("")
-    rows = token_rows(words(prompt(3, inverted=True)), end=0, start=1)
-    axes = embedding_components(condition[0], rows["words"][0])
-    for seed in seeds:
-        noise = torch.randn(40, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
-        for arm in results:
-            kinds, alpha = ARMS[arm.name]
-            changed = DecorProjection(undesired(kinds), alpha)(condition)
-            made = denoiser.sample(noise, changed, null, 2.0, steps=10)
-            arm.add(**figures(made), padding_on_axis_1=100 * axes.padding[0], words_on_axis_1=100 * axes.words[0])
+    results = []
+    for name in MODELS:
+        model = Model(name)
+        given = {arm: model.without(*how) for arm, how in ARMS.items()} | {"no condition": 0 * model.condition}
+        on_first = {"padding_on_axis_1": model.axes.padding[0], "words_on_axis_1": model.axes.words[0]}
+        for arm_name, condition in given.items():
+            arm = Arm(f"{name}: {arm_name}")
+            for seed in seeds:
+                noise = torch.randn(40, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+                made = model.denoiser.sample(noise, condition, model.null, 2.0, steps=10)
+                arm.add(**figures(made), **{key: 100 * float(value) for key, value in on_first.items()})
+            results.append(arm)
     return results

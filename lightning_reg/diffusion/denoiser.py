@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_reg.diffusion._conditions import Condition, can_join, joined, spread
 from lightning_reg.diffusion._schedule import Path, Scheduler, flow_levels, path_of, prediction_of
+from lightning_reg.engine.host.modules import uncompiled
 
 __all__ = ["Denoiser", "NoiseSchedule", "Prediction"]
 
@@ -364,8 +365,9 @@ def guided_prediction(
 
 
 def _argument_names(model: nn.Module | Callable[..., Any]) -> frozenset[str]:
+    function = (uncompiled(model) or model).forward if isinstance(model, nn.Module) else model
     try:
-        return frozenset(inspect.signature(model.forward if isinstance(model, nn.Module) else model).parameters)
+        return frozenset(inspect.signature(function).parameters)
     except (TypeError, ValueError):  # of C
         return frozenset()
 

@@ -1,7 +1,8 @@
-"""Three small diffusion models of diffusers on 8 x 8 digits, trained once and kept in half precision beside this file.
+"""Four small diffusion models of diffusers on 8 x 8 digits, trained once and kept in half precision beside this file.
 
     python -m tests.diffusion.digits classes    # UNet2DModel, a label each; epsilon prediction
     python -m tests.diffusion.digits words      # UNet2DConditionModel and CLIPTextModel, prompts; v prediction
+    python -m tests.diffusion.digits styles     # as words, with five styles of which each has a word
     python -m tests.diffusion.digits flow       # SD3Transformer2DModel, the prompts of the same CLIPTextModel; flow
 
 Each takes 2 to 3 minutes on one quiet core. The last 200 digits are held out.
@@ -27,6 +28,8 @@ __all__ = [
     "held_out",
     "prompt",
     "scheduler",
+    "style_model",
+    "styled_words",
     "training_digits",
     "word_model",
     "words",
@@ -35,6 +38,8 @@ __all__ = [
 HERE = Path(__file__).resolve().parent
 CLASSES, NULL, LENGTH = 10, 10, 8
 VOCABULARY = ["<end>", "<start>", "a", "photo", "of", "digit", "inverted", *(f"d{n}" for n in range(CLASSES))]
+STYLES = ["plain", "inverted", "mirrored", "upside", "dim"]
+STYLED_VOCABULARY = [*VOCABULARY[:6], *STYLES, *VOCABULARY[7:]]
 SEED, BATCH, STEPS = 0, 128, 900
 
 
@@ -80,7 +85,7 @@ def new_class_model():
     )
 
 
-def new_word_model():
+def new_word_model(vocabulary=VOCABULARY):
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -99,15 +104,20 @@ def new_word_model():
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     ends = {"bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 0}
     config = CLIPTextConfig(
-        vocab_size=len(VOCABULARY), max_position_embeddings=LENGTH, projection_dim=64, **sizes, **ends
+        vocab_size=len(vocabulary), max_position_embeddings=LENGTH, projection_dim=64, **sizes, **ends
     )
     return network, CLIPTextModel(config)
 
 
-def words(*texts):
+def words(*texts, vocabulary=VOCABULARY):
     """Prompts as numbers ``(B, 8)``: start, words, end; the padding is the end again, as in CLIP."""
-    rows = [[1, *(VOCABULARY.index(word) for word in text.split())] for text in texts]
+    rows = [[1, *(vocabulary.index(word) for word in text.split())] for text in texts]
     return torch.tensor([row + [0] * (LENGTH - len(row)) for row in rows])
+
+
+def styled_words(*texts):
+    """Prompts for the model of styles, such as ``"a photo of d3 plain"``."""
+    return words(*texts, vocabulary=STYLED_VOCABULARY)
 
 
 def prompt(digit, inverted=False):
@@ -134,6 +144,13 @@ def class_model():
 def word_model():
     """The UNet2DConditionModel and its CLIPTextModel."""
     both = _loaded(nn.ModuleList(new_word_model()), "digits_words")
+    return both[0], both[1]
+
+
+@cache
+def style_model():
+    """A UNet2DConditionModel and its CLIPTextModel, for prompts that end in one of five styles."""
+    both = _loaded(nn.ModuleList(new_word_model(STYLED_VOCABULARY)), "digits_styles")
     return both[0], both[1]
 
 
@@ -243,6 +260,32 @@ def train_words(steps=STEPS):
     _train(both, loss, "digits_words", steps)
 
 
+def styled(images, styles):
+    """Images in the styles of these numbers."""
+    changes = [images, -images, images.flip(3), images.flip(2), (images + 1) * 0.4 - 1]
+    return torch.stack(changes)[styles, torch.arange(len(images))]
+
+
+def train_styles(steps=1200):
+    torch.manual_seed(SEED)
+    both, levels = nn.ModuleList(new_word_model(STYLED_VOCABULARY)), scheduler().alphas_cumprod
+
+    def loss(images, labels, generator):
+        style, generic, dropped = torch.rand(3, len(labels), generator=generator)
+        styles = (style * len(STYLES)).long()
+        texts = [
+            "" if d < 0.1 else f"{prompt(None if g < 0.2 else n)} {STYLES[s]}"
+            for n, s, g, d in zip(labels.tolist(), styles.tolist(), generic.tolist(), dropped.tolist(), strict=True)
+        ]
+        images = styled(images, styles)
+        times, noise, noisy, abar = _noised(levels, images, generator)
+        states = both[1](styled_words(*texts)).last_hidden_state
+        predicted = both[0](noisy, times, encoder_hidden_states=states).sample
+        return F.mse_loss(predicted, abar.sqrt() * noise - (1 - abar).sqrt() * images)
+
+    _train(both, loss, "digits_styles", steps)
+
+
 def train_flow(steps=2 * STEPS):
     torch.manual_seed(SEED)
     model = new_flow_model()
@@ -263,4 +306,5 @@ def train_flow(steps=2 * STEPS):
 
 
 if __name__ == "__main__":
-    {"classes": train_classes, "words": train_words, "flow": train_flow}[sys.argv[1]](*map(int, sys.argv[2:]))
+    trainers = {"classes": train_classes, "words": train_words, "styles": train_styles, "flow": train_flow}
+    trainers[sys.argv[1]](*map(int, sys.argv[2:]))

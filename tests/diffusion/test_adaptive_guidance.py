@@ -2,15 +2,25 @@
 
 import math
 import sys
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.loggers import Logger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_reg import AdaptiveGuidance, Denoiser, GuidancePolicy, GuidedPredict, LinearAG, NoiseSchedule
+from lightning_reg import (
+    AdaptiveGuidance,
+    Denoiser,
+    GuidancePolicy,
+    GuidedPredict,
+    GuidedSampling,
+    LinearAG,
+    NoiseSchedule,
+)
+from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.row_bits import normals
 from lightning_reg.functional import (
     adaptive_guider,
@@ -22,20 +32,60 @@ from lightning_reg.functional import (
     search_guidance_policy,
     threshold_for,
 )
+from tests.conformance.by_hand import Hand
+from tests.conformance.case import Case
 from tests.conformance.kinds.procedure import ProcedureCase
 from tests.diffusion.digits import NULL, class_model, scheduler
-from tests.diffusion.test_denoiser import CONDITION, X, small
-from tests.toys import QUIET, make_trainer
+from tests.diffusion.test_denoiser import CONDITION, LEVELS, X, small
+from tests.diffusion.test_diffusion_classifier import PROBLEM
+from tests.toys import QUIET, TWO_RANKS, make_trainer
 
 pytestmark = QUIET
 
 STEPS = 10
-CASE = ProcedureCase(
-    guided_sample,
-    small,
-    (X, CONDITION, 0 * CONDITION),
-    {"guidance": AdaptiveGuidance(2.0, threshold=2.0), "steps": 4},
-    [({"steps": 0}, "steps")],
+watching = partial(
+    GuidedSampling,
+    [8],
+    [0, 3, 1],
+    "net",
+    null_label=2,
+    alphas_cumprod=LEVELS.tolist(),
+    scale=2.0,
+    threshold=0.98,
+    steps=3,
+)
+CASE = (
+    ProcedureCase(
+        guided_sample,
+        small,
+        (X, CONDITION, 0 * CONDITION),
+        {"guidance": AdaptiveGuidance(2.0, threshold=2.0), "steps": 4},
+        [({"steps": 0}, "steps")],
+    ),
+    Case(
+        make=watching,
+        neutral=lambda **options: GuidedSampling([8], [], "net", null_label=2, **options),
+        by_hand=Hand,
+        says=("3 samples of net in 3 steps, guidance 2 until 0.98", "no labels: inactive"),
+        data=PROBLEM,
+        exempt={"as_by_hand": "It watches: training and what the module logs are those of a loop without it."},
+        invalid=[
+            ({"shape": []}, "shape"),
+            ({"shape": [0]}, "shape"),
+            ({"labels": [-1]}, "labels"),
+            ({"null_label": -1}, "null_label"),
+            ({"null_label": None}, "null"),
+            ({"null": "none", "null_label": 2}, "null"),
+            ({"scale": -1.0}, "scale"),
+            ({"threshold": -1.5}, "threshold"),
+            ({"similarity": "v"}, "similarity"),
+            ({"min_guided": 1.5}, "min_guided"),
+            ({"steps": 0}, "steps"),
+            ({"every_n_epochs": 0}, "every_n_epochs"),
+            ({"value_range": (1.0, 1.0)}, "value_range"),
+            ({"prediction": "noise"}, "prediction"),
+        ],
+    ),
 )
 
 
@@ -143,6 +193,31 @@ def test_forecasts_beat_fewer_steps_at_the_same_cost():
     assert off(found.samples) < 0.1 * off(guided(15))
 
 
+def test_with_the_start_among_the_regressors_it_is_the_same_whatever_the_model_predicts():
+    """The present sample is a sum of the start and of past predictions, so each kind has the other's regressors."""
+    model, schedule = small().double().model, torch.linspace(0.95, 0.1, 100)
+    noise_kind = Denoiser(model, NoiseSchedule(schedule))
+
+    def clean(x, t, condition):
+        return noise_kind.predict(x, t, condition).clean
+
+    sample_kind = Denoiser(clean, NoiseSchedule(schedule, "sample"))
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(20, *X.shape[1:], generator=generator).double()
+    condition = torch.randn(20, *CONDITION.shape[1:], generator=generator).double()
+    made = {}
+    for affine in (True, False):
+        for denoiser in (noise_kind, sample_kind):
+            options = {"steps": 4, "guided_share": 1.0, "affine": affine}
+            policy = fit_linear_ag(denoiser, noise, condition, 0 * condition[:1], 3.0, **options)
+            assert [len(row) for row in policy.coefficients] == [n + 2 * affine for n in (1, 3, 5, 7)]
+            rows = noise[:2] + 0.1, condition[:2], 0 * condition[:1]
+            made[affine, denoiser] = guided_sample(denoiser, *rows, policy, 4).samples
+    first, second, third, fourth = made.values()
+    torch.testing.assert_close(first, second, atol=1e-8, rtol=0)  # regressors are nearly collinear
+    assert float((third - fourth).abs().max()) > 1e-6
+
+
 # -- formulas ----------------------------------------------------------------------------------------------------------
 
 
@@ -172,6 +247,14 @@ def test_a_multiple_is_recovered_with_nothing_left():
         forecast = predict_unconditional(found[step], list(c[: step + 1]), list(u[:step]))
         torch.testing.assert_close(forecast, u[step], atol=1e-12, rtol=0)
     assert float(found[0]) == pytest.approx(0.7)
+    start, ones = torch.linspace(-1, 1, 24).double().view(8, 3), torch.ones(8, 3).double()
+    rows = linear_ag_coefficients(c, u + 0.3 * start - 2, others=[start, ones])
+    for step in range(5):
+        past = [*c[: step + 1], *(u + 0.3 * start - 2)[:step]]
+        forecast = predict_unconditional(rows[step], past[: step + 1], past[step + 1 :], [start, ones])
+        torch.testing.assert_close(forecast, u[step] + 0.3 * start - 2, atol=1e-11, rtol=0)
+    wanted = torch.tensor([0.7, 0.3, -2.0], dtype=torch.double)
+    torch.testing.assert_close(rows[0], wanted, atol=1e-11, rtol=0)
     mixed = torch.stack([c[0] - 2 * c[0], 0.5 * c[1] + 0.25 * c[0]])
     again = linear_ag_coefficients(c[:2], mixed, ridge=1e-9)
     torch.testing.assert_close(again[1][1], torch.tensor(0.5, dtype=torch.double), atol=1e-6, rtol=0)
@@ -262,6 +345,7 @@ def test_a_threshold_that_is_met_at_the_first_step_is_told():
         (GuidancePolicy, {"scales": [-1.0]}, "scales"),
         (LinearAG, {"coefficients": [], "scale": 1.0}, "coefficients"),
         (LinearAG, {"coefficients": [torch.ones(2)], "scale": 1.0}, "coefficients"),
+        (LinearAG, {"coefficients": [torch.ones(3), torch.ones(3)], "scale": 1.0}, "coefficients"),
         (LinearAG, {"coefficients": [torch.ones(1)], "scale": 1.0, "every": 0}, "every"),
         (LinearAG, {"coefficients": [torch.ones(1)], "scale": 1.0, "guided_share": 0.0}, "guided_share"),
     ],
@@ -334,3 +418,170 @@ def test_a_module_samples_for_the_conditions_of_its_loader():
     assert not [key for key in module.state_dict() if not key.startswith("unet.")]
     with pytest.raises(NotImplementedError, match=r"define `guided_denoiser\(self\)`"):
         GuidedPredict().guided_denoiser()
+
+
+# -- in validation -----------------------------------------------------------------------------------------------------
+
+
+class Drawn(LightningModule):
+    """What a user would write around a UNet and a scheduler of diffusers."""
+
+    def __init__(self):
+        super().__init__()
+        self.unet, self.scheduler, self.none = class_model(), scheduler(), NONE
+        self.table, self.policy = torch.tensor([3, 1, 4]), GuidancePolicy([2.0, 1.0, 2.0])
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def prompts(self):
+        return self.table
+
+    def brighter(self, samples):
+        return 0.5 * samples + 0.25
+
+    def training_step(self, batch, batch_idx):
+        return self.weight * batch[0].mean()
+
+    def validation_step(self, batch, batch_idx):
+        self.log("loss", batch[0].mean())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([self.weight], 0.1)
+
+
+DRAWN = {"shape": [1, 8, 8], "labels": [3, 1, 4], "denoiser": "unet", "null_label": NULL, "scale": 3.0, "steps": 3}
+LOADER = DataLoader(TensorDataset(torch.ones(4, 1)), batch_size=2)
+
+
+def validated(*others, **options):
+    watch = GuidedSampling(**DRAWN | options)
+    (logged,) = make_trainer(callbacks=[*others, watch]).validate(Drawn(), LOADER, verbose=False)
+    return watch, {name.removeprefix("reg/guided_sampling/"): value for name, value in logged.items()}
+
+
+def test_validation_draws_and_counts_the_passes():
+    rows = []
+    with class_model().register_forward_hook(lambda module, args, output: rows.append(len(args[0]))):
+        watch, logged = validated(threshold=-1.0)
+    noise, labels = normals(0, torch.arange(3), (1, 8, 8)), torch.tensor([3, 1, 4])
+    wanted = guided_sample(digits_denoiser(), noise, labels, NONE, AdaptiveGuidance(3.0, -1.0), 3)
+    torch.testing.assert_close(watch.last_samples, wanted.samples)
+    assert watch.last_calls.tolist() == wanted.calls.tolist() == [4, 4, 4]
+    assert sum(rows) == 12
+    assert logged == {"loss": 1.0, "calls": 4.0}
+    with torch.no_grad():
+        full = digits_denoiser().sample(noise, labels, NONE, 3.0, 3)
+    compared, logged = validated(threshold=-1.0, compare=True, every_n_epochs=5, seed=0)  # outside a fit: always
+    assert logged["distance"] == pytest.approx(float((wanted.samples - full).square().mean()), rel=1e-4)
+    assert torch.equal(compared.last_samples, watch.last_samples)
+    assert not torch.equal(validated(seed=1)[0].last_samples, validated(seed=0)[0].last_samples)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"labels": [0, 1, 2], "conditions": "table"},
+        {"labels": [0, 1, 2], "conditions": "prompts"},
+        {"null": "none", "null_label": None},
+    ],
+)
+def test_conditions_are_those_of_the_module(options):
+    assert torch.equal(validated(**options)[0].last_samples, validated()[0].last_samples)
+
+
+def test_a_policy_of_the_module_takes_the_place_of_thresholds():
+    watch, logged = validated(guidance="policy")
+    assert logged["calls"] == 5
+    assert watch.describe() == "3 samples of unet in 3 steps, policy"
+
+
+class Board(Logger):
+    """A logger that takes pictures, in one of two ways."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.shown, self.way = [], way
+        if way == "log_image":
+            self.log_image = lambda key, images, step: self.shown.append((key, torch.stack(images), step))
+
+    name, version = "board", 0
+
+    @property
+    def experiment(self):
+        return self if self.way == "add_images" else None
+
+    def add_images(self, tag, images, step):
+        self.shown.append((tag, images, step))
+
+    def log_metrics(self, metrics, step=None):
+        pass
+
+    def log_hyperparams(self, *args, **kwargs):
+        pass
+
+
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training")
+def test_pictures_go_to_loggers_and_are_those_of_one_noise():
+    boards = [Board(way) for way in ("add_images", "log_image", "neither")]
+    watch = GuidedSampling(**DRAWN, decode="brighter", value_range=(0.0, 1.0), every_n_epochs=2)
+    trainer = make_trainer(callbacks=[watch], logger=boards, max_epochs=4)
+    trainer.fit(Drawn(), LOADER, LOADER)
+    assert [len(board.shown) for board in boards] == [2, 2, 0]
+    for board in boards[:2]:
+        (tag, first, step), (_, second, later) = board.shown
+        assert (tag, step, later) == ("reg/guided_sampling/samples", 4, 8)
+        assert torch.equal(first, second)  # the network is not trained here
+        torch.testing.assert_close(first, (0.5 * watch.last_samples + 0.25).clamp(0, 1))
+
+
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training")
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+@pytest.mark.parametrize(("options", "validates"), [({}, False), ({"every_n_epochs": 3}, True)])
+def test_a_fit_in_which_nothing_was_sampled_is_told(options, validates):
+    watch = GuidedSampling(**DRAWN, **options)
+    with pytest.warns(UserWarning, match=r"^GuidedSampling: nothing was sampled in this fit, .* `every_n_epochs`="):
+        make_trainer(callbacks=[watch], max_epochs=1).fit(Drawn(), LOADER, LOADER if validates else None)
+
+
+class Averaged(Callback):
+    """Puts other weights in for validation, as Lightning's WeightAveraging does, before and after it."""
+
+    def on_validation_epoch_start(self, trainer, pl_module):
+        self.kept = pl_module.unet.conv_out.bias.detach().clone()
+        with torch.no_grad():
+            pl_module.unet.conv_out.bias.add_(0.1)
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        with torch.no_grad():
+            pl_module.unet.conv_out.bias.copy_(self.kept)
+
+
+def test_weights_are_those_of_the_validation():
+    averaged, plain = validated(Averaged())[0].last_samples, validated()[0].last_samples
+    assert float((averaged - plain).abs().max()) > 0.01
+    assert torch.equal(validated()[0].last_samples, plain)
+
+
+def _on_ranks(_):
+    watch = GuidedSampling(**DRAWN, threshold=0.9, compare=True)
+    trainer = make_trainer(callbacks=[watch], **TWO_RANKS)
+    (logged,) = trainer.validate(Drawn(), LOADER, verbose=False)
+    return watch.last_samples, watch.last_calls, logged
+
+
+def test_two_ranks_draw_what_one_does(two_processes):
+    """Three samples: one rank draws two, the other one, and the first anew."""
+    watch, wanted = validated(threshold=0.9, compare=True)
+    for samples, calls, logged in two_processes.run(_on_ranks, None):
+        torch.testing.assert_close(samples, watch.last_samples)
+        assert torch.equal(calls, watch.last_calls)
+        assert logged["reg/guided_sampling/calls"] == pytest.approx(wanted["calls"])
+        assert logged["reg/guided_sampling/distance"] == pytest.approx(wanted["distance"], rel=1e-4)
+
+
+def test_too_few_conditions_are_told():
+    with pytest.raises(
+        MisconfigurationException, match=r"conditions='table' must name a tensor.* than 3 rows.* found 3"
+    ):
+        validated(conditions="table", labels=[3])
+    with pytest.raises(MisconfigurationException, match=r"^GuidedSampling: denoiser='net' names nothing in Drawn"):
+        validated(denoiser="net")

@@ -24,7 +24,7 @@ from lightning_reg.functional import (
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
 from tests.conformance.kinds.network import NetworkCase
-from tests.diffusion.digits import prompt, scheduler, word_model, words
+from tests.diffusion.digits import prompt, scheduler, style_model, styled_words, word_model, words
 from tests.diffusion.test_diffusion_classifier import PROBLEM
 from tests.toys import QUIET, make_trainer
 
@@ -281,6 +281,28 @@ def test_the_style_lies_in_the_rows_after_the_words():
 def test_what_is_undesired_is_gone_from_a_prompt_of_the_model():
     rows, condition = undesired(["words", "end", "padding"]), encoded(prompt(3, inverted=True))
     assert float((DecorProjection(rows)(condition) @ rows.T).abs().max()) < 1e-3  # of products around 60
+
+
+@pytest.mark.parametrize(
+    ("kinds", "alpha", "left"),
+    [
+        (None, 0.0, 1.0),
+        (("end", "padding"), 1.0, 1.0),
+        (("words",), 0.75, 0.0),
+        (("words", "end", "padding"), 0.75, 0.0),
+    ],
+)
+def test_a_style_is_gone_from_what_is_drawn_where_its_absence_has_a_word(kinds, alpha, left):
+    """Of five styles, "plain" among them; removing the rows after the word alone leaves it."""
+    network, encoder = style_model()
+    ids = styled_words("a photo of d3 inverted", "a photo of digit inverted", "")
+    with torch.no_grad():
+        condition, reference, null = encoder(ids).last_hidden_state.split(1)
+    rows = undesired_rows(reference, ids[1:2], 0, 1, kinds or ("words",))
+    denoiser, policy = Denoiser(network, scheduler("v_prediction")), AdaptiveGuidance(2.0, 2.0)
+    given = DecorProjection(rows, alpha)(condition)
+    found = guided_sample(denoiser, vectors(10, 1, 8, 8), given, null, policy, 5).samples
+    assert inverted_share(found) == pytest.approx(left, abs=0.05)
 
 
 def test_guidance_stops_over_a_projected_condition_as_over_another():

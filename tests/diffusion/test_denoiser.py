@@ -259,6 +259,20 @@ class Counting(nn.Module):
         return function(x, t, condition)
 
 
+class TextFirst(nn.Module):
+    """Takes its arguments in the order of some transformers, where the time comes late."""
+
+    def forward(self, hidden_states, encoder_hidden_states, timestep):
+        return hidden_states * encoder_hidden_states + timestep[:, None]
+
+
+def test_a_compiled_model_has_the_arguments_of_the_network_in_it():
+    condition, time = torch.full((2, 3), 0.5), torch.tensor(7)
+    for model in (TextFirst(), torch.compile(TextFirst(), backend="eager")):
+        found = Denoiser(model, scheduler()).predict(torch.ones(2, 3), time, condition).output
+        assert torch.equal(found, torch.full((2, 3), 7.5))
+
+
 @pytest.mark.parametrize("rescale", [0.0, 0.7])
 def test_guidance_is_that_of_the_pipelines_in_one_pass(rescale):
     try:

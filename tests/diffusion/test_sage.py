@@ -5,7 +5,7 @@ from functools import cache, partial
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -404,6 +404,26 @@ def test_validation_logs_what_the_search_finds():
     torch.testing.assert_close(search.result.noise, made.noise)
     assert "random" not in validated(baseline=False)[1]
     assert validated(every_n_epochs=2)[1].keys() == {"loss"}
+
+
+class Averaged(Callback):
+    """Puts other weights in for a validation, as Lightning's WeightAveraging does, and takes them out at its end."""
+
+    def on_validation_epoch_start(self, trainer, pl_module):
+        self.kept = pl_module.unet.conv_out.bias.detach().clone()
+        with torch.no_grad():
+            pl_module.unet.conv_out.bias.add_(0.1)
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        with torch.no_grad():
+            pl_module.unet.conv_out.bias.copy_(self.kept)
+
+
+def test_weights_are_those_of_the_validation():
+    search, loader = AdversarialSearch(**SHORT, baseline=False), DataLoader(TensorDataset(torch.zeros(2, 1)))
+    make_trainer(callbacks=[Averaged(), search]).validate(Digits(), loader, verbose=False)
+    averaged, plain = search.result.samples, validated(baseline=False)[0].result.samples
+    assert float((averaged - plain).abs().max()) > 0.01
 
 
 @pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training")

@@ -52,18 +52,21 @@ def threshold_for(similarity: Tensor, share: float) -> float:
     return float(similarity[:, max(1, round(share * similarity.shape[1])) - 1].double().median())
 
 
-def linear_ag_coefficients(conditional: Tensor, unconditional: Tensor, ridge: float = 0.0) -> list[Tensor]:
+def linear_ag_coefficients(
+    conditional: Tensor, unconditional: Tensor, ridge: float = 0.0, others: Sequence[Tensor] = ()
+) -> list[Tensor]:
     r"""Least squares of each unconditional prediction on the predictions before it, numbers shared by all elements.
 
-    .. math:: \hat u_i = \sum_{j \le i} \beta^c_{ij} c_j + \sum_{j < i} \beta^u_{ij} u_j
+    .. math:: \hat u_i = \sum_{j \le i} \beta^c_{ij} c_j + \sum_{j < i} \beta^u_{ij} u_j + \sum_k \beta_{ik} z_k
 
     Args:
         conditional: c of each step of N guided samples, ``(S, N, ...)``.
         unconditional: u, likewise.
         ridge: Weight of the squared coefficients relative to the mean square of a regressor, at least 0.
+        others: z, further regressors of every step, ``(N, ...)`` each: the start noise, or ones for an intercept.
 
     Returns:
-        For step i ``(2 i + 1,)`` in float64: of c in order, then of u.
+        For step i ``(2 i + 1 + K,)`` in float64: of c in order, then of u, then of the others.
 
     Raises:
         ValueError: If there are fewer numbers than coefficients, or ``ridge`` is below 0.
@@ -71,16 +74,18 @@ def linear_ag_coefficients(conditional: Tensor, unconditional: Tensor, ridge: fl
     """
     steps = len(conditional)
     c, u = (value.detach().double().flatten(1).T for value in (conditional, unconditional))  # (equations, S)
-    if len(c) < 2 * steps - 1:
+    z = torch.stack([value.detach().double().flatten() for value in others], 1) if others else c[:, :0]
+    most = 2 * steps - 1 + len(others)
+    if len(c) < most:
         raise ValueError(
-            f"linear_ag_coefficients: `conditional` must have at least {2 * steps - 1} numbers for each of {steps}"
+            f"linear_ag_coefficients: `conditional` must have at least {most} numbers for each of {steps}"
             f" steps, got {len(c)}. Take more samples."
         )
     if not ridge >= 0:
         raise ValueError(f"linear_ag_coefficients: `ridge` must be at least 0, got {ridge!r}.")
     found = []
     for step in range(steps):
-        regressors, wanted = torch.cat([c[:, : step + 1], u[:, :step]], 1), u[:, step]
+        regressors, wanted = torch.cat([c[:, : step + 1], u[:, :step], z], 1), u[:, step]
         if ridge:
             weight = (ridge * regressors.square().sum(0).mean()).sqrt()
             count = regressors.shape[1]
@@ -93,14 +98,18 @@ def linear_ag_coefficients(conditional: Tensor, unconditional: Tensor, ridge: fl
 
 
 def predict_unconditional(
-    coefficients: Tensor, conditional: Sequence[Tensor], unconditional: Sequence[Tensor]
+    coefficients: Tensor,
+    conditional: Sequence[Tensor],
+    unconditional: Sequence[Tensor],
+    others: Sequence[Tensor] = (),
 ) -> Tensor:
     """The forecast of step i from predictions so far.
 
     Args:
-        coefficients: Of that step, ``(2 i + 1,)``.
+        coefficients: Of that step, ``(2 i + 1 + K,)``.
         conditional: Those of steps 0 to i, ``(B, ...)`` each.
         unconditional: Those of the steps before, true ones or forecasts.
+        others: Further regressors, as in :func:`linear_ag_coefficients`.
 
     Returns:
         ``(B, ...)``.
@@ -109,7 +118,7 @@ def predict_unconditional(
         ValueError: If there are not as many predictions as coefficients.
 
     """
-    past = [*conditional, *unconditional]
+    past = [*conditional, *unconditional, *others]
     if len(past) != len(coefficients):
         raise ValueError(
             f"predict_unconditional: `coefficients` must be one for each of {len(past)} predictions, got"

@@ -70,22 +70,28 @@ class _FixedRun(Run):
 class LinearAG:
     r"""Guidance whose unconditional prediction is, at some steps, forecast from the predictions before.
 
-    .. math:: \hat u_i = \sum_{j \le i} \beta^c_{ij} c_j + \sum_{j < i} \beta^u_{ij} u_j
+    .. math:: \hat u_i = \sum_{j \le i} \beta^c_{ij} c_j + \sum_{j < i} \beta^u_{ij} u_j + \beta^x_i x_S + \beta_i
 
     :func:`fit_linear_ag` finds the coefficients on samples of full guidance. They belong to the model, the scheduler,
     the steps, the scale and the null condition that they were found with. A forecast takes the place of the true
     prediction in later forecasts.
+
+    The noise that sampling starts from, :math:`x_S`, is among the regressors: with it the forecast sees the present
+    sample, which is a sum of it and of past predictions, and it makes no difference whether noise, samples or
+    velocities are forecast. Most of the error comes from the first forecast, which knows the least, and from the few
+    samples that it turns elsewhere.
 
     Source:
         Castillo et al., "Adaptive Guidance: Training-free Acceleration of Conditional Diffusion Models", AAAI 2025,
         arXiv 2312.12487.
 
     Differs:
-        Whether the paper's regression has an intercept is not known; there is none here. What is forecast is the
-        model's output, which for models that predict velocity is that.
+        The abstract speaks of affine forecasts from past scores; the paper's body was not read. That the start noise
+        is a regressor besides is ours; ``affine=False`` of :func:`fit_linear_ag` leaves it and the constant out. What
+        is forecast is the model's output.
 
     Args:
-        coefficients: Of step i ``(2 i + 1,)``.
+        coefficients: Of step i ``(2 i + 3,)``: of c, u, the start noise, a constant; or ``(2 i + 1,)`` without the two.
         scale: Of the guidance.
         every: Among guided steps each how-manieth is a true one, the first of them; at least 1. Paper: 2.
         guided_share: Share of the steps that are guided, in (0, 1]; those after are conditional. Paper: 0.5.
@@ -99,9 +105,13 @@ class LinearAG:
         check_number(self, "scale", scale, low=0)
         check_number(self, "every", every, low=1, integer=True)
         check_number(self, "guided_share", guided_share, low=0, high=1, low_open=True)
-        if not coefficients or any(len(row) != 2 * step + 1 for step, row in enumerate(coefficients)):
+        extra = {len(row) - 2 * step - 1 for step, row in enumerate(coefficients)}
+        if extra not in ({0}, {2}):
             found = [len(row) for row in coefficients]
-            raise ValueError(f"LinearAG: `coefficients` must be 1, 3, 5, ... numbers for each step, got {found}.")
+            raise ValueError(
+                f"LinearAG: `coefficients` must be 1, 3, 5, ... numbers for each step, or 3, 5, 7, ..., got {found}."
+            )
+        self.is_affine = extra == {2}
         self.coefficients, self.scale, self.every, self.guided_share = list(coefficients), scale, every, guided_share
 
     def start(self, denoiser: Denoiser, condition: Condition, null: Condition, count: int, steps: int) -> Run:
@@ -131,10 +141,13 @@ class _LinearRun(Run):
         super().__init__(*sampling)
         self.policy = policy
         self.past: tuple[list[Tensor], list[Tensor]] = [], []
+        self.others: list[Tensor] = []
 
     @override
     def guide(self, x: Tensor, time: Tensor, number: int) -> Prediction:
         policy, (with_it, without) = self.policy, self.past
+        if number == 0 and policy.is_affine:
+            self.others = [x, torch.ones_like(x)]
         if number >= policy.guided_share * self.steps or policy.scale == 1:
             return self.conditional(x, time)
         if number % policy.every == 0:
@@ -144,7 +157,7 @@ class _LinearRun(Run):
             return made
         one = self.conditional(x, time)
         with_it.append(one.output)
-        without.append(predict_unconditional(policy.coefficients[number], with_it, without))
+        without.append(predict_unconditional(policy.coefficients[number], with_it, without, self.others))
         forecast = Prediction(one.x, without[-1], one.alpha, one.sigma, one.kind)
         return guided_prediction(one, forecast, policy.scale)
 
@@ -159,8 +172,10 @@ def fit_linear_ag(
     ridge: float = 0.0,
     every: int = 2,
     guided_share: float = 0.5,
+    *,
+    affine: bool = True,
 ) -> LinearAG:
-    """Finds the coefficients of :class:`LinearAG` on samples of full guidance.
+    """Finds the coefficients of :class:`LinearAG` on samples of full guidance, by least squares in float64.
 
     Args:
         module: The denoiser.
@@ -172,6 +187,7 @@ def fit_linear_ag(
         ridge: See :func:`linear_ag_coefficients`.
         every: See :class:`LinearAG`.
         guided_share: See :class:`LinearAG`.
+        affine: Whether the start noise and a constant are regressors besides.
 
     Returns:
         The policy.
@@ -189,5 +205,6 @@ def fit_linear_ag(
 
         module.check_guidable()
         module.sample(noise, steps=steps, guide=guide)
-        coefficients = linear_ag_coefficients(torch.stack(kept[0]), torch.stack(kept[1]), ridge)
+        others = [noise, torch.ones_like(noise)] if affine else []
+        coefficients = linear_ag_coefficients(torch.stack(kept[0]), torch.stack(kept[1]), ridge, others)
     return LinearAG(coefficients, scale, every, guided_share)

@@ -23,12 +23,13 @@ class DecorProjection(nn.Module):
     sampler as its condition (:func:`decor_condition`, where there is a pooled vector besides), and leave the null
     condition alone, or guidance cancels what was done. :class:`DecorSampling` does both for a module's own ``encode``.
 
-    In small causal encoders the word's meaning is copied to the end and the padding, and its own rows alone change
-    nothing: there the rows of all three must be taken, which costs wanted content at full strength. On a digits model
-    of ours no effect was shown: its style stayed, since a condition from which it is taken out is near nothing, and
-    that is drawn in the same style (``benchmarks/effects/decor.py``). Try it on the model you have. Pooled vectors
-    (SDXL) carry the concept past this: they need a projection of their own, of the undesired pooled vectors; it takes
-    ``(B, d)`` as well.
+    On digits (``benchmarks/effects/decor.py``) a style went, and most of the content stayed, where each style has a
+    word, "plain" as well; the rows of the undesired words were enough, those of the end and the padding alone did
+    nothing. Where the plain style is what is drawn when no style is named, the style stayed: what is left of the
+    embedding is not that of a prompt without the word, in which other rows stand in its place. Try it on the model you
+    have. Causal encoders copy a word's meaning to the end and the padding: with all three kinds of rows more is
+    removed, of what is wanted too. Pooled vectors (SDXL) carry the concept past this: they need a projection of their
+    own, of the undesired pooled vectors; it takes ``(B, d)`` as well.
 
     Several concepts are removed together by their rows in one projection. One projection after another brings back a
     part of what the first has removed, where their directions are not orthogonal.

@@ -53,8 +53,8 @@ class DecorSampling(Technique):
 
     Differs:
         Reconstruction, see :class:`DecorProjection`: which rows of the undesired prompt the paper takes is not known.
-        Those of its words are the default; small causal encoders, which copy the meaning of words to what follows,
-        need ``["words", "end", "padding"]``.
+        Those of its words are the default; causal encoders copy the meaning of words to what follows, which
+        ``["words", "end", "padding"]`` removes as well.
 
     Args:
         undesired: Name in the module of what is undesired: token numbers ``(n, l)``, or whatever else ``encode`` takes,

@@ -26,13 +26,14 @@ __all__ = ["AdversarialSearch"]
 
 
 class AdversarialSearch(Technique):
-    r"""After validations, searches noise from which the denoiser in training makes something else than it was asked.
+    r"""In validations, searches noise from which the denoiser in training makes something else than it was asked.
 
-    Training is left alone, to the last bit. Logged are ``found``, the share of starts at which :func:`latent_search`
-    finds a failure; ``random``, the share at which as many random draws do; ``confirmed``, the share of found ones that
-    ``held_out`` does not take for the requested class either; ``distinct``, the share of found ones that look unlike
-    the others. ``result`` holds what was found last (``result.save("failures.safetensors")``), ``labels`` the classes
-    that were asked for.
+    Training is left alone, to the last bit. Weights are those that validation runs with, averaged ones where a callback
+    puts them in: the search follows the first batch of the first loader. Logged are ``found``, the share of starts at
+    which :func:`latent_search` finds a failure; ``random``, the share at which as many random draws do; ``confirmed``,
+    the share of found ones that ``held_out`` does not take for the requested class either; ``distinct``, the share of
+    found ones that look unlike the others. ``result`` holds what was found last
+    (``result.save("failures.safetensors")``), ``labels`` the classes that were asked for.
 
     Use it where random samples show no failures any more. Leave it where the rate of failures in use is asked for: a
     search is no sample. A start costs ``2 (iterations + 1)`` samples of ``sampler_steps`` steps each, half of them
@@ -132,6 +133,7 @@ class AdversarialSearch(Technique):
         self.threshold, self.baseline = threshold, baseline
         self.result: SearchResult | None = None
         self.labels: Tensor | None = None
+        self._scalars: dict[str, float] = {}
 
     @override
     def describe(self) -> str:
@@ -140,13 +142,26 @@ class AdversarialSearch(Technique):
         return f"{self.denoiser}, {self.starts} starts, {self.iterations} steps, judges {', '.join(self.judges)}"
 
     @override
+    def on_validation_batch_end(
+        self,
+        trainer: "Trainer",
+        pl_module: "LightningModule",
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        # At the epoch's end callbacks that average weights have taken them out again.
+        is_first = not batch_idx and not dataloader_idx and not trainer.sanity_checking
+        if is_first and self.starts and not (trainer.current_epoch + 1) % self.every_n_epochs:
+            with isolated_randomness():
+                self._scalars = self._search(trainer, pl_module)
+
+    @override
     def on_validation_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        if trainer.sanity_checking or not self.starts or (trainer.current_epoch + 1) % self.every_n_epochs:
-            return
-        with isolated_randomness():
-            scalars = self._search(trainer, pl_module)
-        for name, value in scalars.items():
+        for name, value in self._scalars.items():
             pl_module.log(f"{self.log_key}/{name}", value, on_step=False, on_epoch=True, sync_dist=True)
+        self._scalars = {}
 
     @override
     def on_fit_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
