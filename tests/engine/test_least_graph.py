@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_reg import LossMixin
 from lightning_reg.engine.host.autograd import nearest_leaf
 from lightning_reg.engine.networks.peer import Peer
+from lightning_reg.engine.networks.places import Places
 from lightning_reg.engine.networks.references import Reference, ReferenceTechnique
 from lightning_reg.engine.technique import BatchTechnique, LossTechnique
 from tests.toys import CLASSES, QUIET, Classifier, _Toy, fit, make_loader
@@ -278,6 +279,19 @@ def test_transformer_layers_have_their_fast_way(monkeypatch):
         wanted = [start(x) for x, _ in make_loader()]
     for (_, call), logits in zip(technique.calls, wanted, strict=True):
         torch.testing.assert_close(call.logits, logits, atol=1e-5, rtol=1e-5)
+
+
+def test_others_stand_in_all_places_of_a_tensor_and_leave_again_after_an_error():
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
+    net[2].weight = net[0].weight
+    before, places = dict(net.state_dict(keep_vars=True)), Places(net)
+    assert {name for name, _ in places} == {n for n, _ in (*net.named_parameters(), *net.named_buffers())}
+    others = {"0.weight": torch.eye(2), "1.running_mean": torch.ones(2)}
+    with pytest.raises(ValueError, match="enough"), places.taken_by(others):
+        assert net[0].weight is net[2].weight is others["0.weight"]
+        assert net[1].running_mean is others["1.running_mean"]
+        raise ValueError("enough")
+    assert all(value is before[name] for name, value in net.state_dict(keep_vars=True).items())
 
 
 def test_the_nearest_leaf():

@@ -11,10 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torchmetrics import Metric
-from typing_extensions import override
 
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.autograd import version_of
@@ -28,6 +26,7 @@ from lightning_reg.engine.layers.outputs import given_outputs
 from lightning_reg.engine.loss.result import loss_of
 from lightning_reg.engine.loss.watch import Interception
 from lightning_reg.engine.networks.least_graph import LeastGraph
+from lightning_reg.engine.networks.places import Places
 from lightning_reg.engine.networks.sight import SeenCall, Sight, kept_buffers
 from lightning_reg.engine.weights.finite import all_finite, chosen_if
 from lightning_reg.engine.weights.ways import needs_gradient
@@ -205,6 +204,7 @@ class Peer:
         self._pairs = list(self.module.parameters()), list(module.parameters())
         self._seen = SeenCall(self.module, Interception(compiled=False))
         self._graph = LeastGraph()
+        self._places: Places | None = None
 
     def update_average_(self, decay: float) -> Tensor:
         """Moves its parameters to those of the module it was copied from: :func:`update_average_`."""
@@ -284,7 +284,7 @@ class Peer:
                 undo.enter_context(given_outputs(self.module, outputs, self._owner))
                 parameters = self._parameters(undo, weights, begins)
                 self._tap.open = True
-                loss = loss_of(self._run(step, method, parameters, is_own=weights is None))
+                loss = loss_of(getattr(self.module, method)(step.batch, *step.arguments))
                 if technique is not None and not gradient and begins is None:
                     self._graph.learn(method, self._seen, loss, parameters)
             seen = dict(self._tap.outputs)
@@ -348,10 +348,11 @@ class Peer:
                     undo.callback(parameter.requires_grad_)
                     parameter.requires_grad_(False)
             return own
+        self._places = places = self._places or Places(self.module)
         others: dict[str, Tensor] = {}
         # Of a network in which nothing is trained (techniques train what is beside it) all calls have a gradient.
-        all_frozen = not any(p.requires_grad for p in self.module.parameters())
-        for name, place in (*self.module.named_parameters(), *self.module.named_buffers()):
+        all_frozen = not any(p.requires_grad for _, p in places)
+        for name, place in places:
             is_parameter = isinstance(place, nn.Parameter)
             if is_parameter and not place.is_floating_point():  # nobody trains codes of a quantised layer
                 continue
@@ -360,27 +361,9 @@ class Peer:
             leaf = place.requires_grad or (all_frozen and other.is_floating_point())
             leaf &= begins is None or name in begins
             others[name] = other.requires_grad_(leaf) if is_parameter else other.clone()
-        return others
-
-    def _run(self, step: "Step", method: str, parameters: Mapping[str, Tensor], *, is_own: bool) -> Any:
-        arguments = step.batch, *step.arguments
-        if is_own:
-            return getattr(self.module, method)(*arguments)
         # Not by exchanging `.data`: inside one autocast region torch goes on with the old weights.
-        named = {f"module.{name}": value for name, value in parameters.items()}
-        return functional_call(_Step(self.module, method), named, arguments)
-
-
-class _Step(nn.Module):
-    """A module's ``training_step``, or another of its methods, as a ``forward``, for ``functional_call``."""
-
-    def __init__(self, module: "LightningModule", method: str) -> None:
-        super().__init__()
-        self.module, self._method = module, method
-
-    @override
-    def forward(self, *arguments: Any) -> Any:
-        return getattr(self.module, self._method)(*arguments)
+        undo.enter_context(places.taken_by(others))
+        return others
 
 
 # What a step raises that gets from its network something else than in train mode.
