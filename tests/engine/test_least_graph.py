@@ -287,10 +287,15 @@ def test_others_stand_in_all_places_of_a_tensor_and_leave_again_after_an_error()
     before, places = dict(net.state_dict(keep_vars=True)), Places(net)
     assert {name for name, _ in places} == {n for n, _ in (*net.named_parameters(), *net.named_buffers())}
     others = {"0.weight": torch.eye(2), "1.running_mean": torch.ones(2)}
-    with pytest.raises(ValueError, match="enough"), places.taken_by(others):
-        assert net[0].weight is net[2].weight is others["0.weight"]
-        assert net[1].running_mean is others["1.running_mean"]
-        raise ValueError("enough")
+
+    def fails():
+        with places.taken_by(others):
+            assert net[0].weight is net[2].weight is others["0.weight"]
+            assert net[1].running_mean is others["1.running_mean"]
+            raise ValueError("enough")
+
+    with pytest.raises(ValueError, match="enough"):
+        fails()
     assert all(value is before[name] for name, value in net.state_dict(keep_vars=True).items())
 
 
