@@ -1,5 +1,7 @@
 """Training steps of fine-tuning beside what a network was, written out as a user would."""
 
+from collections import deque
+
 import torch
 import torch.nn.functional as F
 from by_hand import Plain, WithTeacher
@@ -15,9 +17,10 @@ from lightning_reg.functional import (
     mix_pairs,
     positive_pairs,
     two_label_losses,
+    window_shares,
 )
 
-BANK, WIDTH = 256, 64
+BANK, WIDTH, WINDOW, APART = 256, 64, 9, 10
 
 
 class Agreeing(WithTeacher):
@@ -61,6 +64,26 @@ class Banked(WithTeacher):
         self.at = (self.at + len(x)) % BANK
         self.filled |= self.at == 0
         return loss
+
+
+class Recent(WithTeacher):
+    """Features drawn to those of a mean of the latest snapshots."""
+
+    def __init__(self, net):
+        super().__init__(net)
+        self.snapshots = deque(maxlen=WINDOW + 1)
+
+    def training_step(self, batch, batch_idx):
+        x, y, _ = batch
+        with torch.no_grad():
+            if batch_idx % APART == 0:
+                self.snapshots.append([p.clone() for p in self.net.parameters()])
+                shares = window_shares(len(self.snapshots) - 1, 0.9).tolist()
+                for mean, *each in zip(self.teacher.parameters(), *self.snapshots, strict=True):
+                    mean.copy_(sum(share * p for share, p in zip(shares, each, strict=True)))
+            old = self.teacher.body(x)
+        features = self.net.body(x)
+        return self.loss(self.net.top(features), y) + F.mse_loss(features, old)
 
 
 class Mined(Plain):

@@ -31,7 +31,7 @@ from by_hand import (
     after_one_task,
     ewc,
 )
-from by_hand_references import BANK, Agreeing, Banked, Mined
+from by_hand_references import APART, BANK, WINDOW, Agreeing, Banked, Mined, Recent
 from by_hand_terms import STEPS_APART, Clamped, Dropped, Margins, Matched, Repelled, Scored, WithCentres
 from overhead import ResNet18, SmallTransformer, data, in_turns, quiet, show
 
@@ -45,6 +45,7 @@ from lightning_reg import (
     FeatureDistillation,
     FrozenTwinAgreement,
     L2ToStart,
+    LocalMeanTeacher,
     Loki,
     MetricLoss,
     ModalityDropout,
@@ -90,6 +91,7 @@ def arms(key, samples):
         "frozen_twin": Agreeing,
         "dr_tune": Banked,
         "core_tuning": Mined,
+        "local_mean_teacher": Recent,
     }.get(key)
     technique = {
         "l2_to_start": lambda: L2ToStart(LAM),
@@ -109,13 +111,16 @@ def arms(key, samples):
         "frozen_twin": lambda: FrozenTwinAgreement({"net.pool": 10.0}),
         "dr_tune": lambda: DRTune("net.pool", "net.head", bank_size=BANK, warm_up=False),
         "core_tuning": lambda: CoreTuning("net.pool", "net.head"),
+        "local_mean_teacher": lambda: LocalMeanTeacher(
+            "net.pool", window_min=WINDOW, window_max=WINDOW, every_n_steps=APART, snapshots=1
+        ),
     }[key]()
     plain = Numbers if key in {"conr", "proximal_matching"} else Plain
     by_hand = Averaged(copy.deepcopy(net), samples) if key == "elr_plus" else hand(copy.deepcopy(net))
     return {"plain": (plain(copy.deepcopy(net)), []), "by hand": (by_hand, []), "engine": (plain(net), [technique])}
 
 
-REFERENCES = ("frozen_twin", "dr_tune", "core_tuning")
+REFERENCES = ("frozen_twin", "dr_tune", "core_tuning", "local_mean_teacher")
 POOLED = ("conr", "tcm_loss", "metric_loss", "text_dropout", *REFERENCES)
 NEW = ("tcm_loss", "metric_loss", "text_dropout", "loki", "non_negative", "proximal_matching", "weight_repulsion")
 KEYS = (

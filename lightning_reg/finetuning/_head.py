@@ -3,7 +3,7 @@
 from torch import nn
 
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.layers.named import find_layer, named_layers
+from lightning_reg.engine.layers.named import layer_named
 
 __all__ = ["linear_head"]
 
@@ -25,7 +25,7 @@ def linear_head(owner: object, module: nn.Module, layer: str, head: str, width: 
         MisconfigurationException: If it is no linear layer for so many features.
 
     """
-    found = find_layer(named_layers(module), head)
+    found = layer_named(module, head)
     if not isinstance(found, nn.Linear) or (width is not None and found.in_features != width):
         features = "features" if width is None else f"{width} features"
         raise MisconfigurationException(

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_reg.engine.host.autograd import is_checkpointed, is_reentrant
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.names import near_names
-from lightning_reg.engine.layers.named import FeatureTap, named_layers
+from lightning_reg.engine.layers.named import FeatureTap, layer_named, named_layers
 
 X = torch.tensor([[1.0, -2.0]])
 
@@ -137,3 +137,14 @@ def test_layers_know_what_kind_of_checkpoint_is_around_them():
     for reentrant in (False, True):
         checkpoint(layer, x, use_reentrant=reentrant).sum().backward()  # again, when no checkpoint is around
     assert found == [(False, False)] * 2 + [(True, False), (False, False), (True, True), (False, False)]
+
+
+def test_a_layer_by_its_name_is_the_one_of_the_list():
+    model = nn.Module()
+    model.net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    assert layer_named(model, "net.1") is model.net[1]
+    model.net = torch.compile(model.net)
+    assert layer_named(model, "net.1") is named_layers(model)["net.1"]
+    for name in ("", "net.9", "nets"):
+        with pytest.raises(MisconfigurationException):
+            layer_named(model, name, "Someone")

@@ -401,3 +401,27 @@ def test_a_loss_compiled_after_the_gate_was_learned_is_missed_once():
     names, value = watcher.watch(step, X, Y)
     assert names == ["cross_entropy"]
     torch.testing.assert_close(value, 2 * F.cross_entropy(net(X), Y))  # as above
+
+
+@pytest.mark.parametrize("labels", [Y, Y - 100])
+def test_the_gate_is_learned_where_nobody_calls_the_function(labels):
+    """A technique that replaces all losses never does; the function is asked without numbers, so none can be wrong."""
+    seen, interception_ = [], Interception(compiled=False)
+
+    def replaced(function, args, kwargs):
+        seen.append(function.__name__)
+        return args[0].sum()
+
+    for by_gate in (False, True):
+        assert interception_.by_gate is by_gate
+        with interception_.watch(replaced):
+            assert F.cross_entropy(X, labels) == X.sum()
+    assert seen == ["cross_entropy"] * 2
+
+
+def test_a_function_that_knows_no_tensors_without_numbers_is_asked_all_the_same():
+    interception_ = Interception(compiled=False)
+    log_p, lengths = torch.randn(5, 2, 3).log_softmax(2), torch.tensor([5, 5])
+    with interception_.watch(lambda function, args, kwargs: torch.zeros(())):
+        F.ctc_loss(log_p, torch.ones(2, 2, dtype=torch.long), lengths, lengths - 3)
+    assert interception_.by_gate

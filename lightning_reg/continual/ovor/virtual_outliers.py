@@ -14,7 +14,7 @@ from lightning_reg.engine.host import distributed
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.layers.named import find_layer, named_layers
+from lightning_reg.engine.layers.named import layer_named
 from lightning_reg.engine.run.periods import Period
 from lightning_reg.engine.run.phases import OnLayers, OnModules, phases_of
 from lightning_reg.engine.technique import LayerTechnique, LossTechnique
@@ -366,7 +366,7 @@ class VirtualOutliers(TaskTechnique, LayerTechnique, LossTechnique):
         return rows[torch.arange(start, start + count, device=rows.device) % len(rows)]
 
     def _seen_by_head(self, step: "Step", rows: Tensor) -> Tensor:
-        head = find_layer(named_layers(step.module), self.head)
+        head = layer_named(step.module, self.head)
         kind = next((p.dtype for p in head.parameters()), rows.dtype)
         # Not by calling it: hooks are for what passes the whole network.
         logits: Tensor = head.forward(rows.to(kind))

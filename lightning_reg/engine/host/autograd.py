@@ -1,6 +1,7 @@
 """What the autograd graph says of how tensors were made."""
 
 import inspect
+from collections import deque
 from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ __all__ = [
     "is_reentrant",
     "is_wanted",
     "lies_by_row",
+    "nearest_leaf",
     "rows_of_output",
     "runs_backward",
     "version_of",
@@ -171,6 +173,24 @@ def _nodes(value: Tensor, but_through: Sequence[Any] = ()) -> Iterator[Any]:
             yield current
             seen.add(current)
             stack.extend(following for following, _ in current.next_functions)
+
+
+def nearest_leaf(value: Tensor) -> Tensor | None:
+    """The leaf of a tensor's graph that lies the fewest operations before it; itself, if it is one."""
+    if value.grad_fn is None:
+        return value if value.requires_grad else None
+    queue: deque[Any] = deque([value.grad_fn])
+    seen = {value.grad_fn}
+    while queue:
+        for following, _ in queue.popleft().next_functions:
+            if following is None or following in seen:
+                continue
+            leaf: Tensor | None = getattr(following, "variable", None)
+            if leaf is not None:
+                return leaf
+            seen.add(following)
+            queue.append(following)
+    return None
 
 
 def runs_backward() -> bool:

@@ -17,19 +17,26 @@ __all__ = ["lent_trainer", "silenced"]
 @contextmanager
 def lent_trainer(module: "LightningModule", trainer: "Trainer") -> Iterator[None]:
     """A module that is attached to no Trainer has one, with nothing logged from it."""
+    parts = _parts_that_log(module)
     with ExitStack() as undo:
-        for part in _parts_that_log(module):
+        for part in parts:
             undo.callback(setattr, part, "_trainer", None)
             setattr(part, "_trainer", trainer)  # noqa: B010 # mypy takes what modules have for tensors
-        undo.enter_context(silenced(module, trainer))
+        undo.enter_context(_silenced(parts, trainer))
         yield
 
 
 @contextmanager
 def silenced(module: "LightningModule", trainer: "Trainer") -> Iterator[None]:
     """Nothing is logged from a module."""
+    with _silenced(_parts_that_log(module), trainer):
+        yield
+
+
+@contextmanager
+def _silenced(parts: list[nn.Module], trainer: "Trainer") -> Iterator[None]:
     with ExitStack() as undo:
-        for part in _parts_that_log(module):
+        for part in parts:
             for name in ("log", "log_dict"):
                 undo.callback(Replacement(part, name, _ignore).undo)
         undo.callback(setattr, trainer, "loggers", trainer.loggers)
@@ -38,7 +45,8 @@ def silenced(module: "LightningModule", trainer: "Trainer") -> Iterator[None]:
 
 
 def _parts_that_log(module: "LightningModule") -> list[nn.Module]:
-    return [part for part in module.modules() if hasattr(part, "_trainer") and hasattr(part, "log_dict")]
+    # Not by `hasattr` first, which asks every layer of a network for what it does not have.
+    return [part for part in module.modules() if "_trainer" in vars(part) and hasattr(part, "log_dict")]
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:

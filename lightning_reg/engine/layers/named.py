@@ -11,7 +11,7 @@ from lightning_reg.engine.host.autograd import is_reentrant
 from lightning_reg.engine.host.errors import MisconfigurationException, refuse_layer
 from lightning_reg.engine.host.names import plain_name
 
-__all__ = ["FeatureTap", "LayerHook", "find_layer", "is_frozen", "named_layers"]
+__all__ = ["FeatureTap", "LayerHook", "find_layer", "is_frozen", "layer_named", "named_layers"]
 
 
 def named_layers(module: nn.Module) -> dict[str, nn.Module]:
@@ -38,6 +38,27 @@ def find_layer(layers: Mapping[str, nn.Module], name: str, owner: str = "") -> n
     if name not in layers:
         refuse_layer(name, layers, owner)
     return layers[name]
+
+
+def layer_named(module: nn.Module, name: str, owner: str = "") -> nn.Module:
+    """The same for one name of a module, without a look at all its layers: for every step.
+
+    Args:
+        module: The module.
+        name: What the user wrote.
+        owner: Class to name in the error.
+
+    Returns:
+        The layer.
+
+    Raises:
+        MisconfigurationException: As above.
+
+    """
+    try:
+        return module.get_submodule(name or "?")
+    except AttributeError:  # behind an `_orig_mod.`, or nowhere
+        return find_layer(named_layers(module), name, owner)
 
 
 def is_frozen(module: nn.Module, name: str) -> bool:

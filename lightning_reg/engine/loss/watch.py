@@ -16,7 +16,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
 from lightning_reg.engine.host import lightning as host
@@ -122,6 +123,17 @@ def _all_plain(args: tuple[Any, ...]) -> bool:
     return True
 
 
+def _ask(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Calls a loss function on tensors without numbers, so that it asks whether somebody overrides it."""
+    if _all_plain((*args, *kwargs.values())):
+        with suppress(Exception):  # it asks before anything else; not all know such tensors
+            function(*tree_map_only(Tensor, _empty, args), **tree_map_only(Tensor, _empty, kwargs))
+
+
+def _empty(value: Tensor) -> Tensor:
+    return torch.empty_like(value, device="meta")
+
+
 class Interception:
     """Hands every loss call inside :meth:`watch` to a handler, by the cheapest way that sees it.
 
@@ -182,6 +194,8 @@ class Interception:
         """Handles a call that the mode saw in eager code, and learns whether the gate would have seen it."""
         with nullcontext() if self._stay_in_mode else self._gate.intercept(handler, False):
             value = handler(function, args, kwargs)
+            if not (self._stay_in_mode or self._gate.asked):  # whoever replaces all losses does not call the function
+                _ask(function, args, kwargs)
         self._stay_in_mode |= not self._gate.asked
         self._learned = True
         return value

@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
 from functools import partial
 from types import CellType, FunctionType, MethodType
@@ -11,10 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torchmetrics import Metric
-from typing_extensions import override
 
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.autograd import version_of
@@ -27,6 +25,8 @@ from lightning_reg.engine.layers.named import FeatureTap, LayerHook
 from lightning_reg.engine.layers.outputs import given_outputs
 from lightning_reg.engine.loss.result import loss_of
 from lightning_reg.engine.loss.watch import Interception
+from lightning_reg.engine.networks.least_graph import LeastGraph
+from lightning_reg.engine.networks.places import Places
 from lightning_reg.engine.networks.sight import SeenCall, Sight, kept_buffers
 from lightning_reg.engine.weights.finite import all_finite, chosen_if
 from lightning_reg.engine.weights.ways import needs_gradient
@@ -203,6 +203,8 @@ class Peer:
         self._metrics = [layer for layer in self.module.modules() if isinstance(layer, Metric)]
         self._pairs = list(self.module.parameters()), list(module.parameters())
         self._seen = SeenCall(self.module, Interception(compiled=False))
+        self._graph = LeastGraph()
+        self._places: Places | None = None
 
     def update_average_(self, decay: float) -> Tensor:
         """Moves its parameters to those of the module it was copied from: :func:`update_average_`."""
@@ -256,42 +258,44 @@ class Peer:
             RuntimeError: If ``training_step`` asks for gradients itself.
 
         """
-        trainer = step.trainer
+        method = "training_step" if step.stage == "train" else "validation_step"
+        begins = None if gradient or technique is None else self._graph.of(method)
+        look = partial(self._look, step, technique, method, gradient, weights, outputs or {})
+        found = None if begins is None else look(begins)
+        return found or look(None)  # type: ignore[return-value]  # the whole graph is always enough
+
+    def _look(
+        self,
+        step: "Step",
+        technique: "Owner | None",
+        method: str,
+        gradient: bool,
+        weights: Mapping[str, Tensor] | None,
+        outputs: Mapping[str, Tensor],
+        begins: Set[str] | None,
+    ) -> Sight | None:
+        """A pass with a graph from some parameters on, or all; ``None`` if that was too little."""
         tensors = [leaf for leaf in tree_leaves(step.batch) if isinstance(leaf, Tensor)]
         versions = [version_of(tensor) for tensor in tensors]
         try:
             with ExitStack() as undo:
-                undo.enter_context(isolated_randomness())
-                undo.enter_context(lent_trainer(self.module, trainer))
-                undo.enter_context(kept_buffers(self.module))
-                # With a graph, so that calls with a gradient are told apart as they are in the user's own step (a
-                # metric's have none); the graph keeps nothing. Without one, where no call is asked for: torch's
-                # transformer layers have a faster way then.
-                undo.enter_context(torch.set_grad_enabled(gradient or technique is not None))
-                undo.enter_context(trainer.precision_plugin.train_step_context())
-                if gradient:
-                    undo.enter_context(torch.autocast(self.module.device.type, enabled=False))
-                else:
-                    undo.enter_context(saved_tensors_hooks(_forget, _forgotten))
+                self._enter(undo, step, technique, gradient)
                 undo.enter_context(self._seen.watch(step, technique, gradient=gradient))
-                undo.enter_context(given_outputs(self.module, outputs or {}, self._owner))
+                undo.enter_context(given_outputs(self.module, outputs, self._owner))
+                parameters = self._parameters(undo, weights, begins)
                 self._tap.open = True
-                loss = loss_of(self._run(step, weights))
-            outputs = dict(self._tap.outputs)
-            features = outputs if gradient else tree_map_only(Tensor, Tensor.detach, outputs)
-        except RuntimeError as error:
-            if technique is None and "does not require grad" in str(error):
-                raise RuntimeError(_ASKS_FOR_GRADIENTS) from error
-            raise
-        except _OF_ANOTHER_MODE as error:
-            if self.module.training:
+                loss = loss_of(getattr(self.module, method)(step.batch, *step.arguments))
+                if technique is not None and not gradient and begins is None:
+                    self._graph.learn(method, self._seen, loss, parameters)
+            seen = dict(self._tap.outputs)
+            features = seen if gradient else tree_map_only(Tensor, Tensor.detach, seen)
+        except Exception as error:
+            if begins is not None:  # a hook on what has no gradient now, say; the whole graph will tell
+                return None
+            explained = self._explained(error, asks=technique is not None)
+            if explained is None:
                 raise
-            raise MisconfigurationException(
-                f"{self._owner} runs `training_step` on a copy of the module in eval mode, where it raises"
-                f" {type(error).__name__}: {error}. If it computes a loss in train mode only (a detector returns its"
-                " losses in train mode, and boxes in eval mode), let it compute one in eval mode too, or leave"
-                f" {self._owner} out."
-            ) from error
+            raise explained from error
         finally:
             self._tap.open = False
             self._tap.outputs.clear()
@@ -302,38 +306,64 @@ class Peer:
                 f"{type(self.module).__name__}.training_step changes its batch in place, so a second network sees"
                 " another batch than the module. Write `x = x + noise` for `x += noise`."
             )
+        if begins is not None and not self._graph.is_enough(self._seen, loss):
+            return None
         return Sight(self._seen.chosen(), features, made_loss=loss is not None and loss.requires_grad)
 
-    def _run(self, step: "Step", weights: Mapping[str, Tensor] | None) -> Any:
-        arguments = step.batch, *step.arguments
-        method = "training_step" if step.stage == "train" else "validation_step"
+    def _enter(self, undo: ExitStack, step: "Step", technique: "Owner | None", gradient: bool) -> None:
+        """What surrounds a pass, so that nobody notices."""
+        undo.enter_context(isolated_randomness())
+        undo.enter_context(lent_trainer(self.module, step.trainer))
+        undo.enter_context(kept_buffers(self.module))
+        # With a graph, so that calls with a gradient are told apart as they are in the user's own step (a metric's have
+        # none); the graph keeps nothing. Without one, where no call is asked for.
+        undo.enter_context(torch.set_grad_enabled(gradient or technique is not None))
+        undo.enter_context(step.trainer.precision_plugin.train_step_context())
+        if gradient:
+            undo.enter_context(torch.autocast(self.module.device.type, enabled=False))
+        else:
+            undo.enter_context(saved_tensors_hooks(_forget, _forgotten))
+
+    def _explained(self, error: Exception, *, asks: bool) -> Exception | None:
+        """The error to raise in place of one of ``training_step``'s own; ``None`` for none."""
+        if not asks and isinstance(error, RuntimeError) and "does not require grad" in str(error):
+            return RuntimeError(_ASKS_FOR_GRADIENTS)
+        if self.module.training or not isinstance(error, _OF_ANOTHER_MODE):
+            return None
+        return MisconfigurationException(
+            f"{self._owner} runs `training_step` on a copy of the module in eval mode, where it raises"
+            f" {type(error).__name__}: {error}. If it computes a loss in train mode only (a detector returns its"
+            " losses in train mode, and boxes in eval mode), let it compute one in eval mode too, or leave"
+            f" {self._owner} out."
+        )
+
+    def _parameters(
+        self, undo: ExitStack, weights: Mapping[str, Tensor] | None, begins: Set[str] | None
+    ) -> dict[str, Tensor]:
+        """What the pass runs with, by name: its own parameters, or others as leaves of their own and buffers."""
         if weights is None:
-            return getattr(self.module, method)(*arguments)
+            own: dict[str, Tensor] = dict(self.module.named_parameters())
+            for name, parameter in own.items():
+                if begins is not None and parameter.requires_grad and name not in begins:
+                    undo.callback(parameter.requires_grad_)
+                    parameter.requires_grad_(False)
+            return own
+        self._places = places = self._places or Places(self.module)
         others: dict[str, Tensor] = {}
         # Of a network in which nothing is trained (techniques train what is beside it) all calls have a gradient.
-        all_frozen = not any(p.requires_grad for p in self.module.parameters())
-        for name, place in (*self.module.named_parameters(), *self.module.named_buffers()):
+        all_frozen = not any(p.requires_grad for _, p in places)
+        for name, place in places:
             is_parameter = isinstance(place, nn.Parameter)
             if is_parameter and not place.is_floating_point():  # nobody trains codes of a quantised layer
                 continue
             other = weights[plain_name(name)].to(place.device, place.dtype).detach()
             # A leaf of its own, so that calls with a gradient are told apart; a buffer that the step may write to.
             leaf = place.requires_grad or (all_frozen and other.is_floating_point())
-            others[f"module.{name}"] = other.requires_grad_(leaf) if is_parameter else other.clone()
+            leaf &= begins is None or name in begins
+            others[name] = other.requires_grad_(leaf) if is_parameter else other.clone()
         # Not by exchanging `.data`: inside one autocast region torch goes on with the old weights.
-        return functional_call(_Step(self.module, method), others, arguments)
-
-
-class _Step(nn.Module):
-    """A module's ``training_step``, or another of its methods, as a ``forward``, for ``functional_call``."""
-
-    def __init__(self, module: "LightningModule", method: str) -> None:
-        super().__init__()
-        self.module, self._method = module, method
-
-    @override
-    def forward(self, *arguments: Any) -> Any:
-        return getattr(self.module, self._method)(*arguments)
+        undo.enter_context(places.taken_by(others))
+        return others
 
 
 # What a step raises that gets from its network something else than in train mode.

@@ -56,6 +56,10 @@ class SeenCall:
         module: The module that runs.
         interception: Sees the loss functions, from one pass to the next.
 
+    Attributes:
+        with_gradient: Of each call of the pass that counts, something that has a gradient, while :meth:`watch` lasts.
+        without_gradient: How many calls did not count although gradients were on.
+
     """
 
     def __init__(self, module: "LightningModule", interception: Interception) -> None:
@@ -64,6 +68,8 @@ class SeenCall:
         self._selection: Selection[Owner] = Selection(())
         self._taken: LossCall | None = None
         self._keep: Callable[[dict[str, Any]], dict[str, Any]] = _detached
+        self.with_gradient: list[Tensor] = []
+        self.without_gradient = 0
 
     @contextmanager
     def watch(self, step: "Step", technique: "Owner | None", *, gradient: bool) -> Iterator[None]:
@@ -77,6 +83,7 @@ class SeenCall:
         """
         self._step, self._selection, self._taken = step, Selection([] if technique is None else [technique]), None
         self._keep = _unchanged if gradient else _detached
+        self.without_gradient = 0
         try:
             if not isinstance(self._module, LossMixin):
                 with self._interception.watch(self._intercept):
@@ -89,6 +96,7 @@ class SeenCall:
                 replaced.undo()
         finally:
             self._step = None
+            self.with_gradient = []
 
     def chosen(self) -> LossCall | None:
         """What was seen of the pass, handed out once.
@@ -107,8 +115,9 @@ class SeenCall:
 
     def _intercept(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         arguments = bind(function, args, kwargs)
-        has_gradient = any(isinstance(value, Tensor) and value.requires_grad for value in arguments.values())
-        if self._step is not None and torch.is_grad_enabled() and has_gradient:
+        values = arguments.values()
+        differentiable = next((v for v in values if isinstance(v, Tensor) and v.requires_grad), None)
+        if self._step is not None and torch.is_grad_enabled() and self._counts(differentiable):
             self._note(loss_call(function, self._keep(arguments), self._step, call_site()))
         return function(*args, **kwargs)
 
@@ -120,12 +129,20 @@ class SeenCall:
         targets: Tensor | None = None,
         indices: Tensor | None = None,
     ) -> Tensor:
-        if self._step is not None and per_sample_loss.requires_grad:
+        differentiable = per_sample_loss if per_sample_loss.requires_grad else None
+        if self._step is not None and self._counts(differentiable):
             handed_over = self._keep({"loss": per_sample_loss, "logits": logits})
             self._note(
                 call_by_hand(handed_over["loss"], handed_over["logits"], targets, indices, self._step, call_site())
             )
         return per_sample_loss.mean()
+
+    def _counts(self, differentiable: Tensor | None) -> bool:
+        if differentiable is None:
+            self.without_gradient += 1
+            return False
+        self.with_gradient.append(differentiable)
+        return True
 
     def _note(self, call: LossCall) -> None:
         if self._selection.take(call.name, call.site, str(call)) or self._selection.late:
