@@ -1,7 +1,7 @@
 r"""Nested dropout: a classifier sees the first k features, so that they are ordered by importance."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +92,7 @@ class NestedDropout(LayerTechnique):
 
     """
 
+    edits_second: ClassVar[bool] = True
     stages: frozenset["Stage"] = frozenset({"train", "validate", "test", "predict"})
 
     def __init__(
@@ -192,7 +193,7 @@ class NestedDropout(LayerTechnique):
         if self.k != "chosen":
             return int(self.k)
         trainer = call.step.trainer
-        if trainer.state.fn != "fit":
+        if trainer.state.fn != "fit" or call.step.stage == "predict":  # within a fit: a second network is asked
             return self.chosen_k
         if host.validates_in_fit(trainer):
             self._count(call, features)
