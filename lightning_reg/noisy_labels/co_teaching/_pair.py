@@ -124,7 +124,7 @@ class Pair:
         load_weights_(second, kept["weights"], owner)
         for network in (first, second):
             for name, size in prefix.items():
-                found = find_layer(named_layers(network), name)
+                found = find_layer(named_layers(network), name, type(owner).__name__)
                 found.register_forward_pre_hook(_first_features(size))
         return MeanOfTwo(_layer(first, layer), _layer(second, layer)).eval()
 
