@@ -1,12 +1,13 @@
 """Co-teaching on digits with wrong labels, alone, with nested dropout in one fit, and after it.
 
 scikit-learn's digits: 1,000 for training, whose labels are redrawn over all ten classes with probability 0.4 (36 % are
-wrong), 200 with clean labels for validation, and 597 for the test. MLP
-64-256-128-10, Adam 1e-3, batch 64, 60 epochs. Each arm trains two networks, so all cost the same number of training
-passes: `network` is the test accuracy of the first one, `both` that of the mean of both networks' logits, after the last
-epoch and, with nested dropout, by the first K features, K chosen by the validation accuracy of that mean. Forget rate 0.36, reached after 5 epochs, or estimated after 5
-(`rate`). Two stages: 40 epochs of nested dropout for each of two seeds, then 20 of co-teaching from the two, with
-1e-4 and the rate from the start.
+wrong), 200 with clean labels for validation, and 597 for the test. MLP 64-256-128-10, Adam 1e-3, batch 64, 60 epochs.
+Each arm trains two networks, so all cost the same number of training passes: `network` is the test accuracy of the
+first one, `both` that of the mean of both networks' logits, after the last epoch and, with nested dropout (eta 10), by
+the first K features, K chosen by the validation accuracy of that mean. Forget rate 0.36, reached after 5 epochs, or
+estimated after 5 (`rate`). Two stages: 40 epochs of nested dropout for each of two seeds, then 20 of co-teaching from
+the two, with 1e-4 and the rate from the start. In one fit the classes that nested dropout has not learned by the fifth
+epoch are left out: of seed 1 no sample with label 1 or 2 is picked any more.
 """
 
 import tempfile

@@ -3,12 +3,10 @@
 import copy
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_reg import CoTeaching, ELRPlusCallback, NestedDropout, NMSparsity
@@ -20,7 +18,6 @@ from lightning_reg.functional import (
     estimated_forget_rate,
     forget_rate_at,
     keep_prefix,
-    prefix_probabilities,
     small_loss_mask,
     small_loss_weights,
 )
@@ -208,13 +205,14 @@ def test_the_rate_grows_as_published():
 def test_the_rate_is_estimated_from_two_groups_of_losses():
     generator = torch.Generator().manual_seed(0)
     for wrong in (200, 400, 600):
-        low = -torch.rand(1000 - wrong, generator=generator).clamp(min=1e-6).log() / 10
+        low = 0.3 * torch.rand(1000 - wrong, generator=generator)
         losses = torch.cat([low, 3 + 0.5 * torch.randn(wrong, generator=generator)])
         assert estimated_forget_rate(losses) == pytest.approx(wrong / 1000, abs=0.05)
         spoiled = torch.cat([losses, torch.tensor([float("nan"), float("inf")])])
         assert estimated_forget_rate(spoiled) == estimated_forget_rate(losses)
     assert estimated_forget_rate(torch.ones(5)) == estimated_forget_rate(torch.ones(1)) == 0.0
-    assert estimated_forget_rate(torch.cat([torch.zeros(1), torch.full((99,), 9.0)])) == 0.95
+    assert estimated_forget_rate(torch.cat([torch.zeros(1), torch.full((99,), 9.0)])) == 0.0
+    assert estimated_forget_rate(torch.cat([torch.zeros(20), torch.full((80,), 9.0)])) == pytest.approx(0.8)
 
 
 # -- in training ------------------------------------------------------------------------------------------------------
@@ -297,17 +295,14 @@ def test_the_rate_is_estimated_once_after_its_epochs(tmp_path):
 
 
 def test_wrong_labels_are_found():
-    class Wide(Classifier):
-        def configure_optimizers(self):
-            return torch.optim.Adam(self.parameters(), 0.03)
-
-    technique, (data, wrong) = CoTeaching(0.25, gradual_epochs=4), noisy_data()
-    loader = make_loader(data, shuffle=True, generator=torch.Generator().manual_seed(0))
-    fit(Wide(), technique, loader=loader, max_epochs=20)
-    suspected = technique.suspected_label_errors()
-    assert (suspected & wrong).sum() / suspected.sum() > 0.6
-    assert (suspected & wrong).sum() / wrong.sum() > 0.6
-    assert technique.pred_probs().sum(1).tolist() == pytest.approx([1] * 64, abs=1e-5)
+    _, wrong = noisy_data()
+    clean = torch.arange(64) // 3 % CLASSES
+    x = 4 * F.one_hot(clean, INPUTS).float() + 0.3 * torch.randn(64, INPUTS, generator=torch.Generator().manual_seed(0))
+    technique, data = CoTeaching(0.25, 2), TensorDataset(x, torch.where(wrong, (clean + 1) % CLASSES, clean))
+    fit(Classifier(lr=0.1), technique, loader=make_loader(data, 16), max_epochs=6)
+    assert torch.equal(technique.suspected_label_errors(), wrong)
+    assert technique.pred_probs().argmax(1).tolist() == clean.tolist()
+    assert technique.label_errors().suggested.tolist() == clean[technique.label_errors().index].tolist()
 
 
 def test_ignored_labels_are_not_kept(monkeypatch):
@@ -320,6 +315,7 @@ def test_ignored_labels_are_not_kept(monkeypatch):
     assert picks.weights[0].max() == 2
 
 
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 def test_a_step_without_a_loss_is_left_alone():
     module = Classifier(lambda module, batch: None)
     fit(module, CoTeaching(0.5, gradual_epochs=0))
@@ -331,8 +327,12 @@ def test_a_step_without_a_loss_is_left_alone():
 
 def test_nested_dropout_cuts_both_networks_and_what_they_are_asked(monkeypatch):
     technique, nested = CoTeaching(0.5, gradual_epochs=0), NestedDropout("net.3", eta=1e-3, k=1)  # one feature always
+
+    def step(module, batch):  # tanh: no unit is 0 for all samples
+        return F.cross_entropy(module.net[3](module.net[0](batch[0]).tanh()), batch[1])
+
     other, (x, y) = reset(technique, Classifier()), make_tensors()
-    module, picks = Classifier(), Picks(monkeypatch)
+    module, picks = Classifier(step), Picks(monkeypatch)
     before = module.net[3].weight.detach().clone()
     fit(module, nested, technique, loader=make_loader(batch_size=SAMPLES), max_epochs=1)
     second = second_of(technique, module)
@@ -340,7 +340,7 @@ def test_nested_dropout_cuts_both_networks_and_what_they_are_asked(monkeypatch):
         assert torch.equal(after[:, 1:], first[:, 1:])
         assert not torch.equal(after[:, 0], first[:, 0])
     with torch.no_grad():
-        logits = other.net[3](keep_prefix(other.net[:3](x), 1))
+        logits = other.net[3](keep_prefix(other.net[0](x).tanh(), 1))
     torch.testing.assert_close(picks.losses[0], F.cross_entropy(logits, y, reduction="none"))
 
 
@@ -376,6 +376,7 @@ def test_two_stages_begin_with_two_trained_networks(tmp_path):
     for file in files:
         technique, module = CoTeaching(0.2, gradual_epochs=0, second=str(file)), copy.deepcopy(one)
         module.lr = 0.0
+        module.train()
         fit(module, NestedDropout("net.3", eta=2, k=3), technique)
         pair = technique.ensemble(module, {"net.3": 3})
         x = make_tensors()[0]
@@ -459,6 +460,7 @@ def test_ranks_pick_together(two_processes):
     assert all(torch.equal(a, b) for a, b in zip(weights, others, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:CoTeaching. the second network starts with the first one's values for net.vit")
 def test_a_vision_transformer_beside_nested_dropout():
     transformers = pytest.importorskip("transformers")
     config = transformers.ViTConfig(

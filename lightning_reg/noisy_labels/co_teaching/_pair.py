@@ -142,12 +142,7 @@ class Pair:
 
 
 def _weights_in_file(file: str, module: "LightningModule", owner: "Technique") -> dict[str, Tensor]:
-    """The weights of a checkpoint or state dict, by the names of a module; all that it saves must be there.
-
-    Raises:
-        MisconfigurationException: If the file cannot be read, or lacks weights of the module.
-
-    """
+    """The weights of a checkpoint or state dict, by the names of a module; all that it saves must be there."""
     name = f"{type(owner).__name__}(second={file!r})"
     try:
         content = read_checkpoint(Path(file))

@@ -57,7 +57,11 @@ class CoTeaching(ReportsLabelErrors, BatchTechnique, LossTechnique):
         predictor = co_teaching.ensemble(model, prefix={"fc": nested.chosen_k})
 
     Use it for single-label classification with up to about half of the labels wrong, where double time is no obstacle.
-    Leave it where classes are rare: their samples have large losses, and are left out.
+    Leave it where classes are rare, or still to be learned when samples begin to be left out: theirs have large losses,
+    and are never picked again. On digits with 36 % wrong labels the test accuracy of two networks went from 0.85 to
+    0.94 (0.95 with the rate estimated, 0.44); with nested dropout of ``eta=10`` from the start it fell to 0.77, because
+    whole classes were left out, and after nested dropout to 0.88, from 0.91 with that alone
+    (``benchmarks/effects/co_teaching.py``). Beside nested dropout let ``gradual_epochs`` be many.
 
     Source:
         Han et al., "Co-teaching: Robust Training of Deep Neural Networks with Extremely Noisy Labels", NeurIPS 2018,
