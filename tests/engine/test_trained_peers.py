@@ -27,9 +27,10 @@ from lightning_reg.engine.host.distributed import average_, broadcast_
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.networks.edits_beside import EditsBeside
 from lightning_reg.engine.networks.ensemble import JointForward, MeanOfTwo
+from lightning_reg.engine.networks.first_weights import reset_parameters_
 from lightning_reg.engine.networks.named_weights import weights_of
 from lightning_reg.engine.networks.peer import copy_of
-from lightning_reg.engine.networks.trained import PeerStep, TrainedPeer, check_trainable, reset_parameters_
+from lightning_reg.engine.networks.trained import PeerStep, TrainedPeer, check_trainable
 from lightning_reg.engine.run.composition import conflict_between
 from lightning_reg.engine.run.engine import attached_engine
 from lightning_reg.engine.technique import BatchTechnique, LayerTechnique, LossTechnique

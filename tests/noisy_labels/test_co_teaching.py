@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_reg import CoTeaching, ELRPlusCallback, NestedDropout, NMSparsity
 from lightning_reg.engine.data.order import Reordered
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.networks.trained import reset_parameters_
+from lightning_reg.engine.networks.first_weights import reset_parameters_
 from lightning_reg.engine.run.composition import conflict_between
 from lightning_reg.functional import (
     estimated_forget_rate,

@@ -46,7 +46,8 @@ class NestedDropout(LayerTechnique):
     (:func:`~lightning_reg.functional.best_prefix`, all K in one pass): ``chosen_k`` holds it, the checkpoint too, and
     a test, a prediction and a validation outside of a fit see the first K. Validations within a fit see all features,
     and what your own ``validation_step`` logs is with all. Logged: ``kept``, the k of a step; ``k``, the K chosen; and
-    ``accuracy``, the validation's at that K, for a ``ModelCheckpoint`` to monitor::
+    ``accuracy``, the validation's at that K, for a ``ModelCheckpoint`` to monitor. A second network that CoTeaching
+    trains is cut as well, by another k in each of its steps::
 
         nested = NestedDropout("fc", eta=10)  # `fc` is the classifier, an nn.Linear
         best = ModelCheckpoint(monitor="reg/nested_dropout/accuracy", mode="max")
