@@ -1,4 +1,4 @@
-"""Test accuracy on CIFAR-10 with wrong labels: plain training, label smoothing, early-learning regularization.
+"""Test accuracy on CIFAR-10 with wrong labels: plain training and techniques against them.
 
 The labels are people's (CIFAR-10N) or redrawn at random. ``--data`` names a folder with ``train.parquet`` (columns
 ``image``, encoded, ``label`` and one column for each set of people's labels) and ``test.parquet`` (``image``,
@@ -6,11 +6,17 @@ The labels are people's (CIFAR-10N) or redrawn at random. ``--data`` names a fol
 
     python benchmarks/noisy_labels.py --data PATH --labels worse
     python benchmarks/noisy_labels.py --data PATH --labels symmetric --setting full
+    python benchmarks/noisy_labels.py --data PATH --labels worse --arms nested co_teaching both --runs runs.json
+
+Nothing is tuned: each arm has the constants of its paper, co-teaching the share of wrong labels as its forget rate
+(``--forget-rate``), nested dropout the first ``--eta`` features in evaluation, so that no K is chosen on the test
+images. ``--runs`` keeps the figures of each run in a file, and runs that are in it are not made again.
 """
 
 import argparse
 import hashlib
 import io
+import json
 import logging
 import os
 import platform
@@ -32,13 +38,21 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from scipy import stats
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_reg import ELRCallback
+from lightning_reg import CoTeaching, ELRCallback, NestedDropout
 
 LABELS = ["clean", "aggre", "random1", "random2", "random3", "worse", "symmetric"]
-ARMS = {"plain": "plain", "smoothing": "label smoothing", "elr": "ELRCallback"}
+ARMS = {
+    "plain": "plain",
+    "smoothing": "label smoothing",
+    "elr": "ELRCallback",
+    "nested": "NestedDropout",
+    "co_teaching": "CoTeaching",
+    "both": "NestedDropout, CoTeaching",
+}
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
 
@@ -248,16 +262,19 @@ class AccuracyCurve(Callback):
 
 def run(arm: str, args: argparse.Namespace, seed: int, device: torch.device, curve: AccuracyCurve) -> dict[str, float]:
     train_set, test_set, wrong = datasets(args, seed, device)
-    elr = ELRCallback(lam=args.lam, beta=args.beta)
     torch.manual_seed(seed)
     smoothing = 0.1 if arm == "smoothing" else 0.0
     model = Classifier(args.setting, args.schedule, SETTINGS[args.setting].crop_padding, smoothing, args.channels_last)
+    classifier = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)][-1]
+    nested = NestedDropout(classifier, eta=args.eta, k=args.eta)
+    elr, co_teaching = ELRCallback(lam=args.lam, beta=args.beta), CoTeaching(args.forget_rate, logits_layer="net")
+    techniques = {"elr": [elr], "nested": [nested], "co_teaching": [co_teaching], "both": [nested, co_teaching]}
     trainer = Trainer(
         accelerator=args.accelerator,
         devices=1,
         precision=args.precision,
         max_epochs=args.epochs,
-        callbacks=[curve, elr] if arm == "elr" else [curve],
+        callbacks=[curve, *techniques.get(arm, [])],
         benchmark=True,
         logger=False,
         enable_checkpointing=False,
@@ -276,12 +293,27 @@ def run(arm: str, args: argparse.Namespace, seed: int, device: torch.device, cur
         "best": 100 * max(curve.values),
         "last": 100 * curve.values[-1],
     }
-    if arm == "elr" and wrong.any():
-        suspected = elr.suspected_label_errors()
+    reporting = elr if arm == "elr" else co_teaching
+    if reporting is co_teaching and reporting in trainer.callbacks:
+        prefix = {classifier: args.eta} if arm == "both" else {}
+        result["ensemble"] = 100 * accuracy(co_teaching.ensemble(model, prefix), model, test_set)
+    if reporting in trainer.callbacks and wrong.any():
+        suspected = reporting.suspected_label_errors()
         hits = int((suspected & wrong).sum())
         result["precision"] = 100 * hits / max(int(suspected.sum()), 1)
         result["recall"] = 100 * hits / int(wrong.sum())
     return result
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, model: Classifier, data: "Images") -> float:
+    """Of a network that takes the images as the model's batches have them."""
+    mean, std = model.mean.cpu(), model.std.cpu()
+    right = [
+        (network.cpu()((images - mean) / std).argmax(1) == labels).sum()
+        for images, labels in zip(data.images.cpu().split(1000), data.labels.cpu().split(1000), strict=True)
+    ]
+    return float(sum(right)) / len(data.labels)
 
 
 @contextmanager
@@ -302,21 +334,23 @@ def quiet_lightning() -> Iterator[None]:
 
 # Report
 
-HEADER = ["%", "best epoch", "last epoch", "suspects: precision", "suspects: recall", "seconds"]
+HEADER = ["%", "best epoch", "last epoch", "last, both networks", "suspects: precision", "suspects: recall", "seconds"]
 
 
-def mean_sd(runs: list[dict[str, float]], key: str, digits: int = 1) -> str:
+def mean_and_half(runs: list[dict[str, float]], key: str, digits: int = 1) -> str:
     if key not in runs[0]:
         return "-"
     values = [run[key] for run in runs]
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    # Half the 95 % interval, by Student's t.
+    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5 if values[1:] else 0.0
+    spread = f" ± {half:.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
 def rows_of(results: dict[str, list[dict[str, float]]]) -> list[list[str]]:
-    keys = ("best", "last", "precision", "recall")
+    keys = ("best", "last", "ensemble", "precision", "recall")
     return [
-        [ARMS[arm], *(mean_sd(runs, key) for key in keys), mean_sd(runs, "seconds", digits=0)]
+        [ARMS[arm], *(mean_and_half(runs, key) for key in keys), mean_and_half(runs, "seconds", digits=0)]
         for arm, runs in results.items()
         if runs
     ]
@@ -342,7 +376,7 @@ def command_line(parser: argparse.ArgumentParser, args: argparse.Namespace) -> s
     words = ["python benchmarks/noisy_labels.py --data PATH"]
     for action in parser._actions:
         value = getattr(args, action.dest, action.default)
-        if action.dest in {"help", "data", "save"} or value == action.default:
+        if action.dest in {"help", "data", "save", "runs"} or value == action.default:
             continue
         if isinstance(value, bool):
             words.append(action.option_strings[0 if value else 1])
@@ -358,11 +392,12 @@ def facts(command: str, wrong: float, args: argparse.Namespace, device: torch.de
         ours = "(source tree)"
     packages = f"lightning_reg {ours}, lightning {version('lightning')}, torch {torch.__version__}"
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    spread = f"mean ± standard deviation of {args.seeds} seeds" if args.seeds > 1 else "one seed"
+    spread = f"mean ± half the 95 % interval (Student's t) of {args.seeds} seeds" if args.seeds > 1 else "one seed"
     return [
         f"`{command}`",
         "Test accuracy; precision and recall of `suspected_label_errors()` as a detector of the wrong labels; seconds"
-        " of one run. Label smoothing: 0.1.",
+        " of one run. Label smoothing: 0.1. Co-teaching trains two networks, so a run costs twice: the columns of"
+        ' epochs are the module\'s, "both networks" the mean of their logits.',
         f"{args.train_size:,} training images, {wrong:.1f} % of their labels wrong; {args.test_size:,} test images;"
         f" {args.epochs} epochs; {spread}",
         f"{packages}, Python {platform.python_version()}; {machine}",
@@ -382,6 +417,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="which to train (all)")
     parser.add_argument("--lam", type=float, default=3.0, help="strength of ELRCallback (3)")
     parser.add_argument("--beta", type=float, default=0.7, help="target momentum of ELRCallback (0.7)")
+    parser.add_argument("--forget-rate", type=float, default=0.4, help="share that CoTeaching leaves out (0.4)")
+    parser.add_argument("--eta", type=int, default=100, help="width of NestedDropout, and its K (100)")
+    parser.add_argument("--runs", type=Path, help="keep the figures of each run here; those in it are not made again")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each arm (3)")
     parser.add_argument("--epochs", type=int, help="epochs of a run (the setting's)")
     parser.add_argument("--train-size", type=int, help="training images (the setting's)")
@@ -425,6 +463,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict[str, float]]]:
     with console.status("Reading the images"):
         wrong = [100 * float(datasets(args, seed, torch.device("cpu"))[2].float().mean()) for seed in range(args.seeds)]
 
+    kept = json.loads(args.runs.read_text()) if args.runs is not None and args.runs.exists() else {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"))
     with (
         quiet_lightning(),
@@ -435,7 +474,12 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict[str, float]]]:
             for arm, runs in results.items():
                 name = f"seed {seed + 1}/{args.seeds}, {ARMS[arm]}"
                 progress.update(task, description=name)
-                runs.append(run(arm, args, seed, device, AccuracyCurve(progress, task)))
+                key = f"{arm} {seed}"
+                if key not in kept:
+                    kept[key] = run(arm, args, seed, device, AccuracyCurve(progress, task))
+                    if args.runs is not None:
+                        args.runs.write_text(json.dumps(kept, indent=1))
+                runs.append(kept[key])
                 figures = ", ".join(f"{key} {value:.1f}" for key, value in runs[-1].items())
                 console.print(f"{name}: {figures}", highlight=False, soft_wrap=True)
         progress.update(task, description="trained")

@@ -25,12 +25,15 @@ from lightning_reg.engine.data.order import Reordered
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.distributed import average_, broadcast_
 from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.networks.edits_beside import EditsBeside
 from lightning_reg.engine.networks.ensemble import JointForward, MeanOfTwo
+from lightning_reg.engine.networks.first_weights import reset_parameters_
 from lightning_reg.engine.networks.named_weights import weights_of
 from lightning_reg.engine.networks.peer import copy_of
-from lightning_reg.engine.networks.trained import PeerStep, TrainedPeer, check_trainable, reset_parameters_
+from lightning_reg.engine.networks.trained import PeerStep, TrainedPeer, check_trainable
+from lightning_reg.engine.run.composition import conflict_between
 from lightning_reg.engine.run.engine import attached_engine
-from lightning_reg.engine.technique import BatchTechnique, LossTechnique
+from lightning_reg.engine.technique import BatchTechnique, LayerTechnique, LossTechnique
 from tests.toys import BATCH, CLASSES, INPUTS, QUIET, SAMPLES, Classifier, _Toy, fit, make_tensors
 
 pytestmark = QUIET
@@ -561,3 +564,87 @@ def test_a_layer_answers_for_two_until_it_is_put_back():
     with pytest.raises(MisconfigurationException, match=r"`forward` returns a Tensor|Name a layer"):
         one(x)
     joint.undo()
+
+
+# -- beside other techniques ------------------------------------------------------------------------------------------
+
+
+class Scales(_Toy, LayerTechnique):
+    """Doubles what the head is given, in the networks that it is of the method of."""
+
+    edits_second = True
+    stages = frozenset({"train", "predict"})
+
+    def __init__(self, active=True, **kwargs):
+        super().__init__(**kwargs)
+        self.active, self.stages_seen = active, []
+
+    def is_active(self, step):
+        return self.active
+
+    def inputs_to_edit(self, module):
+        return ["net.3"]
+
+    def edit_inputs(self, call):
+        self.stages_seen.append((call.step.stage, isinstance(call.step, PeerStep)))
+        return call.with_input(2 * call.input)
+
+
+class Beside(Second):
+    """Trains its network with layers edited by others."""
+
+    trains_second = True
+
+    def __init__(self, *beside, start=None, **kwargs):
+        super().__init__(**kwargs)
+        self.beside, self.start = beside, start
+
+    def on_train_start(self, trainer, pl_module):
+        self.peer = TrainedPeer(trainer, pl_module, self, "reset", self.beside, self.start)
+
+
+@pytest.mark.parametrize("active", [True, False])
+def test_edits_of_others_act_on_the_second_network_where_they_are_handed_over(active):
+    scales = Scales(active)
+    beside, without = Beside(scales), Beside()
+    fit(Scheduled(), beside, scales, loader=shuffled())
+    fit(Scheduled(), without, scales, loader=shuffled())
+    assert scales.stages_seen.count(("train", True)) == (2 * BATCHES if active else 0)
+
+    class Doubling(Scheduled):
+        def forward(self, x):
+            return self.net[3](2 * self.net[:3](x))
+
+    expected = by_hand(beside, Doubling() if active else Scheduled())
+    for name, value in expected.named_parameters():  # float32, 8 steps of Adam
+        torch.testing.assert_close(weights_of(beside.peer.module)[name], value.detach(), atol=1e-5, rtol=1e-4)
+    same = all(
+        torch.equal(a, b)
+        for a, b in zip(beside.peer.module.parameters(), without.peer.module.parameters(), strict=True)
+    )
+    assert same is not active
+
+
+def test_edits_act_on_a_network_that_is_asked_at_their_stages_alone():
+    scales, module, x = Scales(), Classifier().eval(), make_tensors()[0]
+    edits = EditsBeside(module, [scales], training=False)
+    plain, doubled = module.net(x), module.net[3](2 * module.net[:3](x))
+    for stage, expected in (("predict", doubled), ("validate", plain), ("train", doubled)):
+        step = SimpleNamespace(stage=stage, active=[])
+        with edits.around(step):
+            assert torch.equal(module.net(x), expected)
+        assert step.active == ([] if stage == "validate" else [scales])
+    edits.rest()
+    assert torch.equal(module.net(x), plain)
+
+
+def test_first_weights_may_be_given():
+    start = {name: torch.full_like(value, 0.25) for name, value in weights_of(Classifier()).items()}
+    second = Beside(start=start)
+    fit(Classifier(lr=0.0), second)
+    assert all((value == 0.25).all() for value in weights_of(second.peer.module).values())
+
+
+def test_two_that_each_train_a_second_network_are_refused():
+    assert "each trains a second network beside the module's" in conflict_between(Beside(), Beside(name="two"))
+    assert conflict_between(Beside(), Second()) is None

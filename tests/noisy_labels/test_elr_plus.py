@@ -18,7 +18,7 @@ from lightning_reg import ELRPlusCallback, Mixup, NMSparsity
 from lightning_reg.engine.data.blend import draw_lam, draw_permutation
 from lightning_reg.engine.data.order import Reordered
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.networks.trained import reset_parameters_
+from lightning_reg.engine.networks.first_weights import reset_parameters_
 from lightning_reg.functional import elr_plus_decay, elr_plus_loss, elr_plus_targets, refine_labels, sigmoid_rampup
 from tests.conformance.by_hand import LEARNING_RATE, MOMENTUM, Hand
 from tests.conformance.case import Case

@@ -4,7 +4,7 @@ It is trained between the batches of the user's network, a part of an epoch at a
 written inside such a part: what a checkpoint holds is a whole number of its batches, and resume is exact.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -17,10 +17,11 @@ from lightning_reg.engine.data.indices import BatchIndices, IndexSource
 from lightning_reg.engine.host import distributed
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.host.generators import isolated_randomness, own_randomness
-from lightning_reg.engine.host.modules import reset_of
+from lightning_reg.engine.host.generators import isolated_randomness
 from lightning_reg.engine.host.names import plain_name
 from lightning_reg.engine.host.quiet import lent_trainer
+from lightning_reg.engine.networks.edits_beside import EditsBeside
+from lightning_reg.engine.networks.first_weights import reset_parameters_
 from lightning_reg.engine.networks.followed import Follower, Source, TakenOver, regroup_
 from lightning_reg.engine.networks.named_weights import load_weights_, weights_of
 from lightning_reg.engine.networks.peer import copy_of
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
     from lightning_reg.engine.run.engine import Engine
+    from lightning_reg.engine.run.phases import OnLayers
 
-__all__ = ["PeerInit", "PeerStep", "TrainedPeer", "check_trainable", "reset_parameters_"]
+__all__ = ["PeerInit", "PeerStep", "TrainedPeer", "check_trainable"]
 
 PeerInit = Literal["reset", "copy"]
 
@@ -66,44 +68,6 @@ def check_trainable(owner: Technique, trainer: "Trainer", module: "LightningModu
             f"{name} trains a second network with the plain optimizer step; {type(module).__name__} overrides"
             " `optimizer_step`. Move what it does to a learning rate scheduler."
         )
-
-
-def reset_parameters_(module: nn.Module, seed: int) -> list[str]:
-    """New initial weights from the layers' own ``reset_parameters``, in place; what is frozen stays as it is.
-
-    Args:
-        module: What gets them. Inner layers come first, so that a network which defines ``reset_parameters`` itself
-            has the last word.
-        seed: Seed of the draws; the global random states stay as they are.
-
-    Returns:
-        Names of the trained parameters that no layer could draw anew.
-
-    """
-    kept = []
-    frozen = {name: value.clone() for name, value in weights_of(module).items() if name in _frozen_names(module)}
-    with own_randomness(seed), torch.no_grad():
-        for name, layer in reversed(list(module.named_modules())):
-            reset = reset_of(layer)
-            if callable(reset):
-                reset()
-            else:
-                own = layer.named_parameters(recurse=False)
-                kept += [f"{name}.{key}".lstrip(".") for key, p in own if p.requires_grad]
-        now = weights_of(module)
-        for name, value in frozen.items():
-            now[name].copy_(value)
-    return kept[::-1]
-
-
-def _frozen_names(module: nn.Module) -> set[str]:
-    """Names of parameters that are not trained, and of buffers of layers that have parameters, none of them trained."""
-    names = {name for name, p in module.named_parameters() if not p.requires_grad}
-    for prefix, layer in module.named_modules():
-        trained = [p.requires_grad for p in layer.parameters()]
-        if trained and not any(trained):
-            names |= {name for name, _ in layer.named_buffers(prefix)}
-    return names
 
 
 class PeerStep(Step):
@@ -176,6 +140,9 @@ class TrainedPeer:
         module: The user's module.
         owner: Whose it is; its seed chooses weights and order.
         init: ``"reset"``: weights drawn anew by the layers' own ``reset_parameters``. ``"copy"``: those of the module.
+        beside: Other techniques, whose edits of layers act on this network as on the user's; see
+            :attr:`~lightning_reg.engine.run.phases.OnLayers.edits_second`.
+        start: First weights by name, which replace those that ``init`` gave.
 
     Raises:
         MisconfigurationException: If ``configure_optimizers`` gives several optimizers, one over other parameters than
@@ -189,10 +156,21 @@ class TrainedPeer:
 
     """
 
-    def __init__(self, trainer: "Trainer", module: "LightningModule", owner: Technique, init: PeerInit) -> None:
+    def __init__(
+        self,
+        trainer: "Trainer",
+        module: "LightningModule",
+        owner: Technique,
+        init: PeerInit,
+        beside: "Sequence[OnLayers]" = (),
+        start: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self._trainer, self._owner = trainer, owner
         self.module = copy_of(module)
-        kept = reset_parameters_(self.module, owner.derived_seed("weights")) if init == "reset" else []
+        reset = init == "reset" and start is None
+        kept = reset_parameters_(self.module, owner.derived_seed("weights")) if reset else []
+        load_weights_(self.module, start or {}, owner)
+        self._edits = EditsBeside(self.module, beside)
         if kept:
             host.rank_zero_warn(
                 f"{type(owner).__name__}: the second network starts with the first one's values for {', '.join(kept)}:"
@@ -315,10 +293,11 @@ class TrainedPeer:
             self.steps,
         )
         with trainer.precision_plugin.train_step_context():
-            loss = engine.run_alone(self._owner, step)
+            loss = engine.run_alone(self._owner, step, self._edits.around(step))
         if loss is not None:
             part = loss / trainer.accumulate_grad_batches
             self.module.backward(part if self._scaler is None else self._scaler.scale(part))
+        self._edits.rest()
         return loss
 
     def _optimize(self, position: int) -> None:

@@ -79,6 +79,7 @@ def conflict_between(one: Member, two: Member) -> str | None:
     if sentence is None:
         sentence = _mixing_conflict(one, two) or _views_conflict(one, two) or _periods_conflict(one, two)
         sentence = sentence or _order_conflict(one, two) or _further_pass_conflict(one, two)
+        sentence = sentence or _second_network_conflict(one, two)
     for phase, what in _EXCLUSIVE.items():
         if sentence is None and phase in phases_of(one) and phase in phases_of(two) and one.loss == two.loss:
             sentence = (
@@ -154,6 +155,15 @@ def _order_conflict(one: Member, two: Member) -> str | None:
                 " the weights."
             )
     return None
+
+
+def _second_network_conflict(one: Member, two: Member) -> str | None:
+    if not (one.trains_second and two.trains_second):
+        return None
+    return (
+        "each trains a second network beside the module's, and neither would act on that of the other: what the module"
+        " learns from one would be trained without the other. Remove one of them."
+    )
 
 
 def _check_fetching(technique: Member) -> None:

@@ -1,7 +1,7 @@
 """The engine: stands around ``Strategy.training_step`` and lets its parts act on one batch after the other."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -140,12 +140,15 @@ class Engine:
             before()
         return self._replaced["training_step"].original(*args, **kwargs)
 
-    def run_alone(self, technique: Member, step: Step) -> Tensor | None:
+    def run_alone(
+        self, technique: Member, step: Step, layers: AbstractContextManager[None] | None = None
+    ) -> Tensor | None:
         """A step of a network beside the user's (``step.module``), on which the one technique acts and no other.
 
         Args:
             technique: Whose network it is; its phases up to the loss act as they do on the user's.
             step: The step, with the batch on its device.
+            layers: Around the network, where layers of it are edited by others.
 
         Returns:
             The loss, ``None`` if the network's ``training_step`` skips the batch.
@@ -154,7 +157,7 @@ class Engine:
         step.active = [technique]
         if isinstance(technique, OnBatch):
             BatchPart([technique]).around(step)
-        with self._loss.around(step):
+        with layers or nullcontext(), self._loss.around(step):
             step.output = step.module.training_step(step.batch, *step.arguments)
         return loss_of(step.output)
 

@@ -108,6 +108,11 @@ class Member:
         return False
 
     @property
+    def trains_second(self) -> bool:
+        """Whether it trains a second network beside the module's."""
+        return False
+
+    @property
     def periods(self) -> "Sequence[Period]":
         """Parts of the fit in which it freezes weights, or in which its own loss or the user's is alone."""
         return ()
@@ -289,6 +294,9 @@ class OnLayers(Member):
 
     # Whether it changes layers in evaluation mode in a training step as well: those of a network that is frozen.
     in_any_mode: ClassVar[bool] = False
+    # Whether its edits are of the method that the networks are trained by, and not of the user's network alone: they
+    # act on a second network too, where another technique trains one; at stage "predict" where that one is asked.
+    edits_second: ClassVar[bool] = False
 
     def inputs_to_edit(self, module: nn.Module) -> "Sequence[str]":
         """Names of the layers whose inputs :meth:`edit_inputs` changes, as in ``named_modules()``."""

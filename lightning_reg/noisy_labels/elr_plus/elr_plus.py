@@ -223,6 +223,11 @@ class ELRPlusCallback(ReportsLabelErrors, BatchTechnique, LossTechnique):
         """Every batch, unless ``mixup_alpha`` is 0."""
         return "all" if self.mixup_alpha else "none"
 
+    @property
+    @override
+    def trains_second(self) -> bool:
+        return self.networks == 2 and self._works()
+
     # -- the fit ------------------------------------------------------------------------------------------------------
 
     @override

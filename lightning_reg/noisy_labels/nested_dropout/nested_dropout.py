@@ -1,7 +1,7 @@
 r"""Nested dropout: a classifier sees the first k features, so that they are ordered by importance."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,8 @@ class NestedDropout(LayerTechnique):
     (:func:`~lightning_reg.functional.best_prefix`, all K in one pass): ``chosen_k`` holds it, the checkpoint too, and
     a test, a prediction and a validation outside of a fit see the first K. Validations within a fit see all features,
     and what your own ``validation_step`` logs is with all. Logged: ``kept``, the k of a step; ``k``, the K chosen; and
-    ``accuracy``, the validation's at that K, for a ``ModelCheckpoint`` to monitor::
+    ``accuracy``, the validation's at that K, for a ``ModelCheckpoint`` to monitor. A second network that CoTeaching
+    trains is cut as well, by another k in each of its steps::
 
         nested = NestedDropout("fc", eta=10)  # `fc` is the classifier, an nn.Linear
         best = ModelCheckpoint(monitor="reg/nested_dropout/accuracy", mode="max")
@@ -92,6 +93,7 @@ class NestedDropout(LayerTechnique):
 
     """
 
+    edits_second: ClassVar[bool] = True
     stages: frozenset["Stage"] = frozenset({"train", "validate", "test", "predict"})
 
     def __init__(
@@ -192,7 +194,7 @@ class NestedDropout(LayerTechnique):
         if self.k != "chosen":
             return int(self.k)
         trainer = call.step.trainer
-        if trainer.state.fn != "fit":
+        if trainer.state.fn != "fit" or call.step.stage == "predict":  # within a fit: a second network is asked
             return self.chosen_k
         if host.validates_in_fit(trainer):
             self._count(call, features)
