@@ -408,6 +408,24 @@ def test_weights_of_half_precision_one_hot_inputs_and_no_datamodule():
     ]
 
 
+def test_training_with_dropout_and_statistics_of_batches_is_left_alone():
+    weights = []
+    for monitors in ([], [IPRMonitor("net.hidden", "net.head", norm_layer="net.norm", network="net")]):
+        with seeded(3):
+            data = CorruptedModularArithmetic(7, corruption=0.25, batch_size=6)
+            module, logged = watched(QuadraticMLP(7, 12, norm="batch", dropout=0.3), *monitors, data=data)
+        weights.append(module.state_dict())
+    assert "test_accuracy" in logged
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_layers_of_a_compiled_network_have_their_own_names():
+    compiled = nn.ModuleDict({"_orig_mod": two_kinds()})  # names as `torch.compile` makes them, without its seconds
+    left = prune_memorising(compiled, torch.tensor([0.5]), lambda net: sizes(net["_orig_mod"])).scores["hidden"]
+    assert left.tolist() == [0.0]
+
+
 def test_products_are_read_by_discrete_logarithm():
     net = made(QuadraticMLP)
     monitor = IPRMonitor("net.hidden", "net.head", operation="multiply", network="net")
