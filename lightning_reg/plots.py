@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "compared",
     "forgetting",
+    "grokking",
     "guidance",
     "interpolation",
     "masks",
@@ -410,6 +411,66 @@ def guidance(similarity: Tensor, threshold: float | None = None) -> Figure:
         axes.axhline(threshold, color=_ORANGE, linestyle="--", label=f"threshold {threshold:g}")
     axes.legend()
     return figure
+
+
+@_styled
+def grokking(
+    log: Log | str | Path,
+    ratios: Mapping[str, Tensor] | None = None,
+    key: str = "ipr_monitor",
+    bounds: tuple[float, float] = (0.2, 0.5),
+) -> Figure:
+    """What a network remembers and finds over the steps, and how many of its neurons are periodic: of IPRMonitor.
+
+    Neurons between the bounds are what is left between the two areas. Where accuracy on corrupted labels falls while
+    that on test pairs stays, the wrong labels are being unlearned.
+
+    Args:
+        log: A log, see :func:`read_log`, or its path.
+        ratios: Inverse participation ratios of neurons ``(N,)`` by the name of their network, each in a histogram of
+            its own; ``None`` for none.
+        key: Log key of the callback.
+        bounds: Its ``low`` and ``high``.
+
+    Returns:
+        The figure.
+
+    Raises:
+        KeyError: If the log has no shares.
+
+    """
+    log = log if isinstance(log, Mapping) else read_log(log)
+    parts = {"test": "test", "clean": "training, right labels", "corrupted": "training, wrong labels"}
+    named = {label: f"reg/{key}/{part}_accuracy" for part, label in parts.items()}
+    shown = {label: name for label, name in named.items() if name in log}
+    labels = [*([("step", "accuracy")] if shown else []), ("step", "share of neurons")]
+    figure = Figure(figsize=(6.0, 2.5 * len(labels) + 1.7 * len(ratios or {})))
+    panels = list(figure.subplots(len(labels) + len(ratios or {}), squeeze=False)[:, 0])
+    for axes, (x, y) in zip(panels, labels, strict=False):
+        axes.set(xlabel=x, ylabel=y, ylim=(0, 1.02), xmargin=0)
+    if shown:
+        _curves(panels[0], log, shown)
+    _shares(panels[len(labels) - 1], log, key, bounds)
+    panels[0].set_title("Grokking")
+    for axes, (name, values) in zip(panels[len(labels) :], (ratios or {}).items(), strict=True):
+        axes.hist(values.detach().float().cpu().numpy(), bins=[place / 40 for place in range(41)], color=_BLUE)
+        for bound in bounds:
+            axes.axvline(bound, color="0.3", linestyle=":", linewidth=1.2)
+        axes.set(title=name, xlabel="inverse participation ratio", ylabel="neurons", xlim=(0, 1))
+    return figure
+
+
+def _shares(axes: Axes, log: Log, key: str, bounds: tuple[float, float]) -> None:
+    """Low ones from below, high ones from above, in two greys as well."""
+    low, high = (f"reg/{key}/share_{part}" for part in ("low", "high"))
+    missing = next((name for name in (low, high) if name not in log), None)
+    if missing:
+        raise KeyError(f"the log has no `{missing}`; it has {', '.join(sorted(log)) or 'nothing'}")
+    axes.fill_between(*log[low], color=_ORANGE, alpha=0.5, label=f"ratio below {bounds[0]:g}")
+    steps, shares = log[high]
+    above = [1 - share for share in shares]
+    axes.fill_between(steps, above, 1, color=_BLUE, label=f"ratio from {bounds[1]:g}")
+    axes.legend(frameon=True, framealpha=0.9)
 
 
 def _one(title: str, x: str, y: str) -> tuple[Figure, Axes]:

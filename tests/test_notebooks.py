@@ -23,6 +23,7 @@ OURS = {
     "few_shot",
     "find_wrong_labels",
     "fine_tuning",
+    "grokking",
     "guidance",
     "imbalanced_regression",
     "llm_reweighting",
@@ -210,6 +211,13 @@ def is_guidance(space, folder, printed):
     assert all(
         float(found.calls.double().mean()) < 8 for name, found in space["made"].items() if name != "full guidance"
     )
+
+
+def is_grokking(space, folder, printed):
+    assert [one.neurons.tolist() for one in space["pruned"].values()] == [[0, 30, 60, 90, 120, 150]] * 3
+    assert space["pruned"]["lowest"].scores["test"][0] == 100 * space["results"][0.0].test
+    assert (folder / "grokking.png").read_bytes().startswith(b"\x89PNG")
+    assert "wrong labels" in printed
 
 
 def is_failures(space, folder, printed):

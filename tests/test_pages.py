@@ -12,6 +12,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_reg import NoiseSchedule
 from tests.structure import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -60,6 +61,59 @@ class LanguageModel(Classifier):
         return F.cross_entropy(self.net(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
 
 
+class Unet(nn.Module):
+    """Of an image, a time and one of 5 labels; or of an image, a time and an embedding."""
+
+    def __init__(self, *, labels=True):
+        super().__init__()
+        self.inner, self.labels = nn.Conv2d(1, 1, 3, padding=1), nn.Embedding(5, 1) if labels else None
+
+    def forward(self, x, t, condition):
+        shift = condition.mean((1, 2)) if self.labels is None else self.labels(condition)[:, 0]
+        return self.inner(x) * (1 + shift[:, None, None, None])
+
+
+class GAN(LightningModule):
+    """Two networks, trained in each step."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.generator = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 2))
+        self.discriminator = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 1))
+
+    def training_step(self, batch, batch_idx):
+        judging, generating = self.optimizers()
+        fake = self.generator(torch.randn(len(batch[0]), 4))
+        real = F.softplus(-self.discriminator(batch[0])) + F.softplus(self.discriminator(fake.detach()))
+        self.step(judging, real.mean())
+        self.step(generating, F.softplus(-self.discriminator(fake)).mean())
+
+    def step(self, optimizer, loss):
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.discriminator, self.generator)]
+
+    def sample(self, count):
+        return self.generator(torch.randn(count, 4)).detach()
+
+
+class Search(Classifier):
+    """Queries and documents of 6 tokens out of 20."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.EmbeddingBag(20, 20)
+        self.queries, self.documents = nn.Identity(), nn.Sequential(self.net, nn.ReLU())
+
+    def training_step(self, batch, batch_idx):
+        asked, found = batch
+        return F.cross_entropy(self.queries(asked) @ self.documents(found).T, torch.arange(len(asked)))
+
+
 class Data(LightningDataModule):
     def train_dataloader(self):
         return loader(torch.randn(24, 8), torch.arange(24) % 4)
@@ -90,8 +144,26 @@ def names_on_the_pages():
         "token_loader": loader(torch.randint(9, (24, 8))),
         "regression_model": Classifier(outputs=1, loss=lambda output, y: F.mse_loss(output[:, 0], y)),
         "regression_loader": loader(x, x.sum(1)),
+        **names_of_generation(),
+        "clean_loader": loader(torch.rand(24, 1, 8, 8)),
+        "search_model": Search(),
+        "query_loader": loader(torch.randint(1, 20, (24, 6)), torch.randint(1, 20, (24, 6))),
         "task_loaders": [loader(*task) for task in tasks],
         "test_batches": tasks,
+    }
+
+
+def names_of_generation():
+    levels = torch.linspace(0.999, 0.001, 1000)
+    return {
+        "unet": Unet(),
+        "unet_of_embeddings": Unet(labels=False),
+        "scheduler": NoiseSchedule(levels),
+        "images": torch.randn(2, 1, 8, 8),
+        "prompts": torch.randn(2, 3, 4),
+        "no_prompt": torch.zeros(1, 3, 4),
+        "gan": GAN(),
+        "is_unwanted": lambda samples: samples[:, 0] > 0,
     }
 
 

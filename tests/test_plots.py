@@ -206,3 +206,27 @@ def test_the_style_ends_with_the_picture():
     before = dict(mpl.rcParams)
     plots.forgetting(torch.eye(2))
     assert dict(mpl.rcParams) == before
+
+
+def test_grokking_draws_what_was_logged_and_the_ratios_of_networks():
+    shares = {f"reg/ipr_monitor/share_{part}": ([1, 3], values) for part, values in SHARES.items()}
+    named = {f"reg/ipr_monitor/{part}_accuracy": ([1, 3], values) for part, values in ACCURACIES.items()}
+    ratios = torch.tensor([0.05, 0.06, 0.99, 1.0])
+    above, below, first = plots.grokking(shares | named, {"one": ratios}, bounds=(0.1, 0.6)).axes
+    assert drawn(above) == {
+        "test": [[1, 0.1], [3, 0.9]],
+        "training, wrong labels": [[1, 0.8], [3, 0.2]],
+    }
+    low, high = below.collections
+    assert [0.75 in low.get_paths()[0].vertices[:, 1], 0.625 in high.get_paths()[0].vertices[:, 1]] == [True, True]
+    assert [text.get_text() for text in below.get_legend().get_texts()] == ["ratio below 0.1", "ratio from 0.6"]
+    assert above.get_xlim() == below.get_xlim() == (1, 3)
+    assert [bar.get_height() for bar in first.patches if bar.get_height()] == [2, 2]
+    assert [line.get_xdata()[0] for line in first.lines] == [0.1, 0.6]
+    assert len(plots.grokking(shares).axes) == 1
+    with pytest.raises(KeyError, match="the log has no `reg/ipr_monitor/share_low`"):
+        plots.grokking(named)
+
+
+SHARES = {"low": [1.0, 0.75], "high": [0.0, 0.375]}
+ACCURACIES = {"test": [0.1, 0.9], "corrupted": [0.8, 0.2], "train": [0.5, 0.5]}

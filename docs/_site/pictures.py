@@ -8,22 +8,30 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from matplotlib.figure import Figure
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader, Subset
+from typing_extensions import override
 
 from lightning_reg import (
     ContinualMetrics,
+    CorruptedModularArithmetic,
     ELRCallback,
+    IPRMonitor,
     LossReweighting,
     NMSparsity,
     PredictionDistillation,
+    QuadraticMLP,
     SoupAverager,
     plots,
 )
 from lightning_reg.engine.technique import Technique
+from lightning_reg.functional import neuron_participation_ratios
 
 ROOT = Path(__file__).resolve().parents[2]
 ASSETS = ROOT / "docs" / "assets"
@@ -89,6 +97,42 @@ def five_tasks() -> ContinualMetrics:
     return metrics
 
 
+class Sums(LightningModule):
+    """The paper's network for sums modulo 59."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = QuadraticMLP(59, 300)
+
+    @override
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return F.mse_loss(self.net(batch[0]), F.one_hot(batch[1], 59).float())
+
+    @override
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), 0.01, betas=(0.9, 0.98), weight_decay=5.0)
+
+
+def grokked() -> Figure:
+    """A fifth of the training labels is wrong, and weight decay is strong."""
+    seed_everything(0, verbose=False)
+    model = Sums()
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=120,
+        callbacks=[IPRMonitor("net.hidden", "net.head", network="net")],
+        logger=CSVLogger(tempfile.mkdtemp()),
+        log_every_n_steps=3,
+        limit_val_batches=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, datamodule=CorruptedModularArithmetic(59, train_fraction=0.75, corruption=0.2))
+    ratios = neuron_participation_ratios(model.net.hidden.weight, model.net.head.weight)
+    return plots.grokking(str(trainer.log_dir), {"Neurons at the end": ratios})
+
+
 def main() -> None:
     """Draws all of them."""
     elr = ELRCallback(lam=7.0, beta=0.9)
@@ -106,6 +150,7 @@ def main() -> None:
     keep(plots.soup_ladder(soup.trace, "validation accuracy"), "ladder")
     metrics = five_tasks()
     keep(plots.forgetting(metrics.right / metrics.tested), "forgetting")
+    keep(grokked(), "grokking")
     for name in ("noisy_labels",):  # of `make demo`
         if (path := ROOT / f"{name}.png").exists():
             Image.open(path).convert("RGB").quantize(64).save(ASSETS / f"{name}.png", optimize=True)

@@ -35,12 +35,12 @@ TROUBLES = (
     Trouble("The next task makes it forget the last one", ["continual"], "how-to/tasks.md"),
     Trouble("Many checkpoints, of which I want one good one", ["averaging"], "how-to/average-checkpoints.md"),
     Trouble("The network is too big to run", ["sparsity"], "how-to/sparsify.md"),
-    Trouble("A big pretrained network, of which little can be trained", ["finetuning"]),
-    Trouble("An inverse problem: denoise, deblur, reconstruct", ["proximal"]),
-    Trouble("A trained network knows something that it should forget", ["unlearning"]),
+    Trouble("A big pretrained network, of which little can be trained", ["finetuning"], "how-to/fine-tune.md"),
+    Trouble("An inverse problem: denoise, deblur, reconstruct", ["proximal"], "how-to/inverse-problems.md"),
+    Trouble("A trained network knows something that it should forget", ["unlearning"], "how-to/unlearn.md"),
     Trouble("A network that memorises wrong labels before it learns the rule", ["diagnostics"]),
-    Trouble("Queries, documents, items: which belong together", ["retrieval"]),
-    Trouble("A diffusion model, to be read, guided more cheaply, or probed", ["diffusion"]),
+    Trouble("Queries, documents, items: which belong together", ["retrieval"], "how-to/search.md"),
+    Trouble("A diffusion model, to be read, guided more cheaply, or probed", ["diffusion"], "how-to/diffusion.md"),
 )
 
 

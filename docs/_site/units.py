@@ -58,6 +58,9 @@ _PICTURES = {
         "masks_over_time": "Weights of each layer that changed sides, and its kept magnitude, over the steps",
     },
     "PredictionDistillation": {"forgetting": "Accuracy on each of five tasks after each of them"},
+    "IPRMonitor": {
+        "grokking": "Accuracies and the share of periodic neurons over the steps, and their ratios at the end"
+    },
     "ContinualMetrics": {"forgetting": "Accuracy on each of five tasks after each of them"},
 }
 _USE = re.compile(r"\b(Use it|Leave it|Not for|Use this|Tune)\b")
@@ -152,7 +155,8 @@ def _needs_in_full(member: registry.Public) -> str:
 def pictures(unit: registry.Unit, name: str) -> str:
     """What a page shows: pictures of a run, and of what was measured; "" if there is neither."""
     drawn = [f"![{words}](../../assets/{file}.png)" for file, words in _PICTURES.get(name, {}).items()]
-    how = "[How it is drawn](../../how-to/pictures.md), from digits with 40 % of the labels redrawn or in five tasks."
+    data = "digits with 40 % of the labels redrawn or in five tasks, or from sums"
+    how = f"[How it is drawn](../../how-to/pictures.md), from {data}."
     return "\n\n".join(part for part in [*drawn, how if drawn else "", effect_pictures.section(unit.key)] if part)
 
 

@@ -1,12 +1,20 @@
 """Grokking on wrong labels: participation ratios, the closed form, the data whose truth is known, the networks."""
 
 import math
+from collections import OrderedDict
 from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
-from lightning_reg import CorruptedModularArithmetic, ModularTransformer, QuadraticMLP
+from lightning_reg import CorruptedModularArithmetic, IPRMonitor, ModularTransformer, QuadraticMLP
+from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.functional import (
     discrete_logarithm_order,
     gain_correlation,
@@ -19,11 +27,13 @@ from lightning_reg.functional import (
     training_phase,
     without_memorising,
 )
+from tests.conformance.by_hand import Hand
+from tests.conformance.case import Case
 from tests.conformance.kinds.lightning_module import DataModuleCase
 from tests.conformance.kinds.network import NetworkCase
 from tests.conformance.kinds.procedure import ProcedureCase
-from tests.conformance.problems import seeded
-from tests.toys import QUIET
+from tests.conformance.problems import KINDS, Problem, seeded
+from tests.toys import QUIET, make_trainer
 
 pytestmark = QUIET
 PAIRS = torch.tensor([[2, 6], [0, 1], [4, 4]])
@@ -46,7 +56,35 @@ def sizes(network):
     return {"hidden": float(network.hidden.weight[6:].float().norm()), "head": float(network(PAIRS).float().norm())}
 
 
+def square():
+    return nn.Sequential(OrderedDict(first=nn.Linear(8, 16), act=nn.Tanh(), head=nn.Linear(16, 8)))
+
+
+def numbered(size):
+    return KINDS["classification"].data(size)
+
+
+PROBLEM = Problem(square, numbered, F.cross_entropy, serves=["classification"])
+watching = partial(IPRMonitor, "net.first", blocks=1)
+
 CASE = (
+    Case(
+        make=watching,
+        neutral=watching,  # at any setting it leaves training alone
+        by_hand=Hand,
+        says=["watches net.first: low below 0.2, high from 0.5"] * 2
+        + ["watches net.first and net.head: low below 0.3, high from 0.3"],
+        data=PROBLEM,
+        variants=[partial(watching, output_layer="net.head", blocks=1, low=0.3, high=0.3)],
+        exempt={"as_by_hand": "It watches: training and what the module logs are those of a loop without it."},
+        invalid=[
+            ({"blocks": 0}, "blocks"),
+            ({"low": 0.0}, "low"),
+            ({"low": 0.6}, "low"),
+            ({"high": 0.0}, "high"),
+            ({"high": 1.0}, "high"),
+        ],
+    ),
     ProcedureCase(
         prune_memorising,
         two_kinds,
@@ -280,3 +318,208 @@ def test_numbers_are_those_of_the_authors_code():
                 -0.0007309077286006695, -0.006026233818930931, -0.00011097210274423107]  # fmt: skip
     assert filled(QuadraticMLP(7, 12))(PAIRS[:1])[0].tolist() == pytest.approx(squares, abs=1e-12)
     assert filled(ModularTransformer(7, 8, 2))(PAIRS[:1])[0].tolist() == pytest.approx(attended, abs=1e-12)
+
+
+# -- the monitor -------------------------------------------------------------------------------------------------------
+
+
+class Adding(LightningModule):
+    """A user's module with a network in it, and no `forward`."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), 0.01)
+
+
+def watched(net, *monitors, data=None, **options):
+    module, data = Adding(net), CorruptedModularArithmetic(7, corruption=0.25) if data is None else data
+    trainer = make_trainer(callbacks=list(monitors), max_epochs=4, num_sanity_val_steps=0, **options)
+    trainer.fit(module, datamodule=data)
+    logged = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    return module, {name.removeprefix("reg/ipr_monitor/"): value for name, value in logged.items()}
+
+
+def rows_of(net):
+    first, second = net.hidden.weight.detach().split(7, 1)
+    return [(a.tolist(), b.tolist(), c.tolist()) for a, b, c in zip(first, second, net.head.weight.T, strict=True)]
+
+
+def test_what_is_logged_is_of_the_weights_behind_the_step():
+    net = made(QuadraticMLP, norm="batch")
+    monitor = IPRMonitor("net.hidden", "net.head", low=0.4, high=0.45, norm_layer="net.norm", network="net")
+    assert monitor.describe() == "watches net.hidden and net.head: low below 0.4, high from 0.45"
+    _, logged = watched(net, monitor, log_every_n_steps=2)
+    ratios = [sum(map(ratio_by_loops, three)) / 3 for three in rows_of(net)]
+    gains, mean = net.norm.weight.detach().abs().tolist(), sum(ratios) / 12
+    off = [(gain - sum(gains) / 12, ratio - mean) for gain, ratio in zip(gains, ratios, strict=True)]
+    sizes = [math.sqrt(sum(one[side] ** 2 for one in off)) for side in (0, 1)]
+    right = CorruptedModularArithmetic(7, corruption=0.25).accuracies(net)
+    assert logged == pytest.approx({
+        "mean_ratio": mean,
+        "share_low": sum(ratio < 0.4 for ratio in ratios) / 12,
+        "share_high": sum(ratio >= 0.45 for ratio in ratios) / 12,
+        "share_constant": int((peak_frequencies(net.hidden.weight, net.head.weight) == 0).sum()) / 12,
+        "gain_correlation": sum(a * b for a, b in off) / (sizes[0] * sizes[1]),
+        **{f"{name}_accuracy": value for name, value in right._asdict().items()},
+    }, abs=1e-5)  # fmt: skip  # float32
+    assert 0 < logged["share_low"] < 1 > logged["share_high"] > 0
+
+
+class Counted(CorruptedModularArithmetic):
+    """Gives numbers of its own, and notes how often it was asked."""
+
+    asked = 0
+
+    def accuracies(self, module):
+        self.asked += 1
+        return {"even": 0.5, "odd": float("nan")}
+
+
+def test_it_measures_on_logging_steps_once_however_many_batches_are_accumulated():
+    data = Counted(7, corruption=0.25, batch_size=6)  # 4 batches an epoch
+    _, logged = watched(
+        made(QuadraticMLP), IPRMonitor("net.hidden", network="net"), data=data, accumulate_grad_batches=2,
+        log_every_n_steps=2,
+    )  # fmt: skip
+    assert data.asked == 4  # 8 steps
+    assert logged["even_accuracy"] == 0.5
+    assert "odd_accuracy" not in logged
+
+
+def test_weights_of_half_precision_one_hot_inputs_and_no_datamodule():
+    data = CorruptedModularArithmetic(7, corruption=0.25, encoding="onehot")
+    monitor = IPRMonitor("net.hidden", "net.head", network="net")
+    module, logged = watched(made(QuadraticMLP), monitor, data=data, precision="bf16-true")
+    assert module.net.hidden.weight.dtype is torch.bfloat16
+    assert logged["train_accuracy"] == pytest.approx(data.accuracies(module.net).train)
+    trainer = make_trainer(callbacks=[IPRMonitor("net.hidden", "net.head")], max_epochs=1)
+    trainer.fit(Adding(made(QuadraticMLP)), data.train_dataloader(), data.val_dataloader())
+    assert sorted(trainer.callback_metrics) == [
+        f"reg/ipr_monitor/{name}" for name in ("mean_ratio", "share_constant", "share_high", "share_low")
+    ]
+
+
+def test_training_with_dropout_and_statistics_of_batches_is_left_alone():
+    weights = []
+    for monitors in ([], [IPRMonitor("net.hidden", "net.head", norm_layer="net.norm", network="net")]):
+        with seeded(3):
+            data = CorruptedModularArithmetic(7, corruption=0.25, batch_size=6)
+            module, logged = watched(QuadraticMLP(7, 12, norm="batch", dropout=0.3), *monitors, data=data)
+        weights.append(module.state_dict())
+    assert "test_accuracy" in logged
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_layers_of_a_compiled_network_have_their_own_names():
+    compiled = nn.ModuleDict({"_orig_mod": two_kinds()})  # names as `torch.compile` makes them, without its seconds
+    left = prune_memorising(compiled, torch.tensor([0.5]), lambda net: sizes(net["_orig_mod"])).scores["hidden"]
+    assert left.tolist() == [0.0]
+
+
+def test_products_are_read_by_discrete_logarithm():
+    net = made(QuadraticMLP)
+    monitor = IPRMonitor("net.hidden", "net.head", operation="multiply", network="net")
+    _, logged = watched(net, monitor)
+    places = [1, 3, 2, 6, 4, 5]
+    ratios = [sum(ratio_by_loops([row[i] for i in places]) for row in three) / 3 for three in rows_of(net)]
+    assert logged["mean_ratio"] == pytest.approx(sum(ratios) / 12, abs=1e-6)
+    plain = sum(sum(map(ratio_by_loops, three)) / 3 for three in rows_of(net)) / 12
+    assert logged["mean_ratio"] != pytest.approx(plain, abs=1e-3)
+
+
+def test_a_language_model_of_transformers_has_its_neurons_in_the_embedding():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 7, "n_positions": 4, "n_embd": 8, "n_layer": 1, "n_head": 2}
+    config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False)
+
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = transformers.GPT2LMHeadModel(config)
+
+        def forward(self, x):
+            return self.model(x).logits[:, -1]
+
+    monitor = IPRMonitor("net.model.transformer.wte", "net.model.lm_head", blocks=1, network="net")
+    module, logged = watched(Last(), monitor)
+    tokens, head = module.net.model.transformer.wte.weight.detach(), module.net.model.lm_head.weight.detach()
+    ratios = [
+        (ratio_by_loops(a.tolist()) + ratio_by_loops(b.tolist())) / 2 for a, b in zip(tokens.T, head.T, strict=True)
+    ]
+    assert logged["mean_ratio"] == pytest.approx(sum(ratios) / 8, abs=1e-5)
+    assert 0 <= logged["test_accuracy"] <= 1
+
+
+class Wordy(CorruptedModularArithmetic):
+    """Its accuracies have no names."""
+
+    def accuracies(self, module):
+        return 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"input_layer": "net.hiden"}, "there is no layer 'net.hiden'"),
+        ({"input_layer": "net.norm"}, "layer 'net.norm' must be a Linear or an Embedding"),
+        ({"blocks": 1}, r"'net.hidden' with 12 neurons of 14 inputs and 'net.head' of weight \(7, 12\) do not fit"),
+        ({"blocks": 4, "output_layer": None}, "'net.hidden' with 12 neurons of 14 inputs does not fit: N neurons of"),
+        ({"operation": "multiply", "output_layer": None, "blocks": 1}, "`p` must be a prime above 2, got 14"),
+        ({"norm_layer": "net.nrom"}, "norm_layer='net.nrom' must name .* of 12 neurons, there is no such layer"),
+        ({"norm_layer": "net.dropout"}, "norm_layer='net.dropout' must name .*, found none"),
+        ({"norm_layer": "net.head"}, r"norm_layer='net.head' must name .*, found a weight \(7, 12\)"),
+        ({"network": "nett"}, "there is no network 'nett'; there are net, net.hidden"),
+        ({"network": None}, "the module has no `forward`. Name the network in it: network='net'"),
+    ],
+)
+def test_what_cannot_be_watched_is_told_before_the_first_step(options, words):
+    chosen = {"input_layer": "net.hidden", "output_layer": "net.head", "network": "net", **options}
+    with pytest.raises(MisconfigurationException, match=words):
+        watched(made(QuadraticMLP), IPRMonitor(**chosen))
+
+
+def test_accuracies_without_names_are_refused():
+    with pytest.raises(MisconfigurationException, match=r"must return numbers by name, .* got float"):
+        watched(made(QuadraticMLP), IPRMonitor("net.hidden", network="net"), data=Wordy(7))
+
+
+class Split(Adding):
+    """Its network is split by ``fully_shard``."""
+
+    def configure_model(self):
+        if not any(isinstance(p, DTensor) for p in self.parameters()):
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
+def on_shards():
+    module, data = Split(made(QuadraticMLP)), CorruptedModularArithmetic(7, corruption=0.25)
+    trainer = make_trainer(
+        callbacks=[IPRMonitor("net.hidden", "net.head", network="net")],
+        max_epochs=3,
+        devices=2,
+        strategy=ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
+    )
+    trainer.fit(module, datamodule=data)
+    whole = {name: p.full_tensor().detach() for name, p in module.named_parameters()}
+    return whole, {name: value.item() for name, value in trainer.callback_metrics.items()}
+
+
+def test_weights_that_are_split_over_processes_are_gathered(two_processes):
+    (weights, logged), (_, other) = two_processes.run(on_shards)
+    assert logged == other
+    net = made(QuadraticMLP)
+    net.load_state_dict({name.removeprefix("net."): value for name, value in weights.items()})
+    ratios = [sum(map(ratio_by_loops, three)) / 3 for three in rows_of(net)]
+    assert logged["reg/ipr_monitor/mean_ratio"] == pytest.approx(sum(ratios) / 12, abs=1e-5)
+    right = CorruptedModularArithmetic(7, corruption=0.25).accuracies(net)
+    assert logged["reg/ipr_monitor/train_accuracy"] == pytest.approx(right.train)

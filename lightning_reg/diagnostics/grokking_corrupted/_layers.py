@@ -3,8 +3,9 @@
 from torch import Tensor, nn
 
 from lightning_reg.engine.host.modules import own_parameters
+from lightning_reg.engine.host.names import plain_name
 
-__all__ = ["input_view", "weight_of"]
+__all__ = ["check_shapes", "input_view", "weight_of"]
 
 
 def weight_of(module: nn.Module, name: str, owner: str) -> tuple[nn.Module, Tensor]:
@@ -22,7 +23,7 @@ def weight_of(module: nn.Module, name: str, owner: str) -> tuple[nn.Module, Tens
         ValueError: If there is no such layer, or it is of another kind.
 
     """
-    layers = dict(module.named_modules())
+    layers = {plain_name(path): layer for path, layer in module.named_modules()}
     if name not in layers:
         raise ValueError(f"{owner}: there is no layer {name!r}; there are {', '.join(filter(None, layers))}.")
     weight = own_parameters(layers[name]).get("weight")
@@ -37,3 +38,32 @@ def weight_of(module: nn.Module, name: str, owner: str) -> tuple[nn.Module, Tens
 def input_view(layer: nn.Module, weight: Tensor) -> Tensor:
     """The input weights with a row for each neuron; an embedding has a column for each. A view."""
     return weight.T if isinstance(layer, nn.Embedding) else weight
+
+
+def check_shapes(
+    owner: str, names: tuple[str, str | None], inputs: Tensor, outputs: Tensor | None, blocks: int
+) -> None:
+    """Refuses weights that are not those of neurons between residues.
+
+    Args:
+        owner: Who asks, for errors.
+        names: Of the input and the output layer.
+        inputs: What :func:`input_view` gives, ``(N, blocks * p)``.
+        outputs: ``(p, N)``; ``None`` where they are not read.
+        blocks: Numbers that the input layer reads.
+
+    Raises:
+        ValueError: If they do not fit each other.
+
+    """
+    if outputs is None:
+        fits, other, wanted = inputs.shape[1] % blocks == 0, "does", "N neurons of blocks * p inputs"
+    else:
+        fits = inputs.shape[0] == outputs.shape[1] and inputs.shape[1] == blocks * outputs.shape[0]
+        other = f"and {names[1]!r} of weight {tuple(outputs.shape)} do"
+        wanted = "N neurons of blocks * p inputs, and (p, N)"
+    if not fits:
+        raise ValueError(
+            f"{owner}: {names[0]!r} with {inputs.shape[0]} neurons of {inputs.shape[1]} inputs {other} not fit:"
+            f" {wanted}, with blocks={blocks}."
+        )

@@ -142,15 +142,20 @@ class CorruptedModularArithmetic(LightningDataModule):
             The accuracies on each part.
 
         """
-        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        like = next(module.parameters(), torch.empty(0))
         with left_as_found(module), torch.no_grad():
             module.eval()
             hits, test = (
-                (module(rows.x.to(device)).argmax(-1).cpu() == rows.y).double()
+                (module(_as_read(rows.x, like)).argmax(-1).cpu() == rows.y).double()
                 for rows in (self.train_pairs, self.test_pairs)
             )
         parts = (hits, hits[self.is_corrupted], hits[~self.is_corrupted], test)
         return Accuracies(*(float(part.mean()) for part in parts))
+
+
+def _as_read(x: Tensor, like: Tensor) -> Tensor:
+    """On the parameters' device, one-hot rows in their type."""
+    return x.to(like.device, like.dtype) if x.is_floating_point() else x.to(like.device)
 
 
 class _Rows(Dataset[Any]):

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_reg.diagnostics.grokking_corrupted._layers import input_view, weight_of
+from lightning_reg.diagnostics.grokking_corrupted._layers import check_shapes, input_view, weight_of
 from lightning_reg.diagnostics.grokking_corrupted.core import neuron_participation_ratios, neurons_by_ratio
 from lightning_reg.engine.host.procedures import procedure
 
@@ -99,12 +99,7 @@ def _neurons(
     """Views of both weights, which may be written to, and the ratios."""
     inputs = input_view(*weight_of(module, input_layer, owner))
     outputs = weight_of(module, output_layer, owner)[1]
-    if inputs.shape[0] != outputs.shape[1] or inputs.shape[1] != blocks * outputs.shape[0]:
-        raise ValueError(
-            f"{owner}: {input_layer!r} with {inputs.shape[0]} neurons of {inputs.shape[1]} inputs and {output_layer!r}"
-            f" of weight {tuple(outputs.shape)} do not fit: N neurons of blocks * p inputs, and (p, N), with"
-            f" blocks={blocks}."
-        )
+    check_shapes(owner, (input_layer, output_layer), inputs, outputs, blocks)
     return inputs, outputs, neuron_participation_ratios(inputs, outputs, blocks, residues)
 
 
