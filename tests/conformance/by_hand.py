@@ -138,6 +138,10 @@ class Hand:
         """Output of a layer in evaluation."""
         return rows
 
+    def change_input(self, output: Tensor, moment: Moment) -> Tensor:
+        """What the loss is computed from, for the output of one copy, changed by those before already."""
+        return output
+
     def change_targets(self, y: Tensor) -> Tensor | None:
         """Targets that replace the user's, in the same form."""
 
@@ -380,6 +384,8 @@ def _losses(hands: Sequence[Hand], part: Part, output: Tensor, moment: Moment) -
         losses = hand.losses(output, moment)
         if losses is not None:
             return losses
+    for hand in hands:
+        output = hand.change_input(output, moment)
     own = _each(part, output, moment.y)
     if moment.partners is None:
         return own
