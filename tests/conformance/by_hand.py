@@ -336,10 +336,13 @@ class Loop:
         return rows
 
     def _weighted(self, hands: Sequence[Hand], part: Part, moment: Moment) -> Tensor:
+        outputs = moment.outputs
+        for hand in hands:
+            outputs = [hand.change_input(output, moment) for output in outputs]
         for hand in hands:
             changed = hand.change_targets(moment.y)
             moment = moment if changed is None else replace(moment, y=changed)
-        losses = torch.stack([_losses(hands, part, output, moment) for output in moment.outputs]).mean(0)
+        losses = torch.stack([_losses(hands, part, output, moment) for output in outputs]).mean(0)
         weighted = losses
         for hand in hands:
             factor = hand.weights(losses.detach())
@@ -384,8 +387,6 @@ def _losses(hands: Sequence[Hand], part: Part, output: Tensor, moment: Moment) -
         losses = hand.losses(output, moment)
         if losses is not None:
             return losses
-    for hand in hands:
-        output = hand.change_input(output, moment)
     own = _each(part, output, moment.y)
     if moment.partners is None:
         return own
