@@ -63,7 +63,10 @@ def _is_decoder(layer: nn.Module) -> bool:
     embeddings: Any = getattr(layer, "get_input_embeddings", None)
     if embeddings is None or getattr(layer, "base_model", None) is not layer or not any(_attentions(layer)):
         return False
-    if not isinstance(embeddings(), nn.Embedding):  # images
+    try:
+        if not isinstance(embeddings(), nn.Embedding):  # of images
+            return False
+    except NotImplementedError:
         return False
     if getattr(layer.config, "is_encoder_decoder", False):
         raise ValueError(
