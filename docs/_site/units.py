@@ -29,6 +29,7 @@ _DOES = {
     "edit_inputs": "changes what a layer gets",
     "edit_features": "changes what a layer puts out",
     "parts": "lets a part of your network run several times on one batch",
+    "change_input": "changes the logits that your loss is computed from",
     "change_targets": "replaces the targets that your loss sees",
     "change_losses": "replaces the losses of the samples",
     "sample_weights": "weighs the samples in your loss",

@@ -67,8 +67,8 @@ class Technique(Member, host.Callback):
         edit_weights                                         WeightTechnique
            ▼  the user's training_step
            │    edit_inputs, edit_features (`stages`)        LayerTechnique
-           │    change_targets ─► change_losses ─►
-           │    sample_weights ─► loss_term                  LossTechnique
+           │    change_input ─► change_targets ─►
+           │    change_losses ─► sample_weights ─► loss_term LossTechnique
         step_term                                            StepTechnique
            ▼  backward, gradients
         penalty                                              PenaltyTechnique
@@ -194,7 +194,7 @@ class BatchTechnique(OnBatch, Technique):
 
 
 class LossTechnique(OnLoss, Technique):
-    """A technique on the loss call: its targets, its losses, their weights, terms beside them."""
+    """A technique on the loss call: its logits, its targets, its losses, their weights, terms beside them."""
 
 
 class StepTechnique(OnStep, Technique):

@@ -138,6 +138,10 @@ class Hand:
         """Output of a layer in evaluation."""
         return rows
 
+    def change_input(self, output: Tensor, moment: Moment) -> Tensor:
+        """What the loss is computed from, for the output of one copy, changed by those before already."""
+        return output
+
     def change_targets(self, y: Tensor) -> Tensor | None:
         """Targets that replace the user's, in the same form."""
 
@@ -332,10 +336,13 @@ class Loop:
         return rows
 
     def _weighted(self, hands: Sequence[Hand], part: Part, moment: Moment) -> Tensor:
+        outputs = moment.outputs
+        for hand in hands:
+            outputs = [hand.change_input(output, moment) for output in outputs]
         for hand in hands:
             changed = hand.change_targets(moment.y)
             moment = moment if changed is None else replace(moment, y=changed)
-        losses = torch.stack([_losses(hands, part, output, moment) for output in moment.outputs]).mean(0)
+        losses = torch.stack([_losses(hands, part, output, moment) for output in outputs]).mean(0)
         weighted = losses
         for hand in hands:
             factor = hand.weights(losses.detach())

@@ -29,11 +29,12 @@ def all_cases():
 CASES = list(all_cases())
 
 
-# A batch that was mixed has two labels for a sample; the last of two that replace the same would count alone; a weight
-# is trained through one map.
+# A batch that was mixed has two labels for a sample; the last of two that replace the same would count alone, and so
+# would losses that replace those of changed logits; a weight is trained through one map.
 REFUSED = [
     {"MixesNeighbours", "LowersLabels"},
     {"MixesNeighbours", "RootsOfLosses"},
+    {"WidensLogits", "RootsOfLosses"},
     {"LowersLabels"},
     {"RootsOfLosses"},
     {"TrainsHalf"},

@@ -1,4 +1,4 @@
-"""Of each phase that is not on the loss: one that does nothing is nothing, and a broken one is caught by a law."""
+"""Of the phases beside those of `Sound`: one that does nothing is nothing, and a broken one is caught by a law."""
 
 import re
 from dataclasses import replace
@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from lightning_reg.engine.run.periods import Period
-from lightning_reg.engine.technique import GradientTechnique, LayerTechnique, ModuleTechnique, StepTechnique, Technique
+from lightning_reg.engine.technique import (
+    GradientTechnique,
+    LayerTechnique,
+    LossTechnique,
+    ModuleTechnique,
+    StepTechnique,
+    Technique,
+)
 from lightning_reg.engine.weights.owned import OwnModules
 from tests.conformance.harness import difference, fit
 from tests.conformance.laws import LAWS
@@ -20,6 +27,7 @@ from tests.conformance.references import (
     ShrinksBias,
     ShrinksFeatures,
     StretchesInputs,
+    WidensLogits,
 )
 
 
@@ -45,6 +53,16 @@ class NoChange(GradientTechnique):
         pass
 
 
+class NoLogits(LossTechnique):
+    def change_input(self, call):
+        return None
+
+
+class SameLogits(LossTechnique):
+    def change_input(self, call):
+        return call.loss_input.clone()
+
+
 class NoEdits(LayerTechnique):
     stages = frozenset({"train", "validate"})
 
@@ -66,7 +84,10 @@ class LaterPeriods(Technique):
         return (Period(99, frozen="net.*"), Period(500, 900, "steps", trained="net.head"))
 
 
-@pytest.mark.parametrize("cls", [NoTerm, NoModules, NoChange, NoEdits, LaterPeriods], ids=lambda cls: cls.__name__)
+_IDLE = [NoTerm, NoModules, NoChange, NoLogits, SameLogits, NoEdits, LaterPeriods]
+
+
+@pytest.mark.parametrize("cls", _IDLE, ids=lambda cls: cls.__name__)
 def test_one_that_does_nothing_is_nothing(cls):
     plain, null = fit([], KINDS["classification"]), fit([cls()], KINDS["classification"])
     for part in ("weights", "gradients"):
@@ -117,6 +138,16 @@ class StretchesLess(StretchesInputs):
         return call.with_input(1.4 * call.input)
 
 
+class WidensByRank(WidensLogits):
+    def change_input(self, call):
+        return torch.cat([super().change_input(call), call.input.mean(dim=(0, 1)).expand(len(call.input), 1)], dim=1)
+
+
+class WidensLess(WidensLogits):
+    def change_input(self, call):
+        return super().change_input(call) / 1.05
+
+
 class RestsByCount(RestsAWhile, _Counts):
     def on_train_batch_start(self, trainer, pl_module, *_):
         pl_module.net.body.requires_grad_(self.count < 10)
@@ -139,6 +170,8 @@ class LeavesItFrozen(RestsAWhile):
         (ForgetsItsModules, "resume_is_exact", "resumed at epoch_end and uninterrupted"),
         (DrawsInputsGlobally, "own_randomness", "the global random state of torch"),
         (StretchesLess, "as_by_hand", "the loop by hand and the fit differ"),
+        (WidensByRank, "ranks_agree", "of two processes and of one with the joined batch"),
+        (WidensLess, "as_by_hand", "the loop by hand and the fit differ"),
         (RestsByCount, "resume_is_exact", "resumed at .* and uninterrupted"),
         (LeavesItFrozen, "leaves_no_trace", "what a plain fit leaves.*net.head.bias"),
     ],

@@ -600,7 +600,9 @@ def one_hot(module, batch):
 
 @pytest.mark.parametrize("late", [Swap, ShiftTargets])
 def test_targets_that_change_too_late_are_refused(late):
-    names = rf'{late.__name__}\(loss="last"\) changes the targets of a loss call that WeightsByPosition has worked on'
+    names = (
+        rf'{late.__name__}\(loss="last"\) changes logits or targets of a loss call that WeightsByPosition has worked on'
+    )
     with pytest.raises(MisconfigurationException, match=names):
         fit(Classifier(step=one_hot), late(loss="last"), WeightsByPosition())
     fit(Classifier(step=one_hot), late(loss="last"), WeightsByPosition(loss="last"))

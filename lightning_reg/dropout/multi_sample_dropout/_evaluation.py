@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_reg.engine.host.autograd import lies_by_row
 from lightning_reg.engine.loss import elements
-from lightning_reg.engine.loss.evaluation import Evaluation, FunctionEvaluation
+from lightning_reg.engine.loss.evaluation import Evaluation, FunctionEvaluation, WithInput
 
 __all__ = ["OnCopies", "goes_by_rows"]
 
@@ -54,6 +54,13 @@ class OnCopies(FunctionEvaluation):
         changed = super().with_target(target, call).arguments
         kept = {name: value for name, value in self._all_rows.items() if name != self.target_name}
         return OnCopies(self._function, changed, kept, self._copies_number)
+
+    @override
+    def with_inputs(self, inputs: Sequence[Tensor], call: object) -> WithInput:
+        for given, changed in zip(self.copies(), inputs, strict=True):
+            given.with_inputs([changed], call)  # refuses what is no other logits of a copy
+        first, all_rows = {**self.arguments, "input": inputs[0]}, {**self._all_rows, "input": torch.cat([*inputs])}
+        return WithInput(self, OnCopies(self._function, first, all_rows, self._copies_number))
 
     @override
     def copies(self) -> Sequence[Evaluation]:

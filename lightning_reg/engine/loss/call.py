@@ -80,6 +80,11 @@ class LossCall:
         return self.evaluation.input
 
     @property
+    def loss_input(self) -> Tensor:
+        """What the loss is computed from: the input, already changed if a technique has changed it."""
+        return self.evaluation.loss_input
+
+    @property
     def target(self) -> Tensor | None:
         """The target, already replaced if a technique has changed it; ``None`` where a loss has none."""
         self._check_reader()
@@ -112,6 +117,22 @@ class LossCall:
         """
         return replace(self, evaluation=self.evaluation.with_target(target, self))
 
+    def with_inputs(self, inputs: Sequence[Tensor]) -> "LossCall":
+        """The call computed from other logits; :attr:`input` and :attr:`logits` stay the given ones.
+
+        Args:
+            inputs: One for each of :meth:`copies`, usually one: with the same rows, and as many classes or further ones
+                behind them.
+
+        Returns:
+            Another call.
+
+        Raises:
+            MisconfigurationException: If the loss is none of logits, or would have another meaning with these.
+
+        """
+        return replace(self, evaluation=self.evaluation.with_inputs(inputs, self))
+
     def with_losses(self, per_sample: Tensor) -> "LossCall":
         """The call with other losses of the samples in place of its own; they are reduced as these are.
 
@@ -122,9 +143,14 @@ class LossCall:
             Another call.
 
         Raises:
-            MisconfigurationException: If a sample of the call is more than one row.
+            MisconfigurationException: If a sample of the call is more than one row, or the call's logits were changed.
 
         """
+        if self.loss_input is not self.input:
+            raise MisconfigurationException(
+                f"{self} has logits that another technique has changed, and these losses of its samples would not be"
+                " computed from them. Remove one of the two, or let them work on different loss calls with `loss=...`."
+            )
         if self.kind == "sequence" or per_sample.shape != (self.batch_size,):
             raise MisconfigurationException(
                 f"{self} has no loss per sample that could be replaced by one of shape {tuple(per_sample.shape)}."

@@ -1,5 +1,6 @@
 """The loss call of a module that computes its losses itself and hands them over."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -83,6 +84,13 @@ class HandedOver(Evaluation):
         raise MisconfigurationException(
             "A technique replaces the targets, but `reduce_loss` gets losses that are already computed. Compute the"
             " loss with a function of torch.nn.functional and leave LossMixin out."
+        )
+
+    @override
+    def with_inputs(self, inputs: Sequence[Tensor], call: object) -> Evaluation:
+        raise MisconfigurationException(
+            "A technique changes the logits of the loss, but `reduce_loss` gets losses that are already computed."
+            " Compute the loss with `F.cross_entropy` and leave LossMixin out."
         )
 
     @override

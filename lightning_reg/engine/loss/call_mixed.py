@@ -129,6 +129,10 @@ class Mixed(Derived):
         return Mixed(self.base.with_target(target, call), self._mixing, self._given_target, self._site)
 
     @override
+    def with_inputs(self, inputs: Sequence[Tensor], call: object) -> "Mixed":
+        return Mixed(self.base.with_inputs(inputs, call), self._mixing, self._given_target, self._site)
+
+    @override
     def narrowed(self, views: "Views") -> Evaluation | None:
         return None  # a batch with views is not mixed
 

@@ -108,8 +108,8 @@ class Selection(Generic[Chooser]):
         """The error for ``loss="last"`` where others have worked with the targets that it changes."""
         names = type(late).__name__, type(before).__name__
         return MisconfigurationException(
-            f'{names[0]}(loss="last") changes the targets of a loss call that {names[1]} has worked on before it was'
-            ' known to be the last one. Give both `loss="last"`, or neither.'
+            f'{names[0]}(loss="last") changes logits or targets of a loss call that {names[1]} has worked on before it'
+            ' was known to be the last one. Give both `loss="last"`, or neither.'
         )
 
     def not_mixed(self) -> MisconfigurationException:

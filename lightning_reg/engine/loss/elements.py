@@ -23,6 +23,7 @@ __all__ = [
     "ROW_LOSSES",
     "Decomposition",
     "bind",
+    "check_logits",
     "decompose",
     "element_mass",
     "first_name",
@@ -167,6 +168,49 @@ def _decompose_cross_entropy(arguments: Mapping[str, Any], reduction: str) -> De
 def _is_soft(arguments: Mapping[str, Any]) -> bool:
     # The rule of torch's cross_entropy: class probabilities have the shape of the input, and are floating point.
     return bool(arguments["target"].is_floating_point())
+
+
+def check_logits(function: Callable[..., Any], arguments: Mapping[str, Any], changed: Tensor, call: object) -> None:
+    """Refuses logits in place of those of a call, if the loss would not be the same loss of them.
+
+    Args:
+        function: One of :data:`LOSS_FUNCTIONS`.
+        arguments: Its arguments by name.
+        changed: The other logits.
+        call: What to name in the error.
+
+    Raises:
+        MisconfigurationException: If the call is none of logits, rows do not agree, or classes are fewer, or more where
+            targets, weights or smoothing are those of the given classes.
+
+    """
+    if function is not F.cross_entropy:
+        raise MisconfigurationException(
+            f"A technique changes the logits of the loss, and {call} has none that a softmax follows (`nll_loss` gets"
+            " log-probabilities, which would no longer add up to 1). Compute the loss with `F.cross_entropy`, or choose"
+            " such a call with `loss=...`."
+        )
+    given: Tensor = arguments["input"]
+    dim = 1 if given.dim() > 1 else 0
+    rows = [tensor.shape[:dim] + tensor.shape[dim + 1 :] for tensor in (given, changed)]
+    if given.dim() != changed.dim() or rows[0] != rows[1] or changed.shape[dim] < given.shape[dim]:
+        raise MisconfigurationException(
+            f"Logits of shape {tuple(changed.shape)} cannot take the place of those of {call}, {tuple(given.shape)}:"
+            " rows stay, and columns may only be added behind those that are there."
+        )
+    if changed.shape[dim] == given.shape[dim]:
+        return
+    reasons = {
+        "probabilities as targets": _is_soft(arguments),
+        "class weights": arguments.get("weight") is not None,
+        "label smoothing": bool(arguments.get("label_smoothing", 0.0)),
+    }
+    if found := [reason for reason, holds in reasons.items() if holds]:
+        raise MisconfigurationException(
+            f"A technique adds columns to the logits, and {call} has {found[0]}, for the given columns alone: what the"
+            " new ones would count is not defined. Use class indices as targets, and leave `weight` and"
+            " `label_smoothing` out."
+        )
 
 
 def element_mass(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Tensor | None:

@@ -21,7 +21,7 @@ from lightning_reg.engine.loss import elements
 if TYPE_CHECKING:
     from lightning_reg.engine.data.views import Views
 
-__all__ = ["Derived", "Evaluation", "FunctionEvaluation", "WithLosses"]
+__all__ = ["Derived", "Evaluation", "FunctionEvaluation", "WithInput", "WithLosses"]
 
 
 class Evaluation(ABC):
@@ -42,6 +42,11 @@ class Evaluation(ABC):
     @abstractmethod
     def input(self) -> Tensor:
         """Logits, log-probabilities or predictions, as the user's network made them."""
+
+    @property
+    def loss_input(self) -> Tensor:
+        """What the loss is computed from: the input, already changed if a technique has changed it."""
+        return self.input
 
     @property
     def output(self) -> Tensor | None:
@@ -121,6 +126,22 @@ class Evaluation(ABC):
 
         Raises:
             MisconfigurationException: If the loss has no target.
+
+        """
+
+    @abstractmethod
+    def with_inputs(self, inputs: Sequence[Tensor], call: object) -> "Evaluation":
+        """The same, computed from other logits; :attr:`input` and :meth:`logits` stay the given ones.
+
+        Args:
+            inputs: For each of :meth:`copies` logits of as many rows, with as many classes or further ones behind them.
+            call: What to name in the error.
+
+        Returns:
+            Another evaluation.
+
+        Raises:
+            MisconfigurationException: If the loss is none of logits, or would have another meaning with these.
 
         """
 
@@ -241,6 +262,12 @@ class FunctionEvaluation(Evaluation):
         return FunctionEvaluation(self._function, {**self.arguments, self.target_name: target})
 
     @override
+    def with_inputs(self, inputs: Sequence[Tensor], call: object) -> "WithInput":
+        (changed,) = inputs
+        elements.check_logits(self._function, self.arguments, changed, call)
+        return WithInput(self, FunctionEvaluation(self._function, {**self.arguments, "input": changed}))
+
+    @override
     def narrowed(self, views: "Views") -> "FunctionEvaluation | None":
         narrowed = views.narrow(self.arguments)
         return None if narrowed is None else FunctionEvaluation(self._function, narrowed)
@@ -275,6 +302,11 @@ class Derived(Evaluation):
     @override
     def input(self) -> Tensor:
         return self.base.input
+
+    @property
+    @override
+    def loss_input(self) -> Tensor:
+        return self.base.loss_input
 
     @property
     @override
@@ -315,6 +347,10 @@ class Derived(Evaluation):
         return self.base.with_target(target, call)
 
     @override
+    def with_inputs(self, inputs: Sequence[Tensor], call: object) -> Evaluation:
+        return self.base.with_inputs(inputs, call)
+
+    @override
     def narrowed(self, views: "Views") -> Evaluation | None:
         return self.base.narrowed(views)
 
@@ -337,6 +373,51 @@ class Derived(Evaluation):
     @override
     def __str__(self) -> str:
         return str(self.base)
+
+
+class WithInput(Derived):
+    """A loss that is computed from other logits than the given ones, which techniques see.
+
+    Args:
+        base: With the given logits.
+        changed: With the other ones.
+
+    """
+
+    def __init__(self, base: Evaluation, changed: Evaluation) -> None:
+        super().__init__(base)
+        self._changed = changed
+
+    @property
+    @override
+    def loss_input(self) -> Tensor:
+        return self._changed.loss_input
+
+    @override
+    def with_target(self, target: Tensor, call: object) -> "WithInput":
+        return WithInput(self.base.with_target(target, call), self._changed.with_target(target, call))
+
+    @override
+    def with_inputs(self, inputs: Sequence[Tensor], call: object) -> "WithInput":
+        return WithInput(self.base, self._changed.with_inputs(inputs, call))
+
+    @override
+    def narrowed(self, views: "Views") -> Evaluation | None:
+        base, changed = self.base.narrowed(views), self._changed.narrowed(views)
+        return None if base is None or changed is None else WithInput(base, changed)
+
+    @override
+    def copies(self) -> Sequence[Evaluation]:
+        pairs = zip(self.base.copies(), self._changed.copies(), strict=True)
+        return [WithInput(own, changed) for own, changed in pairs]
+
+    @override
+    def _take_apart(self) -> elements.Decomposition:
+        return self._changed.decomposition
+
+    @override
+    def _compute(self) -> Tensor:
+        return self._changed.plain
 
 
 class WithLosses(Derived):

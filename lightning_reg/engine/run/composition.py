@@ -80,6 +80,7 @@ def conflict_between(one: Member, two: Member) -> str | None:
         sentence = _mixing_conflict(one, two) or _views_conflict(one, two) or _periods_conflict(one, two)
         sentence = sentence or _order_conflict(one, two) or _further_pass_conflict(one, two)
         sentence = sentence or _second_network_conflict(one, two)
+    sentence = sentence or _input_conflict(one, two)
     for phase, what in _EXCLUSIVE.items():
         if sentence is None and phase in phases_of(one) and phase in phases_of(two) and one.loss == two.loss:
             sentence = (
@@ -87,6 +88,18 @@ def conflict_between(one: Member, two: Member) -> str | None:
                 " calls with `loss=...`."
             )
     return None if sentence is None else f"cannot stand together: {sentence}"
+
+
+def _input_conflict(one: Member, two: Member) -> str | None:
+    for changes, replaces in ((one, two), (two, one)):
+        phases = phases_of(changes), phases_of(replaces)
+        if "change_input" in phases[0] and "change_losses" in phases[1] and one.loss == two.loss:
+            return (
+                f"{type(changes).__name__} changes the logits of the loss, and {type(replaces).__name__} puts losses in"
+                " its place that are not computed from them. Remove one of them, or let them work on different loss"
+                " calls with `loss=...`."
+            )
+    return None
 
 
 def _views_conflict(one: Member, two: Member) -> str | None:

@@ -43,7 +43,7 @@ class Sightings:
         interception: Sees the loss functions.
         acting: The techniques that take part in each phase on the loss.
         by_mixin: Whether the module hands its losses over.
-        changes_calls: Whether a technique takes part that changes targets or losses.
+        changes_calls: Whether a technique takes part that changes logits, targets or losses.
         any_call: Whether a call was ever seen.
         is_first: Whether the first step that makes a loss is still to come, or at work.
         said_none: Whether it was said that a step went without.
@@ -62,7 +62,7 @@ class Sightings:
     orders: "defaultdict[int, RowOrder]" = field(default_factory=lambda: defaultdict(_order_at_first))
 
     def __post_init__(self) -> None:
-        self.changes_calls = bool(self.acting["change_targets"] or self.acting["change_losses"])
+        self.changes_calls = any(self.acting[phase] for phase in ("change_input", "change_targets", "change_losses"))
 
 
 @dataclass
@@ -205,7 +205,7 @@ class LossPath:
         # Not changed by a mixer: what it gives is the base.
         given = call.plain if step.is_logging and taking_part(techniques, OnLoss) else None
         if self._sightings.changes_calls:
-            call = _changed(call, techniques, acting)
+            call = _changed(call, techniques, acting, looks=step.is_logging or self._sightings.is_first)
         for technique in acting["sample_weights"]:
             if technique in techniques and (own := _ask(technique, technique.sample_weights, call)) is not None:
                 seen.weights = call.combined(seen.weights, own)
@@ -293,7 +293,7 @@ class LossPath:
             late = [technique for technique in late if technique is not mixer]
         before = [technique for technique in last.takers if technique is not mixer]
         for technique in late:
-            if before and (technique is mixer or "change_targets" in phases_of(technique)):
+            if before and (technique is mixer or _BEFORE_LOSSES.intersection(phases_of(technique))):
                 raise self._selection.too_late(technique, before[0])
         if not late:
             return total
@@ -310,15 +310,48 @@ def _check_part(total: Tensor, seen: _Seen, *, first: bool) -> None:
     check_part(total, seen.value, seen.call, names, those, in_place=in_place)
 
 
-def _changed(call: LossCall, techniques: list[Member], acting: "Mapping[str, Sequence[OnLoss]]") -> LossCall:
-    """The call with other targets, then with other losses."""
+_BEFORE_LOSSES = frozenset({"change_input", "change_targets"})  # what weights and terms of others see the effect of
+
+
+def _changed(
+    call: LossCall, techniques: list[Member], acting: "Mapping[str, Sequence[OnLoss]]", *, looks: bool
+) -> LossCall:
+    """The call with other logits, then with other targets, then with other losses."""
+    given, changing = call, [technique for technique in acting["change_input"] if technique in techniques]
+    for technique in changing:
+        call = _with_inputs(call, technique)
     for technique in acting["change_targets"]:
         if technique in techniques and (target := _ask(technique, technique.change_targets, call)) is not None:
             call = call.with_target(target)
+    if looks and changing and call.loss_input is not call.input:
+        _check_finite(given, call, changing)
     for technique in acting["change_losses"]:
         if technique in techniques:
             call = _with_losses(call, technique)
     return call
+
+
+def _with_inputs(call: LossCall, technique: OnLoss) -> LossCall:
+    copies = call.copies()
+    asked = [_ask(technique, technique.change_input, copy) for copy in copies]
+    if all(changed is None for changed in asked):
+        return call
+    inputs = [copy.loss_input if changed is None else changed for copy, changed in zip(copies, asked, strict=True)]
+    try:
+        return call.with_inputs(inputs)
+    except MisconfigurationException as error:
+        raise in_the_name_of(technique, error) from error
+
+
+def _check_finite(given: LossCall, call: LossCall, techniques: Sequence[OnLoss]) -> None:
+    """Refuses logits that make losses infinite which were finite; a host sync."""
+    lost = ~call.decomposition.elements.detach().isfinite()
+    if lost.any() and (lost & given.decomposition.elements.detach().isfinite()).any():
+        raise MisconfigurationException(
+            f"{', '.join(type(t).__name__ for t in techniques)}: with the changed logits losses of {call} are infinite"
+            " that are finite with the given ones. A column that a sample's target counts cannot be masked by -inf:"
+            " not its own, and with probabilities as targets or label smoothing none."
+        )
 
 
 def _with_losses(call: LossCall, technique: OnLoss) -> LossCall:

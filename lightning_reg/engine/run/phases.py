@@ -194,6 +194,17 @@ class OnLoss(Observer):
         """Refuses a loss call that it could not work on; asked in the first step of a fit if it waits."""
         call.batch_size  # noqa: B018 # refuses a call without a loss per sample
 
+    def change_input(self, call: "LossCall") -> Tensor | None:
+        """Returns logits that the loss is computed from in place of ``call.loss_input``; ``None`` to keep these.
+
+        Rows, masses and targets stay; columns may be rescaled, masked by ``-inf``, or added behind those that are
+        there. ``call.loss_input`` has what techniques before this one have made of them, while ``call.input`` and
+        ``call.logits`` stay the given ones for all. Only ``F.cross_entropy`` has logits to change; columns are not
+        added where it has probabilities as targets, class weights or label smoothing. Where a technique runs on several
+        copies of the rows it is asked for each copy.
+        """
+        raise NotImplementedError
+
     def change_targets(self, call: "LossCall") -> Tensor | None:
         """Returns the targets for the loss function, ``None`` to keep the present ones."""
         raise NotImplementedError
@@ -449,6 +460,7 @@ PHASES: dict[str, type[Member]] = {
     "edit_inputs": OnLayers,
     "edit_features": OnLayers,
     "parts": Member,
+    "change_input": OnLoss,
     "change_targets": OnLoss,
     "change_losses": OnLoss,
     "sample_weights": OnLoss,

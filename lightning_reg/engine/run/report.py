@@ -40,6 +40,7 @@ _CHANGES = {
     "edit_inputs": "a layer's input",
     "edit_features": "a layer's output",
     "parts": "how often a layer runs",
+    "change_input": "logits in the loss",
     "change_targets": "targets",
     "change_losses": "losses of samples",
     "sample_weights": "weights of samples",

@@ -1,1 +1,1 @@
-"""KaLM-Embedding: queries whose document is badly ranked count more."""
+"""KaLM-Embedding: queries whose document is badly ranked count more, and hard negatives are mixed."""

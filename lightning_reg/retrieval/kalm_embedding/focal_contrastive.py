@@ -27,8 +27,8 @@ class FocalContrastive(LossTechnique):
     .. math:: L = \frac1B \sum_i (1 - P_i)^\gamma\, \ell_i, \qquad \ell_i = -\log P_i
 
     with the probability :math:`P_i` of the query's own document among all candidates of its row: those of the batch,
-    hard negatives, and whatever else your code puts there. The weights have no gradient, and are not brought to mean
-    1: the loss becomes smaller as queries are solved.
+    hard negatives, mixtures of them, and whatever else your code puts there. The weights have no gradient, and are not
+    brought to mean 1: the loss becomes smaller as queries are solved.
 
     Use it where the loss is ``F.cross_entropy`` of similarities ``(B, candidates)`` and many pairs are solved early.
     Leave it where pairs are mislabelled: those are the hard ones. On search over docstrings with a small encoder

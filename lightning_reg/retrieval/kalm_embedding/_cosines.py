@@ -1,0 +1,92 @@
+"""Where the logits of a contrastive loss come from: rows of queries and documents that layers put out."""
+
+from collections.abc import Mapping, Set
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_reg.engine.host.errors import MisconfigurationException
+
+if TYPE_CHECKING:
+    from lightning_reg.engine.loss.call import LossCall
+
+__all__ = ["check_cosines", "embeddings_of"]
+
+
+def embeddings_of(call: "LossCall", layer: str, query_layer: str | None) -> tuple[Tensor, Tensor]:
+    """What layers put out for the queries and the documents of a call in this step.
+
+    Args:
+        call: Of logits ``(B, N)``.
+        layer: Puts out the documents, and the queries before them if these have no layer of their own.
+        query_layer: Puts out the queries.
+
+    Returns:
+        Rows of queries ``(B, D)`` and of documents ``(N, D)``.
+
+    Raises:
+        MisconfigurationException: If there are not as many.
+
+    """
+    rows, columns = call.logits.shape
+    documents = _rows(call, layer)
+    if query_layer is not None:
+        queries = _rows(call, query_layer)
+    else:
+        queries, documents = documents[:rows], documents[rows:]
+    if (len(queries), len(documents)) != (rows, columns) or queries.shape[1] != documents.shape[1]:
+        raise MisconfigurationException(
+            f"{call} has {rows} queries and {columns} candidates, and the embeddings of this step are"
+            f" {tuple(queries.shape)} and {tuple(documents.shape)}: a row of each is needed, the queries' first. Name"
+            " the layers that put them out (`layer`, `query_layer`), once for each row; documents of other ranks or of"
+            " a memory are not known."
+        )
+    return queries, documents
+
+
+def _rows(call: "LossCall", layer: str) -> Tensor:
+    found: list[Any] = [
+        output.get("sentence_embedding") if isinstance(output, Mapping) else output
+        for output in call.step.passes.get(layer, ())
+    ]
+    if not found or not all(isinstance(output, Tensor) and output.dim() == 2 for output in found):
+        shapes = ", ".join(str(tuple(o.shape)) if isinstance(o, Tensor) else type(o).__name__ for o in found)
+        raise MisconfigurationException(
+            f"Layer {layer!r} gave {shapes or 'nothing'} in this step, where embeddings (rows, D) are needed. Name a"
+            " layer that puts out one row per text; pooling that your code does beside the layers has to be one"
+            " (`mean_pooled` in an nn.Module, say)."
+        )
+    return torch.cat(found)
+
+
+def check_cosines(
+    call: "LossCall", queries: Tensor, documents: Tensor, temperature: float, dtypes: "Set[torch.dtype]"
+) -> None:
+    """Refuses a call whose logits are no cosines of these rows over the temperature; a host sync.
+
+    Args:
+        call: Of logits ``(B, N)``; those below any cosine were masked by the user's code.
+        queries: Unit rows ``(B, D)``.
+        documents: Unit rows ``(N, D)``.
+        temperature: Above 0.
+        dtypes: Those in which rows and logits were computed.
+
+    Raises:
+        MisconfigurationException: With the temperature that fits, if one does.
+
+    """
+    logits, cosines = call.logits.detach().float(), (queries @ documents.T).detach()
+    masked = logits * temperature < -1.5
+    logits, cosines = logits.masked_fill(masked, 0.0), cosines.masked_fill(masked, 0.0)
+    tolerance = max(2e-3, *(4 * torch.finfo(dtype).eps for dtype in dtypes))
+    if (logits * temperature - cosines).abs().max() <= tolerance:
+        return
+    fitting = float((cosines * logits).sum() / logits.square().sum())
+    fits = fitting > 0 and bool((logits * fitting - cosines).abs().max() <= tolerance)
+    what = f"cosines over {fitting:.3g}" if fits else "not the cosines of these rows over one temperature"
+    advice = "Give that" if fits else "Name the layers whose rows, in this order, the logits are made of"
+    raise MisconfigurationException(
+        f"The logits of {call} are {what}, as far as the outputs of the layers say, and `temperature` is"
+        f" {temperature:g}. {advice}."
+    )
