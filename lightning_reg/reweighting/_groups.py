@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_reg.engine.data.entries import find_entry
 from lightning_reg.engine.host.errors import MisconfigurationException
@@ -47,6 +48,7 @@ class Groups:
         self._table: Tensor | None = None
         self._checked = False
 
+    @override
     def __str__(self) -> str:
         source = f"entry {self._group_key!r}" if self._groups is None else f"{self._groups} by sample"
         return f"{self._num_groups} groups from {source}"
@@ -77,6 +79,7 @@ class Groups:
             raise MisconfigurationException(f"{asked_by}: no training sample is of group {empty}. {self._advice}")
         return self._table.sum(0)
 
+    @override
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_table": None}  # the user's data, read again at each fit
 
