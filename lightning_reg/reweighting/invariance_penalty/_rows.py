@@ -141,6 +141,7 @@ class HeadInput(Part):
     @contextmanager
     def around(self, step: "Step") -> Iterator[None]:
         self._edits.open(step)
+        step.notes[self._owner] = self
         try:
             yield
         finally:

@@ -226,8 +226,7 @@ class InvariancePenalty(LossTechnique):
 
     @override
     def parts(self, trainer: "Trainer", module: "LightningModule") -> "Sequence[Part]":
-        self._head_input = HeadInput(module, self, self.head)
-        return (self._head_input,) if self.method == "fishr" else ()
+        return (HeadInput(module, self, self.head),) if self.method == "fishr" else ()
 
     @override
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
@@ -250,7 +249,7 @@ class InvariancePenalty(LossTechnique):
                 penalty = self._iga(call, membership)
             else:
                 rows, membership = global_rows(call.step, self._rows(call), membership)
-                penalty = self._penalty(rows, membership)
+                penalty = self._penalty(call, rows, membership)
         if call.step.is_logging:
             call.step.log(self, "penalty", penalty)
         weight = self._weight(call.step)
@@ -282,9 +281,9 @@ class InvariancePenalty(LossTechnique):
         deltas = logit_gradients(logits, targets, binary=binary)
         if self.method == "irm":
             return (deltas * logits).sum(1, keepdim=True)
-        return torch.cat([deltas, self._head_input.features(call.step, logits)], 1)
+        return torch.cat([deltas, call.step.notes[self].features(call.step, logits)], 1)
 
-    def _penalty(self, rows: Tensor, membership: Tensor) -> Tensor:
+    def _penalty(self, call: "LossCall", rows: Tensor, membership: Tensor) -> Tensor:
         if self.method == "vrex":
             return vrex_penalty(rows[:, 0], membership, self.form)
         if self.method == "sd":
@@ -294,7 +293,7 @@ class InvariancePenalty(LossTechnique):
         if self.method == "clove":
             return clove_penalty(rows[:, 0], rows[:, 1], membership, self.form, self.kernel_width)
         present, centred = membership.sum(0) > 0, self.form == "domainbed"
-        deltas, features = rows.tensor_split([self._head_input.classes], 1)
+        deltas, features = rows.tensor_split([call.step.notes[self].classes], 1)
         variances = head_gradient_moments(deltas, features, membership, centred=centred)
         if centred:
             kept = None if self._average is None else self._average.to(variances)
@@ -320,10 +319,6 @@ class InvariancePenalty(LossTechnique):
             check_patterns(self, "params", self.params, trained, "trainable parameter")
         self._is_checked = True
         return [p for name, p in trained.items() if is_selected(name, self.params)]
-
-    @override
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in super().__getstate__().items() if name != "_head_input"}
 
     @override
     def state_dict(self) -> dict[str, Any]:
