@@ -7,18 +7,15 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_reg.engine.data.entries import find_entry
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.distributed import world_size
-from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.host.user_functions import user_function
 from lightning_reg.engine.run.phases import Member, phases_of
 from lightning_reg.engine.technique import LossTechnique
+from lightning_reg.reweighting._groups import Groups
 from lightning_reg.reweighting.group_dro.core import (
     group_ascent,
     group_losses,
-    group_membership,
     group_sample_weights,
     worst_group_weights,
 )
@@ -115,11 +112,8 @@ class GroupDRO(LossTechnique):
         check_choice(self, "mode", mode, ("online", "max"))
         check_number(self, "eta", eta, low=0)
         check_number(self, "generalization_adjustment", generalization_adjustment, low=0)
-        if (group_key is None) == (groups is None):
-            raise ValueError(
-                "GroupDRO: `group_key` or `groups` must be given, the one or the other, got"
-                f" group_key={group_key!r} and groups={groups!r}."
-            )
+        advice = "Leave it out, or train the model whose errors make the groups for a shorter time."
+        self._groups = Groups(self, num_groups, group_key, groups, advice)
         for count in group_counts or ():
             check_number(self, "group_counts", count, low=1, integer=True)
         if group_counts is not None and (groups is not None or len(group_counts) != num_groups):
@@ -133,9 +127,7 @@ class GroupDRO(LossTechnique):
         self.num_groups, self.group_key, self.groups, self.mode, self.eta = num_groups, group_key, groups, mode, eta
         self.generalization_adjustment, self.group_counts = generalization_adjustment, group_counts
         self._log_weights: Tensor | None = None
-        self._table: Tensor | None = None
         self._adjustment = self._adjusted(torch.tensor(group_counts or [1] * num_groups))
-        self._checked = False
 
     @property
     @override
@@ -144,27 +136,15 @@ class GroupDRO(LossTechnique):
 
     @override
     def describe(self) -> str:
-        source = f"entry {self.group_key!r}" if self.groups is None else f"{self.groups} by sample"
         how = "the worst alone" if self.mode == "max" else f"eta={self.eta:g}"
         adjusted = self.generalization_adjustment
-        return f"{self.num_groups} groups from {source}, {how}" + (f", adjusted by {adjusted:g}" if adjusted else "")
+        return f"{self._groups}, {how}" + (f", adjusted by {adjusted:g}" if adjusted else "")
 
     @override
     def check(self, trainer: "Trainer", module: "LightningModule") -> None:
-        self._checked = False
-        if self.groups is None:
-            return
-        asked_by = "GroupDRO(groups=...)"
-        given = torch.as_tensor(user_function(self.groups, trainer, module, asked_by)())
-        self._table = self._membership(given, f"what {self.groups!r} returns")
-        self._check_numbers(given)
-        if not self._table.any(0).all():
-            empty = (~self._table.any(0)).nonzero().flatten().tolist()
-            raise MisconfigurationException(
-                f"{asked_by}: no training sample is of group {empty}. Leave it out, or train the model whose errors"
-                " make the groups for a shorter time."
-            )
-        self._adjustment = self._adjusted(self._table.sum(0))
+        counts = self._groups.read(trainer, module)
+        if counts is not None:
+            self._adjustment = self._adjusted(counts)
 
     @override
     def conflict_with(self, other: Member) -> str | None:
@@ -184,9 +164,7 @@ class GroupDRO(LossTechnique):
 
     @override
     def sample_weights(self, call: "LossCall") -> Tensor | None:
-        membership, mass = self._of_batch(call), call.sample_mass
-        if mass is not None:
-            membership = membership * (mass > 0)[:, None]
+        membership, mass = self._groups.of_batch(self, call), call.sample_mass
         group = host.data_parallel_group(call.step.trainer)
         losses, counts = group_losses(call.losses, membership, group)
         weights = self._weights(losses, counts)
@@ -213,45 +191,6 @@ class GroupDRO(LossTechnique):
 
     def _adjusted(self, sizes: Tensor) -> Tensor:
         return self.generalization_adjustment / sizes.sqrt()
-
-    def _of_batch(self, call: "LossCall") -> Tensor:
-        if self._table is None:
-            given = torch.as_tensor(find_entry(call.step.batch, self.group_key or "", "GroupDRO: group_key"))
-            if not self._checked:
-                self._check_numbers(given)
-            self._checked = True
-            membership = self._membership(given, f"the entry {self.group_key!r}").to(call.input.device)
-            if len(membership) != call.batch_size:
-                raise MisconfigurationException(
-                    f"GroupDRO: the entry {self.group_key!r} has {len(membership)} groups, and {call} has"
-                    f" {call.batch_size} samples. Name the entry with one group per sample."
-                )
-            return membership
-        samples = call.samples(self)
-        if samples.size not in (None, len(self._table)):
-            raise MisconfigurationException(
-                f"GroupDRO: {self.groups!r} returns the groups of {len(self._table)} samples, the training dataset has"
-                f" {samples.size}. Return one for each sample of the dataset."
-            )
-        self._table = self._table.to(call.input.device)
-        return self._table[samples.indices]
-
-    def _membership(self, given: Tensor, what: str) -> Tensor:
-        try:
-            return group_membership(given, self.num_groups)
-        except ValueError as error:
-            raise MisconfigurationException(f"GroupDRO: {what}: {error}") from error
-
-    def _check_numbers(self, given: Tensor) -> None:
-        if given.dtype != torch.bool and given.numel() and int(given.max()) >= self.num_groups:
-            raise MisconfigurationException(
-                f"GroupDRO: there is a group {int(given.max())}, and num_groups={self.num_groups} counts from 0. Raise"
-                " `num_groups`."
-            )
-
-    @override
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_table": None}  # the user's data, read again at each fit
 
     @override
     def state_dict(self) -> dict[str, Any]:
