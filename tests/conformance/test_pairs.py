@@ -30,7 +30,7 @@ CASES = list(all_cases())
 
 
 # A batch that was mixed has two labels for a sample; the last of two that replace the same would count alone; a weight
-# is trained through one map.
+# is trained through one map; one technique draws the samples.
 REFUSED = [
     {"MixesNeighbours", "LowersLabels"},
     {"MixesNeighbours", "RootsOfLosses"},
@@ -38,6 +38,7 @@ REFUSED = [
     {"RootsOfLosses"},
     {"TrainsHalf"},
     {"TrainsFactors"},
+    {"DrawsSome"},
 ]
 
 
