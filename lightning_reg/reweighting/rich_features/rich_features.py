@@ -158,6 +158,7 @@ class RichFeatures(GroupWeights):
         predictions = rows.logits.argmax(1)
         if distributed.rank() == 0:
             write_round(self.record, predictions == rows.labels, predictions)
+        trainer.strategy.barrier()  # the next round may begin on another rank at once
 
     @override
     def _table_source(self) -> tuple[str, str]:
