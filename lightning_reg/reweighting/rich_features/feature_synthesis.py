@@ -35,7 +35,8 @@ class FeatureSynthesis(DrawTechnique, ModuleTechnique, LossTechnique, GradientTe
 
     with one linear head for each round on the shared features, and half of the samples drawn among those on which the
     rounds differ. It takes the place of your own loss. After each step your head is the mean of the heads; with it and
-    the features, fine-tuned or frozen, the method proper starts (load the checkpoint in the next fit).
+    the features, fine-tuned or frozen, the method proper starts (load the checkpoint in the next fit). No other technique
+    stands beside it.
 
     Source:
         Zhang et al., "Rich Feature Construction for the Optimization-Generalization Dilemma", ICML 2022, arXiv
@@ -121,9 +122,11 @@ class FeatureSynthesis(DrawTechnique, ModuleTechnique, LossTechnique, GradientTe
 
     @override
     def conflict_with(self, other: Member) -> str | None:
-        if isinstance(other, FeatureSynthesis):
-            return "each gives the module's head the mean of its heads. Remove one of them."
-        return None
+        return (
+            f"the synthesis is a fit of its own, by a loss of its own and with a head that it makes, in which"
+            f" {type(other).__name__} would have no effect or another than it should. Use that one in the rounds, or in"
+            " the fit that follows."
+        )
 
     @property
     @override
