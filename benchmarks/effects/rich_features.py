@@ -6,7 +6,7 @@ channels) that agrees with the given label in 90 and in 80 % of two training env
 perceptron 128-200-200-2, Adam 1e-3 with weight decay 1e-3, full batches: round 0 of 60 steps, all others of 300.
 "GroupDRO, environments" has the two environments as groups, "label and colour" knows the colour of each image. V-REx
 (the variance of the environments' losses, times 1e4, in ``training_step``) starts from random weights, from round 0, or
-from the synthesis of both rounds, fine-tuned or with frozen features. In per cent.
+from the synthesis of both rounds, fine-tuned or with frozen features. Each fit has weights of its own. In per cent.
 """
 
 import sys

@@ -35,8 +35,8 @@ class FeatureSynthesis(DrawTechnique, ModuleTechnique, LossTechnique, GradientTe
 
     with one linear head for each round on the shared features, and half of the samples drawn among those on which the
     rounds differ. It takes the place of your own loss. After each step your head is the mean of the heads; with it and
-    the features, fine-tuned or frozen, the method proper starts (load the checkpoint in the next fit). No other technique
-    stands beside it.
+    the features, fine-tuned or frozen, the method proper starts (load the checkpoint in the next fit). No other
+    technique stands beside it.
 
     Source:
         Zhang et al., "Rich Feature Construction for the Optimization-Generalization Dilemma", ICML 2022, arXiv

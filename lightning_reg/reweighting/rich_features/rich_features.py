@@ -39,7 +39,9 @@ class RichFeatures(GroupWeights):
     Use it when methods for other domains (IRM, V-REx, Fishr) fail from random weights, and where a shortcut is
     suspected. Keep round 0 short: a network that fits all labels leaves no group of errors, and one that fits noise
     leaves a group of noise. Two rounds are the paper's choice on ColoredMNIST; a third was worse on Camelyon17. On
-    coloured digits see ``benchmarks/effects/rich_features.py``.
+    coloured digits (``benchmarks/effects/rich_features.py``) V-REx on the frozen features of both rounds reached 38 %
+    in the worst group, from random weights 0 %, fine-tuned 1 %; against a plain fit (18 %) no effect was shown, and
+    :class:`GroupDRO`, which was told the colours, reached 54 %.
 
     Source:
         Zhang et al., "Rich Feature Construction for the Optimization-Generalization Dilemma", ICML 2022, arXiv
