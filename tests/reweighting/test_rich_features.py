@@ -382,3 +382,30 @@ def test_three_fits(tmp_path):
     for head, guess in zip(heads, guesses, strict=True):
         assert (head(features).argmax(1) == guess).float().mean() > 0.7
     torch.testing.assert_close(last.net[3].weight, (heads[0].weight + heads[1].weight) / 2)
+
+
+class Texts(Classifier):
+    """A small Bert with its own loss."""
+
+    def __init__(self):
+        from transformers import BertConfig, BertForSequenceClassification
+
+        super().__init__()
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.net = BertForSequenceClassification(BertConfig(vocab_size=20, num_labels=3, **sizes))
+
+    def training_step(self, batch, batch_idx):
+        return self.net(input_ids=batch[0], labels=batch[1]).loss
+
+
+def test_all_rounds_of_a_model_of_transformers(tmp_path):
+    data = TensorDataset(torch.randint(20, (SAMPLES, 5), generator=torch.Generator().manual_seed(0)), make_tensors()[1])
+    files = [str(tmp_path / f"{r}.pt") for r in range(2)]
+    fit(Texts(), RichFeatures(record=files[0]), loader=make_loader(data))
+    fit(Texts(), RichFeatures(files[:1], files[1]), loader=make_loader(data))
+    last, synthesis = Texts(), FeatureSynthesis("net.dropout", "net.classifier", files, balance=None)
+    fit(last, synthesis, loader=make_loader(data))
+    heads = [synthesis.own[f"head_{r}"].weight for r in range(2)]
+    torch.testing.assert_close(last.net.classifier.weight, torch.stack(heads).mean(0))
