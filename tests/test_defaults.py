@@ -287,6 +287,7 @@ DEFAULTS = {
     "supervised_contrastive_loss": {"temperature": 0.1, "group": None, "capacity": None},
     "svd_factors": {"rank": None},
     "symmetric_infonce": {"tau": 0.1, "group": None, "capacity": None},
+    "synthesis_draws": {"balance": "agree"},
     "synthesis_losses": {"scale": 100.0, "scheme": "joint", "keep": None},
     "synthesize_outliers": {"sigma": 0.1, "k": 50, "candidates": "paper", "feature_noise": "absolute"},
     "tcm_loss": {

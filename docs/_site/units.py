@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # What a technique does to a step, in words that need no knowledge of the engine.
 _DOES = {
     "own_modules": "trains small modules of its own with your optimizer",
+    "draw_samples": "can choose the samples that an epoch is made of",
     "transform_batch": "changes the batch before your `training_step` gets it",
     "observe_batch": "shows each batch to a second network",
     "extra_views": "sends further versions of the batch through your network",

@@ -18,6 +18,7 @@ from lightning_reg.engine.run.phases import (
     Member,
     Observer,
     OnBatch,
+    OnDraws,
     OnGradients,
     OnLayers,
     OnLoss,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BatchTechnique",
+    "DrawTechnique",
     "GradientTechnique",
     "LayerTechnique",
     "LossTechnique",
@@ -61,6 +63,7 @@ class Technique(Member, host.Callback):
 
         prepare_model, before optimizers are made            Technique
         own_modules, trained by the user's optimizer         ModuleTechnique
+        draw_samples, in place of the batch sampler          DrawTechnique
         batch sampler draws ─► workers, collate, device
            ▼
         transform_batch   observe_batch   extra_views        BatchTechnique
@@ -189,6 +192,14 @@ class Technique(Member, host.Callback):
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
+class DrawTechnique(OnDraws, Technique):
+    """A technique that says which samples of the training data an epoch is made of."""
+
+    def draw_generator(self, epoch: int) -> torch.Generator:
+        """A random generator for the draws of an epoch: by the seed, the name and the epoch, the same on all ranks."""
+        return torch.Generator().manual_seed(self.derived_seed(f"draws {epoch}"))
+
+
 class BatchTechnique(OnBatch, Technique):
     """A technique on the batch, before ``training_step`` gets it."""
 
@@ -262,6 +273,7 @@ class WeightMapTechnique(ThroughMap, Technique):
 
 _OF_A_FIT = ("log", "log_dict", *host.STEP_HOOKS)
 _BASES = (
+    DrawTechnique,
     BatchTechnique,
     LossTechnique,
     StepTechnique,

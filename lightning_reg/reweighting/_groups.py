@@ -53,6 +53,11 @@ class Groups:
         source = f"entry {self._group_key!r}" if self._groups is None else f"{self._groups} by sample"
         return f"{self._num_groups} groups from {source}"
 
+    @property
+    def table(self) -> Tensor | None:
+        """Which samples of the dataset are in which group, ``(N, G)``; ``None`` where the batch says it."""
+        return self._table
+
     def read(self, trainer: "Trainer", module: "LightningModule") -> Tensor | None:
         """Reads the table at the start of a fit.
 

@@ -113,6 +113,9 @@ class Hand:
         """Leaves that are trained beside the weights; asked once, after :meth:`begin`."""
         return ()
 
+    def draw(self, epoch: int) -> Tensor | None:
+        """Which samples the epoch is made of, in order."""
+
     def mix(self, moment: Moment) -> tuple[Tensor, Tensor, float] | None:
         """Mixed inputs, partners and own share, if it mixes this batch; asked while nobody has."""
 
@@ -201,6 +204,7 @@ class Loop:
             self.net = problem.net().eval()
         with seeded(1):
             self.x, self.y = problem.data(SIZE)
+        self.count = 0
         self.leaves: dict[str, Tensor] = {}
         self.maps: dict[str, Callable[[Tensor], Tensor]] = {}
         for name, parameter in self.net.named_parameters():
@@ -231,10 +235,12 @@ class Loop:
 
     def steps(self, epoch: int) -> Iterator[Moment]:
         """The batches of an epoch."""
-        order = torch.randperm(SIZE, generator=torch.Generator().manual_seed(epoch)).split(BATCH)
-        for count, index in enumerate(order, epoch * len(order) + 1):
-            random = self.random[count - 1] if len(self.random) else None
-            yield Moment(self.x[index], self.y[index], index, count, random)
+        drawn = [order for hand in self.hands if (order := hand.draw(epoch)) is not None]
+        order = drawn[0] if drawn else torch.randperm(SIZE, generator=torch.Generator().manual_seed(epoch))
+        for index in order.split(BATCH):
+            self.count += 1
+            random = self.random[self.count - 1] if len(self.random) else None
+            yield Moment(self.x[index], self.y[index], index, self.count, random)
 
     def run(
         self,

@@ -10,6 +10,7 @@ from lightning_reg.engine.data.mixing import Mixing
 from lightning_reg.engine.run.periods import Period
 from lightning_reg.engine.technique import (
     BatchTechnique,
+    DrawTechnique,
     GradientTechnique,
     LayerTechnique,
     LossTechnique,
@@ -22,6 +23,7 @@ from lightning_reg.engine.technique import (
 from lightning_reg.engine.weights.owned import OwnModules
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
+from tests.conformance.problems import SIZE
 from tests.toys import Doubled, LowRank
 
 __all__ = ["REFERENCES"]
@@ -32,6 +34,20 @@ class _Reference(Technique):
     @override
     def key(cls):
         return cls.__name__.lower()
+
+
+class DrawsSome(_Reference, DrawTechnique):
+    """Some of the samples, some of them twice, in the second epoch; the first one is left alone."""
+
+    @override
+    def draw_samples(self, epoch, size):
+        return torch.randint(size, (24,), generator=self.draw_generator(epoch)) if epoch == 1 else None
+
+
+class SomeByHand(Hand):
+    def draw(self, epoch):
+        draw = torch.Generator().manual_seed(self.technique.derived_seed(f"draws {epoch}"))
+        return torch.randint(SIZE, (24,), generator=draw) if epoch == 1 else None
 
 
 class MixesNeighbours(_Reference, BatchTechnique):
@@ -347,6 +363,7 @@ def _case(cls, hand, *also):
 
 
 REFERENCES = [
+    _case(DrawsSome, SomeByHand, "images", "regression"),
     _case(MixesNeighbours, MixedByHand, "images", "regression"),
     _case(WidensLogits, WidenedByHand, "images"),
     _case(LowersLabels, LoweredByHand, "images"),

@@ -30,7 +30,7 @@ CASES = list(all_cases())
 
 
 # A batch that was mixed has two labels for a sample; the last of two that replace the same would count alone, and so
-# would losses that replace those of changed logits; a weight is trained through one map.
+# would losses that replace those of changed logits; a weight is trained through one map; one technique draws samples.
 REFUSED = [
     {"MixesNeighbours", "LowersLabels"},
     {"MixesNeighbours", "RootsOfLosses"},
@@ -39,6 +39,7 @@ REFUSED = [
     {"RootsOfLosses"},
     {"TrainsHalf"},
     {"TrainsFactors"},
+    {"DrawsSome"},
 ]
 
 

@@ -6,8 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lightning_reg.engine.host.distributed import rank
 from lightning_reg.engine.run.periods import Period
 from lightning_reg.engine.technique import (
+    DrawTechnique,
     GradientTechnique,
     LayerTechnique,
     LossTechnique,
@@ -22,6 +24,7 @@ from tests.conformance.problems import KINDS
 from tests.conformance.references import (
     REFERENCES,
     BoundsGradients,
+    DrawsSome,
     ProjectsFeatures,
     RestsAWhile,
     ShrinksBias,
@@ -29,6 +32,11 @@ from tests.conformance.references import (
     StretchesInputs,
     WidensLogits,
 )
+
+
+class NoDraws(DrawTechnique):
+    def draw_samples(self, epoch, size):
+        return None
 
 
 class NoTerm(StepTechnique):
@@ -84,7 +92,7 @@ class LaterPeriods(Technique):
         return (Period(99, frozen="net.*"), Period(500, 900, "steps", trained="net.head"))
 
 
-_IDLE = [NoTerm, NoModules, NoChange, NoLogits, SameLogits, NoEdits, LaterPeriods]
+_IDLE = [NoDraws, NoTerm, NoModules, NoChange, NoLogits, SameLogits, NoEdits, LaterPeriods]
 
 
 @pytest.mark.parametrize("cls", _IDLE, ids=lambda cls: cls.__name__)
@@ -94,6 +102,25 @@ def test_one_that_does_nothing_is_nothing(cls):
         assert not difference(getattr(plain, part), getattr(null, part))
     users = [[{k: v for k, v in row.items() if k[:4] != "reg/"} for _, row in run.logged] for run in (plain, null)]
     assert users[0] == users[1]
+
+
+class DrawsGlobally(DrawsSome):
+    def draw_samples(self, epoch, size):
+        return torch.randint(size, (24,)) if epoch == 1 else None
+
+
+class DrawsByRank(DrawsSome):
+    def draw_samples(self, epoch, size):
+        drawn = super().draw_samples(epoch, size)
+        return drawn if drawn is None else (drawn + rank()) % size
+
+
+class DrawsByCount(DrawsSome):
+    asked = 0
+
+    def draw_samples(self, epoch, size):
+        self.asked += 1
+        return torch.randint(size, (24,), generator=self.draw_generator(self.asked))
 
 
 class TermOfOneRank(ShrinksFeatures):
@@ -164,6 +191,9 @@ class LeavesItFrozen(RestsAWhile):
 @pytest.mark.parametrize(
     ("cls", "law", "sentence"),
     [
+        (DrawsGlobally, "own_randomness", "the global random state of torch"),
+        (DrawsByRank, "ranks_agree", "of two processes and of one with the joined batch"),
+        (DrawsByCount, "resume_is_exact", "resumed at .* and uninterrupted"),
         (TermOfOneRank, "ranks_agree", "of two processes and of one with the joined batch"),
         (ChangesByCount, "resume_is_exact", "resumed at epoch_end and uninterrupted"),
         (FollowsByCount, "resume_is_exact", "resumed at epoch_end and uninterrupted"),

@@ -11,6 +11,7 @@ from lightning_reg import AdjustedAverageAccuracy, GroupDRO, LossReweighting, Mi
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.functional import (
     group_ascent,
+    group_draws,
     group_losses,
     group_membership,
     group_sample_weights,
@@ -20,7 +21,7 @@ from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
 from tests.conformance.kinds.metric import MetricCase
 from tests.conformance.problems import SIZE
-from tests.toys import QUIET, SAMPLES, Classifier, fit, make_loader
+from tests.toys import QUIET, SAMPLES, Classifier, IndexRecorder, fit, make_loader
 
 pytestmark = QUIET
 
@@ -49,6 +50,10 @@ def everyone():
 
 def toy_thirds():
     return thirds(SAMPLES)
+
+
+def toy_rare():
+    return (torch.arange(SAMPLES) >= SAMPLES - 2).long()
 
 
 def toy_everyone():
@@ -120,11 +125,13 @@ CASE = (
             f"1 groups from {HERE}.everyone by sample, eta=0.01",
             "4 groups from entry '1', the worst alone, adjusted by 1",
             f"4 groups from {HERE}.overlapping by sample, eta=0.1",
+            f"3 groups from {HERE}.thirds by sample, eta=0.01, drawn alike",
         ),
         also=["images", "regression", "tokens"],
         variants=[
             partial(GroupDRO, 4, group_key="1", mode="max", generalization_adjustment=1.0, group_counts=[4, 6, 6, 6]),
             partial(GroupDRO, 4, groups=f"{HERE}.overlapping", eta=0.1, loss="last"),
+            partial(GroupDRO, 3, groups=f"{HERE}.thirds", draws="balanced", index_key="2"),
         ],
         invalid=[
             ({"num_groups": 0, "group_key": "1"}, "num_groups"),
@@ -136,6 +143,8 @@ CASE = (
             ({"num_groups": 2, "group_key": "1", "group_counts": [1]}, "group_counts"),
             ({"num_groups": 2, "group_key": "1", "group_counts": [1, 0]}, "group_counts"),
             ({"num_groups": 2, "group_key": "1", "generalization_adjustment": 1.0}, "group_counts"),
+            ({"num_groups": 2, "groups": "f", "draws": "all"}, "draws"),
+            ({"num_groups": 2, "group_key": "1", "draws": "balanced"}, "draws"),
         ],
     ),
     MetricCase(
@@ -181,6 +190,21 @@ def test_an_absent_group_keeps_its_share_of_the_rest():
     assert log_q.exp().tolist() == pytest.approx([0.5, 0.5])
     assert worst_group_weights(torch.tensor([9.0, 1.0]), torch.tensor([False, True])).tolist() == [0.0, 1.0]
     assert worst_group_weights(torch.tensor([9.0]), torch.tensor([False])).tolist() == [0.0]
+
+
+def test_each_group_is_drawn_as_often_as_another():
+    membership = torch.zeros(100, 3)
+    membership[:90, 0] = membership[85:95, 1] = membership[95:99, 2] = 1  # five are in two, the last one in none
+    drawn = group_draws(membership, 60_000, torch.Generator().manual_seed(0)).bincount(minlength=100) / 60_000
+    expected = torch.zeros(100)
+    expected[:90] += 1 / 270
+    expected[85:95] += 1 / 30
+    expected[95:99] += 1 / 12
+    torch.testing.assert_close(drawn, expected, atol=0.004, rtol=0.0)  # 3.5 deviations of the largest
+    assert drawn[99] == 0
+    with pytest.raises(ValueError, match="group 1 has no sample to draw"):
+        group_draws(torch.tensor([[1.0, 0.0]]), 4, torch.Generator())
+    assert group_draws(membership, 0, torch.Generator()).shape == (0,)
 
 
 @pytest.mark.parametrize("groups", [torch.zeros(3), torch.zeros(3, 2, dtype=torch.bool), torch.zeros(3).bool()])
@@ -266,6 +290,19 @@ def test_groups_of_another_number_than_samples_are_told():
 def test_what_does_not_stand_beside_it(other):
     with pytest.raises(MisconfigurationException, match="GroupDRO"):
         fit(Classifier(), GroupDRO(3, group_key="1"), other, max_epochs=1)
+
+
+def test_epochs_of_balanced_groups():
+    dro, recorder = GroupDRO(2, groups=f"{HERE}.toy_rare", draws="balanced", seed=3), IndexRecorder()
+    fit(Classifier(), dro, recorder, max_epochs=20)
+    drawn = torch.tensor([index for batch in recorder.indices for index in batch])
+    membership = group_membership(toy_rare(), 2)
+    for epoch in range(2):
+        wanted = group_draws(membership, SAMPLES, dro.draw_generator(epoch))
+        assert drawn.view(20, SAMPLES)[epoch].tolist() == wanted.tolist()
+    assert toy_rare()[drawn].float().mean().item() == pytest.approx(0.5, abs=0.05)  # 640 draws, where 2 of 32 are rare
+    with pytest.raises(MisconfigurationException, match=f"of {SIZE} samples, the training dataset has {SAMPLES}"):
+        fit(Classifier(), GroupDRO(3, groups=f"{HERE}.thirds", draws="balanced", index_key="2"))
 
 
 # -- metrics ----------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_reg.engine.data.draws import Draws
 from lightning_reg.engine.data.entries import find_entry
 from lightning_reg.engine.host.errors import MisconfigurationException
 
@@ -59,13 +60,14 @@ class _Tap:
     def __init__(self, sampler: Any) -> None:
         self._sampler = sampler
         self.drawn: deque[Any] = deque()
+        self.draws: Draws | None = None  # what stands in for those of the sampler
 
     def __iter__(self) -> Iterator[Any]:
         self.drawn = deque()  # each pass has a queue of its own: loaders may be iterated twice at once
-        return _noting(iter(self._sampler), self.drawn)
+        return _noting(iter(self._sampler if self.draws is None else self.draws), self.drawn)
 
     def __len__(self) -> int:
-        return len(self._sampler)
+        return len(self._sampler if self.draws is None else self.draws)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "_sampler":
@@ -125,12 +127,15 @@ class IndexSource:
     Attributes:
         size: Length of the loader's dataset.
         capacity: The loader's nominal batch size, ``None`` if it has none.
+        passes: How many passes over the loader have begun.
 
     """
 
     def __init__(self) -> None:
         self.size = 0
         self.capacity: int | None = None
+        self.passes = 0
+        self._tap: _Tap | None = None
         self._pass = _Pass(deque())
 
     def attach(self, loader: Any) -> Any:
@@ -154,6 +159,7 @@ class IndexSource:
         twin.__class__ = _followed_class(type(loader))
         # DataLoader forbids assigning these after its construction; the copy has not been iterated yet.
         twin.__dict__.update({place: tap, "index_tap": tap, "index_source": self, "_iterator": None})
+        self._tap = tap
         self.size = len(loader.dataset)
         self.capacity = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
         self._pass = _Pass(deque())
@@ -161,10 +167,16 @@ class IndexSource:
 
     def deliver(self, batches: Iterator[Any], drawn: deque[Any]) -> Iterator[Any]:
         """Follows a new pass over the loader; what an abandoned pass left over is dropped."""
+        self.passes += 1
         if not self._pass.exhausted:
             self.pending.clear()
         self._pass = _Pass(self.pending)
         return _Delivery(batches, drawn, self._pass)
+
+    def draw(self, draws: Draws | None) -> None:
+        """What the passes that begin from now on are made of; ``None`` for what the loader's own sampler draws."""
+        if self._tap is not None:
+            self._tap.draws = draws
 
     @property
     def pending(self) -> deque[Any]:
@@ -188,12 +200,13 @@ class IndexSource:
         )
 
 
-def check_has_indices(loader: Any, owner: object | None = None) -> None:
+def check_has_indices(loader: Any, owner: object | None = None, why: str = "needs sample indices") -> None:
     """Refuses a loader of whose batches nobody knows which samples they hold.
 
     Args:
         loader: Any.
         owner: Who needs the indices; its class is named in the message.
+        why: What the owner does with them.
 
     Raises:
         MisconfigurationException: If it is no DataLoader, has an iterable dataset, or gives its batches out of order.
@@ -214,7 +227,7 @@ def check_has_indices(loader: Any, owner: object | None = None) -> None:
         return
     if owner is None:
         raise MisconfigurationException(f"Sample indices are needed, but {problem}; or {_ALTERNATIVE}")
-    raise MisconfigurationException(f"{type(owner).__name__} needs sample indices, but {problem}.")
+    raise MisconfigurationException(f"{type(owner).__name__} {why}, but {problem}.")
 
 
 def entry_of_batch(batch: Any, key: str) -> Tensor:

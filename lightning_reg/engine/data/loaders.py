@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lightning_reg.engine.data.indices import BatchIndices, IndexSource
+from lightning_reg.engine.data.indices import BatchIndices, IndexSource, check_has_indices
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.owner import Owner
@@ -15,6 +15,7 @@ __all__ = ["TrainLoaders", "find_source"]
 
 
 _SEVERAL = (Mapping, list, tuple)
+_DRAWS = "draws the samples of the epochs"
 
 
 class TrainLoaders:
@@ -23,12 +24,13 @@ class TrainLoaders:
     Args:
         trainer: The Trainer.
         techniques: All techniques; those that need indices and name no ``index_key`` count.
+        drawer: The one that draws the samples of the epochs, if any.
 
     """
 
-    def __init__(self, trainer: "Trainer", techniques: Sequence[Owner]) -> None:
-        self._trainer = trainer
-        self._askers = [t for t in techniques if t.needs_indices and t.index_key is None]
+    def __init__(self, trainer: "Trainer", techniques: Sequence[Owner], drawer: Owner | None = None) -> None:
+        self._trainer, self._drawer = trainer, drawer
+        self._askers = [t for t in techniques if t is drawer or (t.needs_indices and t.index_key is None)]
         self._followed: list[_Followed] = []
         self._sources: dict[str, IndexSource] | None = None
         self._processing: host.Replacement | None = None
@@ -43,8 +45,9 @@ class TrainLoaders:
         if not self._askers:
             return
         if self._trainer.train_dataloader is not None:
+            does = _DRAWS if self._askers[0] is self._drawer else "needs sample indices"
             raise MisconfigurationException(
-                f"{type(self._askers[0]).__name__} needs sample indices, but the training DataLoader was made ready"
+                f"{type(self._askers[0]).__name__} {does}, but the training DataLoader was made ready"
                 " before the technique's `setup` (an earlier callback asked for `trainer.estimated_stepping_batches`?)."
                 " Put the technique first in `Trainer(callbacks=[...])`."
             )
@@ -79,6 +82,23 @@ class TrainLoaders:
     def several(self) -> bool:
         """Whether the batch is put together from several training loaders."""
         return isinstance(self._trainer.train_dataloader, _SEVERAL)
+
+    def drawn_from(self, technique: Owner) -> tuple[Any, IndexSource]:
+        """The one training loader, without a tap, and the source whose passes can be made of other draws.
+
+        Args:
+            technique: Who draws.
+
+        Returns:
+            The loader and its source.
+
+        Raises:
+            MisconfigurationException: If there are several, or its samples have no indices.
+
+        """
+        loader = self.the_only_one(technique, _DRAWS)
+        check_has_indices(loader, technique, _DRAWS)
+        return loader, find_source(technique, self._resolve())
 
     def advance(self) -> Mapping[str, tuple[IndexSource, BatchIndices | None]]:
         """Indices of the present batch, for each followed loader."""

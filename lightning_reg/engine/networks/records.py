@@ -42,6 +42,7 @@ class Wanted:
         entries: Entries of the batch that are kept: keys and positions, separated by dots.
         logits: Whether the class scores of the loss call are kept, the one that the owner's ``loss`` chooses.
         losses: Whether its losses are kept.
+        labels: Whether the given class of the same call is kept.
         view: What is kept of a layer's output ``(B, ...)``, such as its pooled features.
 
     """
@@ -50,6 +51,7 @@ class Wanted:
     entries: Sequence[str] = ()
     logits: bool = False
     losses: bool = False
+    labels: bool = False
     view: Callable[[Tensor], Tensor] | None = None
 
 
@@ -63,6 +65,7 @@ class Records:
         entries: Entries of the batches, ``(N, ...)``, by key.
         logits: ``(N, C)``, or ``None``.
         losses: ``(N,)`` float32, or ``None``.
+        labels: ``(N,)`` int64, or ``None``.
         weights: Hash of the weights that the network had.
         pipeline: Hash of the first batch as it came to the network: another one came by another way.
 
@@ -73,6 +76,7 @@ class Records:
     entries: Mapping[str, Tensor]
     logits: Tensor | None
     losses: Tensor | None
+    labels: Tensor | None
     weights: str
     pipeline: str
 
@@ -153,7 +157,7 @@ def record(
     return recorder.records(whole, checksum(weights_of(module) if weights is None else weights))
 
 
-_INDICES, _LOGITS, _LOSSES = "indices", "logits", "losses"
+_INDICES, _LOGITS, _LOSSES, _LABELS = "indices", "logits", "losses", "labels"
 
 
 def _steps(trainer: "Trainer", stage: Stage, batches: Iterator[Any], drawn: Sequence[Sequence[int]]) -> Iterator[Step]:
@@ -201,7 +205,7 @@ class _Recorder:
         if not self._pipeline:
             batch = _tensors(step.batch)
             self._pipeline = checksum({str(position): value for position, value in enumerate(batch)})
-        asks = self._owner if wanted.logits or wanted.losses else None
+        asks = self._owner if wanted.logits or wanted.losses or wanted.labels else None
         with ExitStack() as undo:
             if seed is not None:
                 undo.enter_context(own_randomness(seed))
@@ -233,6 +237,8 @@ class _Recorder:
             found[_LOGITS] = call.logits
         if self._wanted.losses:
             found[_LOSSES] = call.losses
+        if self._wanted.labels:
+            found[_LABELS] = call.labels
         return found
 
     def records(self, rows: Mapping[str, Tensor], weights: str) -> Records:
@@ -248,6 +254,7 @@ class _Recorder:
             {key: rows[f"entry {key}"] for key in self._wanted.entries},
             rows.get(_LOGITS),
             rows.get(_LOSSES),
+            rows.get(_LABELS),
             weights,
             self._pipeline,
         )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.loss.mixin import LossMixin
-from lightning_reg.engine.run.phases import Member, phases_of
+from lightning_reg.engine.run.phases import Member, draws_samples, phases_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -79,7 +79,7 @@ def conflict_between(one: Member, two: Member) -> str | None:
     if sentence is None:
         sentence = _mixing_conflict(one, two) or _views_conflict(one, two) or _periods_conflict(one, two)
         sentence = sentence or _order_conflict(one, two) or _further_pass_conflict(one, two)
-        sentence = sentence or _second_network_conflict(one, two)
+        sentence = sentence or _second_network_conflict(one, two) or _draws_conflict(one, two)
     sentence = sentence or _input_conflict(one, two)
     for phase, what in _EXCLUSIVE.items():
         if sentence is None and phase in phases_of(one) and phase in phases_of(two) and one.loss == two.loss:
@@ -99,6 +99,12 @@ def _input_conflict(one: Member, two: Member) -> str | None:
                 " its place that are not computed from them. Remove one of them, or let them work on different loss"
                 " calls with `loss=...`."
             )
+    return None
+
+
+def _draws_conflict(one: Member, two: Member) -> str | None:
+    if draws_samples(one) and draws_samples(two):
+        return "each draws the samples of the epochs, and a batch is drawn once. Remove one of them."
     return None
 
 
@@ -185,6 +191,11 @@ def _check_fetching(technique: Member) -> None:
         raise MisconfigurationException(
             f"{name} needs the indices of the batch, but `training_step(dataloader_iter)` fetches batches itself, so"
             " they are not known. Write `training_step(batch, batch_idx)`."
+        )
+    if draws_samples(technique):
+        raise MisconfigurationException(
+            f"{name} draws the samples of the epochs, but `training_step(dataloader_iter)` fetches batches itself."
+            " Write `training_step(batch, batch_idx)`."
         )
     if {"transform_batch", "extra_views"}.intersection(phases_of(technique)):
         raise MisconfigurationException(

@@ -16,10 +16,11 @@ from lightning_reg.engine.loss.lookup import ENGINES
 from lightning_reg.engine.loss.result import loss_of
 from lightning_reg.engine.run import passes, report
 from lightning_reg.engine.run.composition import check_composition
+from lightning_reg.engine.run.draw_part import DrawPart
 from lightning_reg.engine.run.hooks import FirstHooks, LastHooks
 from lightning_reg.engine.run.part import Part, overriding
 from lightning_reg.engine.run.parts import BatchPart, LossPart, make_parts
-from lightning_reg.engine.run.phases import Member, OnBatch
+from lightning_reg.engine.run.phases import Member, OnBatch, OnDraws, draws_samples, taking_part
 from lightning_reg.engine.run.watching import Watch
 from lightning_reg.engine.step import Stage, Step
 
@@ -43,9 +44,12 @@ class Engine:
 
     def __init__(self, trainer: "Trainer", module: "LightningModule", techniques: Sequence[Member]) -> None:
         self.trainer, self.module, self.techniques = trainer, module, list(techniques)
-        self._loaders = TrainLoaders(trainer, techniques)
+        drawers = [t for t in taking_part(techniques, OnDraws) if draws_samples(t)]
+        self._drawer = drawers[0] if drawers else None
+        self._loaders = TrainLoaders(trainer, techniques, self._drawer)
         self._loss = LossPart(module, techniques)
-        self.parts: list[Part] = [*make_parts(trainer, module, techniques), self._loss]
+        drawn = [DrawPart(trainer, self._loaders, drawer) for drawer in drawers]
+        self.parts: list[Part] = [*drawn, *make_parts(trainer, module, techniques), self._loss]
         self._begin_step, self._around = overriding(self.parts, "begin_step"), overriding(self.parts, "around")
         self._before_network = overriding(self.parts, "before_network")
         self._around_optimizer = overriding(self.parts, "around_optimizer")
@@ -215,6 +219,11 @@ class Engine:
     def reordered(self, technique: "Owner") -> Reordered:
         """The training loader in another order, chosen by the technique's seed, for a network of its own."""
         why = "trains a second network on the training loader in another order"
+        if self._drawer is not None:
+            raise MisconfigurationException(
+                f"{type(technique).__name__} {why}, and {type(self._drawer).__name__} draws the samples of the epochs,"
+                " which that order knows nothing of. Remove one of them."
+            )
         return Reordered(self._loaders.the_only_one(technique, why), technique)
 
     def loader_for(self, owner: "Owner", stage: Stage) -> tuple[Any, float]:

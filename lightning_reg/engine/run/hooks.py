@@ -49,6 +49,7 @@ class FirstHooks(Callback):
         self._engine = engine
         self._before_optimizer = overriding(engine.parts[::-1], "before_optimizer")
         self._rest = overriding(engine.parts[::-1], "rest")
+        self._begin_epoch = overriding(engine.parts, "begin_epoch")
         # Lightning calls the hooks that are callable; nothing to do is not even a call.
         idle = [hook for hook in STEP_HOOKS if hook not in vars(type(self))]
         idle += [] if self._rest else ["on_train_batch_end"]
@@ -70,6 +71,11 @@ class FirstHooks(Callback):
     @override
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         self._engine.start()
+
+    @override
+    def on_train_epoch_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        for begin in self._begin_epoch:
+            begin()
 
     @override
     def on_before_optimizer_step(

@@ -33,6 +33,9 @@ class Part:
     def begin_step(self) -> None:
         """A training step begins, whether a technique is active in it or not."""
 
+    def begin_epoch(self) -> None:
+        """An epoch is about to begin: before the hooks of callbacks, and before its first batch is fetched."""
+
     def around(self, step: "Step") -> AbstractContextManager[Any]:
         """Stands around the user's ``training_step``.
 

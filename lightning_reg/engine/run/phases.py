@@ -30,6 +30,7 @@ __all__ = [
     "Member",
     "Observer",
     "OnBatch",
+    "OnDraws",
     "OnGradients",
     "OnLayers",
     "OnLoss",
@@ -38,6 +39,7 @@ __all__ = [
     "OnStep",
     "OnWeights",
     "ThroughMap",
+    "draws_samples",
     "has_prompts",
     "needs_call",
     "phases_of",
@@ -134,6 +136,33 @@ class Member:
 
     def parts(self, trainer: "Trainer", module: "LightningModule") -> "Sequence[Part]":
         """Parts of its own that the engine works with beside those that it has, see :class:`Part`; usually none."""
+        raise NotImplementedError
+
+
+class OnDraws(Member):
+    """The phase on which samples of the training data an epoch is made of; the user's sampler rests meanwhile."""
+
+    @property
+    def draws_samples(self) -> bool:
+        """Whether it draws with its present arguments; one technique of a Trainer may."""
+        return True
+
+    def draw_samples(self, epoch: int, size: int) -> Tensor | None:
+        """Returns the samples of an epoch in the order of training; ``None`` for those of the loader's own sampler.
+
+        Asked once, before the epoch's ``on_train_epoch_start``; of a training that is resumed within the epoch once
+        more, with the state of the checkpoint, and must return the same then. The loader makes batches of its size of
+        them, which the ranks take in turns; a sample may be drawn several times or not at all, and the number of
+        samples may change from epoch to epoch.
+
+        Args:
+            epoch: Which epoch, counted from 0.
+            size: Number of samples of the training dataset.
+
+        Returns:
+            Positions in the training dataset ``(M,)`` for all ranks together, the same on all of them.
+
+        """
         raise NotImplementedError
 
 
@@ -453,6 +482,7 @@ class ThroughMap(Member):
 # In the order of the step, each with the class that declares it.
 PHASES: dict[str, type[Member]] = {
     "own_modules": OnModules,
+    "draw_samples": OnDraws,
     "transform_batch": OnBatch,
     "observe_batch": OnBatch,
     "extra_views": OnBatch,
@@ -509,6 +539,11 @@ def taking_part(techniques: "Sequence[Member]", role: type[Role], *phases: str) 
     """
     named = phases or _PHASES_OF_ROLE[role]
     return [cast("Role", t) for t in techniques if any(phase in named for phase in phases_of(t))]
+
+
+def draws_samples(technique: Member) -> bool:
+    """Whether it draws the samples of the epochs in place of the user's sampler."""
+    return isinstance(technique, OnDraws) and technique.draws_samples
 
 
 def has_prompts(technique: Member) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_reg.engine.host import distributed
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.run.periods import Period
-from lightning_reg.engine.run.phases import LOSS_PHASES, Member, OnModules, ThroughMap, phases_of
+from lightning_reg.engine.run.phases import LOSS_PHASES, Member, OnModules, ThroughMap, draws_samples, phases_of
 from lightning_reg.engine.weights.summed import names_said
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 # What a technique changes in a step, in words that need no knowledge of the engine.
 _CHANGES = {
     "own_modules": "modules of its own",
+    "draw_samples": "which samples are drawn",
     "transform_batch": "the batch",
     "observe_batch": "a second network",
     "extra_views": "versions of the batch",
@@ -70,9 +71,10 @@ def techniques_table(techniques: Sequence[Member], samples: Mapping[Any, int], t
         table.add_column(column, overflow="fold")
     for technique in techniques:
         count = f"{samples[technique]:,}" if technique in samples else "-"
-        changes = ", ".join(_CHANGES[phase] for phase in phases_of(technique)) or "nothing in the step"
+        idle = () if draws_samples(technique) else ("draw_samples",)
+        changes = ", ".join(_CHANGES[phase] for phase in phases_of(technique) if phase not in idle)
         name = type(technique).__name__ + (f" [{technique.name}]" if technique.name else "")
-        table.add_row(escape(name), changes, count, escape(_settings(technique, techniques)))
+        table.add_row(escape(name), changes or "nothing in the step", count, escape(_settings(technique, techniques)))
     return table
 
 

@@ -13,7 +13,7 @@ from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.left_out import LeftOut
 from lightning_reg.engine.networks.trained import PeerInit, check_trainable
 from lightning_reg.engine.run.engine import attached_engine
-from lightning_reg.engine.run.phases import Member, has_prompts, phases_of
+from lightning_reg.engine.run.phases import Member, draws_samples, has_prompts, phases_of
 from lightning_reg.engine.technique import BatchTechnique, LossTechnique
 from lightning_reg.noisy_labels._early_learning import (
     agreement_with,
@@ -213,6 +213,8 @@ class ELRPlusCallback(ReportsLabelErrors, BatchTechnique, LossTechnique):
             return f"its teachers see the images that it mixes itself, and {name} mixes them too. Remove {name}."
         if "edit_weights" in phases_of(other):
             return f"{name} changes the module's weights in each step, and the second network and averages lack that."
+        if draws_samples(other):
+            return f"{name} draws the samples of the epochs, and the second network reads them in an order of its own."
         if has_prompts(other):
             return f"what {name} trains is beside the module's weights, and the second network and averages lack that."
         return None

@@ -1,24 +1,15 @@
 """Group DRO: the loss of each group counts by how bad it is."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_choice, check_number
-from lightning_reg.engine.host.distributed import world_size
-from lightning_reg.engine.run.phases import Member, phases_of
-from lightning_reg.engine.technique import LossTechnique
+from lightning_reg.reweighting._group_weights import GroupWeights
 from lightning_reg.reweighting._groups import Groups
-from lightning_reg.reweighting.group_dro.core import (
-    group_ascent,
-    group_losses,
-    group_sample_weights,
-    worst_group_weights,
-)
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -28,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["GroupDRO"]
 
 
-class GroupDRO(LossTechnique):
+class GroupDRO(GroupWeights):
     r"""Trains against the worst group: each group's mean loss counts by a weight that rises with it.
 
     .. math::
@@ -43,7 +34,7 @@ class GroupDRO(LossTechnique):
     alone.
 
     Use it when the training data name their groups and some of them are learned last; with strong regularization or
-    early stopping, and with batches in which groups are balanced (a ``WeightedRandomSampler``). Leave it when the
+    early stopping, and with batches in which groups are balanced (``draws="balanced"``). Leave it when the
     network fits all training data: then all losses are near 0 and no group is worse than another. On coloured digits
     (``benchmarks/effects/group_dro.py``) the accuracy of the worst group rose from 18 to 70 %, with the adjustment to
     78 %, as high as by drawing the groups alike.
@@ -75,14 +66,19 @@ class GroupDRO(LossTechnique):
         generalization_adjustment: C, at least 0: small groups count as worse, for they generalize worse. Paper: 0
             to 5. 0: none.
         group_counts: Training samples of each group, at least 1 each; needed for the adjustment with ``group_key``.
+        draws: ``"balanced"``: each epoch is made of as many samples, drawn with replacement so that all groups come as
+            often, in place of your sampler's; needs ``groups``. Authors' code for unbalanced groups; the group sizes of
+            the adjustment stay those of the training data. ``None``: those of your sampler. Neutral: ``None``.
         loss: Which loss call it works on, if there are several: position, ``"last"``, function name, or
             ``"model.py:42"``.
         index_key: Batch entry with the sample indices; ``None`` to follow them from the DataLoader.
         dataloader: Key of the training loader in a CombinedLoader.
         name: Tells several instances in one Trainer apart.
+        seed: Seed of the draws.
 
     Raises:
-        ValueError: If an argument is outside its range, or both or none of ``group_key`` and ``groups`` are given.
+        ValueError: If an argument is outside its range, both or none of ``group_key`` and ``groups`` are given, or
+            ``draws`` without ``groups``.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -90,8 +86,6 @@ class GroupDRO(LossTechnique):
         >>> trainer = Trainer(callbacks=[dro], logger=False, enable_checkpointing=False)
 
     """
-
-    watched = ("worst_loss",)
 
     def __init__(
         self,
@@ -102,12 +96,14 @@ class GroupDRO(LossTechnique):
         eta: float = 0.01,
         generalization_adjustment: float = 0.0,
         group_counts: Sequence[int] | None = None,
+        draws: Literal["balanced"] | None = None,
         loss: int | str | None = None,
         index_key: str | None = None,
         dataloader: str | None = None,
         name: str | None = None,
+        seed: int = 0,
     ) -> None:
-        super().__init__(loss=loss, index_key=index_key, dataloader=dataloader, name=name)
+        super().__init__(loss=loss, index_key=index_key, dataloader=dataloader, name=name, seed=seed)
         check_number(self, "num_groups", num_groups, low=1, integer=True)
         check_choice(self, "mode", mode, ("online", "max"))
         check_number(self, "eta", eta, low=0)
@@ -124,9 +120,17 @@ class GroupDRO(LossTechnique):
             raise ValueError(
                 "GroupDRO: `group_counts` must be given with `group_key` for a `generalization_adjustment`, got None."
             )
+        check_choice(self, "draws", draws, ("balanced", None))
+        if draws is not None and groups is None:
+            raise ValueError(
+                f"GroupDRO: `draws` needs the groups of all samples by `groups`, got {draws!r} with"
+                f" group_key={group_key!r}."
+            )
         self.num_groups, self.group_key, self.groups, self.mode, self.eta = num_groups, group_key, groups, mode, eta
         self.generalization_adjustment, self.group_counts = generalization_adjustment, group_counts
+        self.draws = draws
         self._log_weights: Tensor | None = None
+        self._table: Tensor | None = None
         self._adjustment = self._adjusted(torch.tensor(group_counts or [1] * num_groups))
 
     @property
@@ -138,65 +142,29 @@ class GroupDRO(LossTechnique):
     def describe(self) -> str:
         how = "the worst alone" if self.mode == "max" else f"eta={self.eta:g}"
         adjusted = self.generalization_adjustment
-        return f"{self._groups}, {how}" + (f", adjusted by {adjusted:g}" if adjusted else "")
+        said = f"{self._groups}, {how}" + (f", adjusted by {adjusted:g}" if adjusted else "")
+        return said + (", drawn alike" if self.draws else "")
 
     @override
     def check(self, trainer: "Trainer", module: "LightningModule") -> None:
         counts = self._groups.read(trainer, module)
         if counts is not None:
-            self._adjustment = self._adjusted(counts)
-
-    @override
-    def conflict_with(self, other: Member) -> str | None:
-        if other.mixes != "none":
-            return "a mixed sample is of two groups. Remove one of them."
-        if "sample_weights" in phases_of(other) and other.loss == self.loss:
-            return (
-                "both weigh the samples of the same loss, and the product is the loss of no group. Remove one of them,"
-                " or let them work on different calls with `loss=...`."
-            )
-        return None
-
-    @override
-    def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        if host.batches_so_far(trainer) == 0:  # a new training, not a resumed or continued one
-            self._log_weights = None
-
-    @override
-    def sample_weights(self, call: "LossCall") -> Tensor | None:
-        membership, mass = self._groups.of_batch(self, call), call.sample_mass
-        group = host.data_parallel_group(call.step.trainer)
-        losses, counts = group_losses(call.losses, membership, group)
-        weights = self._weights(losses, counts)
-        if call.step.is_logging:
-            shown = torch.where(counts > 0, losses, -torch.inf).max()
-            call.step.log(self, "worst_loss", shown)
-            for position, weight in enumerate(weights.unbind()):
-                call.step.log(self, f"weight_{position}", weight)
-        # The user's mean divides by the mass of this rank, and DDP by the number of ranks.
-        each = group_sample_weights(membership, weights, counts) * (1 if group is None else world_size(group))
-        return each * call.batch_size if mass is None else each * mass.sum() / torch.where(mass > 0, mass, 1.0)
-
-    def _weights(self, losses: Tensor, counts: Tensor) -> Tensor:
-        present = (counts > 0) & losses.isfinite()
-        if self.generalization_adjustment:
-            self._adjustment = self._adjustment.to(losses)  # once: it stays there
-            losses = losses + self._adjustment
-        if self.mode == "max":
-            return worst_group_weights(losses, present)
-        if self._log_weights is None:
-            self._log_weights = losses.new_zeros(self.num_groups).log_softmax(0)
-        self._log_weights = group_ascent(self._log_weights.to(losses.device), losses, present, self.eta)
-        return self._log_weights.exp()
+            self._table, self._adjustment = self._groups.table, self._adjusted(counts)
 
     def _adjusted(self, sizes: Tensor) -> Tensor:
         return self.generalization_adjustment / sizes.sqrt()
 
     @override
-    def state_dict(self) -> dict[str, Any]:
-        return {} if self._log_weights is None else {"log_weights": self._log_weights}
+    def _adjusted_losses(self, losses: Tensor) -> Tensor:
+        if not self.generalization_adjustment:
+            return losses
+        self._adjustment = self._adjustment.to(losses)  # once: it stays there
+        return losses + self._adjustment
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict:
-            self._log_weights = state_dict["log_weights"].clone()
+    def _of_batch(self, call: "LossCall") -> Tensor:
+        return self._groups.of_batch(self, call)
+
+    @override
+    def _table_source(self) -> tuple[str, str]:
+        return f"{self.groups!r} returns the groups of", "Return one for each sample of the dataset."
