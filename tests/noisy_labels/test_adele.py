@@ -1,12 +1,13 @@
 """ADELE: masks are corrected class by class, when the network begins to memorise their errors."""
 
 import sys
+from collections import OrderedDict
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from rich.console import Console
 from torch import nn
@@ -27,20 +28,14 @@ from lightning_reg.functional import (
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
 from tests.conformance.problems import Problem
-from tests.toys import QUIET, fit, weights_of
+from tests.toys import QUIET, fit, make_trainer, weights_of
 
 pytestmark = QUIET
 
 
 def layers():
     first, body, head = nn.Conv2d(2, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 3, 1)
-    return nn.Sequential(dict_of(first=first, act=nn.Tanh(), body=body, act_body=nn.Tanh(), head=head))
-
-
-def dict_of(**layers):
-    from collections import OrderedDict
-
-    return OrderedDict(layers)
+    return nn.Sequential(OrderedDict(first=first, act=nn.Tanh(), body=body, act_body=nn.Tanh(), head=head))
 
 
 def maps(size):
@@ -113,6 +108,9 @@ CASE = Case(
         ({"num_samples": 0}, "num_samples"),
         ({"loss": -1}, "loss"),
     ],
+    exempt={
+        "precision": "whether a pixel's confidence exceeds the threshold is yes or no: near it bfloat16 says otherwise",
+    },
 )
 
 # -- the functional core ----------------------------------------------------------------------------------------------
@@ -222,7 +220,8 @@ def test_what_is_left_alone():
     probabilities, masks = three_masks()
     everything, nothing = torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.bool)
     assert torch.equal(corrected_masks(confident_classes(probabilities, 1.0), masks, everything), masks)
-    assert torch.equal(corrected_masks(confident_classes(probabilities, 0.7), masks[:2], nothing), masks[:2]) or True
+    only_background = corrected_masks(confident_classes(probabilities, 0.7), masks, nothing)
+    assert torch.equal(only_background, masks)
     own = F.one_hot(masks[1:], 4).movedim(-1, 1).double()
     assert torch.equal(corrected_masks(confident_classes(own, 0.7), masks[1:], everything), masks[1:])
 
@@ -341,7 +340,12 @@ def test_predictions_of_training_correct_in_the_epoch_after():
     fit(module, adele, loader=loader_of(x, y), max_epochs=2)
     twin = Segmenter()
     scores = []
-    twin.step = lambda m, batch: (scores.append(m(batch[0])), F.cross_entropy(scores[-1], batch[1], ignore_index=255))[1]
+
+    def kept(module, batch):
+        scores.append(module(batch[0]))
+        return F.cross_entropy(scores[-1], batch[1], ignore_index=255)
+
+    twin.step = kept
     fit(twin, loader=loader_of(x, y), max_epochs=1)
     confident = confident_classes(torch.cat(scores).softmax(1), 0.4)
     expected = corrected_masks(confident, y, torch.tensor([False, True, True]))
@@ -377,7 +381,7 @@ def test_a_curve_without_a_fit_waits_and_says_so(monkeypatch):
     monkeypatch.setattr(_curves, "fit_early_learning", no_fit)
     x, y = images()
     adele = ADELE(tau=0.4, scales=[1], min_points=3)
-    with pytest.warns(UserWarning, match="no curve could be fitted to the training IoU of class 1"):
+    with pytest.warns(UserWarning, match="no curve could be fitted to the training IoU of class [12]"):
         fit(Segmenter(), adele, loader=loader_of(x, y), max_epochs=4)
     assert adele.triggered == {}
     assert len(adele.mask_errors(y)) == 0
@@ -407,7 +411,11 @@ def test_resumed_with_corrected_masks(tmp_path, options):
     fit(whole, make(**options), keep, loader=loader_of(x, y), max_epochs=4, enable_checkpointing=True)
     resumed = Segmenter()
     ckpt = tmp_path / "epoch=1.ckpt"
-    fit(resumed, make(**options), loader=loader_of(x, y), max_epochs=4, ckpt_path=ckpt)
+    seed_everything(1, verbose=False)
+    again = ModelCheckpoint(tmp_path / "again", every_n_epochs=1, save_top_k=-1)
+    make_trainer(callbacks=[make(**options), again], max_epochs=4, enable_checkpointing=True).fit(
+        resumed, loader_of(x, y), ckpt_path=ckpt
+    )
     assert all(map(torch.equal, whole.seen[4:], resumed.seen))
     assert not torch.equal(resumed.seen[0], y[:4])
     for one, other in zip(weights_of(whole).values(), weights_of(resumed).values(), strict=True):
@@ -418,7 +426,9 @@ def test_beside_multi_scale_consistency_and_not_beside_cutmix():
     x, y = images()
     module = Segmenter()
     fit(module, make(), MultiScaleConsistency(rho=0.4), loader=loader_of(x, y), max_epochs=2)
-    assert not torch.equal(torch.cat(module.seen[-2:]), y)
+    own = [mask for mask in module.seen if mask.shape[1] == 6]
+    assert torch.equal(torch.cat(own[:2]), y)
+    assert not torch.equal(torch.cat(own[-2:]), y)
     with pytest.raises(MisconfigurationException, match="no rule for a sample with two owners"):
         fit(Segmenter(), CutMix(), make(), loader=loader_of(x, y))
 
@@ -431,14 +441,13 @@ def test_a_segformer():
         torch.manual_seed(0)
         config = SegformerConfig(num_channels=1, num_labels=3, decoder_hidden_size=8, **sizes)
         net = SegformerForSemanticSegmentation(config)
-    module = Segmenter(lambda module, batch: module.net(pixel_values=batch["image"], labels=batch["mask"]).loss)
-    module.net, module.training_step = net, lambda batch, batch_idx: module.step(module, batch)
+    module = Hugging()
+    module.net = net
     x = torch.cos(0.9 * torch.arange(2 * 32 * 32.0)).reshape(2, 1, 32, 32)
     y = (x[:, 0] > 0).long()
-    del module.training_step
-    module.__class__ = Hugging
     rows = [{"image": a, "mask": b} for a, b in zip(x, y, strict=True)]
-    adele = make(tau=0.34, input_key="image", target_key="mask", multiple_of=32, scales=[1, 1.5])
+    options = {"class_constraint": False, "shrink_guard": False}
+    adele = make(tau=0.34, input_key="image", target_key="mask", multiple_of=32, scales=[1, 2], **options)
     fit(module, adele, loader=DataLoader(rows, 2), max_epochs=1)
     assert adele.triggered == {1: 1, 2: 1}
     assert adele.mask_errors(y).by_class(3).sum() > 0
@@ -464,9 +473,10 @@ def test_report(tmp_path):
         "5,1,0,2,0.6667",
         "7,1,0,2,0.6667",
     ]
-    console = Console(width=80, record=True, file=open(tmp_path / "out", "w"))  # noqa: SIM115 # closed with the process
-    console.print(MaskErrors.between([(i, before, after) for i in range(21)], 3))
-    text = console.export_text()
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(MaskErrors.between([(i, before, after) for i in range(21)], 3))
+    text = capture.get()
     assert "42 replaced pixels in 21 masks" in text
     assert "66.7%" in text
     assert "…" in text
@@ -483,17 +493,12 @@ class Cropped(TensorDataset):
         return x[:, :, left : left + 4], y[:, left : left + 4]
 
 
-def floats(module, batch):
-    return F.mse_loss(module(batch[0])[:, 0], batch[1])
-
-
 @pytest.mark.parametrize(
     ("step", "technique", "change", "words"),
     [
         (None, make(), lambda x, y: loader_of(x, y.float()), "whole numbers .* is torch.float32"),
         (None, make(target_key="0"), loader_of, r"torch.float32 \(4, 2, 6, 6\)"),
-        (dice_loss, make(), loader_of, 'found none in the loss call.*name the layer'),
-        (dice_loss, make(layer="net"), lambda x, y: loader_of(x[:0], y[:0]) if False else loader_of(x, y), ""),
+        (dice_loss, make(), loader_of, "found none in the loss call.*name the layer"),
         (None, make(), lambda x, y: DataLoader(Cropped(x, y), 4), "fetched twice was another one"),
         (
             lambda m, b: F.cross_entropy(m(b[0]).movedim(1, -1).reshape(-1, 3), b[1].reshape(-1), ignore_index=255),
@@ -505,9 +510,6 @@ def floats(module, batch):
 )
 def test_misuse_is_told(step, technique, change, words):
     x, y = images()
-    if not words:
-        fit(Segmenter(step), technique, loader=change(x, y))
-        return
     with pytest.raises(MisconfigurationException, match=words):
         fit(Segmenter(step), technique, loader=change(x, y))
 
@@ -516,4 +518,4 @@ def test_nothing_is_known_before_a_fit():
     with pytest.raises(RuntimeError, match="there are no masks yet"):
         ADELE().mask_errors([])
     mask = torch.tensor([[1]])
-    assert ADELE().corrected_mask(0, mask) is mask
+    assert ADELE().corrected_mask(0, mask).equal(mask)

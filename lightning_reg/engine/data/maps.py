@@ -51,7 +51,7 @@ class MapMemory:
         """Which samples have a map, in order."""
         return (self._starts >= 0).nonzero()[:, 0]
 
-    def read(self, indices: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+    def read(self, indices: Tensor, given: Tensor) -> Tensor:
         """The maps of samples, and the given ones of those that have none.
 
         Args:
@@ -59,7 +59,7 @@ class MapMemory:
             given: ``(B, H, W)`` of whole numbers.
 
         Returns:
-            Maps ``(B, H, W)`` like those given, and bool ``(B,)`` which of them are kept ones.
+            Maps ``(B, H, W)`` like those given.
 
         Raises:
             IndexError: If an index is not below N.
@@ -70,11 +70,11 @@ class MapMemory:
         starts = self._starts[indices]
         kept = starts >= 0
         if not kept.any():
-            return given, kept.to(given.device)
+            return given
         self._check_shapes(indices[kept], given.shape[1:])
         maps = self._unpacked(starts.clamp(min=0), given[0].numel()).reshape(given.shape)
         kept = kept.to(given.device, non_blocking=True)
-        return torch.where(kept[:, None, None], maps.to(given.device, non_blocking=True).to(given.dtype), given), kept
+        return torch.where(kept[:, None, None], maps.to(given.device, non_blocking=True).to(given.dtype), given)
 
     def map_of(self, index: int) -> Tensor | None:
         """The map of one sample, ``(H, W)`` int64, or ``None``."""
@@ -111,24 +111,15 @@ class MapMemory:
 
         """
         if world_size(group) > 1:
-            here = self._fresh.nonzero()[:, 0]
-            heads = torch.stack([here, *self._shapes[here].T], 1)
-            pieces = zip(self._starts[here].tolist(), self._lengths(heads).tolist(), strict=True)
-            values = torch.cat([self._values[:0], *(self._values[start : start + size] for start, size in pieces)])
+            heads, values = self._taken(self._fresh.nonzero()[:, 0])
             heads, values = (_of_all(rows, device, group) for rows in (heads, values[:, None]))
-            for head, packed in zip(heads, torch.split(values[:, 0], self._lengths(heads).tolist()), strict=True):
-                self._place(head[None, 0], head[1:], packed[None])
+            self._take_in(heads, values[:, 0])
         self._fresh.zero_()
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors on the CPU: those of the samples that have a map."""
-        return {
-            "num_samples": self.num_samples,
-            "num_classes": self.num_classes,
-            "values": self._values[: self._used].clone(),
-            "starts": self._starts.clone(),
-            "shapes": self._shapes.clone(),
-        }
+        heads, values = self._taken(self.indices)
+        return {"num_samples": self.num_samples, "num_classes": self.num_classes, "heads": heads, "values": values}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over what :meth:`state_dict` gave.
@@ -143,8 +134,18 @@ class MapMemory:
                 f"The checkpoint has maps of {theirs[0]} samples and {theirs[1]} classes, this run {ours[0]} and"
                 f" {ours[1]}: the training data or the number of classes changed."
             )
-        self._values, self._used = state["values"].clone(), len(state["values"])
-        self._starts, self._shapes = state["starts"].clone(), state["shapes"].clone()
+        self.clear()
+        self._take_in(state["heads"], state["values"])
+
+    def _taken(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Index, height and width of the maps of samples, and their packed values one after another."""
+        heads = torch.stack([indices, *self._shapes[indices].T], 1)
+        pieces = zip(self._starts[indices].tolist(), self._lengths(heads).tolist(), strict=True)
+        return heads, torch.cat([self._values[:0], *(self._values[start : start + size] for start, size in pieces)])
+
+    def _take_in(self, heads: Tensor, values: Tensor) -> None:
+        for head, packed in zip(heads, torch.split(values, self._lengths(heads).tolist()), strict=True):
+            self._place(head[None, 0], head[1:], packed[None])
 
     def _place(self, indices: Tensor, shape: Tensor, rows: Tensor) -> None:
         """Puts packed maps of one shape where those of these samples are or shall be."""

@@ -189,7 +189,8 @@ class ADELE(BatchTechnique, LossTechnique):
         self._curves = Curves()
         self._masks: MapMemory | None = None
         self._candidates: MapMemory | None = None
-        self._due: Tensor | None = None
+        self._due: Tensor | None = None  # classes that are corrected now, or while the next epoch trains
+        self._ended = 0
 
     @override
     def describe(self) -> str:
@@ -203,7 +204,7 @@ class ADELE(BatchTechnique, LossTechnique):
     @override
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         if host.batches_so_far(trainer) == 0:  # a new training, not a resumed or continued one
-            self._curves, self._masks, self._candidates, self._due = Curves(), None, None, None
+            self._curves, self._masks, self._candidates, self._due, self._ended = Curves(), None, None, None, 0
         if self.tau < 1:
             check_samples_stay(trainer, self)
 
@@ -217,26 +218,28 @@ class ADELE(BatchTechnique, LossTechnique):
         samples = step.samples(self, torch.device("cpu"))
         present = masks
         if self._masks is not None:
-            present, _ = self._kept(self._masks, samples.indices, masks)
+            present = self._kept(self._masks, samples.indices, masks)
             present = self._late(samples.indices, masks, present)
         step.notes[self] = masks, present, samples
         if step.is_logging:
             self._log_replaced(step, masks, present)
         return batch if present is masks else replace_entry(batch, self.target_key, present)
 
-    def _kept(self, memory: MapMemory, indices: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    def _kept(self, memory: MapMemory | None, indices: Tensor, masks: Tensor) -> Tensor:
+        if memory is None:
+            return masks
         try:
-            kept, which = memory.read(indices, masks)
+            kept = memory.read(indices, masks)
         except ValueError as error:
             raise MisconfigurationException(f"ADELE: {error} Masks must stay as large as they are.") from error
-        return torch.where(masks == self.ignore_index, masks, kept), which
+        return torch.where(masks == self.ignore_index, masks, kept)
 
     def _late(self, indices: Tensor, masks: Tensor, present: Tensor) -> Tensor:
         """Corrects by the predictions of the epoch before, where these were made while it trained."""
         if self._candidates is None or self._due is None or self._masks is None:
             return present
         unsure = torch.full_like(masks, len(self._due))
-        confident, _ = self._candidates.read(indices, unsure)
+        confident = self._candidates.read(indices, unsure)
         return self._correct(indices, masks, present, confident)
 
     def _correct(self, indices: Tensor, masks: Tensor, present: Tensor, confident: Tensor) -> Tensor:
@@ -309,33 +312,40 @@ class ADELE(BatchTechnique, LossTechnique):
             self._curves.add_point(host.batches_so_far(trainer) / per_epoch)
 
     @override
+    def on_train_epoch_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        self._end_epoch(trainer, pl_module, trainer.current_epoch)  # that of a checkpoint of its last batch
+
+    @override
     def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        masks, epoch = self._masks, trainer.current_epoch + 1
-        if masks is None:
+        self._end_epoch(trainer, pl_module, trainer.current_epoch + 1)
+
+    def _end_epoch(self, trainer: "Trainer", module: "LightningModule", epoch: int) -> None:
+        """Ends an epoch once: looks which classes are triggered, and corrects."""
+        masks, group = self._masks, host.data_parallel_group(trainer)
+        if masks is None or epoch <= self._ended:
             return
+        self._ended = epoch
         if self.every_n_steps is None:
             self._curves.add_point(float(epoch))
-        group = host.data_parallel_group(trainer)
         self._curves.reduce(group)
-        host.log_beside(
-            trainer, {f"{self.log_key}/iou_{name}": value for name, value in enumerate(self._curves.last())}
-        )
+        host.log_beside(trainer, {f"{self.log_key}/iou_{c}": value for c, value in enumerate(self._curves.last())})
         new = self._curves.trigger(self, epoch)
-        for memory in (masks, self._candidates):
-            if memory is not None and self.predict == "train":
-                memory.gather(pl_module.device, group)
         again = self.correct_every > 0 and epoch % self.correct_every == 0
-        triggered = self._curves.triggered_classes(masks.num_classes)
-        due = triggered if again or self.from_original else new
+        due = self._curves.triggered_classes(masks.num_classes) if again or self.from_original else new
         self._due = due if due.any() and (again or new.any()) else None
         if self._due is not None and self.predict == "eval":
-            with predictions(trainer, self) as batches:
-                for indices, given, probabilities in batches:
-                    confident = confident_classes(probabilities, self.tau, self.tau_background, self.background)
-                    present, _ = self._kept(masks, indices, given)
-                    self._correct(indices, given, present, confident)
-            masks.gather(pl_module.device, group)
-            self._due = None
+            self._correct_all(trainer)
+        for memory in (masks, self._candidates):
+            if memory is not None:
+                memory.gather(module.device, group)
+
+    def _correct_all(self, trainer: "Trainer") -> None:
+        masks = self._masks
+        with predictions(trainer, self) as batches:
+            for indices, given, probabilities in batches if masks is not None else ():
+                confident = confident_classes(probabilities, self.tau, self.tau_background, self.background)
+                self._correct(indices, given, self._kept(masks, indices, given), confident)
+        self._due = None
 
     # -- afterwards ---------------------------------------------------------------------------------------------------
 
@@ -360,9 +370,7 @@ class ADELE(BatchTechnique, LossTechnique):
             ``(H, W)`` like the one given.
 
         """
-        if self._masks is None:
-            return mask
-        return self._kept(self._masks, torch.tensor([index]), mask[None])[0][0]
+        return self._kept(self._masks, torch.tensor([index]), mask[None])[0]
 
     def mask_errors(self, masks: Iterable[Tensor]) -> MaskErrors:
         """What was replaced, by image and pair of classes.
@@ -391,6 +399,7 @@ class ADELE(BatchTechnique, LossTechnique):
             "masks": self._masks.state_dict(),
             "candidates": None if self._candidates is None else self._candidates.state_dict(),
             "due": self._due,
+            "ended": self._ended,
         }
 
     @override
@@ -401,7 +410,7 @@ class ADELE(BatchTechnique, LossTechnique):
         self._masks, self._candidates = (
             None if state is None else _memory_of(state) for state in (state_dict["masks"], state_dict["candidates"])
         )
-        self._due = state_dict["due"]
+        self._due, self._ended = state_dict["due"], state_dict["ended"]
 
 
 def _memory_of(state: dict[str, Any]) -> MapMemory:

@@ -49,7 +49,15 @@ def iou_counts(predicted: Tensor, masks: Tensor, num_classes: int, ignore_index:
 
 
 def iou_of_counts(counts: Tensor) -> Tensor:
-    """Intersection over union of each class, ``(..., C)`` float64, from counts ``(..., 3, C)``; 0 for an absent one."""
+    """Intersection over union of each class.
+
+    Args:
+        counts: Of :func:`iou_counts`, or sums of them, ``(..., 3, C)``.
+
+    Returns:
+        ``(..., C)`` float64; 0 for a class that is neither predicted nor given.
+
+    """
     both, predicted, given = counts.double().unbind(-2)
     return both / (predicted + given - both).clamp(min=1)
 
