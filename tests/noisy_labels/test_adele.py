@@ -412,7 +412,7 @@ def test_resumed_with_corrected_masks(tmp_path, options):
     resumed = Segmenter()
     ckpt = tmp_path / "epoch=1.ckpt"
     seed_everything(1, verbose=False)
-    again = ModelCheckpoint(tmp_path / "again", every_n_epochs=1, save_top_k=-1)
+    again = ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
     make_trainer(callbacks=[make(**options), again], max_epochs=4, enable_checkpointing=True).fit(
         resumed, loader_of(x, y), ckpt_path=ckpt
     )
