@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "compared",
+    "corrected_masks",
     "forgetting",
     "grokking",
     "guidance",
@@ -224,6 +225,51 @@ def soup_ladder(trace: "Sequence[Candidate]", metric: str = "score") -> Figure:
     axes.set_yticks(range(len(trace)), [one.name for one in trace], fontsize=9)
     axes.set_ylim(len(trace) - 0.4, -0.6)
     figure.legend(loc="outside lower center", ncols=3, fontsize=9, columnspacing=1, handletextpad=0.3)
+    return figure
+
+
+@_styled
+def corrected_masks(
+    images: Tensor, given: Tensor, corrected: Tensor, ignore_index: int = 255, columns: int = 6
+) -> Figure:
+    """Images with their masks before and after a correction, and what was replaced: those with most of it.
+
+    Args:
+        images: ``(N, H, W)`` or ``(N, C, H, W)`` with 1 or 3 channels, of any range.
+        given: Masks as given, ``(N, H, W)``.
+        corrected: Masks in their place, such as those of ``adele.corrected_mask``, ``(N, H, W)``.
+        ignore_index: Of pixels that do not count; they are left white.
+        columns: Number of images at most.
+
+    Returns:
+        The figure. In its last row a replaced pixel has the colour of its new class, on the image.
+
+    Raises:
+        ValueError: If nothing was replaced.
+
+    """
+    counted = given != ignore_index
+    changed = counted & (given != corrected)
+    pixels = changed.flatten(1).sum(1)
+    chosen = [int(index) for index in pixels.argsort(descending=True, stable=True)[:columns] if pixels[index]]
+    if not chosen:
+        raise ValueError("corrected_masks: `corrected` must differ from `given` in a pixel that counts.")
+    top = max(int(torch.where(counted, masks, 0).max()) for masks in (given, corrected))
+    colours: dict[str, Any] = {"cmap": "viridis", "vmin": 0, "vmax": top, "interpolation": "none"}
+    figure = Figure(figsize=(1.1 * len(chosen) + 1.0, 4.8))
+    panels = figure.subplots(4, len(chosen), squeeze=False)
+    for column, index in enumerate(chosen):
+        for line in (0, 3):
+            panels[line, column].imshow(_picture(images[index]), cmap="gray")
+        for line, masks, shown in ((1, given, counted), (2, corrected, counted), (3, corrected, changed)):
+            values = torch.where(shown[index], masks[index].double(), math.nan)
+            panels[line, column].imshow(values.numpy(), **colours)
+        panels[0, column].set_title(str(index), fontsize=9)
+    for axes, name in zip(panels[:, 0], ("image", "given", "corrected", "replaced"), strict=True):
+        axes.set_ylabel(name, fontsize=9)
+    for axes in panels.flat:
+        axes.set(xticks=(), yticks=())
+        axes.grid(visible=False)
     return figure
 
 

@@ -31,6 +31,7 @@ OURS = {
     "nm_sparsity",
     "projection",
     "segmentation",
+    "segmentation_noise",
     "soups",
     "stacking",
 }
@@ -245,6 +246,12 @@ def is_segmentation(space, folder, printed):
         ("attention", "pixels"), (2, 16, 16)
     )
     assert "mean intersection over union" in printed
+
+
+def is_segmentation_noise(space, folder, printed):
+    assert space["corrected"].shape == space["given"].shape == (20, 24, 24)
+    assert [*space["adele"].curves[0]] == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    assert "IoU with the true masks" in printed
 
 
 CHECKS = {name: globals()[f"is_{name}"] for name in OURS}

@@ -200,6 +200,22 @@ def test_guidance_has_a_curve_for_each_sample_and_the_median():
             plots.guidance(odd)
 
 
+def test_corrected_masks_show_what_was_replaced_where_most_was():
+    given = torch.tensor([[[0, 1], [1, 255]], [[0, 1], [1, 2]], [[0, 0], [0, 0]]])
+    corrected = torch.tensor([[[0, 0], [1, 0]], [[0, 0], [0, 2]], [[0, 0], [0, 0]]])
+    figure = plots.corrected_masks(torch.rand(3, 3, 2, 2), given, corrected)
+    axes = figure.axes
+    assert [one.get_title() or one.get_title("left") for one in axes[:2]] == ["1", "0"]
+    assert len(axes) == 8
+    after = torch.tensor(axes[7].images[1].get_array().filled(-1))  # the last row of the second column
+    assert after.tolist() == [[-1, 0], [-1, -1]]  # pixels that are ignored were not replaced
+    before = torch.tensor(axes[3].images[0].get_array().filled(-1))
+    assert before.tolist() == [[0, 1], [1, -1]]
+    assert len(plots.corrected_masks(torch.rand(3, 2, 2), given, corrected, columns=1).axes) == 4
+    with pytest.raises(ValueError, match=r"^corrected_masks: `corrected` must differ"):
+        plots.corrected_masks(torch.rand(3, 2, 2), given, given)
+
+
 def test_the_style_ends_with_the_picture():
     import matplotlib as mpl
 

@@ -1,7 +1,7 @@
 """Records: what the network makes of each sample of the training or validation data, in one pass beside the fit."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from lightning_reg.engine.host.owner import Owner
 
-__all__ = ["Records", "Wanted", "record"]
+__all__ = ["Records", "Wanted", "check_fetched_twice", "record", "steps_in_order"]
 
 
 @dataclass(frozen=True)
@@ -134,27 +134,70 @@ def record(
             layer or a loss has no row per sample, or the module's step cannot run on a copy.
 
     """
-    engine = attached_engine(trainer)
-    module = engine.module
+    module = attached_engine(trainer).module
     check_whole(owner, trainer, "records")
-    loader, limit = engine.loader_for(owner, stage)
     peer = Peer(module, layers=wanted.layers, owner=owner)
     peer.share_memory_with(module)
     recorder = _Recorder(owner, wanted, peer, weights)
     rows: dict[str, list[Tensor]] = {}
-    with ExitStack() as undo:
-        drawn, twice, batches = undo.enter_context(ordered_batches(trainer, loader, limit, stage))
-        steps = _steps(trainer, stage, batches, drawn)
-        if not augmented and drawn:
-            one, two = _steps(trainer, stage, iter(twice()), [drawn[0]] * 2)
-            recorder.check_same(one, two)
-        what = f"{type(owner).__name__}: {'training' if stage == 'train' else 'validation'} data"
-        advance = undo.enter_context(progress(trainer, what, len(drawn)))
-        for step, indices in zip(counted(steps, advance), drawn, strict=True):
+    with steps_in_order(trainer, owner, stage, None if augmented else recorder.check_same) as steps:
+        for step, indices in steps:
             for name, value in {_INDICES: torch.tensor(indices), **recorder.rows(step, len(indices))}.items():
                 rows.setdefault(name, []).append(value.cpu())
     whole = _of_all_ranks(trainer, owner, rows, module.device)
     return recorder.records(whole, checksum(weights_of(module) if weights is None else weights))
+
+
+@contextmanager
+def steps_in_order(
+    trainer: "Trainer",
+    owner: "Owner",
+    stage: Stage = "train",
+    check_same: Callable[[Step, Step], None] | None = None,
+) -> Iterator[Iterator[tuple[Step, Sequence[int]]]]:
+    """One pass over the training or validation data for a :class:`Peer`, of which the fit notices nothing.
+
+    Each sample that the loader's sampler draws on this rank comes once, in the order of the indices.
+
+    Args:
+        trainer: A Trainer that fits, from ``on_train_start`` on.
+        owner: Whose pass it is; its class is named in the progress bar and in errors.
+        stage: ``"train"`` or ``"validate"``.
+        check_same: Gets two steps with the first batch, fetched twice, and refuses data that change; see
+            :func:`check_fetched_twice`.
+
+    Yields:
+        Steps with their batches, and the indices of the samples.
+
+    Raises:
+        MisconfigurationException: If there is not just one DataLoader with sample indices.
+
+    """
+    loader, limit = attached_engine(trainer).loader_for(owner, stage)
+    with ExitStack() as undo:
+        drawn, twice, batches = undo.enter_context(ordered_batches(trainer, loader, limit, stage))
+        if check_same is not None and drawn:
+            check_same(*_steps(trainer, stage, iter(twice()), [drawn[0]] * 2))
+        what = f"{type(owner).__name__}: {'training' if stage == 'train' else 'validation'} data"
+        advance = undo.enter_context(progress(trainer, what, len(drawn)))
+        yield zip(counted(_steps(trainer, stage, batches, drawn), advance), drawn, strict=True)
+
+
+def check_fetched_twice(one: Step, two: Step, problem: str) -> None:
+    """Refuses samples that are another time others than they were.
+
+    Args:
+        one: A step.
+        two: A step with the same samples, fetched once more.
+        problem: The sentence to refuse them with.
+
+    Raises:
+        MisconfigurationException: If a tensor of the batches differs.
+
+    """
+    for a, b in zip(_tensors(one.batch), _tensors(two.batch), strict=True):
+        if a.shape != b.shape or not torch.equal(a.nan_to_num(), b.nan_to_num()):
+            raise MisconfigurationException(problem)
 
 
 _INDICES, _LOGITS, _LOSSES, _LABELS = "indices", "logits", "losses", "labels"
@@ -182,13 +225,13 @@ class _Recorder:
     def check_same(self, one: Step, two: Step) -> None:
         """Refuses data whose first batch differs from fetch to fetch, and a network that draws random numbers."""
         name, first = type(self._owner).__name__, self.rows(one, one.batch_sizes[0], seed=0)
-        for a, b in zip(_tensors(one.batch), _tensors(two.batch), strict=True):
-            if a.shape != b.shape or not torch.equal(a.nan_to_num(), b.nan_to_num()):
-                raise MisconfigurationException(
-                    f"{name} keeps a record of each sample, and a batch that was fetched twice was another one the"
-                    " second time: samples are augmented, so no record stands for what the network will see. Give the"
-                    " loader data without random transforms, or do them in `training_step` in train mode only."
-                )
+        check_fetched_twice(
+            one,
+            two,
+            f"{name} keeps a record of each sample, and a batch that was fetched twice was another one the second time:"
+            " samples are augmented, so no record stands for what the network will see. Give the loader data without"
+            " random transforms, or do them in `training_step` in train mode only.",
+        )
         second = self.rows(two, two.batch_sizes[0], seed=1)
         for key, value in first.items():
             largest = value.float().abs().max() if value.numel() else 0.0  # kernels of a GPU may round in another order

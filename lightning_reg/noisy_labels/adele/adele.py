@@ -1,0 +1,419 @@
+"""ADELE: masks are corrected class by class, when the network begins to memorise their errors."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_reg.engine.data.entries import replace_entry
+from lightning_reg.engine.data.maps import MapMemory
+from lightning_reg.engine.host import lightning as host
+from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.technique import BatchTechnique, LossTechnique
+from lightning_reg.noisy_labels._scales import resized
+from lightning_reg.noisy_labels.adele._curves import Curves
+from lightning_reg.noisy_labels.adele._predictions import check_samples_stay, masks_of, predictions, scores_of
+from lightning_reg.noisy_labels.adele.core import confident_classes, corrected_masks, iou_counts
+from lightning_reg.noisy_labels.adele.report import MaskErrors
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+    from lightning_reg.engine.loss.call import LossCall
+    from lightning_reg.engine.step import Step
+
+__all__ = ["ADELE"]
+
+
+class ADELE(BatchTechnique, LossTechnique):
+    r"""Adaptive early-learning correction: wrong masks are corrected before the network memorises them.
+
+    The IoU of each class between predictions and the given masks is followed while it trains. It grows fast while the
+    network learns what masks have in common, and slowly when it begins to learn their errors: a curve
+    :math:`f(t) = a\,(1 - e^{-t^b/c})` is fitted to it, and once its slope has fallen by more than the share r,
+    :math:`|f'(t) - f'(1)| / |f'(1)| > r`, confident predictions of the class replace labels of the training masks.
+    Classes are learned at different speeds, so each has its own moment.
+
+    It changes the masks in the batch that ``training_step`` gets, so that every loss sees them (cross-entropy, Dice,
+    both). Masks of validation and test are never touched. `MultiScaleConsistency` beside it is the other half of the
+    paper.
+
+    Use it for semantic segmentation with systematic errors of masks (dilated, eroded, made from weak labels). Leave it
+    where whole objects have a wrong class, which the class constraint cannot repair, and where images are cropped
+    at random by the dataset, which is refused: pixels have to stay where they are. The effect depends on the data; see
+    the page of measured effects, and look at :meth:`mask_errors` before you believe it.
+
+    Source:
+        Liu et al., "Adaptive Early-Learning Correction for Segmentation from Noisy Annotations", CVPR 2022, arXiv
+        2110.03740; constants and rules are those of the authors' code. The defaults are those for PASCAL VOC; for
+        organs in CT (SegTHOR) they are ``tau=0.7, correct_every=10, from_original=False, rule="both",
+        shrink_guard=False, predict="train", flat_rise=0.1``.
+
+    Differs:
+        A point of a curve has the time at which it was taken; the authors' axis starts with 0 at the first point.
+        Pixels of ``ignore_index`` are never replaced, which the authors' code does for VOC. No dense CRF. VOC's curve
+        has a point every 100 steps, ours one an epoch unless ``every_n_steps``. A fit begins from ``min_points`` on.
+
+    Memory: H x W bytes for a mask that was corrected, less with few classes, in host memory; 1,000 masks of 250 x 250
+    take 63 MB. A correction is one pass over the training data without gradient at each of the scales. With
+    ``predict="train"`` each step waits for the device once, and as much is kept again.
+
+    Args:
+        r: Share by which the slope has to fall, in (0, 1). Authors' code: 0.9.
+        tau: Confidence that a prediction has to exceed, in (0, 1]. Authors' code: 0.8 (VOC), 0.7 (SegTHOR).
+            Neutral: 1.
+        tau_background: The same for predictions of the background; ``None`` for the same.
+        correct_every: Epochs from one correction to the next, at least 0; 0: a class is corrected once. Authors' code:
+            1 (VOC), 10 (SegTHOR).
+        from_original: Whether a correction starts from the given masks, and the curves are against these (VOC), or from
+            those corrected before (SegTHOR).
+        rule: Which pixels are replaced: those where a triggered class or background is ``"predicted"`` (VOC), or where
+            the label is of them as well (``"both"``, SegTHOR).
+        class_constraint: Whether a mask gets no class that it has not.
+        shrink_guard: Whether a mask stays as it is that would lose more than half of its foreground and be background
+            to 95 % (VOC).
+        predict: Whose predictions: those of one pass in eval mode (VOC), or those that were made while it
+            trained, in train mode and at scale 1 (SegTHOR).
+        scales: Factors of height and width of that pass, above 0; the mean of the scores counts. Authors' code: 0.75,
+            1, 1.5.
+        flip: Whether the mean takes in images flipped left to right.
+        temperature: What the scores are divided by, above 0. Authors' code: 3 (VOC), where the loss is trained at that
+            temperature too.
+        start: Epoch after which all classes are corrected, whatever their curves; ``None`` for the curves.
+        min_points: Points of a curve before it is fitted, at least 3.
+        every_n_steps: Training steps for a point of the curves; ``None`` for one an epoch.
+        flat_rise: A curve begins where it rises by this much for the first time (SegTHOR: 0.1); 0: at once.
+        multiple_of: What height and width of resized images are multiples of, at least 1: 32 for many encoders.
+        background: Class of the background, ``None`` for none.
+        ignore_index: Label of pixels that do not count.
+        layer: Layer that puts out the class scores ``(B, C, H, W)``, where the loss is none of
+            ``torch.nn.functional`` (Dice); ``None`` for the input of the loss call.
+        input_key: Entry of the batch with the images: keys and positions, separated by dots.
+        target_key: Entry of the batch with the masks ``(B, H, W)``.
+        num_samples: Number of training samples; ``None`` for the length of the training dataset.
+        loss: Which loss call it reads the scores from, if there are several: position, ``"last"``, function name, or
+            ``"model.py:42"``.
+        dataloader: Key of the training loader in a CombinedLoader.
+        name: Tells several instances in one Trainer apart.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> adele = ADELE(tau=0.8)
+        >>> trainer = Trainer(max_epochs=20, callbacks=[adele], logger=False, enable_checkpointing=False)
+
+    """
+
+    needs_indices: ClassVar[bool] = True
+    watched = ("replaced",)
+
+    def __init__(
+        self,
+        r: float = 0.9,
+        tau: float = 0.8,
+        tau_background: float | None = None,
+        correct_every: int = 1,
+        from_original: bool = True,
+        rule: Literal["predicted", "both"] = "predicted",
+        class_constraint: bool = True,
+        shrink_guard: bool = True,
+        predict: Literal["eval", "train"] = "eval",
+        scales: Sequence[float] = (0.75, 1.0, 1.5),
+        flip: bool = False,
+        temperature: float = 1.0,
+        start: int | None = None,
+        min_points: int = 4,
+        every_n_steps: int | None = None,
+        flat_rise: float = 0.0,
+        multiple_of: int = 1,
+        background: int | None = 0,
+        ignore_index: int = 255,
+        layer: str | None = None,
+        input_key: str = "0",
+        target_key: str = "1",
+        num_samples: int | None = None,
+        loss: int | str | None = None,
+        dataloader: str | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(loss=loss, dataloader=dataloader, name=name)
+        check_number(self, "r", r, low=0, low_open=True, high=1, high_open=True)
+        check_number(self, "tau", tau, low=0, low_open=True, high=1)
+        check_number(self, "temperature", temperature, low=0, low_open=True)
+        check_number(self, "flat_rise", flat_rise, low=0)
+        if tau_background is not None:
+            check_number(self, "tau_background", tau_background, low=0, low_open=True, high=1)
+        for argument, value, low in (
+            ("correct_every", correct_every, 0),
+            ("start", start, 1),
+            ("min_points", min_points, 3),
+            ("every_n_steps", every_n_steps, 1),
+            ("multiple_of", multiple_of, 1),
+            ("background", background, 0),
+            ("num_samples", num_samples, 1),
+        ):
+            if value is not None:
+                check_number(self, argument, value, low=low, integer=True)
+        check_number(self, "ignore_index", ignore_index, integer=True)
+        for argument, flag in (
+            ("from_original", from_original),
+            ("class_constraint", class_constraint),
+            ("shrink_guard", shrink_guard),
+            ("flip", flip),
+        ):
+            check_bool(self, argument, flag)
+        check_choice(self, "rule", rule, ("predicted", "both"))
+        check_choice(self, "predict", predict, ("eval", "train"))
+        given: object = scales
+        if not isinstance(given, Sequence) or isinstance(given, str) or not given:
+            raise ValueError(f"ADELE: `scales` must be at least one number, got {scales!r}.")
+        for scale in scales:
+            check_number(self, "scales", scale, low=0, low_open=True)
+        self.r, self.tau, self.tau_background, self.correct_every = r, tau, tau_background, correct_every
+        self.from_original, self.rule, self.class_constraint = from_original, rule, class_constraint
+        self.shrink_guard, self.predict, self.scales, self.flip = shrink_guard, predict, list(scales), flip
+        self.temperature, self.start, self.min_points, self.every_n_steps = (
+            temperature,
+            start,
+            min_points,
+            every_n_steps,
+        )
+        self.flat_rise, self.multiple_of, self.background = flat_rise, multiple_of, background
+        self.ignore_index, self.layer, self.input_key, self.target_key = ignore_index, layer, input_key, target_key
+        self.num_samples = num_samples
+        self._curves = Curves()
+        self._masks: MapMemory | None = None
+        self._candidates: MapMemory | None = None
+        self._due: Tensor | None = None  # classes that are corrected now, or while the next epoch trains
+        self._ended = 0
+
+    @override
+    def describe(self) -> str:
+        if self.tau == 1:
+            return "tau=1: inactive"
+        when = f"r={self.r:g}" if self.start is None else f"after epoch {self.start}"
+        scales = f" at scales {', '.join(f'{scale:g}' for scale in self.scales)}" if self.predict == "eval" else ""
+        origin = "given" if self.from_original else "corrected"
+        return f"{when}, tau={self.tau:g}; predictions in {self.predict} mode{scales}; from {origin} masks"
+
+    @override
+    def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        if host.batches_so_far(trainer) == 0:  # a new training, not a resumed or continued one
+            self._curves, self._masks, self._candidates, self._due, self._ended = Curves(), None, None, None, 0
+        if self.tau < 1:
+            check_samples_stay(trainer, self)
+
+    @override
+    def is_active(self, step: "Step") -> bool:
+        return self.tau < 1
+
+    @override
+    def transform_batch(self, batch: Any, step: "Step") -> Any:
+        masks = masks_of(batch, self)
+        samples = step.samples(self, torch.device("cpu"))
+        present = masks
+        if self._masks is not None:
+            present = self._kept(self._masks, samples.indices, masks)
+            present = self._late(samples.indices, masks, present)
+        step.notes[self] = masks, present, samples
+        if step.is_logging:
+            self._log_replaced(step, masks, present)
+        return batch if present is masks else replace_entry(batch, self.target_key, present)
+
+    def _kept(self, memory: MapMemory | None, indices: Tensor, masks: Tensor) -> Tensor:
+        if memory is None:
+            return masks
+        try:
+            kept = memory.read(indices, masks)
+        except ValueError as error:
+            raise MisconfigurationException(f"ADELE: {error} Masks must stay as large as they are.") from error
+        return torch.where(masks == self.ignore_index, masks, kept)
+
+    def _late(self, indices: Tensor, masks: Tensor, present: Tensor) -> Tensor:
+        """Corrects by the predictions of the epoch before, where these were made while it trained."""
+        if self._candidates is None or self._due is None or self._masks is None:
+            return present
+        unsure = torch.full_like(masks, len(self._due))
+        confident = self._candidates.read(indices, unsure)
+        return self._correct(indices, masks, present, confident)
+
+    def _correct(self, indices: Tensor, masks: Tensor, present: Tensor, confident: Tensor) -> Tensor:
+        due, memory = self._due, self._masks
+        if due is None or memory is None:
+            return present
+        base = masks if self.from_original else present
+        new = corrected_masks(
+            confident,
+            base,
+            due.to(masks.device),
+            self.background,
+            self.ignore_index,
+            self.class_constraint,
+            self.rule == "both",
+            self.shrink_guard,
+        )
+        memory.write(indices, torch.where(new == self.ignore_index, 0, new))
+        return new
+
+    def _log_replaced(self, step: "Step", masks: Tensor, present: Tensor) -> None:
+        counted = masks != self.ignore_index
+        step.log(self, "replaced", ((masks != present) & counted).sum() / counted.sum().clamp(min=1))
+
+    @property
+    @override
+    def feature_layers(self) -> Sequence[str]:
+        return [self.layer] if self.layer else []
+
+    @override
+    def loss_term(self, call: "LossCall") -> Tensor | None:
+        self._see(call.step, scores_of(self, call, call.step.features))
+        return None
+
+    @override
+    def term_of_step(self, step: "Step") -> Tensor:
+        scores = scores_of(self, None, step.features)
+        self._see(step, scores)
+        return scores.new_zeros(())
+
+    @torch.no_grad()
+    def _see(self, step: "Step", scores: Tensor) -> None:
+        """Counts what was predicted; keeps it, if masks are corrected by it."""
+        masks, present, samples = step.notes[self]
+        scores = resized(scores[: len(masks)].detach().float(), masks.shape[-2:])
+        num_classes = scores.shape[1]
+        if self._masks is None:
+            self._masks = self._new_memory(samples.total("ADELE", self.num_samples), num_classes)
+        against = masks if self.from_original else present
+        self._curves.count(iou_counts(scores.argmax(1), against, num_classes, self.ignore_index))
+        if self.predict == "train":
+            if self._candidates is None:
+                self._candidates = self._new_memory(self._masks.num_samples, num_classes + 1)
+            probabilities = (scores / self.temperature).softmax(1)
+            confident = confident_classes(probabilities, self.tau, self.tau_background, self.background)
+            self._candidates.write(samples.indices, confident)
+
+    def _new_memory(self, num_samples: int, num_classes: int) -> MapMemory:
+        try:
+            return MapMemory(num_samples, num_classes)
+        except ValueError as error:
+            raise MisconfigurationException(f"ADELE: {error}") from error
+
+    @override
+    def on_train_batch_end(
+        self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.every_n_steps is not None and host.batches_so_far(trainer) % self.every_n_steps == 0:
+            per_epoch = max(int(trainer.num_training_batches), 1)
+            self._curves.add_point(host.batches_so_far(trainer) / per_epoch)
+
+    @override
+    def on_train_epoch_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        self._end_epoch(trainer, pl_module, trainer.current_epoch)  # that of a checkpoint of its last batch
+
+    @override
+    def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        self._end_epoch(trainer, pl_module, trainer.current_epoch + 1)
+
+    def _end_epoch(self, trainer: "Trainer", module: "LightningModule", epoch: int) -> None:
+        """Ends an epoch once: looks which classes are triggered, and corrects."""
+        masks, group = self._masks, host.data_parallel_group(trainer)
+        if masks is None or epoch <= self._ended:
+            return
+        self._ended = epoch
+        if self.every_n_steps is None:
+            self._curves.add_point(float(epoch))
+        self._curves.reduce(group)
+        host.log_beside(trainer, {f"{self.log_key}/iou_{c}": value for c, value in enumerate(self._curves.last())})
+        new = self._curves.trigger(self, epoch)
+        again = self.correct_every > 0 and epoch % self.correct_every == 0
+        due = self._curves.triggered_classes(masks.num_classes) if again or self.from_original else new
+        self._due = due if due.any() and (again or new.any()) else None
+        if self._due is not None and self.predict == "eval":
+            self._correct_all(trainer)
+        for memory in (masks, self._candidates):
+            if memory is not None:
+                memory.gather(module.device, group)
+
+    def _correct_all(self, trainer: "Trainer") -> None:
+        masks = self._masks
+        with predictions(trainer, self) as batches:
+            for indices, given, probabilities in batches if masks is not None else ():
+                confident = confident_classes(probabilities, self.tau, self.tau_background, self.background)
+                self._correct(indices, given, self._kept(masks, indices, given), confident)
+        self._due = None
+
+    # -- afterwards ---------------------------------------------------------------------------------------------------
+
+    @property
+    def triggered(self) -> dict[int, int]:
+        """In which epoch, counted from 1, the correction of a class began."""
+        return dict(self._curves.triggered)
+
+    @property
+    def curves(self) -> tuple[list[float], Tensor]:
+        """Times in epochs, and the training IoU ``(T, C)`` at each."""
+        return self._curves.times, self._curves.iou
+
+    def corrected_mask(self, index: int, mask: Tensor) -> Tensor:
+        """The mask of a training sample as it is trained on.
+
+        Args:
+            index: Its position in the training dataset.
+            mask: As given, ``(H, W)``.
+
+        Returns:
+            ``(H, W)`` like the one given.
+
+        """
+        return self._kept(self._masks, torch.tensor([index]), mask[None])[0]
+
+    def mask_errors(self, masks: Iterable[Tensor]) -> MaskErrors:
+        """What was replaced, by image and pair of classes.
+
+        Args:
+            masks: The given masks of the training dataset, ``(H, W)`` each, in its order.
+
+        Returns:
+            A report to print through rich or to write as CSV.
+
+        Raises:
+            RuntimeError: If nothing was trained yet.
+
+        """
+        if self._masks is None:
+            raise RuntimeError("ADELE: there are no masks yet; fit first, or load a checkpoint.")
+        pairs = ((index, mask, self.corrected_mask(index, mask)) for index, mask in enumerate(masks))
+        return MaskErrors.between(pairs, self._masks.num_classes, self.ignore_index)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        if self._masks is None:
+            return {}
+        return {
+            "curves": self._curves.state_dict(),
+            "masks": self._masks.state_dict(),
+            "candidates": None if self._candidates is None else self._candidates.state_dict(),
+            "due": self._due,
+            "ended": self._ended,
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if not state_dict:
+            return
+        self._curves.load_state_dict(state_dict["curves"])
+        self._masks, self._candidates = (
+            None if state is None else _memory_of(state) for state in (state_dict["masks"], state_dict["candidates"])
+        )
+        self._due, self._ended = state_dict["due"], state_dict["ended"]
+
+
+def _memory_of(state: dict[str, Any]) -> MapMemory:
+    memory = MapMemory(state["num_samples"], state["num_classes"])
+    memory.load_state_dict(state)
+    return memory
