@@ -176,17 +176,36 @@ SETTINGS = {
 
 # What each class asks for by words of its own.
 OF_CLASS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "ADELE": lambda names: {"target_key": names.get("labels")},
     "AdaWAC": lambda names: {"target_key": names.get("labels")},
     "CoreTuning": lambda names: {"head": names["logits"]},
     "DRTune": lambda names: {"head": names["logits"]},
     "FrozenTwinAgreement": lambda names: {"features": {names["features"]: 1.0}},
     "GroupDRO": lambda names: {"num_groups": 4, "group_key": names.get("labels")},
+    "InvariancePenalty": lambda names: {
+        "method": "vrex",
+        "num_groups": 4,
+        "weight": 1.0,
+        "group_key": names.get("labels"),
+    },
     "MultiScaleConsistency": lambda names: {"target_key": names.get("labels")},
     "OnePrompt": lambda names: {"trained": f"{names['logits']}*", "lengths": [2, 2]},
     "VirtualOutliers": lambda names: {"head": names["logits"], "epochs": 1, "label_key": names.get("labels")},
 }
 # They ask for a model of their own kind, or for more than a module has: their pages say what.
-NOT_TRIED = ("AdversarialSearch", "DecorSampling", "EnsembleDistillation", "ItemSSL", "SyntheticUnknowns")
+NOT_TRIED = (
+    "AdversarialSearch",
+    "DecorSampling",
+    "DiffusionClassifierEval",
+    "EnsembleDistillation",
+    "FeatureSynthesis",
+    "GuidedSampling",
+    "HardNegativeMixing",
+    "IPRMonitor",
+    "ItemSSL",
+    "MetricLoss",
+    "SyntheticUnknowns",
+)
 
 
 class Model(LightningModule):

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lightning_reg.diagnostics.grokking_corrupted.corrupted_modular_arithmetic import (
         CorruptedModularArithmetic as CorruptedModularArithmetic,
     )
+    from lightning_reg.diagnostics.grokking_corrupted.ipr_monitor import IPRMonitor as IPRMonitor
     from lightning_reg.diagnostics.grokking_corrupted.networks import ModularTransformer as ModularTransformer
     from lightning_reg.diagnostics.grokking_corrupted.networks import QuadraticMLP as QuadraticMLP
     from lightning_reg.diagnostics.grokking_corrupted.prune_memorising import PruningTable as PruningTable
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from lightning_reg.diffusion.adaptive_guidance.guided_predict import GuidedPredict as GuidedPredict
     from lightning_reg.diffusion.adaptive_guidance.guided_sample import Guidance as Guidance
     from lightning_reg.diffusion.adaptive_guidance.guided_sample import GuidedSamples as GuidedSamples
+    from lightning_reg.diffusion.adaptive_guidance.guided_sampling import GuidedSampling as GuidedSampling
     from lightning_reg.diffusion.adaptive_guidance.linear_ag import GuidancePolicy as GuidancePolicy
     from lightning_reg.diffusion.adaptive_guidance.linear_ag import LinearAG as LinearAG
     from lightning_reg.diffusion.attention import AttentionMaps as AttentionMaps
@@ -75,6 +77,7 @@ if TYPE_CHECKING:
     from lightning_reg.dropout.multi_sample_dropout.multi_sample_dropout import MultiSampleDropout as MultiSampleDropout
     from lightning_reg.engine.loss.mixin import LossMixin as LossMixin
     from lightning_reg.engine.technique import BatchTechnique as BatchTechnique
+    from lightning_reg.engine.technique import DrawTechnique as DrawTechnique
     from lightning_reg.engine.technique import GradientTechnique as GradientTechnique
     from lightning_reg.engine.technique import LayerTechnique as LayerTechnique
     from lightning_reg.engine.technique import LossTechnique as LossTechnique
@@ -105,6 +108,9 @@ if TYPE_CHECKING:
     from lightning_reg.metric_learning.tcm_loss.core import Consistency as Consistency
     from lightning_reg.metric_learning.tcm_loss.opis import OPIS as OPIS
     from lightning_reg.metric_learning.tcm_loss.tcm_loss import TCM as TCM
+    from lightning_reg.noisy_labels.adele.adele import ADELE as ADELE
+    from lightning_reg.noisy_labels.adele.report import MaskErrors as MaskErrors
+    from lightning_reg.noisy_labels.co_teaching.co_teaching import CoTeaching as CoTeaching
     from lightning_reg.noisy_labels.elr.elr import ELRCallback as ELRCallback
     from lightning_reg.noisy_labels.elr_plus.elr_plus import ELRPlusCallback as ELRPlusCallback
     from lightning_reg.noisy_labels.label_errors import LabelErrors as LabelErrors
@@ -127,12 +133,16 @@ if TYPE_CHECKING:
     from lightning_reg.retrieval.idf_flops.retrieval_metrics import RetrievalMetrics as RetrievalMetrics
     from lightning_reg.retrieval.item_ssl.item_ssl import ItemSSL as ItemSSL
     from lightning_reg.retrieval.kalm_embedding.focal_contrastive import FocalContrastive as FocalContrastive
+    from lightning_reg.retrieval.kalm_embedding.hard_negative_mixing import HardNegativeMixing as HardNegativeMixing
     from lightning_reg.reweighting.adawac.adawac import AdaWAC as AdaWAC
     from lightning_reg.reweighting.adawac.report import SampleWeights as SampleWeights
     from lightning_reg.reweighting.group_dro.group_dro import GroupDRO as GroupDRO
     from lightning_reg.reweighting.group_dro.metrics import AdjustedAverageAccuracy as AdjustedAverageAccuracy
     from lightning_reg.reweighting.group_dro.metrics import WorstGroupAccuracy as WorstGroupAccuracy
+    from lightning_reg.reweighting.invariance_penalty.invariance_penalty import InvariancePenalty as InvariancePenalty
     from lightning_reg.reweighting.loss_reweighting.loss_reweighting import LossReweighting as LossReweighting
+    from lightning_reg.reweighting.rich_features.feature_synthesis import FeatureSynthesis as FeatureSynthesis
+    from lightning_reg.reweighting.rich_features.rich_features import RichFeatures as RichFeatures
     from lightning_reg.sparsity.nm_sparsity.nm_sparsity import NMSparsity as NMSparsity
     from lightning_reg.sparsity.nm_sparsity.report import SparsityReport as SparsityReport
     from lightning_reg.unlearning.adapt_then_unlearn.scores import Pool as Pool
@@ -159,6 +169,7 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "L2ToStart": "lightning_reg.continual.weight_anchors.l2_to_start",
         "Accuracies": "lightning_reg.diagnostics.grokking_corrupted.corrupted_modular_arithmetic",
         "CorruptedModularArithmetic": "lightning_reg.diagnostics.grokking_corrupted.corrupted_modular_arithmetic",
+        "IPRMonitor": "lightning_reg.diagnostics.grokking_corrupted.ipr_monitor",
         "ModularTransformer": "lightning_reg.diagnostics.grokking_corrupted.networks",
         "QuadraticMLP": "lightning_reg.diagnostics.grokking_corrupted.networks",
         "PruningTable": "lightning_reg.diagnostics.grokking_corrupted.prune_memorising",
@@ -166,6 +177,7 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "GuidedPredict": "lightning_reg.diffusion.adaptive_guidance.guided_predict",
         "Guidance": "lightning_reg.diffusion.adaptive_guidance.guided_sample",
         "GuidedSamples": "lightning_reg.diffusion.adaptive_guidance.guided_sample",
+        "GuidedSampling": "lightning_reg.diffusion.adaptive_guidance.guided_sampling",
         "GuidancePolicy": "lightning_reg.diffusion.adaptive_guidance.linear_ag",
         "LinearAG": "lightning_reg.diffusion.adaptive_guidance.linear_ag",
         "AttentionMaps": "lightning_reg.diffusion.attention",
@@ -197,6 +209,7 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "MultiSampleDropout": "lightning_reg.dropout.multi_sample_dropout.multi_sample_dropout",
         "LossMixin": "lightning_reg.engine.loss.mixin",
         "BatchTechnique": "lightning_reg.engine.technique",
+        "DrawTechnique": "lightning_reg.engine.technique",
         "GradientTechnique": "lightning_reg.engine.technique",
         "LayerTechnique": "lightning_reg.engine.technique",
         "LossTechnique": "lightning_reg.engine.technique",
@@ -227,6 +240,9 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "Consistency": "lightning_reg.metric_learning.tcm_loss.core",
         "OPIS": "lightning_reg.metric_learning.tcm_loss.opis",
         "TCM": "lightning_reg.metric_learning.tcm_loss.tcm_loss",
+        "ADELE": "lightning_reg.noisy_labels.adele.adele",
+        "MaskErrors": "lightning_reg.noisy_labels.adele.report",
+        "CoTeaching": "lightning_reg.noisy_labels.co_teaching.co_teaching",
         "ELRCallback": "lightning_reg.noisy_labels.elr.elr",
         "ELRPlusCallback": "lightning_reg.noisy_labels.elr_plus.elr_plus",
         "LabelErrors": "lightning_reg.noisy_labels.label_errors",
@@ -245,12 +261,16 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "RetrievalMetrics": "lightning_reg.retrieval.idf_flops.retrieval_metrics",
         "ItemSSL": "lightning_reg.retrieval.item_ssl.item_ssl",
         "FocalContrastive": "lightning_reg.retrieval.kalm_embedding.focal_contrastive",
+        "HardNegativeMixing": "lightning_reg.retrieval.kalm_embedding.hard_negative_mixing",
         "AdaWAC": "lightning_reg.reweighting.adawac.adawac",
         "SampleWeights": "lightning_reg.reweighting.adawac.report",
         "GroupDRO": "lightning_reg.reweighting.group_dro.group_dro",
         "AdjustedAverageAccuracy": "lightning_reg.reweighting.group_dro.metrics",
         "WorstGroupAccuracy": "lightning_reg.reweighting.group_dro.metrics",
+        "InvariancePenalty": "lightning_reg.reweighting.invariance_penalty.invariance_penalty",
         "LossReweighting": "lightning_reg.reweighting.loss_reweighting.loss_reweighting",
+        "FeatureSynthesis": "lightning_reg.reweighting.rich_features.feature_synthesis",
+        "RichFeatures": "lightning_reg.reweighting.rich_features.rich_features",
         "NMSparsity": "lightning_reg.sparsity.nm_sparsity.nm_sparsity",
         "SparsityReport": "lightning_reg.sparsity.nm_sparsity.report",
         "Pool": "lightning_reg.unlearning.adapt_then_unlearn.scores",

@@ -209,6 +209,18 @@ if TYPE_CHECKING:
     from lightning_reg.metric_learning.tcm_loss.core import Consistency as Consistency
     from lightning_reg.metric_learning.tcm_loss.core import opis as opis
     from lightning_reg.metric_learning.tcm_loss.core import tcm_loss as tcm_loss
+    from lightning_reg.noisy_labels.adele.core import confident_classes as confident_classes
+    from lightning_reg.noisy_labels.adele.core import corrected_masks as corrected_masks
+    from lightning_reg.noisy_labels.adele.core import fit_early_learning as fit_early_learning
+    from lightning_reg.noisy_labels.adele.core import flat_start as flat_start
+    from lightning_reg.noisy_labels.adele.core import iou_counts as iou_counts
+    from lightning_reg.noisy_labels.adele.core import iou_of_counts as iou_of_counts
+    from lightning_reg.noisy_labels.adele.core import slope_drop as slope_drop
+    from lightning_reg.noisy_labels.adele.core import trigger_epoch as trigger_epoch
+    from lightning_reg.noisy_labels.co_teaching.core import estimated_forget_rate as estimated_forget_rate
+    from lightning_reg.noisy_labels.co_teaching.core import forget_rate_at as forget_rate_at
+    from lightning_reg.noisy_labels.co_teaching.core import small_loss_mask as small_loss_mask
+    from lightning_reg.noisy_labels.co_teaching.core import small_loss_weights as small_loss_weights
     from lightning_reg.noisy_labels.elr.core import elr_loss as elr_loss
     from lightning_reg.noisy_labels.elr.core import elr_regularizer as elr_regularizer
     from lightning_reg.noisy_labels.elr.core import elr_targets as elr_targets
@@ -241,6 +253,7 @@ if TYPE_CHECKING:
     from lightning_reg.regularization.weight_compander.core import companding_refusal as companding_refusal
     from lightning_reg.regularization.weight_compander.core import expand as expand
     from lightning_reg.regularization.weight_compander.core import weight_stats as weight_stats
+    from lightning_reg.retrieval.bidirectional_attention import bidirectional_attention_ as bidirectional_attention_
     from lightning_reg.retrieval.idf_flops.core import ensemble_scores as ensemble_scores
     from lightning_reg.retrieval.idf_flops.core import flops_penalty as flops_penalty
     from lightning_reg.retrieval.idf_flops.core import idf_from_corpus as idf_from_corpus
@@ -253,9 +266,13 @@ if TYPE_CHECKING:
     from lightning_reg.retrieval.item_ssl.core import item_ssl_loss as item_ssl_loss
     from lightning_reg.retrieval.item_ssl.core import mutual_information as mutual_information
     from lightning_reg.retrieval.item_ssl.core import popularity_slices as popularity_slices
+    from lightning_reg.retrieval.kalm_embedding.core import draw_mixtures as draw_mixtures
     from lightning_reg.retrieval.kalm_embedding.core import focal_weights as focal_weights
+    from lightning_reg.retrieval.kalm_embedding.core import hardest_negatives as hardest_negatives
     from lightning_reg.retrieval.kalm_embedding.core import matryoshka_loss as matryoshka_loss
     from lightning_reg.retrieval.kalm_embedding.core import mean_pooled as mean_pooled
+    from lightning_reg.retrieval.kalm_embedding.core import mix_hard_negatives as mix_hard_negatives
+    from lightning_reg.retrieval.kalm_embedding.core import own_negatives as own_negatives
     from lightning_reg.reweighting.adawac.core import adawac_loss as adawac_loss
     from lightning_reg.reweighting.adawac.core import adawac_update as adawac_update
     from lightning_reg.reweighting.adawac.core import apply_symmetry as apply_symmetry
@@ -265,16 +282,30 @@ if TYPE_CHECKING:
     from lightning_reg.reweighting.adawac.core import undo_symmetry as undo_symmetry
     from lightning_reg.reweighting.adawac.core import weight_ascent as weight_ascent
     from lightning_reg.reweighting.group_dro.core import group_ascent as group_ascent
+    from lightning_reg.reweighting.group_dro.core import group_draws as group_draws
     from lightning_reg.reweighting.group_dro.core import group_losses as group_losses
     from lightning_reg.reweighting.group_dro.core import group_membership as group_membership
     from lightning_reg.reweighting.group_dro.core import group_sample_weights as group_sample_weights
     from lightning_reg.reweighting.group_dro.core import worst_group_weights as worst_group_weights
+    from lightning_reg.reweighting.invariance_penalty.core import clove_penalty as clove_penalty
+    from lightning_reg.reweighting.invariance_penalty.core import fishr_average as fishr_average
+    from lightning_reg.reweighting.invariance_penalty.core import fishr_penalty as fishr_penalty
+    from lightning_reg.reweighting.invariance_penalty.core import head_gradient_moments as head_gradient_moments
+    from lightning_reg.reweighting.invariance_penalty.core import iga_penalty as iga_penalty
+    from lightning_reg.reweighting.invariance_penalty.core import irm_penalty as irm_penalty
+    from lightning_reg.reweighting.invariance_penalty.core import logit_gradients as logit_gradients
+    from lightning_reg.reweighting.invariance_penalty.core import sd_penalty as sd_penalty
+    from lightning_reg.reweighting.invariance_penalty.core import vrex_penalty as vrex_penalty
     from lightning_reg.reweighting.loss_reweighting.core import apply_strategy as apply_strategy
     from lightning_reg.reweighting.loss_reweighting.core import normalize_losses as normalize_losses
     from lightning_reg.reweighting.loss_reweighting.core import reweight as reweight
     from lightning_reg.reweighting.loss_reweighting.core import scheduled_temperature as scheduled_temperature
     from lightning_reg.reweighting.loss_reweighting.core import sequence_losses as sequence_losses
     from lightning_reg.reweighting.loss_reweighting.core import weighted_loss as weighted_loss
+    from lightning_reg.reweighting.rich_features.core import mean_head_ as mean_head_
+    from lightning_reg.reweighting.rich_features.core import rich_groups as rich_groups
+    from lightning_reg.reweighting.rich_features.core import round_losses as round_losses
+    from lightning_reg.reweighting.rich_features.core import synthesis_draws as synthesis_draws
     from lightning_reg.sparsity.nm_sparsity.core import best_channel_permutation as best_channel_permutation
     from lightning_reg.sparsity.nm_sparsity.core import check_nm as check_nm
     from lightning_reg.sparsity.nm_sparsity.core import decay_factor as decay_factor
@@ -491,6 +522,18 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "Consistency": "lightning_reg.metric_learning.tcm_loss.core",
         "opis": "lightning_reg.metric_learning.tcm_loss.core",
         "tcm_loss": "lightning_reg.metric_learning.tcm_loss.core",
+        "confident_classes": "lightning_reg.noisy_labels.adele.core",
+        "corrected_masks": "lightning_reg.noisy_labels.adele.core",
+        "fit_early_learning": "lightning_reg.noisy_labels.adele.core",
+        "flat_start": "lightning_reg.noisy_labels.adele.core",
+        "iou_counts": "lightning_reg.noisy_labels.adele.core",
+        "iou_of_counts": "lightning_reg.noisy_labels.adele.core",
+        "slope_drop": "lightning_reg.noisy_labels.adele.core",
+        "trigger_epoch": "lightning_reg.noisy_labels.adele.core",
+        "estimated_forget_rate": "lightning_reg.noisy_labels.co_teaching.core",
+        "forget_rate_at": "lightning_reg.noisy_labels.co_teaching.core",
+        "small_loss_mask": "lightning_reg.noisy_labels.co_teaching.core",
+        "small_loss_weights": "lightning_reg.noisy_labels.co_teaching.core",
         "elr_loss": "lightning_reg.noisy_labels.elr.core",
         "elr_regularizer": "lightning_reg.noisy_labels.elr.core",
         "elr_targets": "lightning_reg.noisy_labels.elr.core",
@@ -523,6 +566,7 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "companding_refusal": "lightning_reg.regularization.weight_compander.core",
         "expand": "lightning_reg.regularization.weight_compander.core",
         "weight_stats": "lightning_reg.regularization.weight_compander.core",
+        "bidirectional_attention_": "lightning_reg.retrieval.bidirectional_attention",
         "ensemble_scores": "lightning_reg.retrieval.idf_flops.core",
         "flops_penalty": "lightning_reg.retrieval.idf_flops.core",
         "idf_from_corpus": "lightning_reg.retrieval.idf_flops.core",
@@ -535,9 +579,13 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "item_ssl_loss": "lightning_reg.retrieval.item_ssl.core",
         "mutual_information": "lightning_reg.retrieval.item_ssl.core",
         "popularity_slices": "lightning_reg.retrieval.item_ssl.core",
+        "draw_mixtures": "lightning_reg.retrieval.kalm_embedding.core",
         "focal_weights": "lightning_reg.retrieval.kalm_embedding.core",
+        "hardest_negatives": "lightning_reg.retrieval.kalm_embedding.core",
         "matryoshka_loss": "lightning_reg.retrieval.kalm_embedding.core",
         "mean_pooled": "lightning_reg.retrieval.kalm_embedding.core",
+        "mix_hard_negatives": "lightning_reg.retrieval.kalm_embedding.core",
+        "own_negatives": "lightning_reg.retrieval.kalm_embedding.core",
         "adawac_loss": "lightning_reg.reweighting.adawac.core",
         "adawac_update": "lightning_reg.reweighting.adawac.core",
         "apply_symmetry": "lightning_reg.reweighting.adawac.core",
@@ -547,16 +595,30 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "undo_symmetry": "lightning_reg.reweighting.adawac.core",
         "weight_ascent": "lightning_reg.reweighting.adawac.core",
         "group_ascent": "lightning_reg.reweighting.group_dro.core",
+        "group_draws": "lightning_reg.reweighting.group_dro.core",
         "group_losses": "lightning_reg.reweighting.group_dro.core",
         "group_membership": "lightning_reg.reweighting.group_dro.core",
         "group_sample_weights": "lightning_reg.reweighting.group_dro.core",
         "worst_group_weights": "lightning_reg.reweighting.group_dro.core",
+        "clove_penalty": "lightning_reg.reweighting.invariance_penalty.core",
+        "fishr_average": "lightning_reg.reweighting.invariance_penalty.core",
+        "fishr_penalty": "lightning_reg.reweighting.invariance_penalty.core",
+        "head_gradient_moments": "lightning_reg.reweighting.invariance_penalty.core",
+        "iga_penalty": "lightning_reg.reweighting.invariance_penalty.core",
+        "irm_penalty": "lightning_reg.reweighting.invariance_penalty.core",
+        "logit_gradients": "lightning_reg.reweighting.invariance_penalty.core",
+        "sd_penalty": "lightning_reg.reweighting.invariance_penalty.core",
+        "vrex_penalty": "lightning_reg.reweighting.invariance_penalty.core",
         "apply_strategy": "lightning_reg.reweighting.loss_reweighting.core",
         "normalize_losses": "lightning_reg.reweighting.loss_reweighting.core",
         "reweight": "lightning_reg.reweighting.loss_reweighting.core",
         "scheduled_temperature": "lightning_reg.reweighting.loss_reweighting.core",
         "sequence_losses": "lightning_reg.reweighting.loss_reweighting.core",
         "weighted_loss": "lightning_reg.reweighting.loss_reweighting.core",
+        "mean_head_": "lightning_reg.reweighting.rich_features.core",
+        "rich_groups": "lightning_reg.reweighting.rich_features.core",
+        "round_losses": "lightning_reg.reweighting.rich_features.core",
+        "synthesis_draws": "lightning_reg.reweighting.rich_features.core",
         "best_channel_permutation": "lightning_reg.sparsity.nm_sparsity.core",
         "check_nm": "lightning_reg.sparsity.nm_sparsity.core",
         "decay_factor": "lightning_reg.sparsity.nm_sparsity.core",

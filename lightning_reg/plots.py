@@ -6,23 +6,16 @@ differ by their dashes as well, so they are told apart in grey.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lightning_reg import _compare
-
-try:
-    import matplotlib.style
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-except ImportError as error:  # pragma: no cover # where the extra is not installed
-    raise ImportError("Pictures need matplotlib: pip install matplotlib.") from error
+from lightning_reg._drawing import BLUE, LINES, ORANGE, Axes, Figure, matrix, one, picture, several, styled
 
 if TYPE_CHECKING:
     from lightning_reg.averaging._soup_results import Candidate
@@ -45,23 +38,7 @@ __all__ = [
     "weights_over_time",
 ]
 
-_STYLE = Path(__file__).with_suffix(".mplstyle")
-_BLUE, _ORANGE = "#1f4e8c", "#c8702a"  # the style's first two
-# Told apart in grey too.
-_LINES = tuple((f"C{place}", style) for place, style in enumerate(("-", "--", "-.", ":")))
-_P = ParamSpec("_P")
 Log = Mapping[str, tuple[Sequence[float], Sequence[float]]]
-
-
-def _styled(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
-    @wraps(draw)
-    def in_style(*args: _P.args, **kwargs: _P.kwargs) -> Figure:
-        with matplotlib.style.context(_STYLE):
-            figure = draw(*args, **kwargs)
-            figure.draw_without_rendering()  # what is made late is made in the style
-            return figure
-
-    return in_style
 
 
 def read_log(path: str | Path) -> dict[str, tuple[list[float], list[float]]]:
@@ -84,7 +61,7 @@ def read_log(path: str | Path) -> dict[str, tuple[list[float], list[float]]]:
     return {name: (curve.steps, curve.values) for name, curve in curves.items()}
 
 
-@_styled
+@styled
 def compared(runs: Mapping[str, Log], names: Sequence[str]) -> Figure:
     """Curves of several runs, with a panel for each metric: what ``lightning-reg compare --plot`` draws.
 
@@ -107,7 +84,7 @@ def compared(runs: Mapping[str, Log], names: Sequence[str]) -> Figure:
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     shown = {}
     for axes, name in zip(panels, names, strict=False):
-        for (run, log), (color, style) in zip(runs.items(), _LINES * len(runs), strict=False):
+        for (run, log), (color, style) in zip(runs.items(), LINES * len(runs), strict=False):
             if name in log:
                 (shown[run],) = axes.plot(*log[name], linestyle=style, color=color, linewidth=1.4)
         axes.set_title(name, fontsize=9)
@@ -118,7 +95,7 @@ def compared(runs: Mapping[str, Log], names: Sequence[str]) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def interpolation(curve: Mapping[str, Sequence[float]]) -> Figure:
     """Scores of the mixes between a network before and after fine-tuning, over alpha.
 
@@ -137,14 +114,14 @@ def interpolation(curve: Mapping[str, Sequence[float]]) -> Figure:
     scores = {name: values for name, values in curve.items() if name != "alpha"}
     if "alpha" not in curve or not scores:
         raise ValueError(f"interpolation: `curve` must have 'alpha' and a score, got {sorted(curve)}.")
-    figure, axes = _one("Between first and fine-tuned weights", "alpha", "score")
-    for (name, values), (color, style) in zip(scores.items(), _LINES * len(scores), strict=False):
+    figure, axes = one("Between first and fine-tuned weights", "alpha", "score")
+    for (name, values), (color, style) in zip(scores.items(), LINES * len(scores), strict=False):
         axes.plot(curve["alpha"], values, linestyle=style, color=color, marker="o", markersize=3, label=name)
     axes.legend(fontsize=8)
     return figure
 
 
-@_styled
+@styled
 def memorisation(log: Log | str | Path, key: str = "elr", metrics: Sequence[str] = ()) -> Figure:
     """How far the targets of ELR agree with the given labels, over the steps.
 
@@ -164,13 +141,13 @@ def memorisation(log: Log | str | Path, key: str = "elr", metrics: Sequence[str]
 
     """
     shares = {"agreement with the given label": f"reg/{key}/agreement", "share of suspects": f"reg/{key}/suspects"}
-    figure, axes = _one("Memorisation", "step", "share of the samples")
+    figure, axes = one("Memorisation", "step", "share of the samples")
     _curves(axes, log, {**shares, **{name: name for name in metrics}})
     axes.set_ylim(0, 1.02)
     return figure
 
 
-@_styled
+@styled
 def weights_over_time(log: Log | str | Path, key: str = "loss_reweighting") -> Figure:
     """What LossReweighting makes of the samples of each batch: how many count, how much the largest counts.
 
@@ -187,7 +164,7 @@ def weights_over_time(log: Log | str | Path, key: str = "loss_reweighting") -> F
     """
     log = log if isinstance(log, Mapping) else read_log(log)
     labels = ("", "number of samples"), ("step", "largest weight\n/ mean")
-    figure, (above, below) = _several("Weights of the samples", *labels)
+    figure, (above, below) = several("Weights of the samples", *labels)
     counts = {"in the batch": "samples", "effective": "effective_samples"}
     _curves(above, log, {label: f"reg/{key}/{name}" for label, name in counts.items()})
     above.set_ylim(bottom=0)
@@ -195,7 +172,7 @@ def weights_over_time(log: Log | str | Path, key: str = "loss_reweighting") -> F
     return figure
 
 
-@_styled
+@styled
 def soup_ladder(trace: "Sequence[Candidate]", metric: str = "score") -> Figure:
     """The candidates of a greedy soup in the order in which they were tried, accepted and refused.
 
@@ -213,11 +190,11 @@ def soup_ladder(trace: "Sequence[Candidate]", metric: str = "score") -> Figure:
     if not trace or all(candidate.own_score is None for candidate in trace):
         raise ValueError("soup_ladder: `trace` must have scored candidates, as that of a greedy soup.")
     rows = [(row, one, one.own_score if one.score is None else one.score) for row, one in enumerate(trace)]
-    figure, axes = _one("Members of the soup", metric, "")
+    figure, axes = one("Members of the soup", metric, "")
     figure.set_figheight(max(2.6, 0.36 * len(trace) + 1.4))
     alone = [(one.own_score, row) for row, one, _ in rows if one.own_score is not None]
     axes.plot(*zip(*alone, strict=True), "|", color="0.4", markersize=13, label="alone")
-    kinds = ((True, "o", _BLUE, _BLUE, "accepted"), (False, "X", _ORANGE, "white", "refused"))
+    kinds = ((True, "o", BLUE, BLUE, "accepted"), (False, "X", ORANGE, "white", "refused"))
     for accepted, marker, color, face, label in kinds:
         points = [(score, row) for row, one, score in rows if one.accepted is accepted and score is not None]
         x, y = zip(*points, strict=True) if points else ((), ())
@@ -228,7 +205,7 @@ def soup_ladder(trace: "Sequence[Candidate]", metric: str = "score") -> Figure:
     return figure
 
 
-@_styled
+@styled
 def corrected_masks(
     images: Tensor, given: Tensor, corrected: Tensor, ignore_index: int = 255, columns: int = 6
 ) -> Figure:
@@ -260,7 +237,7 @@ def corrected_masks(
     panels = figure.subplots(4, len(chosen), squeeze=False)
     for column, index in enumerate(chosen):
         for line in (0, 3):
-            panels[line, column].imshow(_picture(images[index]), cmap="gray")
+            panels[line, column].imshow(picture(images[index]), cmap="gray")
         for line, masks, shown in ((1, given, counted), (2, corrected, counted), (3, corrected, changed)):
             values = torch.where(shown[index], masks[index].double(), math.nan)
             panels[line, column].imshow(values.numpy(), **colours)
@@ -273,7 +250,7 @@ def corrected_masks(
     return figure
 
 
-@_styled
+@styled
 def masks(report: "SparsityReport", log: Log | str | Path | None = None, key: str = "nm_sparsity") -> Figure:
     """How much magnitude the masks of N:M sparsity keep in each layer, and how many weights changed sides.
 
@@ -311,7 +288,7 @@ def masks(report: "SparsityReport", log: Log | str | Path | None = None, key: st
     return figure
 
 
-@_styled
+@styled
 def masks_over_time(log: Log | str | Path, key: str = "nm_sparsity") -> Figure:
     """How much of each layer's mask changed, and how much magnitude it keeps, over the steps: dark is much.
 
@@ -358,7 +335,7 @@ def _edges(steps: Sequence[float]) -> list[float]:
     return [first, *between, last]
 
 
-@_styled
+@styled
 def suspects(
     errors: "LabelErrors", images: Tensor | None = None, classes: Sequence[str] | None = None, thumbnails: int = 12
 ) -> Figure:
@@ -390,20 +367,20 @@ def suspects(
         1 + bool(lines), 1, height_ratios=[5.0, 1.25 * lines][: 1 + bool(lines)], squeeze=False
     )[:, 0]
     title = f"{len(errors)} suspected labels"
-    _matrix(above.subplots(), counts.view(len(names), -1), names, names, ("suggested label", "given label", title))
+    matrix(above.subplots(), counts.view(len(names), -1), names, names, ("suggested label", "given label", title))
     for place, axes in zip(
         range(6 * lines), below[0].subplots(lines, 6, squeeze=False).flat if below else (), strict=True
     ):
         axes.axis("off")
         if images is not None and place < shown:
-            axes.imshow(_picture(images[errors.index[place]]), cmap="gray")
+            axes.imshow(picture(images[errors.index[place]]), cmap="gray")
             axes.set_title(
                 f"{names[errors.given[place]]} → {names[errors.suggested[place]]}", fontsize=9, weight="normal"
             )
     return figure
 
 
-@_styled
+@styled
 def forgetting(accuracies: Tensor, tasks: Sequence[str] | None = None) -> Figure:
     """Accuracy on each task after each task, and so what was forgotten when.
 
@@ -424,13 +401,11 @@ def forgetting(accuracies: Tensor, tasks: Sequence[str] | None = None) -> Figure
     names = [str(one) for one in (tasks if tasks is not None else range(1, len(accuracies) + 1))]
     figure = Figure(figsize=(6.0, 0.5 * len(names) + 2.0))
     percent = 100 * accuracies.detach().float().cpu()
-    _matrix(
-        figure.subplots(), percent, names, names, ("accuracy on task, %", "after task", "What is left of each task")
-    )
+    matrix(figure.subplots(), percent, names, names, ("accuracy on task, %", "after task", "What is left of each task"))
     return figure
 
 
-@_styled
+@styled
 def guidance(similarity: Tensor, threshold: float | None = None) -> Figure:
     """How alike a diffusion model's predictions with and without a condition are at each step of a sampler.
 
@@ -448,18 +423,18 @@ def guidance(similarity: Tensor, threshold: float | None = None) -> Figure:
     """
     if similarity.dim() != 2 or not similarity.numel():
         raise ValueError(f"guidance: `similarity` must be of shape (B, S), got {tuple(similarity.shape)}.")
-    figure, axes = _one("Where guidance still says something", "step", "similarity of both predictions")
+    figure, axes = one("Where guidance still says something", "step", "similarity of both predictions")
     curves, steps = similarity.detach().float().cpu(), list(range(1, similarity.shape[1] + 1))
     for curve in curves:
-        axes.plot(steps, curve.tolist(), color=_BLUE, alpha=0.3, linewidth=0.8, linestyle="-")
-    axes.plot(steps, curves.nanmedian(0).values.tolist(), color=_BLUE, label="median")
+        axes.plot(steps, curve.tolist(), color=BLUE, alpha=0.3, linewidth=0.8, linestyle="-")
+    axes.plot(steps, curves.nanmedian(0).values.tolist(), color=BLUE, label="median")
     if threshold is not None:
-        axes.axhline(threshold, color=_ORANGE, linestyle="--", label=f"threshold {threshold:g}")
+        axes.axhline(threshold, color=ORANGE, linestyle="--", label=f"threshold {threshold:g}")
     axes.legend()
     return figure
 
 
-@_styled
+@styled
 def grokking(
     log: Log | str | Path,
     ratios: Mapping[str, Tensor] | None = None,
@@ -499,7 +474,7 @@ def grokking(
     _shares(panels[len(labels) - 1], log, key, bounds)
     panels[0].set_title("Grokking")
     for axes, (name, values) in zip(panels[len(labels) :], (ratios or {}).items(), strict=True):
-        axes.hist(values.detach().float().cpu().numpy(), bins=[place / 40 for place in range(41)], color=_BLUE)
+        axes.hist(values.detach().float().cpu().numpy(), bins=[place / 40 for place in range(41)], color=BLUE)
         for bound in bounds:
             axes.axvline(bound, color="0.3", linestyle=":", linewidth=1.2)
         axes.set(title=name, xlabel="inverse participation ratio", ylabel="neurons", xlim=(0, 1))
@@ -512,27 +487,11 @@ def _shares(axes: Axes, log: Log, key: str, bounds: tuple[float, float]) -> None
     missing = next((name for name in (low, high) if name not in log), None)
     if missing:
         raise KeyError(f"the log has no `{missing}`; it has {', '.join(sorted(log)) or 'nothing'}")
-    axes.fill_between(*log[low], color=_ORANGE, alpha=0.5, label=f"ratio below {bounds[0]:g}")
+    axes.fill_between(*log[low], color=ORANGE, alpha=0.5, label=f"ratio below {bounds[0]:g}")
     steps, shares = log[high]
     above = [1 - share for share in shares]
-    axes.fill_between(steps, above, 1, color=_BLUE, label=f"ratio from {bounds[1]:g}")
+    axes.fill_between(steps, above, 1, color=BLUE, label=f"ratio from {bounds[1]:g}")
     axes.legend(frameon=True, framealpha=0.9)
-
-
-def _one(title: str, x: str, y: str) -> tuple[Figure, Axes]:
-    figure = Figure()
-    axes = figure.subplots()
-    axes.set(title=title, xlabel=x, ylabel=y)
-    return figure, axes
-
-
-def _several(title: str, *labels: tuple[str, str]) -> tuple[Figure, Sequence[Axes]]:
-    figure = Figure(figsize=(6.0, 2.3 * len(labels)))
-    panels = list(figure.subplots(len(labels), sharex=True))
-    for axes, (x, y) in zip(panels, labels, strict=True):
-        axes.set(xlabel=x, ylabel=y)
-    panels[0].set_title(title)
-    return figure, panels
 
 
 def _curves(axes: Axes, log: Log | str | Path, names: Mapping[str, str]) -> None:
@@ -543,29 +502,3 @@ def _curves(axes: Axes, log: Log | str | Path, names: Mapping[str, str]) -> None
         axes.plot(*log[name], label=label, marker="." if len(log[name][0]) < 20 else None)
     if len(names) > 1:
         axes.legend()
-
-
-def _matrix(
-    axes: Axes, values: Tensor, rows: Sequence[str], columns: Sequence[str], words: tuple[str, str, str]
-) -> None:
-    """Numbers in shaded cells, so that they are read in grey as well."""
-    x, y, title = words
-    axes.imshow(values.float().numpy(), vmin=0, aspect="auto")
-    half = float(values.nan_to_num(0).max()) / 2
-    for row, line in enumerate(values.tolist()):
-        for column, value in enumerate(line):
-            if value == value and (value or values.is_floating_point()):  # NaN: not known; no suspects: left empty
-                axes.text(
-                    column, row, f"{value:.0f}", ha="center", va="center", color="white" if value > half else "black"
-                )
-    turned: dict[str, Any] = {"rotation": 40, "ha": "right"} if max(map(len, columns)) > 3 else {}
-    axes.set_xticks(range(len(columns)), columns, **turned)
-    axes.set_yticks(range(len(rows)), rows)
-    axes.set(xlabel=x, ylabel=y, title=title)
-    axes.grid(visible=False)
-
-
-def _picture(image: Tensor) -> Any:  # noqa: ANN401 # an array of numpy
-    image = image.detach().float().cpu()
-    image = image.movedim(0, -1).squeeze(-1) if image.dim() == 3 else image
-    return ((image - image.min()) / (image.max() - image.min()).clamp(min=1e-12)).numpy()

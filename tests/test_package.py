@@ -113,6 +113,9 @@ def test_the_maths_come_first(core):
     """The first screen of a core has a public function, above which there are imports and constants only."""
     tree = tree_of(MODULES[core])
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    if not functions:  # its mathematics are those of several units, and stand beside them
+        assert {name.rpartition("._")[0] for name in imports_of(core)} == {core.rpartition(".")[0].rpartition(".")[0]}
+        return
     assert functions[0].lineno <= 60
     listed = importlib.import_module(core).__all__
     assert functions[0].name in listed

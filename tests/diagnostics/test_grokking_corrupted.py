@@ -1,7 +1,6 @@
 """Grokking on wrong labels: participation ratios, the closed form, the data whose truth is known, the networks."""
 
 import math
-from collections import OrderedDict
 from functools import partial
 
 import pytest
@@ -56,16 +55,9 @@ def sizes(network):
     return {"hidden": float(network.hidden.weight[6:].float().norm()), "head": float(network(PAIRS).float().norm())}
 
 
-def square():
-    return nn.Sequential(OrderedDict(first=nn.Linear(8, 16), act=nn.Tanh(), head=nn.Linear(16, 8)))
-
-
-def numbered(size):
-    return KINDS["classification"].data(size)
-
-
-PROBLEM = Problem(square, numbered, F.cross_entropy, serves=["classification"])
-watching = partial(IPRMonitor, "net.first", blocks=1)
+PLAIN = KINDS["classification"]
+PROBLEM = Problem(PLAIN.net, PLAIN.data, F.cross_entropy, serves=["classification"])
+watching = partial(IPRMonitor, "net.first", blocks=2)
 
 CASE = (
     Case(
@@ -75,7 +67,7 @@ CASE = (
         says=["watches net.first: low below 0.2, high from 0.5"] * 2
         + ["watches net.first and net.head: low below 0.3, high from 0.3"],
         data=PROBLEM,
-        variants=[partial(watching, output_layer="net.head", blocks=1, low=0.3, high=0.3)],
+        variants=[partial(watching, output_layer="net.head", low=0.3, high=0.3)],
         exempt={"as_by_hand": "It watches: training and what the module logs are those of a loop without it."},
         invalid=[
             ({"blocks": 0}, "blocks"),

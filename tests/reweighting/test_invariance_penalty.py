@@ -57,7 +57,10 @@ class SlopesByHand(Hand):
         self.environments = halves()[moment.index].tolist()
 
     def term(self, loop, moment):
-        products = []
+        products, y = [], moment.y  # the loss that is trained has the targets that others have changed
+        for hand in loop.hands:
+            changed = hand.change_targets(y) if hand.kind == self.kind else None
+            y = y if changed is None else changed
         for environment in range(2):
             own = [i for i, e in enumerate(self.environments) if e == environment]
             if len(own) < 2:
@@ -65,7 +68,7 @@ class SlopesByHand(Hand):
             slopes = []
             for part in (own[::2], own[1::2]):
                 factor = torch.tensor(1.0, requires_grad=True)
-                loss = F.cross_entropy(moment.logits[part] * factor, moment.y[part])
+                loss = F.cross_entropy(moment.logits[part] * factor, y[part])
                 slopes.append(torch.autograd.grad(loss, factor, create_graph=True)[0])
             products.append(slopes[0] * slopes[1])
         return 0.5 * sum(products) / len(products) if products else torch.tensor(0.0)

@@ -8,12 +8,12 @@ from torch import Tensor
 from lightning_reg.engine.host import distributed
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.noisy_labels.adele._settings import Settings
 from lightning_reg.noisy_labels.adele.core import fit_early_learning, flat_start, iou_of_counts, trigger_epoch
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from lightning_reg.noisy_labels.adele.adele import ADELE
 
 __all__ = ["Curves"]
 
@@ -55,7 +55,7 @@ class Curves:
         """The last point of each class."""
         return [] if not len(self.iou) else self.iou[-1].tolist()
 
-    def trigger(self, owner: "ADELE", epoch: int) -> Tensor:
+    def trigger(self, owner: Settings, epoch: int) -> Tensor:
         """Looks which classes have come to their end by now.
 
         Args:
@@ -74,7 +74,7 @@ class Curves:
                 self.triggered[c], new[c] = epoch, True
         return new
 
-    def _is_over(self, owner: "ADELE", c: int, epoch: int) -> bool:
+    def _is_over(self, owner: Settings, c: int, epoch: int) -> bool:
         if owner.start is not None:
             return epoch >= owner.start
         values = self.iou[:, c].tolist()

@@ -13,18 +13,19 @@ from lightning_reg.engine.networks.named_weights import weights_of
 from lightning_reg.engine.networks.peer import Peer
 from lightning_reg.engine.networks.records import check_fetched_twice, steps_in_order
 from lightning_reg.noisy_labels._scales import resized, scaled_size
+from lightning_reg.noisy_labels.adele._settings import Settings
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
     from lightning_reg.engine.loss.call import LossCall
     from lightning_reg.engine.step import Step
-    from lightning_reg.noisy_labels.adele.adele import ADELE
+
 
 __all__ = ["check_samples_stay", "masks_of", "predictions", "scores_of"]
 
 
-def check_samples_stay(trainer: "Trainer", owner: "ADELE") -> None:
+def check_samples_stay(trainer: "Trainer", owner: Settings) -> None:
     """Refuses samples that are another time others than they were: corrected pixels would lie elsewhere."""
     problem = (
         "ADELE replaces pixels of masks, and a batch that was fetched twice was another one the second time: images are"
@@ -37,7 +38,7 @@ def check_samples_stay(trainer: "Trainer", owner: "ADELE") -> None:
 
 
 @contextmanager
-def predictions(trainer: "Trainer", owner: "ADELE") -> Iterator[Iterator[tuple[Tensor, Tensor, Tensor]]]:
+def predictions(trainer: "Trainer", owner: Settings) -> Iterator[Iterator[tuple[Tensor, Tensor, Tensor]]]:
     """Goes once over the training data in eval mode.
 
     Yields:
@@ -53,7 +54,7 @@ def predictions(trainer: "Trainer", owner: "ADELE") -> Iterator[Iterator[tuple[T
 
 
 @torch.no_grad()
-def _seen(step: "Step", owner: "ADELE", peer: Peer, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _seen(step: "Step", owner: Settings, peer: Peer, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """The masks of a batch, and the softmax of the mean of its scores at all scales, flipped as well."""
     batch, masks = step.batch, masks_of(step.batch, owner)
     images = find_entry(batch, owner.input_key, "ADELE: input_key")
@@ -75,14 +76,14 @@ def _seen(step: "Step", owner: "ADELE", peer: Peer, weights: Mapping[str, Tensor
     return masks, (torch.stack(found).mean(0) / owner.temperature).softmax(1)
 
 
-def _changed(batch: Any, owner: "ADELE", size: tuple[int, ...], *, flipped: bool) -> Any:
+def _changed(batch: Any, owner: Settings, size: tuple[int, ...], *, flipped: bool) -> Any:
     for key, argument in ((owner.input_key, "input_key"), (owner.target_key, "target_key")):
         entry = resized(find_entry(batch, key, f"ADELE: {argument}"), size)
         batch = replace_entry(batch, key, entry.flip(-1) if flipped else entry)
     return batch
 
 
-def masks_of(batch: Any, owner: "ADELE") -> Tensor:
+def masks_of(batch: Any, owner: Settings) -> Tensor:
     """The masks of a batch, ``(B, H, W)`` of whole numbers; refuses others."""
     masks = find_entry(batch, owner.target_key, "ADELE: target_key")
     if not isinstance(masks, Tensor) or masks.dim() != 3 or masks.is_floating_point() or masks.dtype == torch.bool:
@@ -96,7 +97,7 @@ def masks_of(batch: Any, owner: "ADELE") -> Tensor:
 
 
 def scores_of(
-    owner: "ADELE", call: "LossCall | None", features: Mapping[str, Any], size: tuple[int, ...] | None = None
+    owner: Settings, call: "LossCall | None", features: Mapping[str, Any], size: tuple[int, ...] | None = None
 ) -> Tensor:
     """The class scores ``(B, C, H, W)`` of a step: of the named layer, else of the loss call."""
     scores = features.get(owner.layer) if owner.layer else None if call is None else call.input

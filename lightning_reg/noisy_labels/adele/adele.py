@@ -12,10 +12,11 @@ from lightning_reg.engine.data.maps import MapMemory
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.technique import BatchTechnique, LossTechnique
+from lightning_reg.engine.run.phases import Member
 from lightning_reg.noisy_labels._scales import resized
 from lightning_reg.noisy_labels.adele._curves import Curves
 from lightning_reg.noisy_labels.adele._predictions import check_samples_stay, masks_of, predictions, scores_of
+from lightning_reg.noisy_labels.adele._settings import Settings
 from lightning_reg.noisy_labels.adele.core import confident_classes, corrected_masks, iou_counts
 from lightning_reg.noisy_labels.adele.report import MaskErrors
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["ADELE"]
 
 
-class ADELE(BatchTechnique, LossTechnique):
+class ADELE(Settings):
     r"""Adaptive early-learning correction: wrong masks are corrected before the network memorises them.
 
     The IoU of each class between predictions and the given masks is followed while it trains. It grows fast while the
@@ -200,6 +201,12 @@ class ADELE(BatchTechnique, LossTechnique):
         scales = f" at scales {', '.join(f'{scale:g}' for scale in self.scales)}" if self.predict == "eval" else ""
         origin = "given" if self.from_original else "corrected"
         return f"{when}, tau={self.tau:g}; predictions in {self.predict} mode{scales}; from {origin} masks"
+
+    @override
+    def conflict_with(self, other: Member) -> str | None:
+        if isinstance(other, ADELE) and other.target_key == self.target_key:
+            return "both correct the same masks, the second those that the first has corrected. Remove one of them."
+        return super().conflict_with(other)
 
     @override
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:

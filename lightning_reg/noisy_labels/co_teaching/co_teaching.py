@@ -13,7 +13,7 @@ from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.distributed import all_gather_rows, world_size
 from lightning_reg.engine.networks.trained import PeerInit, check_trainable
 from lightning_reg.engine.run.engine import attached_engine
-from lightning_reg.engine.run.phases import Member, has_prompts, phases_of
+from lightning_reg.engine.run.phases import Member, draws_samples, has_prompts, phases_of
 from lightning_reg.engine.technique import BatchTechnique, LossTechnique
 from lightning_reg.noisy_labels._reports import ReportsLabelErrors
 from lightning_reg.noisy_labels._target_table import TargetTable
@@ -175,6 +175,8 @@ class CoTeaching(ReportsLabelErrors, BatchTechnique, LossTechnique):
             return f"{name} changes the module's weights in each step, and the second network lacks that."
         if has_prompts(other):
             return f"what {name} trains is beside the module's weights, and the second network lacks that."
+        if draws_samples(other):
+            return f"{name} draws the samples of the epochs, and the second network reads them in an order of its own."
         return None
 
     @property
