@@ -12,7 +12,9 @@ Run it with ``python examples/segmentation_noise.py``; it takes a minute and dow
 # predictions. Here the true masks are known, so that one can see what it is worth.
 
 # %%
+import logging
 import os
+import warnings
 
 import matplotlib.pyplot as plt
 import torch
@@ -30,6 +32,8 @@ from lightning_reg.functional import iou_counts, iou_of_counts
 SHORT = "LIGHTNING_REG_SHORT" in os.environ  # the tests run it in seconds
 CANVASES, EPOCHS = (20, 6) if SHORT else (100, 20)
 console = Console()
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", ".*(does not have many workers|LeafSpec|number of training batches)")
 
 # %% [markdown]
 # ## Canvases with a digit, and wrong masks
@@ -123,7 +127,7 @@ most = torch.stack([(before != after).sum() for before, after in zip(given, corr
 figure, axes = plt.subplots(3, len(most), figsize=(6.5, 3.4))
 for column, index in enumerate(most.tolist()):
     for line, picture in enumerate((x[index, 0], given[index], corrected[index])):
-        axes[line, column].imshow(picture, cmap="viridis" if line else "gray")
+        axes[line, column].imshow(picture.numpy(), cmap="viridis" if line else "gray")
         axes[line, column].set(xticks=(), yticks=())
 for line, name in enumerate(("image", "given", "corrected")):
     axes[line, 0].set_ylabel(name)

@@ -56,7 +56,13 @@ def sizes(network):
 
 
 PLAIN = KINDS["classification"]
-PROBLEM = Problem(PLAIN.net, PLAIN.data, F.cross_entropy, serves=["classification"])
+
+
+def numbered(size):
+    return PLAIN.data(size)
+
+
+PROBLEM = Problem(PLAIN.net, numbered, F.cross_entropy, serves=["classification"])
 watching = partial(IPRMonitor, "net.first", blocks=2)
 
 CASE = (

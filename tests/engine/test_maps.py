@@ -62,7 +62,7 @@ def test_state_does_not_depend_on_the_order_of_writing():
     three = MapMemory(5, 7)
     three.load_state_dict(one.state_dict())
     assert torch.equal(three.read(torch.tensor([1, 4]), rows), rows.flip(0))
-    assert three.nbytes == 2 * 3 + 5 * 25
+    assert three.nbytes == 2 * 3 + 5 * 24
     with pytest.raises(ValueError, match="maps of 5 samples and 7 classes, this run 6 and 7"):
         MapMemory(6, 7).load_state_dict(one.state_dict())
 

@@ -403,6 +403,7 @@ def test_masks_of_different_sizes():
     assert not torch.equal(module.seen[3], module.seen[1])
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.parametrize("options", [{}, {"predict": "train", "from_original": False}], ids=["eval", "train"])
 def test_resumed_with_corrected_masks(tmp_path, options):
     x, y = images()

@@ -322,10 +322,10 @@ def without_compiled_steps(module: "LightningModule") -> Iterator[None]:
         module.__dict__.update(aside)
 
 
-def log_beside(trainer: "Trainer", metrics: dict[str, float]) -> None:
-    """Logs at the end of a validation, where the module's own ``log`` may not be called; callbacks see it, too."""
+def log_beside(trainer: "Trainer", metrics: dict[str, float], epoch: int | None = None) -> None:
+    """Logs where the module's own ``log`` may not be called, as of an epoch if one is given; callbacks see it, too."""
     values = {name: torch.tensor(value) for name, value in metrics.items()}
-    trainer._logger_connector.log_metrics(values)
+    trainer._logger_connector.log_metrics(values if epoch is None else values | {"epoch": torch.tensor(epoch)})
     trainer._logger_connector._callback_metrics.update(values)
 
 

@@ -319,8 +319,11 @@ class ADELE(Settings):
             self._curves.add_point(host.batches_so_far(trainer) / per_epoch)
 
     @override
-    def on_train_epoch_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        self._end_epoch(trainer, pl_module, trainer.current_epoch)  # that of a checkpoint of its last batch
+    def on_train_batch_start(
+        self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
+    ) -> None:
+        # Of a checkpoint of an epoch's last batch, behind which Lightning leaves both hooks of the epochs out.
+        self._end_epoch(trainer, pl_module, trainer.current_epoch)
 
     @override
     def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
@@ -335,7 +338,8 @@ class ADELE(Settings):
         if self.every_n_steps is None:
             self._curves.add_point(float(epoch))
         self._curves.reduce(group)
-        host.log_beside(trainer, {f"{self.log_key}/iou_{c}": value for c, value in enumerate(self._curves.last())})
+        values = {f"{self.log_key}/iou_{c}": value for c, value in enumerate(self._curves.last())}
+        host.log_beside(trainer, values, epoch - 1)  # which a resumed fit has left already
         new = self._curves.trigger(self, epoch)
         again = self.correct_every > 0 and epoch % self.correct_every == 0
         due = self._curves.triggered_classes(masks.num_classes) if again or self.from_original else new
