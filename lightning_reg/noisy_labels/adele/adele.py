@@ -62,6 +62,9 @@ class ADELE(Settings):
     take 63 MB. A correction is one pass over the training data without gradient at each of the scales. With
     ``predict="train"`` each step waits for the device once, and as much is kept again.
 
+    On several ranks corrected masks are brought together at the ends of epochs: with ``predict="train"`` a checkpoint
+    from within an epoch lacks what other ranks have corrected since, so write checkpoints at the ends of epochs there.
+
     Args:
         r: Share by which the slope has to fall, in (0, 1). Authors' code: 0.9.
         tau: Confidence that a prediction has to exceed, in (0, 1]. Authors' code: 0.8 (VOC), 0.7 (SegTHOR).
