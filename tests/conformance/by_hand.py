@@ -345,15 +345,21 @@ class Loop:
         outputs = moment.outputs
         for hand in hands:
             outputs = [hand.change_input(output, moment) for output in outputs]
-        for hand in hands:
-            changed = hand.change_targets(moment.y)
-            moment = moment if changed is None else replace(moment, y=changed)
+        moment = replace(moment, y=changed_targets(hands, moment.y))
         losses = torch.stack([_losses(hands, part, output, moment) for output in outputs]).mean(0)
         weighted = losses
         for hand in hands:
             factor = hand.weights(losses.detach())
             weighted = weighted if factor is None else weighted * factor
         return weighted.mean()
+
+
+def changed_targets(hands: Sequence[Hand], y: Tensor) -> Tensor:
+    """The targets of the loss that is trained."""
+    for hand in hands:
+        changed = hand.change_targets(y)
+        y = y if changed is None else changed
+    return y
 
 
 class View:

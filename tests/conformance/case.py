@@ -12,7 +12,7 @@ from tests.conformance.problems import KINDS, Problem
 
 __all__ = ["Case"]
 
-DataKind = Literal["classification", "images", "regression", "tokens"]
+DataKind = Literal["classification", "images", "maps", "regression", "tokens"]
 
 
 @dataclass(frozen=True)

@@ -87,13 +87,8 @@ def pairs_with_references(case: Case) -> list[tuple[Case, Case]]:
 
 
 def neutral_beside_references(case: Case) -> None:
-    """At its neutral setting it changes nothing for a stack of references, as many as stand together with it.
-
-    One on data that no reference takes has its law alone.
-    """
+    """At its neutral setting it changes nothing for a stack of references, as many as stand together with it."""
     if case.neutral is None or "neutral_is_nothing" in case.exempt:
-        return
-    if all(common_problem(case, reference) is not case.problem for reference in REFERENCES):
         return
     stack: list[Technique] = []
     for reference in REFERENCES:

@@ -73,6 +73,11 @@ def _images() -> nn.Module:
     return _layers(nn.Conv2d(3, 8, 3, padding=1), body, nn.Linear(32, CLASSES))
 
 
+def _pixels() -> nn.Module:
+    body = nn.Conv2d(6, 6, 3, padding=1)
+    return _layers(nn.Conv2d(2, 6, 3, padding=1), body, nn.Conv2d(6, 3, 1))
+
+
 def _tokens() -> nn.Module:
     return _layers(nn.Embedding(11, 16), nn.Linear(16, 16), nn.Linear(16, 11))
 
@@ -83,6 +88,11 @@ def _labelled(*shape: int) -> Callable[[int], tuple[Tensor, Tensor]]:
         return x, (x.flatten(1)[:, :CLASSES] + torch.randn(size, CLASSES)).argmax(1)
 
     return data
+
+
+def _masks(size: int) -> tuple[Tensor, Tensor]:
+    x = torch.randn(size, 2, 6, 6)
+    return x, (x[:, 0] > 0.3).long() + (x[:, 1] > 1).long()
 
 
 def _sequences(size: int) -> tuple[Tensor, Tensor]:
@@ -119,6 +129,7 @@ def _token_loss(logits: Tensor, y: Tensor) -> Tensor:
 KINDS = {
     "classification": Problem(_vectors, _labelled(8), F.cross_entropy),
     "images": Problem(_images, _labelled(3, 8, 8), F.cross_entropy, serves=["classification"]),
+    "maps": Problem(_pixels, _masks, F.cross_entropy),
     "regression": Problem(lambda: _layers(nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 2)), _numbers, F.mse_loss),
     "both": Problem(
         lambda: _layers(nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, CLASSES + 2)),

@@ -1,7 +1,6 @@
 """ADELE: masks are corrected class by class, when the network begins to memorise their errors."""
 
 import sys
-from collections import OrderedDict
 from functools import partial
 
 import pytest
@@ -10,7 +9,6 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from rich.console import Console
-from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_reg import ADELE, CutMix, MaskErrors, MultiScaleConsistency
@@ -27,20 +25,13 @@ from lightning_reg.functional import (
 )
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
-from tests.conformance.problems import Problem
+from tests.conformance.problems import KINDS
 from tests.toys import QUIET, fit, make_trainer, weights_of
 
 pytestmark = QUIET
 
 
-def layers():
-    first, body, head = nn.Conv2d(2, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 3, 1)
-    return nn.Sequential(OrderedDict(first=first, act=nn.Tanh(), body=body, act_body=nn.Tanh(), head=head))
-
-
-def maps(size):
-    x = torch.randn(size, 2, 6, 6)
-    return x, (x[:, 0] > 0.3).long() + (x[:, 1] > 1).long()
+MAPS = KINDS["maps"]
 
 
 class CorrectedByHand(Hand):
@@ -82,7 +73,7 @@ CASE = Case(
         "after epoch 1, tau=0.4; predictions in eval mode at scales 0.75, 1, 1.5; from given masks",
         "r=0.5, tau=0.4; predictions in eval mode at scales 1; from given masks",
     ),
-    data=Problem(layers, maps, F.cross_entropy),
+    data="maps",
     variants=[
         partial(ADELE, start=1, tau=0.4, predict="train", from_original=False, rule="both", shrink_guard=False),
         partial(ADELE, start=1, tau=0.4, tau_background=0.5, flip=True, temperature=0.5, correct_every=0),
@@ -261,7 +252,7 @@ class Segmenter(LightningModule):
         self.step, self.seen = step, []
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            self.net = layers()
+            self.net = MAPS.net()
 
     def forward(self, x):
         return self.net(x)
@@ -280,7 +271,7 @@ class Segmenter(LightningModule):
 def images(n=8):
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        x, y = maps(n)
+        x, y = MAPS.data(n)
     y[0, 0] = 255
     return x, y
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_reg import Mixup, MultiScaleConsistency
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.functional import multiscale_consistency, resized, scaled_size
-from tests.conformance.by_hand import Hand
+from tests.conformance.by_hand import Hand, changed_targets
 from tests.conformance.case import Case
 from tests.toys import QUIET, Classifier, ShiftTargets, fit
 
@@ -35,10 +35,7 @@ class ScalesByHand(Hand):
             if q.max() >= 0.3:
                 total = total + 0.5 * sum((each * (each / q).log()).sum() for each in p)
         total = total / len(moment.x)
-        y = moment.y
-        for hand in loop.hands:  # labels that are corrected count at all scales
-            changed = hand.change_targets(y)
-            y = y if changed is None else changed
+        y = changed_targets(loop.hands, moment.y)  # labels that are corrected count at all scales
         return total + sum(loop.part.loss(output, y) for output in outputs[1:])
 
 

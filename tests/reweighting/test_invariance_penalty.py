@@ -22,7 +22,7 @@ from lightning_reg.functional import (
     sd_penalty,
     vrex_penalty,
 )
-from tests.conformance.by_hand import Hand
+from tests.conformance.by_hand import Hand, changed_targets
 from tests.conformance.case import Case
 from tests.conformance.laws import precision, ranks_agree
 from tests.conformance.problems import SIZE
@@ -57,10 +57,7 @@ class SlopesByHand(Hand):
         self.environments = halves()[moment.index].tolist()
 
     def term(self, loop, moment):
-        products, y = [], moment.y  # the loss that is trained has the targets that others have changed
-        for hand in loop.hands:
-            changed = hand.change_targets(y) if hand.kind == self.kind else None
-            y = y if changed is None else changed
+        products, y = [], changed_targets([hand for hand in loop.hands if hand.kind == self.kind], moment.y)
         for environment in range(2):
             own = [i for i, e in enumerate(self.environments) if e == environment]
             if len(own) < 2:

@@ -12,7 +12,7 @@ from lightning_reg.engine.data.maps import MapMemory
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.run.phases import Member
+from lightning_reg.engine.run.phases import Member, phases_of
 from lightning_reg.noisy_labels._scales import resized
 from lightning_reg.noisy_labels.adele._curves import Curves
 from lightning_reg.noisy_labels.adele._predictions import check_samples_stay, masks_of, predictions, scores_of
@@ -209,6 +209,11 @@ class ADELE(Settings):
     def conflict_with(self, other: Member) -> str | None:
         if isinstance(other, ADELE) and other.target_key == self.target_key:
             return "both correct the same masks, the second those that the first has corrected. Remove one of them."
+        if self.predict == "eval" and "edit_weights" in phases_of(other):
+            return (
+                f"{type(other).__name__} changes the module's weights in each step, and the pass over the training data"
+                ' lacks that. Write predict="train".'
+            )
         return super().conflict_with(other)
 
     @override
@@ -334,10 +339,10 @@ class ADELE(Settings):
 
     def _end_epoch(self, trainer: "Trainer", module: "LightningModule", epoch: int) -> None:
         """Ends an epoch once: looks which classes are triggered, and corrects."""
-        masks, group = self._masks, host.data_parallel_group(trainer)
+        masks = self._masks
         if masks is None or epoch <= self._ended:
             return
-        self._ended = epoch
+        self._ended, group = epoch, host.data_parallel_group(trainer)
         if self.every_n_steps is None:
             self._curves.add_point(float(epoch))
         self._curves.reduce(group)
