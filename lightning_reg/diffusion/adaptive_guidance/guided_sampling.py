@@ -7,18 +7,16 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_reg.diffusion._in_validation import TriedInValidation
 from lightning_reg.diffusion._named import attribute_of, denoiser_of
 from lightning_reg.diffusion._service import Condition, rows_of
 from lightning_reg.diffusion.adaptive_guidance.adaptive_guidance import AdaptiveGuidance
 from lightning_reg.diffusion.adaptive_guidance.guided_sample import Guidance, guided_sample
 from lightning_reg.diffusion.adaptive_guidance.linear_ag import GuidancePolicy
-from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
 from lightning_reg.engine.host.distributed import all_gather
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.host.generators import isolated_randomness
 from lightning_reg.engine.host.row_bits import normals
-from lightning_reg.engine.technique import Technique
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["GuidedSampling"]
 
 
-class GuidedSampling(Technique):
+class GuidedSampling(TriedInValidation):
     r"""In validations, draws samples of given conditions from the denoiser in training, under a policy of guidance.
 
     Training is left alone, to the last bit. The noise of a sample is the same in every validation, so that pictures
@@ -81,6 +79,8 @@ class GuidedSampling(Technique):
 
     """
 
+    done = "sampled"
+
     def __init__(
         self,
         shape: list[int],
@@ -105,13 +105,12 @@ class GuidedSampling(Technique):
         seed: int = 0,
         name: str | None = None,
     ) -> None:
-        super().__init__(name=name, seed=seed)
+        super().__init__(every_n_epochs, name, seed)
         check_number(self, "scale", scale, low=0)
         check_number(self, "threshold", threshold, low=-1)
         check_choice(self, "similarity", similarity, ("x0", "eps", "output"))
         check_number(self, "min_guided", min_guided, low=0, high=1)
         check_number(self, "steps", steps, low=1, integer=True)
-        check_number(self, "every_n_epochs", every_n_epochs, low=1, integer=True)
         check_choice(self, "prediction", prediction, ("auto", "epsilon", "v_prediction", "sample", "flow"))
         check_bool(self, "compare", compare)
         for argument, numbers, low, fewest in (("shape", shape, 1, 1), ("labels", labels, 0, 0)):
@@ -131,11 +130,9 @@ class GuidedSampling(Technique):
         self.alphas_cumprod, self.prediction, self.scale, self.threshold = alphas_cumprod, prediction, scale, threshold
         self.similarity, self.min_guided, self.guidance, self.steps = similarity, min_guided, guidance, steps
         self.compare, self.decode, self.value_range = compare, decode, value_range
-        self.every_n_epochs = every_n_epochs
         self._policy = AdaptiveGuidance(scale, threshold, similarity, min_guided)
         self.last_samples: Tensor | None = None
         self.last_calls: Tensor | None = None
-        self._scalars: dict[str, float] = {}
 
     @override
     def describe(self) -> str:
@@ -146,42 +143,18 @@ class GuidedSampling(Technique):
 
     @override
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        super().on_fit_start(trainer, pl_module)
         self.last_samples = self.last_calls = None
 
+    @property
     @override
-    def on_fit_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        if self.labels and self.last_samples is None and trainer.limit_val_batches != 0:  # 0: switched off on purpose
-            host.rank_zero_warn(
-                "GuidedSampling: nothing was sampled in this fit, in which no validation ended an epoch that"
-                f" `every_n_epochs`={self.every_n_epochs} counts. Give the fit validation data, or lower it."
-            )
+    def works(self) -> bool:
+        return bool(self.labels)
 
     @override
-    def on_validation_batch_end(
-        self,
-        trainer: "Trainer",
-        pl_module: "LightningModule",
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        is_counted = trainer.state.fn != "fit" or (trainer.current_epoch + 1) % self.every_n_epochs == 0
-        if batch_idx or dataloader_idx or trainer.sanity_checking or not self.labels or not is_counted:
-            return
-        with isolated_randomness(), torch.no_grad():
-            pictures = self._sample(trainer, pl_module)
-        if trainer.is_global_zero:
-            self._show(trainer, pictures)
-
-    @override
-    def on_validation_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        for name, value in self._scalars.items():  # of samples of all ranks
-            pl_module.log(f"{self.log_key}/{name}", value, on_step=False, on_epoch=True, sync_dist=True)
-        self._scalars = {}
-
-    def _sample(self, trainer: "Trainer", module: "LightningModule") -> Tensor:
-        """Draws this rank's samples, gathers those of all, and gives the pictures."""
+    @torch.no_grad()
+    def work(self, trainer: "Trainer", module: "LightningModule") -> dict[str, float]:
+        """Draws this rank's samples, gathers those of all, and shows the pictures."""
         count, ranks, device = len(self.labels), trainer.world_size, module.device
         # Every rank draws as many; what is too many begins anew.
         places = (torch.arange(-(-count // ranks), device=device) * ranks + trainer.global_rank) % count
@@ -198,16 +171,18 @@ class GuidedSampling(Technique):
         # Rank r has drawn places r, r + W, ...
         self.last_samples = all_gather(found.samples).transpose(0, 1).flatten(0, 1)[:count].cpu()
         self.last_calls = all_gather(found.calls.to(device)).T.flatten()[:count].cpu()
-        self._scalars = {"calls": float(self.last_calls.double().mean())}
+        scalars = {"calls": float(self.last_calls.double().mean())}
         if self.compare:
             full = GuidancePolicy([self.scale] * self.steps)
             wanted = guided_sample(denoiser, noise, condition, null, full, self.steps).samples
             off = (found.samples - wanted).square().flatten(1).mean(1)
-            self._scalars["distance"] = float(all_gather(off).T.flatten()[:count].mean())
-        if self.decode is None:
-            return self.last_samples
-        decoded: Tensor = attribute_of(self, module, "decode", self.decode)(self.last_samples.to(device))
-        return decoded.cpu()
+            scalars["distance"] = float(all_gather(off).T.flatten()[:count].mean())
+        pictures = self.last_samples
+        if self.decode is not None:
+            pictures = attribute_of(self, module, "decode", self.decode)(pictures.to(device)).cpu()
+        if trainer.is_global_zero:
+            self._show(trainer, pictures)
+        return scalars
 
     def _named(self, module: "LightningModule", argument: str, name: str) -> Condition:
         """A condition that a name stands for, or that a method of that name gives."""

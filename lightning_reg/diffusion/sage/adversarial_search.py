@@ -6,18 +6,16 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_reg.diffusion._in_validation import TriedInValidation
 from lightning_reg.diffusion._named import attribute_of, denoiser_of
 from lightning_reg.diffusion.sage._judged import Judge
 from lightning_reg.diffusion.sage.core import failure_groups, to_sphere
 from lightning_reg.diffusion.sage.latent_search import SearchResult, latent_search, random_failures
-from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.host.generators import isolated_randomness
 from lightning_reg.engine.host.names import as_patterns
 from lightning_reg.engine.host.row_bits import normals
 from lightning_reg.engine.host.user_functions import user_function
-from lightning_reg.engine.technique import Technique
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -25,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["AdversarialSearch"]
 
 
-class AdversarialSearch(Technique):
+class AdversarialSearch(TriedInValidation):
     r"""In validations, searches noise from which the denoiser in training makes something else than it was asked.
 
     Training is left alone, to the last bit. Weights are those that validation runs with, averaged ones where a callback
@@ -79,6 +77,8 @@ class AdversarialSearch(Technique):
 
     """
 
+    done = "searched"
+
     def __init__(
         self,
         shape: list[int],
@@ -103,11 +103,10 @@ class AdversarialSearch(Technique):
         seed: int = 0,
         name: str | None = None,
     ) -> None:
-        super().__init__(name=name, seed=seed)
+        super().__init__(every_n_epochs, name, seed)
         for argument, count, low in (
             ("classes", classes, 2),
             ("starts", starts, 0),
-            ("every_n_epochs", every_n_epochs, 1),
             ("sampler_steps", sampler_steps, 1),
             ("iterations", iterations, 1),
         ):
@@ -128,12 +127,11 @@ class AdversarialSearch(Technique):
         self.shape, self.classes, self.judges, self.held_out = list(shape), classes, as_patterns(judges), held_out
         self.denoiser, self.scheduler, self.conditions, self.null = denoiser, scheduler, conditions, null
         self.alphas_cumprod, self.prediction, self.starts = alphas_cumprod, prediction, starts
-        self.every_n_epochs, self.scale, self.sampler_steps = every_n_epochs, scale, sampler_steps
+        self.scale, self.sampler_steps = scale, sampler_steps
         self.iterations, self.step, self.sampler_gradient = iterations, step, sampler_gradient
         self.threshold, self.baseline = threshold, baseline
         self.result: SearchResult | None = None
         self.labels: Tensor | None = None
-        self._scalars: dict[str, float] = {}
 
     @override
     def describe(self) -> str:
@@ -141,37 +139,17 @@ class AdversarialSearch(Technique):
             return "no starts: inactive"
         return f"{self.denoiser}, {self.starts} starts, {self.iterations} steps, judges {', '.join(self.judges)}"
 
+    @property
     @override
-    def on_validation_batch_end(
-        self,
-        trainer: "Trainer",
-        pl_module: "LightningModule",
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        # At the epoch's end callbacks that average weights have taken them out again.
-        is_first = not batch_idx and not dataloader_idx and not trainer.sanity_checking
-        if is_first and self.starts and not (trainer.current_epoch + 1) % self.every_n_epochs:
-            with isolated_randomness():
-                self._scalars = self._search(trainer, pl_module)
+    def works(self) -> bool:
+        return bool(self.starts)
 
     @override
-    def on_validation_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        for name, value in self._scalars.items():
-            pl_module.log(f"{self.log_key}/{name}", value, on_step=False, on_epoch=True, sync_dist=True)
-        self._scalars = {}
+    def counts(self, trainer: "Trainer") -> bool:
+        return (trainer.current_epoch + 1) % self.every_n_epochs == 0  # outside of a fit too
 
     @override
-    def on_fit_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        if self.starts and self.result is None and trainer.limit_val_batches != 0:  # 0: switched off on purpose
-            host.rank_zero_warn(
-                "AdversarialSearch: nothing was searched in this fit, in which no validation ended an epoch that"
-                f" `every_n_epochs`={self.every_n_epochs} counts. Give the fit validation data, or lower it."
-            )
-
-    def _search(self, trainer: "Trainer", module: "LightningModule") -> dict[str, float]:
+    def work(self, trainer: "Trainer", module: "LightningModule") -> dict[str, float]:
         count, device = -(-self.starts // trainer.world_size), module.device
         places = torch.arange(count, device=device) * trainer.world_size + trainer.global_rank
         self.labels = labels = places % self.classes
