@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_reg.engine.data.memory import SampleMemory, last_occurrences
 from lightning_reg.engine.host.arguments import check_choice, check_number
@@ -135,6 +136,11 @@ class TargetTable:
         if world_size() > 1:
             self._send(torch.full_like(samples.indices, -1), rows, samples.indices, samples.capacity)
         return rows
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        self.receive()  # a collective under way cannot be pickled
+        return self.__dict__.copy()
 
     def receive(self) -> None:
         """Takes in what the other ranks sent."""

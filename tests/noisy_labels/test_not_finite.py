@@ -10,7 +10,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_reg import ELRCallback, ELRPlusCallback
+from lightning_reg import CoTeaching, ELRCallback, ELRPlusCallback
 from lightning_reg.engine.data.memory import last_occurrences
 from lightning_reg.engine.networks.peer import update_average_
 from lightning_reg.engine.step import Samples
@@ -112,6 +112,14 @@ def test_elr_plus_goes_on_too():
         assert table.targets.all().isfinite().all()
         assert (table.targets.all().sum(1) > 0).all()
     assert trainer.callback_metrics["reg/elr_plus/not_finite"] > 0
+
+
+def test_co_teaching_says_what_it_has_not_taken_for_a_prediction():
+    co_teaching = CoTeaching(0.2)
+    with pytest.warns(UserWarning, match=f"CoTeaching: .* rows of predictions {SAID}"):
+        trainer, _ = fit(co_teaching)
+    assert trainer.callback_metrics["reg/co_teaching/not_finite"] > 0
+    assert all(table.targets.all().isfinite().all() for table in co_teaching._tables)
 
 
 def test_the_count_is_kept_in_checkpoints():

@@ -1,15 +1,23 @@
 """Networks that answer together: the mean of their logits."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.layers.named import find_layer, named_layers
+from lightning_reg.engine.networks.named_weights import load_weights_
+from lightning_reg.engine.networks.peer import copy_of
 
-__all__ = ["JointForward", "MeanOfTwo", "mean_of_outputs"]
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+
+    from lightning_reg.engine.technique import Technique
+
+__all__ = ["JointForward", "MeanOfTwo", "layer_or_module", "mean_of_layers", "mean_of_outputs", "two_copies"]
 
 
 def mean_of_outputs(first: Any, second: Any) -> Tensor:
@@ -51,6 +59,36 @@ class MeanOfTwo(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The mean of both networks' logits; arguments as the networks take them."""
         return mean_of_outputs(self.first(*args, **kwargs), self.second(*args, **kwargs))
+
+
+def two_copies(
+    module: "LightningModule", owner: "Technique", second: Mapping[str, Tensor]
+) -> "tuple[LightningModule, LightningModule]":
+    """Copies of a module, the second of them with the weights of another network.
+
+    Args:
+        module: The module.
+        owner: Whose networks they are; its class is named in errors.
+        second: Weights of the other network, by the module's names.
+
+    Returns:
+        The copies.
+
+    """
+    copies = copy_of(module), copy_of(module)
+    load_weights_(copies[1], second, owner)
+    return copies
+
+
+def layer_or_module(module: nn.Module, name: str) -> nn.Module:
+    """The layer of a name; the module itself for ""."""
+    return find_layer(named_layers(module), name) if name else module
+
+
+def mean_of_layers(networks: Sequence[nn.Module], name: str) -> MeanOfTwo:
+    """A layer of two networks, or both themselves, as one in eval mode."""
+    first, second = (layer_or_module(network, name) for network in networks)
+    return MeanOfTwo(first, second).eval()
 
 
 class JointForward:

@@ -13,9 +13,9 @@ from lightning_reg.engine.host.errors import MisconfigurationException, reading_
 from lightning_reg.engine.host.names import plain_name
 from lightning_reg.engine.layers.named import find_layer, named_layers
 from lightning_reg.engine.networks.edits_beside import EditsBeside
-from lightning_reg.engine.networks.ensemble import MeanOfTwo
-from lightning_reg.engine.networks.named_weights import load_weights_, weights_of
-from lightning_reg.engine.networks.peer import Peer, copy_of
+from lightning_reg.engine.networks.ensemble import MeanOfTwo, mean_of_layers, two_copies
+from lightning_reg.engine.networks.named_weights import weights_of
+from lightning_reg.engine.networks.peer import Peer
 from lightning_reg.engine.networks.trained import PeerInit, PeerStep, TrainedPeer
 from lightning_reg.engine.run.phases import OnLayers
 from lightning_reg.engine.step import EvaluationStep
@@ -120,13 +120,12 @@ class Pair:
             raise RuntimeError(
                 f"{type(owner).__name__}: there is no second network; fit first, or load a checkpoint of a fit."
             )
-        first, second = copy_of(module), copy_of(module)
-        load_weights_(second, kept["weights"], owner)
-        for network in (first, second):
+        networks = two_copies(module, owner, kept["weights"])
+        for network in networks:
             for name, size in prefix.items():
                 found = find_layer(named_layers(network), name, type(owner).__name__)
                 found.register_forward_pre_hook(_first_features(size))
-        return MeanOfTwo(_layer(first, layer), _layer(second, layer)).eval()
+        return mean_of_layers(networks, layer)
 
     def state_dict(self) -> dict[str, Any]:
         """The second network's; empty before the first fit."""
@@ -171,7 +170,3 @@ def _first_features(size: int) -> "Callable[[nn.Module, tuple[Any, ...]], tuple[
         return F.pad(features[..., :size], (0, rest)), *args[1:]
 
     return cut
-
-
-def _layer(module: nn.Module, name: str) -> nn.Module:
-    return find_layer(named_layers(module), name) if name else module

@@ -231,6 +231,8 @@ class CoTeaching(ReportsLabelErrors, BatchTechnique, LossTechnique):
 
     def _log(self, call: "LossCall", rate: float) -> None:
         call.step.log(self, "forget_rate", torch.tensor(rate))
+        left_out = [table.left_out.scalar(call.input.device) for table in self._tables]
+        call.step.log(self, "not_finite", torch.stack(left_out).sum())
         if (second_loss := self._pair.second_loss) is not None:
             call.step.log(self, "second_loss", second_loss)
 
@@ -245,6 +247,8 @@ class CoTeaching(ReportsLabelErrors, BatchTechnique, LossTechnique):
     @override
     def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:  # if it was cut short
         self._catch_up(trainer)
+        for table in self._tables:
+            table.left_out.say()
 
     def _catch_up(self, trainer: "Trainer") -> None:
         if not self._pair.is_started:
@@ -282,12 +286,6 @@ class CoTeaching(ReportsLabelErrors, BatchTechnique, LossTechnique):
 
         """
         return self._pair.ensemble(module, self, self.logits_layer, prefix or {})
-
-    @override
-    def __getstate__(self) -> dict[str, Any]:
-        for table in self._tables:
-            table.receive()  # a collective under way cannot be pickled
-        return super().__getstate__()
 
     @override
     def state_dict(self) -> dict[str, Any]:

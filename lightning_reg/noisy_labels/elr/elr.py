@@ -176,11 +176,6 @@ class ELRCallback(ReportsLabelErrors, LossTechnique):
         return 0 if targets is None else targets.nbytes
 
     @override
-    def __getstate__(self) -> dict[str, Any]:
-        self._table.receive()  # a collective under way cannot be pickled
-        return super().__getstate__()
-
-    @override
     def state_dict(self) -> dict[str, Any]:
         return self._table.state_dict()
 

@@ -4,17 +4,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
 from lightning_reg.engine.host.errors import reading_state
 from lightning_reg.engine.host.left_out import LeftOut
-from lightning_reg.engine.layers.named import find_layer, named_layers
-from lightning_reg.engine.networks.ensemble import JointForward, MeanOfTwo
+from lightning_reg.engine.networks.ensemble import JointForward, MeanOfTwo, layer_or_module, mean_of_layers, two_copies
 from lightning_reg.engine.networks.followed import Follower, Source, TakenOver
 from lightning_reg.engine.networks.named_weights import load_weights_, weights_of
-from lightning_reg.engine.networks.peer import Peer, copy_of
+from lightning_reg.engine.networks.peer import Peer
 from lightning_reg.engine.networks.trained import PeerInit, PeerStep, TrainedPeer
 from lightning_reg.noisy_labels.elr_plus.core import elr_plus_decay
 
@@ -164,7 +163,7 @@ class Networks:
     def begin_joint_validation(self, layer: str) -> None:
         """Lets a layer of the module answer for both networks; "" is the module itself."""
         if self._second is not None and self._joint is None:
-            self._joint = JointForward(*(_layer(network, layer) for network in self._live))
+            self._joint = JointForward(*(layer_or_module(network, layer) for network in self._live))
 
     def end_joint_validation(self) -> int | None:
         """The layer answers for itself again; how often it answered for both, ``None`` if it did not begin to."""
@@ -180,9 +179,7 @@ class Networks:
             raise RuntimeError(
                 f"{type(owner).__name__}: there is no second network; fit with networks=2 first, or load a checkpoint."
             )
-        first, second = copy_of(module), copy_of(module)
-        load_weights_(second, kept["weights"], owner)
-        return MeanOfTwo(_layer(first, layer), _layer(second, layer)).eval()
+        return mean_of_layers(two_copies(module, owner, kept["weights"]), layer)
 
     # -- state --------------------------------------------------------------------------------------------------------
 
@@ -217,7 +214,3 @@ class Networks:
         averages = [weights_of(average.module) for average in self._averages]
         copied: list[Any] = tree_map_only(Tensor, lambda t: t.cpu().clone(), averages)
         return {"averages": copied, "second": None if self._second is None else self._second.state_dict()}
-
-
-def _layer(module: nn.Module, name: str) -> nn.Module:
-    return find_layer(named_layers(module), name) if name else module

@@ -338,12 +338,6 @@ class ELRPlusCallback(ReportsLabelErrors, BatchTechnique, LossTechnique):
         return self._networks.ensemble(module, self, self.logits_layer)
 
     @override
-    def __getstate__(self) -> dict[str, Any]:
-        for table in self._tables:
-            table.receive()  # a collective under way cannot be pickled
-        return super().__getstate__()
-
-    @override
     def state_dict(self) -> dict[str, Any]:
         networks = self._networks.state_dict()
         return {"networks": networks, "tables": [table.state_dict() for table in self._tables]} if networks else {}

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_reg.engine.data.memory import SampleMemory
 from lightning_reg.engine.host.distributed import RowExchange, world_size
@@ -74,6 +75,11 @@ class WeightTable:
         if world_size() > 1:
             self._exchange.start(indices, rows, capacity=samples.capacity)
         return moved.sigmoid()
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        self.receive()  # a collective under way cannot be pickled
+        return self.__dict__.copy()
 
     def receive(self) -> None:
         """Takes in what the other ranks sent. A sample that several ranks have drawn has moved once."""

@@ -283,11 +283,6 @@ class AdaWAC(BatchTechnique, LossTechnique):
         return features if draws is None or features.dim() < 4 else undo_symmetry(features, draws)
 
     @override
-    def __getstate__(self) -> dict[str, Any]:
-        self._table.receive()  # a collective under way cannot be pickled
-        return super().__getstate__()
-
-    @override
     def state_dict(self) -> dict[str, Any]:
         return self._table.state_dict()
 
