@@ -7,6 +7,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_reg.engine.data.entries import find_entry
+from lightning_reg.engine.host import lightning as host
+from lightning_reg.engine.host.distributed import all_reduce_sum
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.user_functions import user_function
 from lightning_reg.reweighting._membership import group_membership
@@ -47,6 +49,8 @@ class Groups:
             )
         self._table: Tensor | None = None
         self._checked = False
+        self._seen: Tensor | None = None  # which groups the batches of an epoch have had
+        self._batches, self._told = 0, False
 
     @override
     def __str__(self) -> str:
@@ -72,7 +76,7 @@ class Groups:
             MisconfigurationException: If it is of another form, or a group has no sample.
 
         """
-        self._checked = False
+        self._checked, self._seen, self._batches, self._told = False, None, 0, False
         if self._groups is None:
             return None
         asked_by = f"{self._name}(groups=...)"
@@ -86,7 +90,7 @@ class Groups:
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_table": None}  # the user's data, read again at each fit
+        return vars(self) | {"_table": None, "_seen": None}  # the user's data, read again at each fit
 
     def of_batch(self, owner: "Technique", call: "LossCall") -> Tensor:
         """The groups of a call's samples, without those that the user's loss ignores.
@@ -117,6 +121,9 @@ class Groups:
                     f"{self._name}: the entry {self._group_key!r} has {len(membership)} groups, and {call} has"
                     f" {call.batch_size} samples. Name the entry with one group per sample."
                 )
+            present = membership.any(0)
+            self._seen = present if self._seen is None else self._seen.logical_or_(present)
+            self._batches += 1
             return membership
         samples = call.samples(owner)
         if samples.size not in (None, len(self._table)):
@@ -126,6 +133,27 @@ class Groups:
             )
         self._table = self._table.to(call.input.device)
         return self._table[samples.indices]
+
+    def say_missing(self, trainer: "Trainer") -> None:
+        """Warns at the end of an epoch if an entry of the batch never had a group; of a table that is refused.
+
+        It is told once, of an epoch in all batches of which the groups were asked for.
+
+        Args:
+            trainer: The Trainer.
+
+        """
+        own, batches, self._seen, self._batches = self._seen, self._batches, None, 0
+        if self._told or own is None or batches < trainer.num_training_batches:
+            return
+        self._told, group = True, host.data_parallel_group(trainer)
+        seen = own if group is None else all_reduce_sum(own.float(), group)
+        missing = (seen == 0).nonzero().flatten().tolist()
+        if missing:
+            host.rank_zero_warn(
+                f"{self._name}: no sample of an epoch was of group {missing} by the entry {self._group_key!r}, and"
+                f" num_groups={self._num_groups}. {self._advice}"
+            )
 
     def _membership(self, given: Tensor, what: str) -> Tensor:
         try:

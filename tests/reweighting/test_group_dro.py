@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_reg import AdjustedAverageAccuracy, GroupDRO, LossReweighting, Mixup, WorstGroupAccuracy
 from lightning_reg.engine.host.errors import MisconfigurationException
@@ -21,7 +22,7 @@ from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
 from tests.conformance.kinds.metric import MetricCase
 from tests.conformance.problems import SIZE
-from tests.toys import QUIET, SAMPLES, Classifier, IndexRecorder, fit, make_loader
+from tests.toys import QUIET, SAMPLES, Classifier, IndexRecorder, fit, make_loader, make_tensors
 
 pytestmark = QUIET
 
@@ -270,6 +271,16 @@ def test_a_loss_that_is_not_finite_moves_nothing():
 def test_misuse_is_told_at_the_first_step(arguments, sentence):
     with pytest.raises(MisconfigurationException, match=sentence):
         fit(Classifier(), GroupDRO(**arguments), max_epochs=1)
+
+
+def test_a_group_that_no_batch_has_is_told_once():
+    x, y = make_tensors()
+    loader = DataLoader(TensorDataset(x, y % 2), 4)
+    said = r"^GroupDRO: no sample of an epoch was of group \[2\] by .*'1', .* Leave it out"
+    with pytest.warns(UserWarning, match=said) as caught:
+        fit(Classifier(), GroupDRO(3, group_key="1"), loader=loader, max_epochs=2)
+    assert sum("no sample of an epoch" in str(one.message) for one in caught) == 1
+    fit(Classifier(), GroupDRO(2, group_key="1"), loader=loader)  # a warning is an error
 
 
 def test_groups_of_another_number_than_samples_are_told():

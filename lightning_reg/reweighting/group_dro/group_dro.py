@@ -151,6 +151,10 @@ class GroupDRO(GroupWeights):
         if counts is not None:
             self._table, self._adjustment = self._groups.table, self._adjusted(counts)
 
+    @override
+    def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        self._groups.say_missing(trainer)
+
     def _adjusted(self, sizes: Tensor) -> Tensor:
         return self.generalization_adjustment / sizes.sqrt()
 

@@ -257,6 +257,10 @@ class InvariancePenalty(LossTechnique):
         weight = self._weight(call.step)
         return weight * penalty if weight else None
 
+    @override
+    def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        self._groups.say_missing(trainer)
+
     @property
     def _resets(self) -> bool:
         return self.reset_optimizer and self.anneal_steps > 0
