@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from _shared import Arm, fit
 from lightning.pytorch import LightningModule, seed_everything
-from sklearn.datasets import load_digits
+from nested_dropout import BATCH, VALIDATED, data
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_reg import CoTeaching, NestedDropout
 from lightning_reg.functional import best_prefix, prefix_logits
 
-EPOCHS, FIRST, BATCH, TRAINED, VALIDATED, NOISE, WRONG, ETA = 60, 40, 64, 1000, 200, 0.4, 0.36, 10
+EPOCHS, FIRST, WRONG, ETA = 60, 40, 0.36, 10
 ARMS = ["plain", "nested", "co-teaching", "co-teaching, rate estimated", "both in one fit", "nested, then co-teaching"]
 
 
@@ -46,17 +46,6 @@ class Classifier(LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), self.lr)
-
-
-def data(seed):
-    digits, generator = load_digits(), torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(digits.target), generator=generator)
-    x, y = torch.tensor(digits.data / 16, dtype=torch.float32)[order], torch.tensor(digits.target)[order]
-    noisy = y[:TRAINED].clone()
-    redrawn = torch.rand(TRAINED, generator=generator) < NOISE
-    noisy[redrawn] = torch.randint(10, (int(redrawn.sum()),), generator=generator)
-    ends = TRAINED + VALIDATED
-    return (x[:TRAINED], noisy), (x[TRAINED:ends], y[TRAINED:ends]), (x[ends:], y[ends:])
 
 
 def train(techniques, parts, seed, epochs, model=None):
