@@ -179,7 +179,12 @@ def _cli_of(path: Path, model: str | None, data: str | None) -> "LightningCLI":
     from lightning.pytorch import LightningDataModule, LightningModule
     from lightning.pytorch.cli import LightningCLI  # only with the extra `cli`
 
-    config = yaml.safe_load(path.read_text())
+    try:
+        config = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} could not be read: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} could not be read: it holds no mapping, as a config of LightningCLI does.")
     config = config.get("fit", config)
     # A validation of ours is no run of the user's, to be logged.
     config["trainer"] = {**(config.get("trainer") or {}), "logger": False}

@@ -298,6 +298,8 @@ def test_command_refuses_in_words(files, tmp_path, capsys):
     out = ["--out", tmp_path / "o.ckpt"]
     (tmp_path / "c.yaml").write_text(f"data: {{class_path: {HERE}.Points}}\nmodel: {{width: 8}}")
     (tmp_path / "d.yaml").write_text(f"data: {{class_path: {HERE}.Points}}\nmodel: {{class_path: {HERE}.Nothing}}")
+    (tmp_path / "e.yaml").write_text("model: {width")
+    (tmp_path / "f.yaml").write_text("- width")
     config = ["greedy", *paths, *out, "--monitor", "val_loss", "--config"]
     for words, sentence in [
         (["uniform", tmp_path / "u.ckpt", *out], "holds more than tensors and plain values"),
@@ -310,6 +312,8 @@ def test_command_refuses_in_words(files, tmp_path, capsys):
         (["greedy", *paths, *out, "--config", "c.yaml", "--evaluate", "a:b"], "exclude each other"),
         ([*config, tmp_path / "c.yaml"], "of which class the model is, as .* give --model package.module:Class"),
         ([*config, tmp_path / "d.yaml"], "d.yaml could not be read: .*Nothing"),
+        ([*config, tmp_path / "e.yaml"], "e.yaml could not be read: while parsing a flow mapping"),
+        ([*config, tmp_path / "f.yaml"], "f.yaml could not be read: it holds no mapping"),
         (["wise-ft", *paths, *out], "takes two checkpoints"),
         (["wise-ft", *paths[:2], *out, "--alpha", "2"], "`alpha` must be in"),
     ]:
