@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightning_reg.averaging._checkpoint_files import UntrustedFileError, open_checkpoint
-from lightning_reg.averaging._written_files import save_weights, write_atomically
+from lightning_reg.averaging._written_files import save_weights
+from lightning_reg.engine.host.written import write_atomically
 
 WEIGHTS = {"a.w": torch.arange(6.0).reshape(2, 3), "n": torch.tensor(3), "flag": torch.tensor([True, False])}
 

@@ -1,14 +1,14 @@
 """Files that tell what the network of a round has made of the training samples."""
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from lightning_reg.engine.host.checkpoints import read_checkpoint
 from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.host.written import write_atomically
 
 __all__ = ["check_paths", "read_rounds", "write_round"]
 
@@ -22,11 +22,7 @@ def check_paths(owner: object, rounds: object) -> list[str]:
 
 def write_round(path: str, correct: Tensor, predictions: Tensor) -> None:
     """Writes a file for the next rounds, whole or not at all."""
-    place = Path(path)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    beside = place.with_name(f"{place.name}.part")
-    torch.save({"correct": correct, "predictions": predictions}, beside)
-    os.replace(beside, place)
+    write_atomically(path, partial(torch.save, {"correct": correct, "predictions": predictions}))
 
 
 def read_rounds(owner: object, rounds: Sequence[str]) -> tuple[Tensor, Tensor]:
