@@ -23,10 +23,10 @@ UNKNOWN = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(0))
 
 
 class Vit(VisionTransformer):
-    """Six layers of width 64 over 197 tokens."""
+    """ViT-Ti: twelve layers of width 192 over 197 tokens."""
 
     def __init__(self):
-        super().__init__(SIDE, PATCH, num_classes=10, embed_dim=WIDTH, depth=6, num_heads=4)
+        super().__init__(SIDE, PATCH, num_classes=10, embed_dim=192, depth=12, num_heads=3)
 
 
 class Clip(nn.Module):
@@ -85,7 +85,7 @@ class Prefixed(Plain):
     def __init__(self, net):
         super().__init__(net.requires_grad_(False))
         net.head.requires_grad_(True)
-        self.prefixes = nn.ParameterList(torch.rand(2, length // 2, WIDTH) for length in LENGTHS)
+        self.prefixes = nn.ParameterList(torch.rand(2, length // 2, net.embed_dim) for length in LENGTHS)
         for block, prefix in zip(net.blocks, self.prefixes, strict=False):
             block.attn.prefix = prefix
             block.attn.forward = MethodType(attend, block.attn)

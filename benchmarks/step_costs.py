@@ -154,7 +154,7 @@ PROMPTED = ("deep_prompts", "one_prompt")
 HEADS = ("virtual_outliers", "synthetic_unknowns")
 POOLED = ("conr", "tcm_loss", "metric_loss", "text_dropout", *REFERENCES, *HEADS)
 NETS = {"cutmix": ResNet18, "deep_prompts": Clip, "one_prompt": Vit}
-BATCHES = {"cutmix": 8, "deep_prompts": 16, "one_prompt": 16}  # else 64
+BATCHES = {"cutmix": 8, "deep_prompts": 16, "one_prompt": 4}  # else 64
 EPOCHS = 1  # of VirtualOutliers, which counts them from the end: all rounds
 NEW = ("tcm_loss", "metric_loss", "text_dropout", "loki", "non_negative", "proximal_matching", "weight_repulsion")
 KEYS = (
@@ -213,7 +213,7 @@ def main(argv=None):
         show(fisher_times(options.steps), pairs, "fisher: transformer, batch 64", options.save, skip=0)
         return
     for key in options.keys or KEYS:
-        model = {"cutmix": "resnet18", "deep_prompts": "CLIP", "one_prompt": "ViT"}.get(key, "transformer")
+        model = {"cutmix": "resnet18", "deep_prompts": "CLIP", "one_prompt": "ViT-Ti"}.get(key, "transformer")
         batch = BATCHES.get(key, 64)
         dataset = images(batch, options.steps) if key in PROMPTED else data(model, batch, options.steps)
         epochs = {"max_epochs": EPOCHS, "max_steps": -1} if key == "virtual_outliers" else {}
