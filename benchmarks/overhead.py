@@ -84,9 +84,10 @@ def data(model, batch, steps):
     return TensorDataset(x, torch.randint(0, CLASSES, (size,)), torch.arange(size))
 
 
-def in_turns(arms, dataset, batch, steps):
+def in_turns(arms, dataset, batch, steps, **options):
     """Step times in seconds of arms ``name: (module, callbacks)`` that train in turns."""
-    return fit_in_turns(arms, lambda: DataLoader(dataset, batch, shuffle=True, drop_last=True), Turns(arms, steps))
+    turns = Turns(arms, steps)
+    return fit_in_turns(arms, lambda: DataLoader(dataset, batch, shuffle=True, drop_last=True), turns, **options)
 
 
 def measure(model, batch, steps, chosen):

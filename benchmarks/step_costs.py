@@ -31,15 +31,31 @@ from by_hand import (
     after_one_task,
     ewc,
 )
+from by_hand_prompts import (
+    DEPTH,
+    LENGTHS,
+    PROMPTS,
+    SCALE,
+    SIDE,
+    UNKNOWN,
+    Clip,
+    HeadOnly,
+    Imagined,
+    Prefixed,
+    Prompted,
+    Vit,
+)
 from by_hand_references import APART, BANK, WINDOW, Agreeing, Banked, Mined, Recent
 from by_hand_terms import STEPS_APART, Clamped, Dropped, Margins, Matched, Repelled, Scored, WithCentres
 from overhead import ResNet18, SmallTransformer, data, in_turns, quiet, show
+from torch.utils.data import ConcatDataset, TensorDataset
 
 from lightning_reg import (
     TCM,
     ConR,
     CoreTuning,
     CutMix,
+    DeepPrompts,
     DRTune,
     ELRPlusCallback,
     FeatureDistillation,
@@ -50,8 +66,11 @@ from lightning_reg import (
     MetricLoss,
     ModalityDropout,
     NonNegative,
+    OnePrompt,
     PredictionDistillation,
     ProximalMatching,
+    SyntheticUnknowns,
+    VirtualOutliers,
     WeightRepulsion,
 )
 from lightning_reg.functional import fisher_diagonal, fisher_losses
@@ -73,7 +92,7 @@ class Pooled(SmallTransformer):
 
 def arms(key, samples):
     """Plain, by hand, by the engine: each a module and its callbacks."""
-    net = {"cutmix": ResNet18, **dict.fromkeys(POOLED, Pooled)}.get(key, SmallTransformer)()
+    net = {**NETS, **dict.fromkeys(POOLED, Pooled)}.get(key, SmallTransformer)()
     hand = {
         "l2_to_start": Tied,
         "ewc": FirmlyTied,
@@ -92,6 +111,10 @@ def arms(key, samples):
         "dr_tune": Banked,
         "core_tuning": Mined,
         "local_mean_teacher": Recent,
+        "deep_prompts": Prompted,
+        "one_prompt": Prefixed,
+        "virtual_outliers": HeadOnly,
+        "synthetic_unknowns": Imagined,
     }.get(key)
     technique = {
         "l2_to_start": lambda: L2ToStart(LAM),
@@ -114,6 +137,12 @@ def arms(key, samples):
         "local_mean_teacher": lambda: LocalMeanTeacher(
             "net.pool", window_min=WINDOW, window_max=WINDOW, every_n_steps=APART, snapshots=1
         ),
+        "deep_prompts": lambda: DeepPrompts("net.clip", PROMPTS, PROMPTS, DEPTH, DEPTH),
+        "one_prompt": lambda: OnePrompt("net.head*", LENGTHS),
+        "virtual_outliers": lambda: VirtualOutliers("net.head", epochs=EPOCHS),
+        "synthetic_unknowns": lambda: SyntheticUnknowns(
+            "net.pool", "net.head.weight", UNKNOWN, scale=SCALE, warmup=0.0
+        ),
     }[key]()
     plain = Numbers if key in {"conr", "proximal_matching"} else Plain
     by_hand = Averaged(copy.deepcopy(net), samples) if key == "elr_plus" else hand(copy.deepcopy(net))
@@ -121,7 +150,12 @@ def arms(key, samples):
 
 
 REFERENCES = ("frozen_twin", "dr_tune", "core_tuning", "local_mean_teacher")
-POOLED = ("conr", "tcm_loss", "metric_loss", "text_dropout", *REFERENCES)
+PROMPTED = ("deep_prompts", "one_prompt")
+HEADS = ("virtual_outliers", "synthetic_unknowns")
+POOLED = ("conr", "tcm_loss", "metric_loss", "text_dropout", *REFERENCES, *HEADS)
+NETS = {"cutmix": ResNet18, "deep_prompts": Clip, "one_prompt": Vit}
+BATCHES = {"cutmix": 8, "deep_prompts": 16, "one_prompt": 4}  # else 64
+EPOCHS = 1  # of VirtualOutliers, which counts them from the end: all rounds
 NEW = ("tcm_loss", "metric_loss", "text_dropout", "loki", "non_negative", "proximal_matching", "weight_repulsion")
 KEYS = (
     "l2_to_start",
@@ -133,7 +167,14 @@ KEYS = (
     "elr_plus",
     *NEW,
     *REFERENCES,
+    *PROMPTED,
+    *HEADS,
 )
+
+
+def images(batch, steps):
+    size = batch * min(steps, 50)
+    return TensorDataset(torch.randn(size, 3, SIDE, SIDE), torch.randint(0, 10, (size,)), torch.arange(size))
 
 
 def fisher_times(rounds, batch=64):
@@ -172,9 +213,13 @@ def main(argv=None):
         show(fisher_times(options.steps), pairs, "fisher: transformer, batch 64", options.save, skip=0)
         return
     for key in options.keys or KEYS:
-        model, batch = ("resnet18", 8) if key == "cutmix" else ("transformer", 64)
-        dataset = data(model, batch, options.steps)
-        times = in_turns(arms(key, len(dataset)), dataset, batch, options.steps)
+        model = {"cutmix": "resnet18", "deep_prompts": "CLIP", "one_prompt": "ViT-Ti"}.get(key, "transformer")
+        batch = BATCHES.get(key, 64)
+        dataset = images(batch, options.steps) if key in PROMPTED else data(model, batch, options.steps)
+        epochs = {"max_epochs": EPOCHS, "max_steps": -1} if key == "virtual_outliers" else {}
+        if epochs:  # one epoch of all rounds
+            dataset = ConcatDataset([dataset] * -(-options.steps // (len(dataset) // batch)))
+        times = in_turns(arms(key, len(dataset)), dataset, batch, options.steps, **epochs)
         pairs = [("engine", "by hand"), ("engine", "plain"), ("by hand", "plain")]
         show(times, pairs, f"{key}: {model}, batch {batch}, {options.steps} rounds", options.save)
 

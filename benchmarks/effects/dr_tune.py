@@ -1,8 +1,8 @@
 """Few-shot fine-tuning to new digits: accuracy with and without DR-Tune.
 
 A perceptron 64-256-128 is trained on the digits 0 to 4 (half of their images, 30 epochs of Adam 1e-3), then fine-tuned
-with a new head on 2 or 5 images of each of the digits 5 to 9: SGD 0.02 with momentum 0.9, batches of 5, 60 epochs; the
-bank is as large as the set. Test: all other images of the digits 5 to 9, in per cent. The last arm is a
+with a new head on 2 or 5 images of each of the digits 5 to 9: SGD 0.02, without momentum and with 0.9, batches of 5,
+60 epochs; the bank is as large as the set. Test: all other images of the digits 5 to 9, in per cent. The last arm is a
 control: the features of the first encoder as they were.
 """
 
@@ -27,25 +27,25 @@ ARMS = {
 
 
 class Digits(LightningModule):
-    def __init__(self, tuning=False):
+    def __init__(self, momentum=None):
         super().__init__()
         self.encoder = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU())
-        self.head, self.tuning = nn.Linear(128, 5), tuning
+        self.head, self.momentum = nn.Linear(128, 5), momentum
 
     def training_step(self, batch, batch_idx):
         x, y = batch
         return F.cross_entropy(self.head(self.encoder(x)), y)
 
     def configure_optimizers(self):
-        if self.tuning:
-            return torch.optim.SGD(self.parameters(), 0.02, momentum=0.9)
-        return torch.optim.Adam(self.parameters(), 1e-3)
+        if self.momentum is None:
+            return torch.optim.Adam(self.parameters(), 1e-3)
+        return torch.optim.SGD(self.parameters(), 0.02, momentum=self.momentum)
 
 
-def accuracy(start, arguments, few, rest, seed):
+def accuracy(start, arguments, few, rest, momentum, seed):
     """Test accuracy after fine-tuning on a few images."""
     seed_everything(seed, verbose=False)
-    model = Digits(tuning=True)
+    model = Digits(momentum)
     model.encoder.load_state_dict(start)
     size = len(few[0])
     callbacks = [] if arguments is None else [DRTune("encoder", "head", bank_size=size, **arguments)]
@@ -69,7 +69,8 @@ def run(seeds):
         for shots in (2, 5):
             few = torch.cat([order[y[order] == digit][:shots] for digit in range(5, 10)])
             rest = order[~torch.isin(order, few)]
-            sets[f"{shots}_shots"] = (x[few], y[few] - 5), (x[rest], y[rest] - 5)
+            data = (x[few], y[few] - 5), (x[rest], y[rest] - 5)
+            sets |= {f"{shots}_shots": (*data, 0.0), f"{shots}_shots,_momentum": (*data, 0.9)}
         for arm in arms:
             arm.add(**{k: accuracy(model.encoder.state_dict(), ARMS[arm.name], *s, seed) for k, s in sets.items()})
             print(f"seed {seed}, {arm.name}", file=sys.stderr, flush=True)

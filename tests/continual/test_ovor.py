@@ -19,6 +19,7 @@ from lightning_reg.functional import (
     neighbour_distances,
     outlier_candidates,
     synthesize_outliers,
+    train_head_on_outliers,
 )
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
@@ -315,6 +316,35 @@ def test_what_the_loss_of_the_authors_gives():
 
 
 # -- virtual outliers in a fit ----------------------------------------------------------------------------------------
+
+
+def test_a_head_alone_after_a_fit_by_hand():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        head, features, labels = nn.Linear(3, 5), torch.randn(40, 3), torch.arange(40) % 2 + 1
+    ours, hand = (torch.Generator().manual_seed(1) for _ in range(2))
+    copied = nn.Linear(3, 5)
+    copied.load_state_dict(head.state_dict())
+    before = {name: weight.clone() for name, weight in head.named_parameters()}
+    few = {"sigma": 0.5, "k": 3, "select": 4}
+    losses = train_head_on_outliers(
+        head, features, labels, epochs=1, batch_size=40, lr=0.1, weight=2.0, threshold=-2.0, outlier_threshold=-1.0,
+        sample_from=6, per_class=5, generator=ours, **few,
+    )  # fmt: skip
+    noise = torch.randn(4, 6, 3, generator=hand)
+    outliers = synthesize_outliers(features, boundary_points(features, 4, 3), noise, 10, 0.5, 3)
+    logits = copied(features)[:, 1:3]
+    inside = (2 - logits.logsumexp(1)).clamp(min=0)
+    outside = (copied(outliers)[:, 1:3].logsumexp(1) - 1).clamp(min=0)
+    hinges = sum(F.huber_loss(one, torch.zeros_like(one)) for one in (inside, outside))
+    loss = F.cross_entropy(logits, labels - 1) + 2 * hinges
+    loss.backward()
+    torch.optim.Adam(copied.parameters(), 0.1).step()
+    assert torch.allclose(losses, loss.detach()[None])
+    assert torch.allclose(head.weight, copied.weight, atol=1e-6)
+    assert torch.equal(head.weight[3:], before["weight"][3:]), "a class of another task"
+    more = train_head_on_outliers(head, features, labels, epochs=20, batch_size=16, lr=0.1, per_class=5, **few)
+    assert more[-1] < more[0]
 
 
 class Task(Classifier):

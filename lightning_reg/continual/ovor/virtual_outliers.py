@@ -48,6 +48,8 @@ class VirtualOutliers(TaskTechnique, LayerTechnique, LossTechnique):
     rows of other classes then get no gradient. So classes of different tasks, which are compared only at test time, are
     confused less.
 
+    ``train_head_on_outliers`` (``lightning_reg.functional``) is the same after a fit, with an optimizer of its own.
+
     Use it for class-incremental training without old samples, with a linear head over features that hardly move. Leave
     it where the task is told at test time, or for heads on normalized features. The thresholds are lengths in your
     logits: look at the logged ``energy`` and ``outlier_energy``. Where both hinges are far from them, so is the effect
@@ -220,7 +222,8 @@ class VirtualOutliers(TaskTechnique, LayerTechnique, LossTechnique):
         if not module.automatic_optimization:
             raise MisconfigurationException(
                 "VirtualOutliers runs `training_step` over the data once more, which would train under"
-                " automatic_optimization=False. Leave optimization to Lightning, or use the functional core."
+                " automatic_optimization=False. Leave optimization to Lightning, or call `train_head_on_outliers` after"
+                " the fit."
             )
         last = trainer.max_epochs
         if last is None or last < self.epochs:

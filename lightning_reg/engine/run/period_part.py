@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain, islice
 from math import inf, isfinite
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,7 @@ class PeriodPart(Part):
         self._length = inf
         self._holding: list[tuple[Member, Period]] = []
         self._frozen: list[nn.Parameter] = []
+        self._trained: list[nn.Parameter] = []  # one of them, or none
         self._thaw: list[nn.Parameter] = []
         self._norms: list[nn.Module] = []
         self._wake: list[nn.Module] = []
@@ -107,9 +109,12 @@ class PeriodPart(Part):
         """Whether gradients need not be computed: where nobody waits for them, and some are left for the loss."""
         if not frozen:
             return False
-        trained = any(p.requires_grad and id(p) not in frozen for p in self._module.parameters())
-        alone = distributed.world_size() == 1 and not host.reaches_step_through_call(self._trainer, self._module)
-        return trained and alone
+        if distributed.world_size() > 1 or host.reaches_step_through_call(self._trainer, self._module):
+            return False
+        # The one that was found last, first: to look at all of them takes long where few are trained.
+        candidates = chain(self._trained, self._module.parameters())
+        self._trained = list(islice((p for p in candidates if p.requires_grad and id(p) not in frozen), 1))
+        return bool(self._trained)
 
     def _steps_so_far(self) -> int:
         if self._module.automatic_optimization:
@@ -153,6 +158,7 @@ class PeriodPart(Part):
     @override
     def close(self) -> None:
         self.rest()
+        self._trained = []
 
 
 class _Rests(torch.autograd.Function):

@@ -253,7 +253,7 @@ class CoreTuning(ModuleTechnique, LossTechnique):
         group = host.data_parallel_group(step.trainer) if self.gather else None
         features, labels, own = rows_in_turn(rows, call.labels, group, step.capacity)
         generator, count, device = self.generator(step, same_on_ranks=group is not None), len(features), rows.device
-        shares = torch.stack([torch.as_tensor(draw_lam(self.alpha, generator, count)) for _ in range(2)])
+        shares = torch.as_tensor(draw_lam(self.alpha, generator, 2 * count)).view(2, count)
         draws = torch.randperm(count, generator=generator) if released else torch.rand(count, generator=generator)
         shares, draws = (drawn.to(device, non_blocking=True) for drawn in (shares.to(rows.dtype), draws))
         partners = draws if released else foreign_rows(labels, draws)
