@@ -199,6 +199,7 @@ NOT_TRIED = (
     "DiffusionClassifierEval",
     "EnsembleDistillation",
     "FeatureSynthesis",
+    "GatheredNegatives",
     "GuidedSampling",
     "HardNegativeMixing",
     "IPRMonitor",

@@ -13,7 +13,7 @@ from lightning_reg.engine.host.arguments import check_bool, check_choice, check_
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.run.phases import Member, phases_of
 from lightning_reg.engine.technique import LossTechnique
-from lightning_reg.retrieval.kalm_embedding._cosines import check_cosines, embeddings_of
+from lightning_reg.retrieval._embeddings import check_cosines, embeddings_of
 from lightning_reg.retrieval.kalm_embedding.core import (
     draw_mixtures,
     hardest_negatives,

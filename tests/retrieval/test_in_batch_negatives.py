@@ -1,0 +1,290 @@
+"""GatheredNegatives and FalseNegativeMask: which columns of a contrastive batch are negatives."""
+
+import math
+from collections import OrderedDict
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_reg import (
+    FocalContrastive,
+    GatheredNegatives,
+    HardNegativeMixing,
+    LossReweighting,
+    Mixup,
+    MultiSampleDropout,
+)
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.technique import LossTechnique
+from lightning_reg.functional import fitted_scale, scores_of_other_ranks
+from tests.conformance.by_hand import Hand
+from tests.conformance.case import Case
+from tests.conformance.problems import Problem
+from tests.toys import QUIET, TWO_RANKS, Classifier, ShiftTargets, _Toy, fit, make_tensors, same_weights, weights_of
+
+pytestmark = QUIET
+
+
+class InBatch(nn.Module):
+    """Scores of the rows of a batch among each other: documents are a layer of the queries."""
+
+    def __init__(self):
+        super().__init__()
+        self.documents = nn.Linear(4, 4)
+
+    def forward(self, q):
+        return F.normalize(q) @ F.normalize(self.documents(q)).T / 0.5
+
+
+def in_batch():
+    layers = {"first": nn.Linear(8, 16), "act": nn.Tanh(), "body": nn.Linear(16, 16), "act_body": nn.Tanh()}
+    return nn.Sequential(OrderedDict(**layers, head=nn.Linear(16, 4), scores=InBatch()))
+
+
+def unlabelled(size):
+    return torch.randn(size, 8), torch.zeros(size, dtype=torch.long)
+
+
+def own_document(scores, y):
+    return F.cross_entropy(scores, torch.arange(len(scores)))
+
+
+GATHERED = partial(GatheredNegatives, "net.scores.documents", "net.head")
+WHERE = "net.head and net.scores.documents, cosine"
+CASE = (
+    Case(
+        make=partial(GATHERED, temperature=0.5),
+        neutral=partial(GATHERED, temperature=0.5),
+        by_hand=Hand,
+        says=(f"{WHERE} over 0.5, 1 ranks", f"{WHERE} over 0.5, 1 ranks", f"{WHERE}, 1 ranks"),
+        data=Problem(in_batch, unlabelled, own_document),
+        variants=[GATHERED],
+        invalid=[
+            ({"temperature": 0.0}, "temperature"),
+            ({"similarity": "euclid"}, "similarity"),
+            ({"direction": "both"}, "direction"),
+        ],
+        exempt={
+            "as_by_hand": "the loop is one process, where nothing changes; two ranks are compared with plain fits below"
+        },
+    ),
+)
+
+
+# -- other ranks ------------------------------------------------------------------------------------------------------
+
+
+class Search(Classifier):
+    """A query, its document and hard negatives of it; one encoder or two, one direction or both."""
+
+    def __init__(self, negatives=0, interleaved=False, towers=False, both=False, kind="cosine", learned=False):
+        super().__init__(lr=0.1)
+        self.negatives, self.interleaved, self.both, self.kind = negatives, interleaved, both, kind
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.document = nn.Linear(6, 3) if towers else None
+        self.log_scale = nn.Parameter(torch.tensor(2.0), requires_grad=learned)
+        self.losses = []
+
+    def texts(self, x):
+        """``(B, 1 + M, D)``: the document first."""
+        return torch.stack([x + 0.1, *(x.roll(k + 1, 1) for k in range(self.negatives))], 1)
+
+    def training_step(self, batch, batch_idx):
+        (x,) = batch
+        texts = self.texts(x)
+        ordered = texts.flatten(0, 1) if self.interleaved else torch.cat([texts[:, 0], texts[:, 1:].flatten(0, 1)])
+        q = self.net(x)
+        d = self.net(ordered) if self.document is None else self.document(ordered)
+        if self.kind == "cosine":
+            q, d = F.normalize(q), F.normalize(d)
+        y = torch.arange(len(x)) * (1 + self.negatives if self.interleaved else 1)
+        scores = q @ d.T * self.log_scale.exp()
+        loss = F.cross_entropy(scores, y)
+        if self.both:
+            loss = (loss + F.cross_entropy(scores[:, y].T, torch.arange(len(x)))) / 2
+        self.losses.append(loss.detach().clone())
+        return loss
+
+
+def inputs(rows=slice(None)):
+    return TensorDataset(make_tensors(24)[0][rows])
+
+
+def gatherers(options):
+    where = ("document", "net") if options.get("towers") else ("net", None)
+    given = {"similarity": options.get("kind", "cosine"), "interleaved": options.get("interleaved", False)}
+    if not options.get("both"):
+        return [GatheredNegatives(*where, **given)]
+    second = GatheredNegatives(*where, direction="doc_to_query", loss=1, name="second", **given)
+    return [GatheredNegatives(*where, loss=0, **given), second]
+
+
+WAYS = {
+    "no hard negatives": {},
+    "one, both directions": {"negatives": 1, "both": True},
+    "three, grouped": {"negatives": 3},
+    "three, interleaved, both": {"negatives": 3, "interleaved": True, "both": True},
+    "two encoders, both": {"towers": True, "both": True},
+    "dot products": {"kind": "dot", "negatives": 1},
+    "a learned temperature, both": {"learned": True, "both": True, "negatives": 1},
+}
+
+
+def trained(options, rows, size, techniques, **trainer):
+    module = Search(**options)
+    fit(module, *techniques, loader=DataLoader(inputs(rows), size), use_distributed_sampler=False, max_epochs=1, **trainer)
+    return torch.stack(module.losses), weights_of(module)
+
+
+BESIDE = {
+    "focal weights": ({"negatives": 1}, partial(FocalContrastive, 1.0)),
+    "reweighting": ({"negatives": 1}, partial(LossReweighting, warmup_steps=1)),
+    "its own negatives mixed": (
+        {"negatives": 3},
+        partial(HardNegativeMixing, "net", math.exp(-2.0), negatives="grouped", list_mix=True),
+    ),
+}
+
+
+def trained_on_rank(_):
+    mine = torch.arange(24)[torch.distributed.get_rank() :: 2]  # as torch's sampler deals them: steps of 4 and 4
+    found = {name: trained(options, mine, 4, gatherers(options), **TWO_RANKS) for name, options in WAYS.items()}
+    for name, (options, make) in BESIDE.items():
+        found[name] = trained(options, mine, 4, [*gatherers(options), make()], **TWO_RANKS)
+    return found
+
+
+def test_two_ranks_train_as_one_of_the_joined_batch(two_processes):
+    ranks = two_processes.run(trained_on_rank, None)
+    for name, (options, make) in {**{name: (o, None) for name, o in WAYS.items()}, **BESIDE}.items():
+        techniques = [] if make is None else [make()]
+        losses, weights = trained(options, slice(None), 8, techniques)
+        half, _ = trained(options, torch.arange(24)[::2], 4, techniques)
+        found = torch.stack([rank[name][0] for rank in ranks]).mean(0)
+        torch.testing.assert_close(found, losses, atol=2e-6, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        assert (half[0] - ranks[0][name][0][0]).abs() > 0.05, name  # without the other rank's documents
+        for rank in ranks:
+            assert same_weights(rank[name][1], weights, atol=1e-5), name  # float32, 3 steps, sums in another order
+
+
+class Reads(Callback):
+    """What is logged of each step."""
+
+    def __init__(self, key):
+        super().__init__()
+        self.key, self.values = key, []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.values.append(trainer.callback_metrics[self.key].item())
+
+
+class Losses(_Toy, LossTechnique):
+    def __init__(self):
+        super().__init__()
+        self.inputs = []
+
+    def loss_term(self, call):
+        self.inputs.append(call.loss_input.detach().clone())
+
+
+def short_on_rank(_):
+    rank = torch.distributed.get_rank()
+    rows = [*range(9)] if rank == 0 else [*range(9, 20)]  # 4, 4, 1 and 4, 4, 3
+    reads, seen = Reads("reg/gathered_negatives/candidates"), Losses()
+    module = Search(negatives=1)
+    loader, options = DataLoader(inputs(rows), 4), {"use_distributed_sampler": False, "max_epochs": 1, **TWO_RANKS}
+    fit(module, GatheredNegatives("net"), seen, reads, loader=loader, **options)
+    mixed = []
+    for precision in ("32-true", "bf16-mixed"):
+        other = Losses()
+        fit(Search(negatives=1), GatheredNegatives("net"), other, loader=loader, precision=precision, **options)
+        mixed.append(other.inputs[0])
+    return reads.values, seen.inputs, mixed
+
+
+def test_a_rank_with_fewer_documents_pads_with_what_has_no_probability(two_processes):
+    one, two = two_processes.run(short_on_rank, None)
+    assert one[0] == two[0] == [16.0, 16.0, 8.0]
+    assert [tuple(scores.shape) for scores in one[1]] == [(4, 16), (4, 16), (1, 10)]
+    assert [(scores > -torch.inf).sum(1).tolist() for scores in (one[1][2], two[1][2])] == [[8], [8] * 3]
+    for exact, half in (one[2], two[2]):
+        assert half.dtype is torch.float32  # whatever the user's scores are
+        assert (half - exact).abs().max() < 0.2  # bfloat16 cosines over 0.135
+
+
+def unequal_on_rank(_):
+    module = Search(negatives=1)
+    module.texts = lambda x: torch.stack([x + 0.1] + [x] * (len(module.losses) + 1), 1)
+    options = {"use_distributed_sampler": False, **TWO_RANKS}
+    with pytest.raises(MisconfigurationException, match=r"has 12 columns, and the first .* says 8"):
+        fit(module, GatheredNegatives("net"), loader=DataLoader(inputs(slice(8)), 4), **options)
+
+
+def test_a_later_step_with_more_documents_is_refused(two_processes):
+    two_processes.run(unequal_on_rank, None)
+
+
+def test_one_rank_is_plain_to_the_last_bit():
+    for options in WAYS.values():
+        ours, plain = (trained(options, slice(None), 8, which) for which in (gatherers(options), []))
+        assert torch.equal(ours[0], plain[0])
+        assert same_weights(ours[1], plain[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "said"),
+    [
+        ({}, {"layer": "net.0"}, "cosine similarities over no temperature, as far as .* 'net.0' say. Name the layers"),
+        ({}, {"temperature": 0.5}, r"similarities over 0.135, as .* `temperature` is 0.5. .* or leave `temperature`"),
+        ({"kind": "dot"}, {}, "cosine similarities over no temperature"),
+        ({}, {"similarity": "dot"}, "dot similarities over no temperature"),
+        ({"towers": True}, {}, r"has 8 queries and 8 candidates, and the .* are \(8, 3\) and \(0, 3\)"),
+        ({"negatives": 1}, {"direction": "doc_to_query"}, "cosine similarities over no temperature"),
+        (
+            {"towers": True},
+            {"layer": "document", "direction": "doc_to_query"},
+            r"has 8 documents and 8 queries, and the embeddings of this step are \(0, 3\) and \(8, 3\)",
+        ),
+    ],
+)
+def test_logits_of_other_rows_are_refused_on_one_process_already(options, given, said):
+    with pytest.raises(MisconfigurationException, match=f"GatheredNegatives: .*{said}"):
+        fit(Search(**options), GatheredNegatives(**{"layer": "net", **given}), loader=DataLoader(inputs(), 8))
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (Mixup(), "a mixed sample has two documents"),
+        (MultiSampleDropout("net.2"), "passes each row several times"),
+        (ShiftTargets(), "ShiftTargets replaces the targets of the same call"),
+        (GatheredNegatives("net", name="second"), "both would add the documents"),
+    ],
+)
+def test_who_cannot_stand_beside_it(other, said):
+    with pytest.raises(MisconfigurationException, match=f"GatheredNegatives.*cannot stand together.*{said}"):
+        fit(Classifier(), GatheredNegatives("net"), other)
+
+
+def test_a_scale_by_hand_its_gradient_and_masked_scores():
+    features, scale = torch.randn(6, 3, dtype=torch.float64, requires_grad=True), torch.tensor(7.0, requires_grad=True)
+    similarities = features @ features.T
+    found = fitted_scale(similarities * scale, similarities)
+    assert found.item() == pytest.approx(7.0)
+    of_scale, of_features = torch.autograd.grad(found, (scale, features))
+    assert of_scale.item() == pytest.approx(1.0)
+    assert of_features.abs().max() < 1e-12
+    masked = torch.eye(6, dtype=torch.bool)
+    scores = (similarities * scale).masked_fill(masked, -torch.inf)
+    assert fitted_scale(scores, similarities, ~masked).item() == pytest.approx(7.0)
+    assert fitted_scale(torch.ones(2), torch.zeros(2)).isfinite()
+
+
+def test_alone_there_are_no_other_scores():
+    assert scores_of_other_ranks(torch.ones(2, 3), torch.ones(4, 3)).shape == (2, 0)
