@@ -198,6 +198,7 @@ NOT_TRIED = (
     "DecorSampling",
     "DiffusionClassifierEval",
     "EnsembleDistillation",
+    "FalseNegativeMask",
     "FeatureSynthesis",
     "GatheredNegatives",
     "GuidedSampling",

@@ -288,7 +288,7 @@ DEFAULTS = {
     "search_guidance_policy": {"others": (), "steps": 20, "cost_weight": 0.1, "updates": 50, "lr": 0.3},
     "semi_structured_refusal": {"backend": "cusparselt"},
     "sequence_losses": {"ignore_index": -100, "shift": True},
-    "similar_document_mask": {"margin": 0.0, "kind": "absolute"},
+    "similar_document_mask": {"margin": 0.0, "strategy": "absolute"},
     "slerp_merge": {"threshold": 0.9995, "exclude": None},
     "small_loss_mask": {"counted": None},
     "small_loss_weights": {"mass": None},

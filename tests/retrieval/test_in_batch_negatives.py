@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_reg import (
+    FalseNegativeMask,
     FocalContrastive,
     GatheredNegatives,
     HardNegativeMixing,
@@ -21,7 +22,14 @@ from lightning_reg import (
 )
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.technique import LossTechnique
-from lightning_reg.functional import fitted_scale, scores_of_other_ranks
+from lightning_reg.functional import (
+    fitted_scale,
+    same_document_mask,
+    scores_of_other_ranks,
+    similar_document_mask,
+    text_hashes,
+    token_hashes,
+)
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
 from tests.conformance.problems import Problem
@@ -38,7 +46,7 @@ class InBatch(nn.Module):
         self.documents = nn.Linear(4, 4)
 
     def forward(self, q):
-        return F.normalize(q) @ F.normalize(self.documents(q)).T / 0.5
+        return F.normalize(q) @ F.normalize(self.documents(q)).T
 
 
 def in_batch():
@@ -47,21 +55,36 @@ def in_batch():
 
 
 def unlabelled(size):
-    return torch.randn(size, 8), torch.zeros(size, dtype=torch.long)
+    return torch.randn(size, 8).roll(6, 0), torch.zeros(size, dtype=torch.long)
 
 
 def own_document(scores, y):
     return F.cross_entropy(scores, torch.arange(len(scores)))
 
 
+class Guided(Hand):
+    """Inputs that are nearer to each other than a cosine of 0.25, or what the margin leaves, do not count."""
+
+    def losses(self, output, moment):
+        found = []
+        for i, scores in enumerate(output):
+            kept = [scores[i]]
+            for j in range(len(output)):
+                cosine = moment.x[i] @ moment.x[j] / (moment.x[i].norm() * moment.x[j].norm())
+                if j != i and cosine <= 1 - self.technique.margin:
+                    kept.append(scores[j])
+            found.append(torch.stack(kept).logsumexp(0) - scores[i])
+        return torch.stack(found)
+
+
 GATHERED = partial(GatheredNegatives, "net.scores.documents", "net.head")
 WHERE = "net.head and net.scores.documents, cosine"
 CASE = (
     Case(
-        make=partial(GATHERED, temperature=0.5),
-        neutral=partial(GATHERED, temperature=0.5),
+        make=partial(GATHERED, temperature=1.0),
+        neutral=partial(GATHERED, temperature=1.0),
         by_hand=Hand,
-        says=(f"{WHERE} over 0.5, 1 ranks", f"{WHERE} over 0.5, 1 ranks", f"{WHERE}, 1 ranks"),
+        says=(f"{WHERE} over 1, 1 ranks", f"{WHERE} over 1, 1 ranks", f"{WHERE}, 1 ranks"),
         data=Problem(in_batch, unlabelled, own_document),
         variants=[GATHERED],
         invalid=[
@@ -72,6 +95,36 @@ CASE = (
         exempt={
             "as_by_hand": "the loop is one process, where nothing changes; two ranks are compared with plain fits below"
         },
+    ),
+    Case(
+        make=partial(FalseNegativeMask, guide_queries="0", guide_documents="0", margin=0.75),
+        neutral=partial(FalseNegativeMask, guide_queries="0", guide_documents="0", margin=-3.0),
+        by_hand=Guided,
+        says=(
+            "guide 0 and 0, absolute margin 0.75",
+            "guide 0 and 0, absolute margin -3",
+            "ids 1",
+            "guide 0 and 0, relative margin 0.5",
+        ),
+        data=Problem(in_batch, unlabelled, own_document),
+        variants=[
+            partial(FalseNegativeMask, ids="1"),
+            partial(
+                FalseNegativeMask,
+                guide_queries="0",
+                guide_documents=["0"],
+                margin=0.5,
+                margin_strategy="relative",
+            ),
+        ],
+        invalid=[
+            ({"margin": math.inf}, "margin"),
+            ({"margin_strategy": "fixed"}, "margin_strategy"),
+            ({"pad_token_id": 0.5}, "pad_token_id"),
+            ({"guide_queries": "0", "guide_documents": None}, "guide_documents"),
+            ({"guide_documents": None, "guide_queries": None}, "ids"),
+        ],
+        exempt={"ranks_agree": "each rank has its own documents, as without it; with those of all ranks below"},
     ),
 )
 
@@ -138,7 +191,14 @@ WAYS = {
 
 def trained(options, rows, size, techniques, **trainer):
     module = Search(**options)
-    fit(module, *techniques, loader=DataLoader(inputs(rows), size), use_distributed_sampler=False, max_epochs=1, **trainer)
+    fit(
+        module,
+        *techniques,
+        loader=DataLoader(inputs(rows), size),
+        use_distributed_sampler=False,
+        max_epochs=1,
+        **trainer,
+    )
     return torch.stack(module.losses), weights_of(module)
 
 
@@ -288,3 +348,217 @@ def test_a_scale_by_hand_its_gradient_and_masked_scores():
 
 def test_alone_there_are_no_other_scores():
     assert scores_of_other_ranks(torch.ones(2, 3), torch.ones(4, 3)).shape == (2, 0)
+
+
+# -- false negatives --------------------------------------------------------------------------------------------------
+
+
+def test_same_documents_by_loops():
+    ids, labels = torch.tensor([3, 5, 3, 7, 5, 3]), torch.tensor([0, 1, 2, -100, 6])
+    found = same_document_mask(ids, labels)
+    for i, y in enumerate(labels.tolist()):
+        wanted = [0 <= y < 6 and j != y and ids[j].item() == ids[y].item() for j in range(6)]
+        assert found[i].tolist() == wanted
+    more = torch.cat([ids, torch.tensor([5, 3])])
+    assert torch.equal(same_document_mask(ids, labels, more)[:, :6], found)
+    assert same_document_mask(ids, labels, more)[:, 6:].int().tolist() == [[0, 1], [1, 0], [0, 1], [0, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("strategy", ["absolute", "relative"])
+@pytest.mark.parametrize("margin", [0.0, 0.2, -0.2])
+def test_similar_documents_by_loops_for_scores_of_either_sign(strategy, margin):
+    generator = torch.Generator().manual_seed(0)
+    similarities = torch.rand(40, 9, generator=generator) * 2 - 1
+    labels = torch.randint(9, (40,), generator=generator)
+    labels[0] = -100
+    found = similar_document_mask(similarities, labels, margin, strategy)
+    for i, y in enumerate(labels.tolist()):
+        scores = similarities[i].tolist()
+        own = scores[y] if y >= 0 else math.inf
+        threshold = own - margin * (abs(own) if strategy == "relative" else 1)
+        assert found[i].tolist() == [y >= 0 and j != y and s > threshold for j, s in enumerate(scores)]
+
+
+def test_a_larger_relative_margin_masks_more_even_of_negative_scores():
+    similarities = torch.tensor([[-0.4, -0.42, -0.39, -0.5]])
+    counts = [similar_document_mask(similarities, torch.tensor([0]), m, "relative").sum().item() for m in (0, 0.1, 0.5)]
+    assert counts == [1, 2, 3]
+
+
+def test_tokens_and_texts_are_told_apart_and_padding_counts_nothing():
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(1, 4, (2000, 5), generator=generator)
+    hashes = token_hashes(tokens)
+    same, equal = hashes[:, None] == hashes, (tokens[:, None] == tokens).all(2)
+    assert torch.equal(same, equal)
+    assert equal.sum() > 2000
+    assert torch.equal(token_hashes(F.pad(tokens, (0, 40))), hashes)
+    padded = token_hashes(F.pad(tokens, (0, 3), value=-7), padding=-7)
+    assert torch.equal(padded, token_hashes(tokens, padding=-7))
+    assert token_hashes(torch.tensor([[1, 2], [2, 1]])).unique().numel() == 2
+    assert text_hashes(["a", "ä", "a", ""]).unique().numel() == 3
+    assert text_hashes(["query"]).item() == 245654452968300411
+
+
+class Known(Classifier):
+    """Queries and documents of which some are the same; the mask is written into the loss by hand."""
+
+    def __init__(self, by_hand=False, negatives=0, smoothing=0.0, fill=None):
+        super().__init__(lr=0.2)
+        self.by_hand, self.negatives, self.smoothing, self.fill = by_hand, negatives, smoothing, fill
+        self.losses = []
+
+    def training_step(self, batch, batch_idx):
+        x, ids = batch["x"], batch["ids"]
+        texts = torch.cat([x + 0.1, *(x.roll(k + 1, 1) for k in range(self.negatives))])
+        q, d = F.normalize(self.net(x)), F.normalize(self.net(texts))
+        scores = q @ d.T / 0.2
+        if self.by_hand:
+            every = torch.cat([ids, *([batch["more"]] * self.negatives)])
+            rows = range(len(x))
+            wrong = [[j != i and every[j].item() == ids[i].item() for j in range(len(every))] for i in rows]
+            scores = scores.masked_fill(torch.tensor(wrong), -torch.inf)
+        loss = F.cross_entropy(scores, torch.arange(len(x)), label_smoothing=self.smoothing)
+        self.losses.append(loss.detach().clone())
+        return loss
+
+
+class Rows(Dataset):
+    """24 queries about 7 documents; the same is said by numbers, by words and by tokens."""
+
+    def __init__(self, rows=range(24)):
+        self.x, self.rows = make_tensors(24)[0], list(rows)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, n):
+        row = self.rows[n]
+        number = row % 7
+        more = row % 5
+        text = f"document {number}"
+        tokens = torch.tensor([number + 1, 3, 0])
+        return {"x": self.x[row], "ids": number, "more": more, "text": text, "tokens": tokens, "guide": GUIDE[number]}
+
+
+GUIDE = torch.eye(7)
+IDS = {
+    "numbers": {"ids": "ids"},
+    "words": {"texts": "text"},
+    "tokens": {"texts": "tokens"},
+    "a guide": {"guide_queries": "guide", "guide_documents": "guide", "margin": 0.5},
+    "all": {"ids": ["ids"], "texts": ["tokens"], "guide_queries": "guide", "guide_documents": ["guide"], "margin": 0.5},
+}
+
+
+def known(module, *techniques, size=12, rows=range(24), **options):
+    fit(module, *techniques, loader=DataLoader(Rows(rows), size), max_epochs=1, **options)
+    return torch.stack(module.losses)
+
+
+@pytest.mark.parametrize("way", IDS)
+def test_a_step_is_that_of_a_mask_by_hand(way):
+    ours, hand, plain = Known(), Known(by_hand=True), Known()
+    values = known(ours, FalseNegativeMask(**IDS[way])), known(hand), known(plain)
+    torch.testing.assert_close(values[0], values[1])
+    assert (values[2] > values[1] + 0.05).all()  # wrong answers less
+    assert same_weights(ours, hand, atol=1e-6)
+
+
+def test_hard_negatives_have_numbers_too_and_focal_weights_see_the_mask():
+    ours, hand, half = Known(negatives=1), Known(by_hand=True, negatives=1), Known(negatives=1)
+    mask = FalseNegativeMask(ids=["ids", "more"])
+    known(ours, mask, FocalContrastive(1.0))
+    known(hand, FocalContrastive(1.0))
+    known(half, mask)
+    assert same_weights(ours, hand, atol=1e-6)
+    assert not same_weights(ours, half, atol=1e-4)
+
+
+def test_beside_reweighting_it_is_the_mask_by_hand():
+    ours, hand = Known(), Known(by_hand=True)
+    known(ours, FalseNegativeMask(ids="ids"), LossReweighting(warmup_steps=1))
+    known(hand, LossReweighting(warmup_steps=1))
+    assert same_weights(ours, hand, atol=1e-6)
+
+
+def test_what_is_masked_is_not_mixed():
+    mixing, seen = HardNegativeMixing("net", 0.2, num_pairs=3, pool=11), Losses()
+    known(Known(), FalseNegativeMask(ids="ids"), mixing, seen)
+    mixed_by_hand, other = HardNegativeMixing("net", 0.2, num_pairs=3, pool=11), Losses()
+    known(Known(by_hand=True), mixed_by_hand, other)
+    for one, two in zip(seen.inputs, other.inputs, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_shares_are_logged():
+    masked, left = Reads("reg/false_negative_mask/masked"), Reads("reg/false_negative_mask/negatives")
+    known(Known(), FalseNegativeMask(ids="ids"), masked, left, size=8)
+    # Of 8 in turn about 7 documents one pair is the same: 2 of 56.
+    assert masked.values == pytest.approx([2 / 56] * 3)
+    assert left.values == pytest.approx([54 / 8] * 3)
+
+
+def masked_on_rank(_):
+    rank = torch.distributed.get_rank()
+    options = {"use_distributed_sampler": False, **TWO_RANKS}
+    found = {}
+    for name, given in IDS.items():
+        module = Known()
+        techniques = [GatheredNegatives("net"), FalseNegativeMask(**given)]
+        losses = known(module, *techniques, size=6, rows=range(rank, 24, 2), **options)
+        found[name] = losses, weights_of(module)
+    techniques = [FalseNegativeMask(ids="ids"), GatheredNegatives("net")]
+    with pytest.raises(MisconfigurationException, match=r"knows the 6 columns of .* and finds 6\. Let it stand direct"):
+        known(Known(), *techniques, size=6, rows=range(rank, 24, 2), **options)
+    return found
+
+
+def test_documents_of_other_ranks_are_masked_as_well(two_processes):
+    hand = Known(by_hand=True)
+    losses = known(hand)
+    ranks = two_processes.run(masked_on_rank, None)
+    for name in IDS:
+        torch.testing.assert_close(torch.stack([rank[name][0] for rank in ranks]).mean(0), losses)
+        for rank in ranks:
+            assert same_weights(rank[name][1], weights_of(hand), atol=1e-5)  # sums in another order
+
+
+@pytest.mark.parametrize(
+    ("module", "given", "said"),
+    [
+        (partial(Known, smoothing=0.1), {"ids": "ids"}, "has probabilities as targets or `label_smoothing`"),
+        (partial(Known, negatives=1), {"ids": "ids"}, "`ids` names 12 for 24 columns of"),
+        (Known, {"ids": "x"}, r"ids='x' must name whole numbers, found torch.float32 \(12, 6\)"),
+        (Known, {"ids": "text"}, "ids='text' must name whole numbers, found list"),
+        (
+            Known,
+            {"texts": "ids"},
+            r"texts='ids' must name strings, or whole numbers \(n, T\) of tokens, found torch.int64",
+        ),
+        (Known, {"ids": "idz"}, "ids='idz' names nothing in the batch.*'ids'"),
+        (Known, {"guide_queries": "ids", "guide_documents": "x"}, r"'ids' of the batch must be embeddings \(n, E\)"),
+        (
+            partial(Known, negatives=1),
+            {"guide_queries": "x", "guide_documents": "x"},
+            "`guide_documents` names 12 for 24 columns",
+        ),
+    ],
+)
+def test_what_says_nothing_about_the_columns_is_refused(module, given, said):
+    with pytest.raises(MisconfigurationException, match=f"FalseNegativeMask.*{said}"):
+        known(module(), FalseNegativeMask(**given))
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [(Mixup(), "a mixed sample has two documents"), (ShiftTargets(), "ShiftTargets replaces the targets of the same")],
+)
+def test_who_cannot_stand_beside_the_mask(other, said):
+    with pytest.raises(MisconfigurationException, match=f"FalseNegativeMask.*cannot stand together.*{said}"):
+        fit(Classifier(), FalseNegativeMask(ids="1"), other)
+
+
+def test_what_adds_columns_before_it_is_told_to_stand_behind():
+    with pytest.raises(MisconfigurationException, match=r"knows the 12 columns .* finds 13. .* before what adds other"):
+        known(Known(), HardNegativeMixing("net", 0.2), FalseNegativeMask(ids="ids"))

@@ -1,5 +1,7 @@
 """Which columns of a contrastive batch's scores are negatives: those of all ranks, but none that is relevant."""
 
+import hashlib
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -7,7 +9,14 @@ from torch import Tensor
 
 from lightning_reg.engine.host import distributed
 
-__all__ = ["fitted_scale", "same_document_mask", "scores_of_other_ranks", "similar_document_mask", "token_hashes"]
+__all__ = [
+    "fitted_scale",
+    "same_document_mask",
+    "scores_of_other_ranks",
+    "similar_document_mask",
+    "text_hashes",
+    "token_hashes",
+]
 
 
 def scores_of_other_ranks(
@@ -64,7 +73,7 @@ def same_document_mask(ids: Tensor, labels: Tensor, column_ids: Tensor | None = 
 
 
 def similar_document_mask(
-    similarities: Tensor, labels: Tensor, margin: float = 0.0, kind: Literal["absolute", "relative"] = "absolute"
+    similarities: Tensor, labels: Tensor, margin: float = 0.0, strategy: Literal["absolute", "relative"] = "absolute"
 ) -> Tensor:
     r"""Columns that a guide finds more similar to the row than the row's own document, less a margin.
 
@@ -77,7 +86,7 @@ def similar_document_mask(
         similarities: The guide's, ``(B, N)``.
         labels: Column of each row's own document :math:`y`, ``(B,)``; a row with another number has none.
         margin: m. 0: what is more similar than the positive. Below 0 fewer are found, above 0 more.
-        kind: What the margin is of.
+        strategy: What the margin is of: ``"absolute"``, or ``"relative"`` to the size of the positive's score.
 
     Returns:
         bool ``(B, N)``, ``False`` in the row's own column.
@@ -89,7 +98,7 @@ def similar_document_mask(
     """
     there = (labels >= 0) & (labels < similarities.shape[1])
     own = torch.take_along_dim(similarities, torch.where(there, labels, 0)[:, None], dim=1)
-    threshold = own - margin * (own.abs() if kind == "relative" else 1.0)
+    threshold = own - margin * (own.abs() if strategy == "relative" else 1.0)
     return (similarities > threshold) & _not_own(labels, similarities.shape[1]) & there[:, None]
 
 
@@ -120,6 +129,25 @@ def token_hashes(tokens: Tensor, padding: int = 0) -> Tensor:
     least, most = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
     factors = torch.randint(least, most, (tokens.shape[1],), generator=generator).to(tokens.device, non_blocking=True)
     return ((tokens.long() - padding) * factors).sum(1)
+
+
+def text_hashes(texts: Sequence[str]) -> Tensor:
+    """A number of 64 bits for each text, the same in every process; two given texts meet by chance once in 2^64.
+
+    Args:
+        texts: N strings.
+
+    Returns:
+        int64 ``(N,)``.
+
+    Example:
+        >>> one, two, three = text_hashes(["a", "b", "a"]).tolist()
+        >>> one == three, one == two
+        (True, False)
+
+    """
+    digests = (hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
+    return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests], dtype=torch.int64)
 
 
 def fitted_scale(scores: Tensor, similarities: Tensor, counts: Tensor | None = None) -> Tensor:

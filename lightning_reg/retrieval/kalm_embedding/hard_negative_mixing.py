@@ -184,7 +184,9 @@ class HardNegativeMixing(LossTechnique):
             pool = min(self.pool, (columns if own is None else columns // rows) - 1)
             if pool < 2:
                 return None  # the short batch at an epoch's end
-            near, there = hardest_negatives(logits.float() * self.temperature, labels, pool, own)
+            counted = call.loss_input[:, :columns] > -torch.inf  # not masked by a technique before
+            similarities = (logits.float() * self.temperature).masked_fill(~counted, -torch.inf)
+            near, there = hardest_negatives(similarities, labels, pool, own)
             shares, chances = self._draws(call.step, rows, pool, logits.device)
             mixed = mix_hard_negatives(queries, documents[near], shares, chances, self.list_mix, there)
             cosines = ((mixed.detach() if self.detach else mixed) @ queries[:, :, None])[..., 0]
