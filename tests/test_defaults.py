@@ -257,6 +257,7 @@ DEFAULTS = {
     "quadratic_penalty": {"weights": None},
     "rand_box": {"generator": None},
     "random_failures": {"null": None, "scale": 1.0, "sampler_steps": 20, "threshold": 0.5},
+    "ranking_distillation_losses": {"temperature": 0.05},
     "ranking_scores": {"k": 10},
     "reestimate_batchnorm": {"n": None, "forward": None},
     "region_size": {

@@ -528,7 +528,7 @@ def test_documents_of_other_ranks_are_masked_as_well(two_processes):
     ("module", "given", "said"),
     [
         (partial(Known, smoothing=0.1), {"ids": "ids"}, "has probabilities as targets or `label_smoothing`"),
-        (partial(Known, negatives=1), {"ids": "ids"}, "`ids` names 12 for 24 columns of"),
+        (partial(Known, negatives=1), {"ids": "ids"}, "ids of the batch has 12 for 24 columns of"),
         (Known, {"ids": "x"}, r"ids='x' must name whole numbers, found torch.float32 \(12, 6\)"),
         (Known, {"ids": "text"}, "ids='text' must name whole numbers, found list"),
         (
@@ -541,7 +541,7 @@ def test_documents_of_other_ranks_are_masked_as_well(two_processes):
         (
             partial(Known, negatives=1),
             {"guide_queries": "x", "guide_documents": "x"},
-            "`guide_documents` names 12 for 24 columns",
+            "x of the batch has 12 for 24 columns",
         ),
     ],
 )

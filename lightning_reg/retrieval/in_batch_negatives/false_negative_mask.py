@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
@@ -15,6 +14,7 @@ from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.run.phases import Member, phases_of
 from lightning_reg.engine.technique import LossTechnique
+from lightning_reg.retrieval._guide import check_count, keys_of, names_of, unit_rows_of_batch
 from lightning_reg.retrieval.in_batch_negatives.core import (
     same_document_mask,
     similar_document_mask,
@@ -115,10 +115,10 @@ class FalseNegativeMask(LossTechnique):
 
     @override
     def describe(self) -> str:
-        given = [f"{name} {_names(of)}" for name, of in (("ids", self.ids), ("texts", self.texts)) if of is not None]
+        given = [f"{name} {names_of(of)}" for name, of in (("ids", self.ids), ("texts", self.texts)) if of is not None]
         if self.guide_queries is not None:
             given.append(
-                f"guide {self.guide_queries} and {_names(self.guide_documents)}, {self.margin_strategy} margin"
+                f"guide {self.guide_queries} and {names_of(self.guide_documents)}, {self.margin_strategy} margin"
                 f" {self.margin:g}"
             )
         return "; ".join(given)
@@ -145,7 +145,9 @@ class FalseNegativeMask(LossTechnique):
             for ids in self._numbers(call, width):
                 known |= same_document_mask(ids, labels, self._of_all_ranks(call, ids, gathered))
             if self.guide_queries is not None:
-                queries, documents = self._guide(call, width)
+                queries, documents = unit_rows_of_batch(
+                    call, "FalseNegativeMask", self.guide_queries, self.guide_documents or []
+                )
                 similarities = queries @ self._of_all_ranks(call, documents, gathered).T
                 known |= similar_document_mask(similarities, labels, self.margin, self.margin_strategy)
         if call.step.is_logging:
@@ -200,9 +202,9 @@ class FalseNegativeMask(LossTechnique):
         found = []
         for argument, given in (("ids", self.ids), ("texts", self.texts)):
             if given is not None:
-                parts = [self._number(call, argument, key) for key in _keys(given)]
+                parts = [self._number(call, argument, key) for key in keys_of(given)]
                 found.append(torch.cat(parts))
-                self._check_count(call, argument, len(found[-1]), width)
+                check_count(call, "FalseNegativeMask", names_of(given), len(found[-1]), width)
         return found
 
     def _number(self, call: "LossCall", argument: str, key: str) -> Tensor:
@@ -217,34 +219,3 @@ class FalseNegativeMask(LossTechnique):
         wanted = "whole numbers" if argument == "ids" else "strings, or whole numbers (n, T) of tokens"
         shape = f"{entry.dtype} {tuple(entry.shape)}" if isinstance(entry, Tensor) else type(entry).__name__
         raise MisconfigurationException(f"FalseNegativeMask: {argument}={key!r} must name {wanted}, found {shape}.")
-
-    def _guide(self, call: "LossCall", width: int) -> tuple[Tensor, Tensor]:
-        """Unit rows of the guide, ``(B, E)`` and ``(C, E)``."""
-        keys = [str(self.guide_queries), *_keys(self.guide_documents)]
-        found = [find_entry(call.step.batch, key, "FalseNegativeMask: guide") for key in keys]
-        for key, entry in zip(keys, found, strict=True):
-            if not isinstance(entry, Tensor) or entry.dim() < 2 or not entry.is_floating_point():
-                shape = f"{entry.dtype} {tuple(entry.shape)}" if isinstance(entry, Tensor) else type(entry).__name__
-                raise MisconfigurationException(
-                    f"FalseNegativeMask: the entry {key!r} of the batch must be embeddings (n, E) of the guide, found"
-                    f" {shape}."
-                )
-        rows, *columns = (F.normalize(e.detach().to(call.input.device).float().flatten(0, -2), dim=1) for e in found)
-        self._check_count(call, "guide_documents", sum(map(len, columns)), width)
-        self._check_count(call, "guide_queries", len(rows), len(call.labels), "rows")
-        return rows, torch.cat(columns)
-
-    def _check_count(self, call: "LossCall", argument: str, found: int, wanted: int, what: str = "columns") -> None:
-        if found != wanted:
-            raise MisconfigurationException(
-                f"FalseNegativeMask: `{argument}` names {found} for {wanted} {what} of {call}. Name the entries of all"
-                " of them, in their order, hard negatives included."
-            )
-
-
-def _keys(given: "list[str] | str | None") -> list[str]:
-    return [given] if isinstance(given, str) else [*(given or ())]
-
-
-def _names(given: "list[str] | str | None") -> str:
-    return " and ".join(_keys(given))
