@@ -24,6 +24,7 @@ from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.technique import LossTechnique
 from lightning_reg.functional import (
     fitted_scale,
+    mean_pooled,
     same_document_mask,
     scores_of_other_ranks,
     similar_document_mask,
@@ -385,6 +386,33 @@ def test_a_larger_relative_margin_masks_more_even_of_negative_scores():
     assert counts == [1, 2, 3]
 
 
+def waves(phase, width):
+    return torch.sin(torch.arange(6 * width, dtype=torch.float64).reshape(6, width) * phase)
+
+
+# UKPLab/sentence-transformers, 85ec64559f4414aa536eca4bf53538291e0a333f, GISTEmbedLoss.forward at temperature 0.1
+# without contrast of anchors or positives; all positives have a similarity above 0, where the margins mean the same.
+GIST = {
+    ("absolute", 0.0): 6.288421540889343,
+    ("absolute", 0.2): 5.694053424909008,
+    ("absolute", 0.5): 5.692715596866357,
+    ("relative", 0.2): 5.694055975552165,
+    ("relative", 0.5): 5.692716681029093,
+}
+
+
+@pytest.mark.parametrize(("strategy", "margin"), GIST)
+def test_a_guide_masks_as_that_of_sentence_transformers(strategy, margin):
+    texts, guide = ([F.normalize(waves(p, width)) for p in phases] for width, phases in WAVES.items())
+    scores, similarities = (each[0] @ torch.cat(each[1:]).T for each in (texts, guide))
+    mask = similar_document_mask(similarities, torch.arange(6), margin, strategy)
+    loss = F.cross_entropy((scores / 0.1).masked_fill(mask, -torch.inf), torch.arange(6))
+    assert loss.item() == pytest.approx(GIST[strategy, margin], rel=1e-12)
+
+
+WAVES = {4: (0.7, 0.8, 1.3), 5: (0.9, 0.94, 1.7)}  # anchors, positives, negatives; of the model and of the guide
+
+
 def test_tokens_and_texts_are_told_apart_and_padding_counts_nothing():
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(1, 4, (2000, 5), generator=generator)
@@ -562,3 +590,41 @@ def test_who_cannot_stand_beside_the_mask(other, said):
 def test_what_adds_columns_before_it_is_told_to_stand_behind():
     with pytest.raises(MisconfigurationException, match=r"knows the 12 columns .* finds 13. .* before what adds other"):
         known(Known(), HardNegativeMixing("net", 0.2), FalseNegativeMask(ids="ids"))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_text_encoder_of_transformers_whose_batch_has_a_text_twice(precision):
+    transformers = pytest.importorskip("transformers")
+
+    class Text(nn.Module):
+        def __init__(self):
+            super().__init__()
+            config = transformers.BertConfig(
+                vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+            )
+            self.bert = transformers.BertModel(config, add_pooling_layer=False)
+
+        def forward(self, tokens):
+            mask = (tokens > 0).long()
+            return mean_pooled(self.bert(tokens, attention_mask=mask).last_hidden_state, mask)
+
+    class Texts(Classifier):
+        def __init__(self):
+            super().__init__(lr=0.01)
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                self.text = Text()
+
+        def training_step(self, batch, batch_idx):
+            q, d = (F.normalize(self.text(tokens)) for tokens in (batch["query"], batch["document"]))
+            return F.cross_entropy(q @ d.T / 0.02, torch.arange(len(q)))
+
+    tokens = torch.randint(1, 50, (6, 9), generator=torch.Generator().manual_seed(0))
+    tokens[3] = tokens[0]
+    rows = [{"query": row[:4], "document": row} for row in tokens]
+    seen = Losses()
+    techniques = [GatheredNegatives("text"), FalseNegativeMask(texts="document"), seen]
+    fit(Texts(), *techniques, loader=DataLoader(rows, 6), precision=precision)
+    assert len(seen.inputs) == 2
+    for scores in seen.inputs:
+        assert torch.nonzero(scores == -torch.inf).tolist() == [[0, 3], [3, 0]]
