@@ -48,9 +48,9 @@ class HardNegativeMixing(LossTechnique):
     Use it where the loss is ``F.cross_entropy`` of cosines over a temperature, ``(B, candidates)``, and queries have
     hard negatives. The embeddings are outputs of layers, before or after they are brought to length 1; in the first
     step and in logged ones they must give your logits. Leave it where documents stand twice in a batch, or negatives
-    answer the query: mixtures make more of both, unless ``FalseNegativeMask`` stands before it. Documents that your code
-    has gathered from other ranks are refused; beside ``GatheredNegatives`` those of the own rank are mixed. On search
-    over docstrings with a small encoder (``benchmarks/effects/kalm_embedding.py``) three seeds showed no effect:
+    answer the query: mixtures make more of both, unless ``FalseNegativeMask`` stands before it. Documents that your
+    code has gathered from other ranks are refused; beside ``GatheredNegatives`` those of the own rank are mixed. On
+    search over docstrings with a small encoder (``benchmarks/effects/kalm_embedding.py``) three seeds showed no effect:
     compare.
 
     Source:
