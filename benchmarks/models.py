@@ -195,10 +195,13 @@ OF_CLASS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 # They ask for a model of their own kind, or for more than a module has: their pages say what.
 NOT_TRIED = (
     "AdversarialSearch",
+    "ContrastiveDistillation",
     "DecorSampling",
     "DiffusionClassifierEval",
     "EnsembleDistillation",
+    "FalseNegativeMask",
     "FeatureSynthesis",
+    "GatheredNegatives",
     "GuidedSampling",
     "HardNegativeMixing",
     "IPRMonitor",

@@ -12,7 +12,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_reg import FocalContrastive, HardNegativeMixing, LossReweighting, Mixup, MultiSampleDropout
+from lightning_reg import (
+    FocalContrastive,
+    HardNegativeMixing,
+    LossReweighting,
+    Mixup,
+    MultiSampleDropout,
+)
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.technique import LossTechnique
 from lightning_reg.functional import (

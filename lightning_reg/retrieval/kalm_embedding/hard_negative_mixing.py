@@ -13,7 +13,7 @@ from lightning_reg.engine.host.arguments import check_bool, check_choice, check_
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.run.phases import Member, phases_of
 from lightning_reg.engine.technique import LossTechnique
-from lightning_reg.retrieval.kalm_embedding._cosines import check_cosines, embeddings_of
+from lightning_reg.retrieval._embeddings import check_cosines, embeddings_of
 from lightning_reg.retrieval.kalm_embedding.core import (
     draw_mixtures,
     hardest_negatives,
@@ -48,8 +48,9 @@ class HardNegativeMixing(LossTechnique):
     Use it where the loss is ``F.cross_entropy`` of cosines over a temperature, ``(B, candidates)``, and queries have
     hard negatives. The embeddings are outputs of layers, before or after they are brought to length 1; in the first
     step and in logged ones they must give your logits. Leave it where documents stand twice in a batch, or negatives
-    answer the query: mixtures make more of both. Documents gathered from other ranks are not known to it. On search
-    over docstrings with a small encoder (``benchmarks/effects/kalm_embedding.py``) three seeds showed no effect:
+    answer the query: mixtures make more of both, unless ``FalseNegativeMask`` stands before it. Documents that your
+    code has gathered from other ranks are refused; beside ``GatheredNegatives`` those of the own rank are mixed. On
+    search over docstrings with a small encoder (``benchmarks/effects/kalm_embedding.py``) three seeds showed no effect:
     compare.
 
     Source:
@@ -184,7 +185,9 @@ class HardNegativeMixing(LossTechnique):
             pool = min(self.pool, (columns if own is None else columns // rows) - 1)
             if pool < 2:
                 return None  # the short batch at an epoch's end
-            near, there = hardest_negatives(logits.float() * self.temperature, labels, pool, own)
+            counted = call.loss_input[:, :columns] > -torch.inf  # not masked by a technique before
+            similarities = (logits.float() * self.temperature).masked_fill(~counted, -torch.inf)
+            near, there = hardest_negatives(similarities, labels, pool, own)
             shares, chances = self._draws(call.step, rows, pool, logits.device)
             mixed = mix_hard_negatives(queries, documents[near], shares, chances, self.list_mix, there)
             cosines = ((mixed.detach() if self.detach else mixed) @ queries[:, :, None])[..., 0]

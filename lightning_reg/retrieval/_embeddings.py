@@ -1,7 +1,7 @@
 """Where the logits of a contrastive loss come from: rows of queries and documents that layers put out."""
 
 from collections.abc import Mapping, Set
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -11,7 +11,45 @@ from lightning_reg.engine.host.errors import MisconfigurationException
 if TYPE_CHECKING:
     from lightning_reg.engine.loss.call import LossCall
 
-__all__ = ["check_cosines", "embeddings_of"]
+__all__ = ["Direction", "check_cosines", "embeddings_of", "rows_and_columns"]
+
+
+Direction = Literal["query_to_doc", "doc_to_query"]
+
+
+def rows_and_columns(
+    call: "LossCall", layer: str, query_layer: str | None, direction: Direction, *, interleaved: bool
+) -> tuple[Tensor, Tensor]:
+    """What layers put out for the rows and the columns of a call's logits, whichever of them are the queries.
+
+    Args:
+        call: Of logits ``(R, C)``.
+        layer: Puts out the documents, and the queries before them if these have no layer of their own.
+        query_layer: Puts out the queries.
+        direction: Which of both are the rows.
+        interleaved: Where documents that are rows have hard negatives, which are none: whether a document's own follow
+            it. Else they follow all documents.
+
+    Returns:
+        Embeddings ``(R, D)`` and ``(C, D)``.
+
+    Raises:
+        MisconfigurationException: If there are not as many.
+
+    """
+    if direction == "query_to_doc":
+        return embeddings_of(call, layer, query_layer)
+    rows, columns = call.logits.shape
+    documents = _rows(call, layer)
+    if query_layer is not None:
+        queries = _rows(call, query_layer)
+    else:
+        queries, documents = documents[:columns], documents[columns:]
+    each = max(len(documents) // max(rows, 1), 1)
+    documents = documents[::each] if interleaved else documents[:rows]
+    if (len(documents), len(queries)) != (rows, columns) or queries.shape[1] != documents.shape[1]:
+        _refuse_rows(call, documents, queries, ("documents", "queries"))
+    return documents, queries
 
 
 def embeddings_of(call: "LossCall", layer: str, query_layer: str | None) -> tuple[Tensor, Tensor]:
@@ -36,13 +74,18 @@ def embeddings_of(call: "LossCall", layer: str, query_layer: str | None) -> tupl
     else:
         queries, documents = documents[:rows], documents[rows:]
     if (len(queries), len(documents)) != (rows, columns) or queries.shape[1] != documents.shape[1]:
-        raise MisconfigurationException(
-            f"{call} has {rows} queries and {columns} candidates, and the embeddings of this step are"
-            f" {tuple(queries.shape)} and {tuple(documents.shape)}: a row of each is needed, the queries' first. Name"
-            " the layers that put them out (`layer`, `query_layer`), once for each row; documents of other ranks or of"
-            " a memory are not known."
-        )
+        _refuse_rows(call, queries, documents, ("queries", "candidates"))
     return queries, documents
+
+
+def _refuse_rows(call: "LossCall", rows: Tensor, columns: Tensor, names: tuple[str, str]) -> NoReturn:
+    counts = call.logits.shape
+    raise MisconfigurationException(
+        f"{call} has {counts[0]} {names[0]} and {counts[1]} {names[1]}, and the embeddings of this step are"
+        f" {tuple(rows.shape)} and {tuple(columns.shape)}: a row of each is needed, the queries' first. Name"
+        " the layers that put them out (`layer`, `query_layer`), once for each row; documents that your code has"
+        " gathered from other ranks or keeps in a memory are not known."
+    )
 
 
 def _rows(call: "LossCall", layer: str) -> Tensor:

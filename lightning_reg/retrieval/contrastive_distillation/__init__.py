@@ -1,0 +1,1 @@
+"""Contrastive distillation: the distribution over the candidates of a batch follows a better model's."""
