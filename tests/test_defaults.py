@@ -80,7 +80,7 @@ DEFAULTS = {
         "masks": None,
         "exclude": None,
     },
-    "ddim_invert": {"condition": None, "steps": 50},
+    "ddim_invert": {"condition": None, "steps": 50, "fixed_point_iterations": 0},
     "decor_condition": {"pooled": None, "token_mask": None},
     "decor_project": {"alpha": 1.0, "token_mask": None},
     "delta_applied": {"alpha": 1.0},
@@ -210,6 +210,7 @@ DEFAULTS = {
         "resume": None,
         "stop_after": None,
         "warm_start": True,
+        "fixed_point_iterations": 0,
     },
     "opis": {
         "far_low": 0.01,
