@@ -23,7 +23,7 @@ DEFAULTS = {
     "applied": {"alpha": 1.0},
     "apply_delta_": {"alpha": 1.0},
     "apply_strategy": {"delta": 1.0},
-    "attention_masks": {"high": 0.5, "low": 0.2, "proposals": None},
+    "attention_masks": {"high": 0.5, "low": 0.2, "proposals": None, "erosion": 1},
     "average_state_dicts": {
         "weights": None,
         "accumulate_dtype": torch.float64,

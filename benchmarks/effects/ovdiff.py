@@ -11,7 +11,7 @@ Attention is known for 4 x 4 places. "Pixels at 4 x 4" are the drawn masks, brou
 thresholds of attention: what maps of that size can reach. "First layer" takes the maps of one of four layers with
 attention to the prompt (the one that met the drawn digits best in samples of another seed, 100). "And regions" is the
 method's own recipe: attention chooses among regions that were proposed without classes, here the two that the values of
-each image's pixels fall into, in the place of CutLER's.
+each image's pixels fall into, in the place of CutLER's; "not eroded" leaves the background as large as it was.
 """
 
 import sys
@@ -40,7 +40,9 @@ KINDS = {
     "middle block alone": (ALL, ["mid_block"], 0.85, "pixels"),
     "masks of attention": (ALL, BLOCKS, 0.85, "attention"),
     "masks of attention, first layer": (ALL, BLOCKS, 0.85, "first layer"),
+    "masks of attention, no filter": (ALL, BLOCKS, 1.0, "attention"),
     "masks of attention and regions": (ALL, BLOCKS, 0.85, "regions"),
+    "masks of attention and regions, not eroded": (ALL, BLOCKS, 0.85, "not eroded"),
     "masks of pixels at 4 x 4": (ALL, BLOCKS, 0.85, "4 x 4"),
 }
 
@@ -86,6 +88,7 @@ def masks_of(images: Tensor, maps: Tensor, first: Tensor) -> dict[str, Masks]:
         "attention": attention_masks(maps),
         "first layer": attention_masks(first),
         "regions": attention_masks(maps, proposals=regions(images)),
+        "not eroded": attention_masks(maps, proposals=regions(images), erosion=0),
         "4 x 4": attention_masks(coarse),
     }
 

@@ -247,6 +247,28 @@ def test_the_algorithm_by_hand_for_each_sample():
     torch.testing.assert_close(null_text_sample(denoiser, found, condition), found.current)
 
 
+def test_figures_of_the_community_pipeline():
+    """huggingface/diffusers, 16163e3, examples/community/pipeline_null_text_inversion.py: `ddim_inversion_loop` and
+
+    `null_optimization`, run in float64 on the same function with the same 50 steps, 3 updates and thresholds.
+    """
+
+    def noise(z, t, e):
+        return (z + 0.5 * z.flip(1) + e).tanh() + 0.1 * e
+
+    denoiser = Denoiser(noise, scheduler(set_alpha_to_one=False, timestep_spacing="leading"))
+    x, condition = torch.tensor([[0.5, -1.0, 0.2]]).double(), torch.tensor([[0.3, 0.1, -0.2]]).double()
+    found = null_text_invert(denoiser, x, condition, 0 * condition, 7.5, 50, 3)
+    for ours, theirs in (
+        (found.noise, [0.9695641585, -0.9075440710, 0.7380472376]),
+        (found.null[:, 0], [0.0299366952, 0.0298899639, -0.0299623407]),
+        (found.null[:, 24], [0.6600125160, 0.6598988813, -0.6600601592]),
+        (found.null[:, 49], [1.1173124372, 1.1171071954, -1.1172631655]),
+        (found.current, [-5.0287256507, -2.4419247148, 7.9825960456]),
+    ):  # the levels are those of a float32 schedule
+        torch.testing.assert_close(ours, torch.tensor([theirs]).double(), atol=1e-6, rtol=1e-6)
+
+
 def test_without_updates_it_is_guided_sampling_and_at_scale_one_nothing_moves():
     denoiser, null = small(), 0.1 * CONDITION[:1]
     found = null_text_invert(denoiser, X, CONDITION, null, 3.0, 5, 0)
