@@ -9,9 +9,7 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningModule
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_reg import AdversarialSearch, Denoiser, SearchResult
 from lightning_reg.engine.host.errors import MisconfigurationException
@@ -37,6 +35,7 @@ from tests.conformance.case import Case
 from tests.conformance.kinds.procedure import ProcedureCase
 from tests.conformance.problems import seeded
 from tests.diffusion.digits import class_model, prompt, scheduler, training_digits, word_model, words
+from tests.diffusion.in_validation import LOADER, Averaged, Digits
 from tests.diffusion.test_denoiser import CONDITION, LEVELS, X, small
 from tests.diffusion.test_diffusion_classifier import PROBLEM, SCHEDULE, columns
 from tests.toys import QUIET, make_trainer
@@ -465,26 +464,21 @@ def test_a_token_of_the_word_model_changes_what_prompts_show():
     assert float(made.history[-1]) > 4 * float(made.history[0])
 
 
-class Digits(LightningModule):
-    """What a user would write around a UNet and a scheduler of diffusers."""
+class Judged(Digits):
+    """With two judges by name."""
 
     def __init__(self):
         super().__init__()
-        self.unet, self.scheduler, self.none = class_model(), scheduler(), torch.tensor([10])
         self.one, self.two, *_ = judges()
-
-    def validation_step(self, batch, batch_idx):
-        self.log("loss", batch[0].mean())
 
 
 SHORT = {"shape": [1, 8, 8], "classes": 10, "judges": ["one"], "held_out": "two", "denoiser": "unet", "starts": 4}
 SHORT |= {"sampler_steps": 2, "iterations": 2, "threshold": 0.999}
 
 
-def validated(**options):
+def validated(*others, **options):
     search = AdversarialSearch(**SHORT | options)
-    loader = DataLoader(TensorDataset(torch.zeros(2, 1)), batch_size=2)
-    (logged,) = make_trainer(callbacks=[search]).validate(Digits(), loader, verbose=False)
+    (logged,) = make_trainer(callbacks=[*others, search]).validate(Judged(), LOADER, verbose=False)
     return search, {name.removeprefix("reg/adversarial_search/"): value for name, value in logged.items()}
 
 
@@ -523,23 +517,8 @@ def test_validation_writes_a_report(tmp_path):
     assert all(f"a {n}</td>" in text for n in range(4))
 
 
-class Averaged(Callback):
-    """Puts other weights in for a validation, as Lightning's WeightAveraging does, and takes them out at its end."""
-
-    def on_validation_epoch_start(self, trainer, pl_module):
-        self.kept = pl_module.unet.conv_out.bias.detach().clone()
-        with torch.no_grad():
-            pl_module.unet.conv_out.bias.add_(0.1)
-
-    def on_validation_epoch_end(self, trainer, pl_module):
-        with torch.no_grad():
-            pl_module.unet.conv_out.bias.copy_(self.kept)
-
-
 def test_weights_are_those_of_the_validation():
-    search, loader = AdversarialSearch(**SHORT, baseline=False), DataLoader(TensorDataset(torch.zeros(2, 1)))
-    make_trainer(callbacks=[Averaged(), search]).validate(Digits(), loader, verbose=False)
-    averaged, plain = search.result.samples, validated(baseline=False)[0].result.samples
+    averaged, plain = (validated(*others, baseline=False)[0].result.samples for others in ([Averaged()], []))
     assert float((averaged - plain).abs().max()) > 0.01
 
 
@@ -547,19 +526,10 @@ def test_weights_are_those_of_the_validation():
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
 @pytest.mark.parametrize(("options", "validates"), [({}, False), ({"every_n_epochs": 3}, True)])
 def test_a_fit_in_which_nothing_was_searched_is_told(options, validates):
-    class Trained(Digits):
-        def training_step(self, batch, batch_idx):
-            return self.weight * batch[0].mean()
-
-        def configure_optimizers(self):
-            self.weight = nn.Parameter(torch.ones(()))
-            return torch.optim.SGD([self.weight], 0.1)
-
     search = AdversarialSearch(**SHORT, **options)
-    loader = DataLoader(TensorDataset(torch.ones(2, 1)), batch_size=2)
     trainer = make_trainer(callbacks=[search], max_epochs=1)
     with pytest.warns(UserWarning, match=r"^AdversarialSearch: nothing was searched in this fit, .* `every_n_epochs`="):
-        trainer.fit(Trained(), loader, loader if validates else None)
+        trainer.fit(Judged(), LOADER, LOADER if validates else None)
     assert search.result is None
 
 
