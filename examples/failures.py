@@ -15,6 +15,7 @@ Run it with ``python examples/failures.py``; it takes a minute and downloads not
 import os
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import matplotlib.pyplot as plt
 import torch
@@ -26,6 +27,7 @@ import lightning_reg
 from lightning_reg import Denoiser
 from lightning_reg.functional import (
     failure_groups,
+    failure_report,
     latent_search,
     non_gaussian,
     random_failures,
@@ -91,19 +93,28 @@ console.print(summary)
 # %% [markdown]
 # ## What they look like
 #
-# Above, what the model makes of the noise where a search starts; below, of the noise where it ends.
+# Above, what the model makes of the noise where a search starts; below, of the noise where it ends. `failure_report`
+# has both with what the judges say, and writes a page of them; its rates are those of the paper: what the judges take
+# for failures (SSR(A)), what the held-out judge confirms in the place of people (SSR(H)), and how many of the failures
+# come from noise that is no Gaussian noise any more (NGR).
 
 # %%
-with torch.no_grad():
-    before = denoiser.sample(draws[0], labels, options["null"], 1.5, STEPS)
+report = failure_report(
+    denoiser, draws[0], found.noise, labels, labels, three, held_out=held_out,
+    prompts=[f"a {label}" for label in labels.tolist()], **options,
+)  # fmt: skip
+with TemporaryDirectory() as folder:  # where you keep it
+    page = Path(folder) / "failures.html"
+    report.save(page)
+    console.print({name: round(rate, 2) for name, rate in report.rates().items()}, f"{page.stat().st_size} bytes")
 count = min(STARTS, 8)
 figure, axes = plt.subplots(2, count, figsize=(7.5, 2.4))
 for column in range(count):
-    for line, picture in enumerate((before, found.samples)):
+    for line, picture in enumerate((report.before, report.after)):
         axes[line, column].imshow(picture[column, 0].numpy(), cmap="gray_r")
         axes[line, column].set(xticks=(), yticks=())
     axes[0, column].set_title(f"asked: {int(labels[column])}", fontsize=8)
-    axes[1, column].set_xlabel("confirmed" if bool(found.confirmed[column]) else "", fontsize=8)
+    axes[1, column].set_xlabel("confirmed" if bool(report.confirmed[column]) else "", fontsize=8)
 figure.tight_layout()
 plt.show()
 
@@ -124,5 +135,5 @@ if len(some):
     console.print(regions)
 
 # %% [markdown]
-# In validation the same is one callback, `AdversarialSearch`, with the names of the judges; its `result` can be saved,
-# so that each failure can be made again.
+# In validation the same is one callback, `AdversarialSearch`, with the names of the judges; `report="failures.html"`
+# writes the page there, and its `result` can be saved, so that each failure can be made again.

@@ -57,6 +57,10 @@ class Prediction:
             return (self.x - self.alpha * self.output) / self.sigma
         return self.alpha * self.output + (self.sigma * self.x if self.kind == "v_prediction" else self.x)
 
+    def rows(self, rows: slice | Tensor) -> "Prediction":
+        """That of some of the samples."""
+        return Prediction(self.x[rows], self.output[rows], self.alpha[rows], self.sigma[rows], self.kind)
+
     def at(self, alpha: float | Tensor, sigma: float | Tensor) -> Tensor:
         r"""The deterministic step to another level: :math:`\alpha' x_0 + \sigma' e`."""
         return alpha * self.clean + sigma * self.noise
@@ -248,11 +252,7 @@ class Denoiser(nn.Module):
         if not batched or not can_join(condition, null):
             return self.predict(x, times, condition), self.predict(x, times, null)
         two = self.predict(torch.cat([x, x]), times.expand(count).repeat(2), joined([condition, null]))
-        first, second = (
-            Prediction(two.x[part], two.output[part], two.alpha[part], two.sigma[part], self.prediction)
-            for part in (slice(count), slice(count, None))
-        )
-        return first, second
+        return two.rows(slice(count)), two.rows(slice(count, None))
 
     def guided(
         self,

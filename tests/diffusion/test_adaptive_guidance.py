@@ -6,7 +6,7 @@ from functools import cache, partial
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import Logger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -36,6 +36,7 @@ from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
 from tests.conformance.kinds.procedure import ProcedureCase
 from tests.diffusion.digits import NULL, class_model, scheduler
+from tests.diffusion.in_validation import LOADER, Averaged, Digits
 from tests.diffusion.test_denoiser import CONDITION, LEVELS, X, small
 from tests.diffusion.test_diffusion_classifier import PROBLEM
 from tests.toys import QUIET, TWO_RANKS, make_trainer
@@ -423,14 +424,12 @@ def test_a_module_samples_for_the_conditions_of_its_loader():
 # -- in validation -----------------------------------------------------------------------------------------------------
 
 
-class Drawn(LightningModule):
-    """What a user would write around a UNet and a scheduler of diffusers."""
+class Drawn(Digits):
+    """With conditions, a policy and a decoder by name."""
 
     def __init__(self):
         super().__init__()
-        self.unet, self.scheduler, self.none = class_model(), scheduler(), NONE
         self.table, self.policy = torch.tensor([3, 1, 4]), GuidancePolicy([2.0, 1.0, 2.0])
-        self.weight = nn.Parameter(torch.ones(()))
 
     def prompts(self):
         return self.table
@@ -438,18 +437,8 @@ class Drawn(LightningModule):
     def brighter(self, samples):
         return 0.5 * samples + 0.25
 
-    def training_step(self, batch, batch_idx):
-        return self.weight * batch[0].mean()
-
-    def validation_step(self, batch, batch_idx):
-        self.log("loss", batch[0].mean())
-
-    def configure_optimizers(self):
-        return torch.optim.SGD([self.weight], 0.1)
-
 
 DRAWN = {"shape": [1, 8, 8], "labels": [3, 1, 4], "denoiser": "unet", "null_label": NULL, "scale": 3.0, "steps": 3}
-LOADER = DataLoader(TensorDataset(torch.ones(4, 1)), batch_size=2)
 
 
 def validated(*others, **options):
@@ -540,19 +529,6 @@ def test_a_fit_in_which_nothing_was_sampled_is_told(options, validates):
     watch = GuidedSampling(**DRAWN, **options)
     with pytest.warns(UserWarning, match=r"^GuidedSampling: nothing was sampled in this fit, .* `every_n_epochs`="):
         make_trainer(callbacks=[watch], max_epochs=1).fit(Drawn(), LOADER, LOADER if validates else None)
-
-
-class Averaged(Callback):
-    """Puts other weights in for validation, as Lightning's WeightAveraging does, before and after it."""
-
-    def on_validation_epoch_start(self, trainer, pl_module):
-        self.kept = pl_module.unet.conv_out.bias.detach().clone()
-        with torch.no_grad():
-            pl_module.unet.conv_out.bias.add_(0.1)
-
-    def on_validation_epoch_end(self, trainer, pl_module):
-        with torch.no_grad():
-            pl_module.unet.conv_out.bias.copy_(self.kept)
 
 
 def test_weights_are_those_of_the_validation():

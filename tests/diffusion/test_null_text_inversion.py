@@ -80,6 +80,7 @@ CASE = (
             ({"lr": 0.0}, "lr"),
             ({"early_stop": (1e-5, -1.0)}, "early_stop"),
             ({"stop_after": 0}, "stop_after"),
+            ({"fixed_point_iterations": -1}, "fixed_point_iterations"),
         ],
         half_tolerance=0.2,  # the updates of Adam are signs at first
     ),
@@ -130,6 +131,59 @@ def test_noise_that_depends_on_the_time_alone_is_inverted_to_the_last_digit(sche
         pivots = ddim_invert(denoiser, x, steps=steps)
         found = denoiser.sample(pivots[:, 0], steps=steps, joined=True)
         assert float((found - x).abs().max()) < 1e-6
+
+
+def kinds_of_denoisers():
+    """One function, taken for a velocity, as models of all kinds and spacings."""
+
+    def of_velocity(x, t):
+        return (0.7 * x).sin() + 0.5 * x.flip(3).cos() + (t.to(x) / 300).sin()[:, None, None, None]
+
+    for kind in ("epsilon", "v_prediction", "sample"):
+        for spacing in ("leading", "trailing", "linspace"):
+            own = scheduler(kind, timestep_spacing=spacing, set_alpha_to_one=kind != "sample")
+            levels = own.alphas_cumprod.double()
+
+            def model(x, t, levels=levels, kind=kind):
+                velocity, abar = of_velocity(x, t), levels[t][:, None, None, None]
+                alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
+                clean, noise = alpha * x - sigma * velocity, alpha * velocity + sigma * x
+                return {"epsilon": noise, "v_prediction": velocity, "sample": clean}[kind]
+
+            yield f"{kind}, {spacing}", Denoiser(model, own)
+    for shift in (1.0, 3.0):
+        yield f"flow, {shift}", Denoiser(of_velocity, flow_scheduler(shift=shift))
+
+
+def test_with_iterations_inversion_is_exact_at_any_spacing():
+    x, errors = SAMPLE.double(), {}
+    for name, denoiser in kinds_of_denoisers():
+        for iterations in (0, 10):
+            with torch.no_grad():
+                pivots = ddim_invert(denoiser, x, None, 10, iterations)
+                made = denoiser.sample(pivots[:, 0], steps=10, joined=True)
+            errors[name, iterations] = float((made - x).abs().max())
+    assert len(errors) == 22
+    assert min(error for (_, iterations), error in errors.items() if not iterations) > 0.02
+    assert max(error for (_, iterations), error in errors.items() if iterations) < 1e-4
+
+
+def test_iterations_by_hand():
+    """Noise that is half of the sample, one step from abar = 0.64 to no noise; the velocity is held in between."""
+
+    def noise(z, t, c):
+        return z / 2 + 0 * c
+
+    denoiser, x = Denoiser(noise, NoiseSchedule(torch.tensor([0.64]))), torch.tensor([[1.0]]).double()
+    first = 0.8 * 1.0 + 0.6 * 0.5  # the noise at the sample
+    second = first + (1.0 - (first - 0.6 * first / 2) / 0.8) / 0.8
+    for iterations, wanted in ((0, first), (1, second), (60, 0.8 / 0.7)):
+        found = null_text_invert(
+            denoiser, x, 0 * x, 0 * x, steps=1, inner_steps=0, fixed_point_iterations=iterations
+        ).pivots
+        assert float(found[0, 0]) == pytest.approx(wanted, rel=1e-6)
+    with pytest.raises(ValueError, match=r"^ddim_invert: `fixed_point_iterations` must be at least 0, got -1"):
+        ddim_invert(denoiser, x, 0 * x, 1, -1)
 
 
 # -- the embedding -----------------------------------------------------------------------------------------------------
@@ -191,6 +245,28 @@ def test_the_algorithm_by_hand_for_each_sample():
         last = (z - pivots[-1]).square().mean()
         assert float(found.losses[row, -1]) == pytest.approx(float(last))
     torch.testing.assert_close(null_text_sample(denoiser, found, condition), found.current)
+
+
+def test_figures_of_the_community_pipeline():
+    """huggingface/diffusers, 16163e3, examples/community/pipeline_null_text_inversion.py: `ddim_inversion_loop` and
+
+    `null_optimization`, run in float64 on the same function with the same 50 steps, 3 updates and thresholds.
+    """
+
+    def noise(z, t, e):
+        return (z + 0.5 * z.flip(1) + e).tanh() + 0.1 * e
+
+    denoiser = Denoiser(noise, scheduler(set_alpha_to_one=False, timestep_spacing="leading"))
+    x, condition = torch.tensor([[0.5, -1.0, 0.2]]).double(), torch.tensor([[0.3, 0.1, -0.2]]).double()
+    found = null_text_invert(denoiser, x, condition, 0 * condition, 7.5, 50, 3)
+    for ours, theirs in (
+        (found.noise, [0.9695641585, -0.9075440710, 0.7380472376]),
+        (found.null[:, 0], [0.0299366952, 0.0298899639, -0.0299623407]),
+        (found.null[:, 24], [0.6600125160, 0.6598988813, -0.6600601592]),
+        (found.null[:, 49], [1.1173124372, 1.1171071954, -1.1172631655]),
+        (found.current, [-5.0287256507, -2.4419247148, 7.9825960456]),
+    ):  # the levels are those of a float32 schedule
+        torch.testing.assert_close(ours, torch.tensor([theirs]).double(), atol=1e-6, rtol=1e-6)
 
 
 def test_without_updates_it_is_guided_sampling_and_at_scale_one_nothing_moves():

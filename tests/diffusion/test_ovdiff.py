@@ -149,6 +149,11 @@ def test_masks_of_attention_alone_and_of_regions():
     wanted = left[0].clone()
     wanted[:, 5] = False  # made smaller; beyond the border counts as background
     assert torch.equal(found.background[0], wanted)
+    assert torch.equal(attention_masks(maps, proposals=regions, erosion=0).background[0], left[0])
+    wanted[:, 4] = False
+    assert torch.equal(attention_masks(maps, proposals=regions, erosion=2).background[0], wanted)
+    with pytest.raises(ValueError, match=r"^attention_masks: `erosion` must be at least 0, got -1"):
+        attention_masks(maps, erosion=-1)
     assert torch.equal(found.foreground[1], maps[1] > 0.5)
     overlapping = torch.stack([torch.ones_like(left), right], 1)
     found = attention_masks(maps, proposals=overlapping)

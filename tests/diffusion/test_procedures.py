@@ -20,6 +20,7 @@ from lightning_reg import (
 from lightning_reg.functional import (
     classify_images,
     conditions_failed,
+    failure_report,
     guided_sample,
     latent_search,
     null_text_invert,
@@ -140,6 +141,11 @@ def others_failed(kind):
     return conditions_failed(denoiser(kind), NOISE, conditions(kind, 3, 5), LABELS, [judge], **FAST)
 
 
+def reported(kind):
+    ends = (NOISE, -NOISE, conditions(kind, 3, 5), LABELS)
+    return failure_report(denoiser(kind), *ends, [judge], **FAST).scores
+
+
 def token(kind):
     return token_search(denoiser(kind), NOISE, conditions(kind, 3, 5), 0, [judge], iterations=1, **FAST).token
 
@@ -170,6 +176,7 @@ RUNS = {
     "random_failures": lambda kind: searched(kind, random_failures),
     "region_size": lambda kind: searched(kind, region_size, draws=2),
     "conditions_failed": others_failed,
+    "failure_report": reported,
     "token_search": token,
     "prompt_search": prompts,
 }

@@ -1,13 +1,15 @@
 """SAGE: steps on the sphere by hand, both ways of the gradient, words, and digits."""
 
+import base64
+import io
+import re
 from functools import cache, partial
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningModule
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_reg import AdversarialSearch, Denoiser, SearchResult
 from lightning_reg.engine.host.errors import MisconfigurationException
@@ -16,6 +18,7 @@ from lightning_reg.functional import (
     conditions_failed,
     ensemble_prob,
     failure_groups,
+    failure_report,
     is_failure,
     latent_search,
     non_gaussian,
@@ -32,6 +35,7 @@ from tests.conformance.case import Case
 from tests.conformance.kinds.procedure import ProcedureCase
 from tests.conformance.problems import seeded
 from tests.diffusion.digits import class_model, prompt, scheduler, training_digits, word_model, words
+from tests.diffusion.in_validation import LOADER, Averaged, Digits
 from tests.diffusion.test_denoiser import CONDITION, LEVELS, X, small
 from tests.diffusion.test_diffusion_classifier import PROBLEM, SCHEDULE, columns
 from tests.toys import QUIET, make_trainer
@@ -75,6 +79,7 @@ CASE = (
             ({"threshold": 1.5}, "threshold"),
             ({"scale": 3.0}, "null"),
             ({"prediction": "noise"}, "prediction"),
+            ({"prompts": ["one"]}, "prompts"),
         ],
     ),
     ProcedureCase(
@@ -112,6 +117,18 @@ CASE = (
         {"conditions": torch.cat([CONDITION, -CONDITION]), "labels": LABELS.repeat(2), "judges": [judge]}
         | {"sampler_steps": 2},
         [({"sampler_steps": 0}, "sampler_steps"), ({"judges": []}, "judges")],
+    ),
+    ProcedureCase(
+        failure_report,
+        small,
+        (X, -X, CONDITION, LABELS),
+        {"judges": [judge], "sampler_steps": 2},
+        [
+            ({"judges": []}, "judges"),
+            ({"prompts": ["one"]}, "prompts"),
+            ({"prompts_after": ["one"]}, "prompts_after"),
+            ({"sampler_steps": 0}, "sampler_steps"),
+        ],
     ),
 )
 
@@ -157,11 +174,20 @@ def test_groups_are_chains_of_near_samples():
     assert failure_groups(rows[:0]).tolist() == []
 
 
-def test_noise_that_is_not_gaussian_is_told():
+def test_noise_that_is_not_gaussian_is_told_as_scipy_tells_it():
     with seeded(0):
         z = torch.randn(200, 1, 8, 8)
     assert float(non_gaussian(z).double().mean()) == pytest.approx(0.05, abs=0.04)
     assert bool(non_gaussian(z.sign() + 0.1 * z).all())
+    assert non_gaussian(torch.ones(1, 20)).tolist() == [True]
+    with pytest.raises(ValueError, match=r"^non_gaussian: `noise` must have at least 20 numbers in a row, got 19"):
+        non_gaussian(torch.ones(1, 19))
+    tests = pytest.importorskip("scipy.stats")
+    for length in (20, 64):
+        rows = torch.cat([z.flatten(1)[:, :length], z.flatten(1)[:, :length].pow(3), z.flatten(1)[:, :length].abs()])
+        wanted = torch.from_numpy(tests.normaltest(rows.double().numpy(), axis=1).pvalue)
+        for level in (0.001, 0.05, 0.3, 0.9):
+            assert torch.equal(non_gaussian(rows, level), wanted < level)
 
 
 MATRIX = torch.tensor([[1.0, 0.5], [-0.5, 2.0]], dtype=torch.double)
@@ -249,6 +275,83 @@ def test_around_what_was_found_and_under_other_conditions():
         for row in z
     ]
     assert shares.tolist() == [sum(row) / 4 for row in wanted]
+
+
+# -- the report --------------------------------------------------------------------------------------------------------
+
+
+def first_number(x):
+    """Class 0 where the first number is above 0."""
+    return torch.stack([20 * x[:, 0], -20 * x[:, 0]], 1)
+
+
+def second_number(x):
+    return torch.stack([20 * x[:, 1], -20 * x[:, 1]], 1)
+
+
+def test_a_report_has_the_rates_of_the_paper_and_what_was_changed(tmp_path):
+    network, labels = Denoiser(Linear(), SCHEDULE), torch.zeros(3, dtype=torch.long)
+    start = torch.tensor([[1.0, 1.0], [1.0, 1.0], [2.0, 0.0]]).double()
+    noise = torch.tensor([[-1.0, 1.0], [-1.0, -1.0], [2.0, 0.0]]).double()  # the first of W z is below 0 in two
+    options = {"sampler_steps": 1, "held_out": second_number}
+    made = failure_report(network, start, noise, ZEROS, labels, [first_number], prompts=["<one>", "b", "c"], **options)
+    torch.testing.assert_close(made.before, start @ MATRIX.T)
+    torch.testing.assert_close(made.after, noise @ MATRIX.T)
+    assert made.distance.tolist() == pytest.approx([2**0.5, 2.0, 0.0])
+    assert made.failed.tolist() == [True, True, False]
+    assert made.confirmed.tolist() == [False, True, False]  # the third is no failure
+    for place, side in enumerate((made.before, made.after)):
+        for column, number in enumerate((0, 1)):
+            torch.testing.assert_close(made.scores[:, place, column], (40 * side[:, number]).sigmoid().float())
+    assert made.rates() == {"SSR(A)": pytest.approx(2 / 3), "SSR(H)": pytest.approx(1 / 3)}
+    made.save(tmp_path / "new" / "report.html")
+    text = (tmp_path / "new" / "report.html").read_text()
+    assert text.index("b</td>") < text.index("&lt;one&gt;") < text.index("c</td>")  # the worst first
+    assert "<h1>2 failures of 3 starts</h1>" in text
+    assert "SSR(A) 0.67, SSR(H) 0.33" in text
+    assert "failure, confirmed" in text
+    assert "<img" not in text
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["report.html"]
+    # Words that were changed: the noise stays.
+    made = failure_report(
+        network, start, start, ZEROS, labels, [first_number], condition_after=ZEROS - 5, prompts_after=list("xyz"),
+        sampler_steps=1,
+    )  # fmt: skip
+    torch.testing.assert_close(made.after, made.before - 5)
+    assert made.prompts == ["class 0"] * 3
+    assert not bool(made.confirmed.any())
+    made.save(tmp_path / "words.html", decode=lambda rows: rows.view(3, 1, 1, 2))
+    assert "class 0 → x" in (tmp_path / "words.html").read_text()
+
+
+def test_pictures_are_those_of_the_samples(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    with seeded(0):
+        noise = torch.randn(2, 3, 4, 5)
+    for channels in (1, 3):
+        network = Denoiser(Own(), SCHEDULE)
+        rows = noise[:, :channels]
+        labels, path = torch.tensor([0, 1]), tmp_path / "report.html"
+        made = failure_report(network, rows, rows, None, labels, [judge], sampler_steps=1)
+        made.save(path)
+        assert made.rates().keys() == {"SSR(A)", "SSR(H)", "NGR"}
+        found = [
+            torch.from_numpy(numpy.array(image.open(io.BytesIO(base64.b64decode(data)))))
+            for data in re.findall(r"base64,([^\"]+)", path.read_text())
+        ]
+        order = sorted(range(2), key=lambda row: not bool(made.failed[row]))
+        wanted = [((made.after[row].clamp(-1, 1) + 1) * 127.5).round().byte() for row in order for _ in range(2)]
+        assert len(found) == 4
+        for one, other in zip(found, wanted, strict=True):
+            assert torch.equal(one if channels == 3 else one[..., None], other.movedim(0, 2))
+
+
+class Own(nn.Module):
+    """A denoiser whose sample of one step is the noise itself."""
+
+    def forward(self, x, t):
+        alpha, sigma = columns(t, x)
+        return (1 - alpha) * x / sigma
 
 
 # -- words -------------------------------------------------------------------------------------------------------------
@@ -361,26 +464,21 @@ def test_a_token_of_the_word_model_changes_what_prompts_show():
     assert float(made.history[-1]) > 4 * float(made.history[0])
 
 
-class Digits(LightningModule):
-    """What a user would write around a UNet and a scheduler of diffusers."""
+class Judged(Digits):
+    """With two judges by name."""
 
     def __init__(self):
         super().__init__()
-        self.unet, self.scheduler, self.none = class_model(), scheduler(), torch.tensor([10])
         self.one, self.two, *_ = judges()
-
-    def validation_step(self, batch, batch_idx):
-        self.log("loss", batch[0].mean())
 
 
 SHORT = {"shape": [1, 8, 8], "classes": 10, "judges": ["one"], "held_out": "two", "denoiser": "unet", "starts": 4}
-SHORT |= {"sampler_steps": 2, "iterations": 2, "threshold": 0.9}
+SHORT |= {"sampler_steps": 2, "iterations": 2, "threshold": 0.999}
 
 
-def validated(**options):
+def validated(*others, **options):
     search = AdversarialSearch(**SHORT | options)
-    loader = DataLoader(TensorDataset(torch.zeros(2, 1)), batch_size=2)
-    (logged,) = make_trainer(callbacks=[search]).validate(Digits(), loader, verbose=False)
+    (logged,) = make_trainer(callbacks=[*others, search]).validate(Judged(), LOADER, verbose=False)
     return search, {name.removeprefix("reg/adversarial_search/"): value for name, value in logged.items()}
 
 
@@ -392,37 +490,35 @@ def test_validation_logs_what_the_search_finds():
         {"null": torch.tensor([10]), "scale": 1.5, "sampler_steps": 2},
     )
     made = latent_search(
-        network, noise, labels, labels, [judges()[0]], iterations=2, threshold=0.9, held_out=judges()[1], **options
+        network, noise, labels, labels, [judges()[0]], iterations=2, threshold=0.999, held_out=judges()[1], **options
     )
-    assert logged.keys() == {"loss", "found", "confirmed", "random", "distinct"}
+    assert logged.keys() == {"loss", "found", "confirmed", "random", "distinct", "non_gaussian"}
     assert {name: logged[name] for name in ("found", "confirmed")} == pytest.approx(made.rates())
     failed = [
-        random_failures(network, search._noise(labels, n), labels, labels, [judges()[0]], threshold=0.9, **options)
+        random_failures(network, search._noise(labels, n), labels, labels, [judges()[0]], threshold=0.999, **options)
         for n in range(3)
     ]
     assert logged["random"] == pytest.approx(float(torch.stack(failed).any(0).double().mean()))
     torch.testing.assert_close(search.result.noise, made.noise)
+    assert logged["non_gaussian"] == pytest.approx(float(non_gaussian(made.noise[made.found]).double().mean()))
     assert "random" not in validated(baseline=False)[1]
-    assert validated(every_n_epochs=2)[1].keys() == {"loss"}
+    assert validated(scale=1.5, null="none", every_n_epochs=2)[1] == logged  # it is of a fit
 
 
-class Averaged(Callback):
-    """Puts other weights in for a validation, as Lightning's WeightAveraging does, and takes them out at its end."""
-
-    def on_validation_epoch_start(self, trainer, pl_module):
-        self.kept = pl_module.unet.conv_out.bias.detach().clone()
-        with torch.no_grad():
-            pl_module.unet.conv_out.bias.add_(0.1)
-
-    def on_validation_epoch_end(self, trainer, pl_module):
-        with torch.no_grad():
-            pl_module.unet.conv_out.bias.copy_(self.kept)
+def test_validation_writes_a_report(tmp_path):
+    search, logged = validated(
+        scale=1.5, null="none", report=str(tmp_path / "failures.html"), prompts=[f"a {n}" for n in range(10)]
+    )
+    text = (tmp_path / "failures.html").read_text()
+    assert f"<h1>{int(search.result.found.sum())} failures of 4 starts</h1>" in text
+    assert f"SSR(A) {logged['found']:.2f}, SSR(H) {logged['found'] * logged['confirmed']:.2f}" in text
+    assert f"NGR {logged['non_gaussian']:.2f}" in text
+    assert text.count("<img") == 8
+    assert all(f"a {n}</td>" in text for n in range(4))
 
 
 def test_weights_are_those_of_the_validation():
-    search, loader = AdversarialSearch(**SHORT, baseline=False), DataLoader(TensorDataset(torch.zeros(2, 1)))
-    make_trainer(callbacks=[Averaged(), search]).validate(Digits(), loader, verbose=False)
-    averaged, plain = search.result.samples, validated(baseline=False)[0].result.samples
+    averaged, plain = (validated(*others, baseline=False)[0].result.samples for others in ([Averaged()], []))
     assert float((averaged - plain).abs().max()) > 0.01
 
 
@@ -430,19 +526,10 @@ def test_weights_are_those_of_the_validation():
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
 @pytest.mark.parametrize(("options", "validates"), [({}, False), ({"every_n_epochs": 3}, True)])
 def test_a_fit_in_which_nothing_was_searched_is_told(options, validates):
-    class Trained(Digits):
-        def training_step(self, batch, batch_idx):
-            return self.weight * batch[0].mean()
-
-        def configure_optimizers(self):
-            self.weight = nn.Parameter(torch.ones(()))
-            return torch.optim.SGD([self.weight], 0.1)
-
     search = AdversarialSearch(**SHORT, **options)
-    loader = DataLoader(TensorDataset(torch.ones(2, 1)), batch_size=2)
     trainer = make_trainer(callbacks=[search], max_epochs=1)
     with pytest.warns(UserWarning, match=r"^AdversarialSearch: nothing was searched in this fit, .* `every_n_epochs`="):
-        trainer.fit(Trained(), loader, loader if validates else None)
+        trainer.fit(Judged(), LOADER, LOADER if validates else None)
     assert search.result is None
 
 

@@ -63,20 +63,14 @@ class Run:
             return self.denoiser.predict(x, time, self.condition), self.denoiser.predict(x[rows], time, null)
         count = len(x)
         made = self.denoiser.predict(torch.cat([x, x[rows]]), time, joined([self.condition, null]))
-        first, second = (
-            Prediction(made.x[part], made.output[part], made.alpha[part], made.sigma[part], made.kind)
-            for part in (slice(count), slice(count, None))
-        )
-        return first, second
+        return made.rows(slice(count)), made.rows(slice(count, None))
 
     def guided_rows(
         self, x: Tensor, time: Tensor, rows: Tensor, scale: float, rescale: float
     ) -> tuple[Prediction, Prediction, Prediction]:
         """Guidance for some rows, the others conditional; and the two predictions of these rows."""
         everywhere, without = self.both(x, time, rows)
-        with_it = Prediction(
-            everywhere.x[rows], everywhere.output[rows], everywhere.alpha[rows], everywhere.sigma[rows], everywhere.kind
-        )
+        with_it = everywhere.rows(rows)
         guided = guided_prediction(with_it, without, scale, rescale).output
         return replace(everywhere, output=everywhere.output.index_copy(0, rows, guided)), with_it, without
 

@@ -13,26 +13,34 @@ from lightning_reg.diffusion._service import Condition, Denoiser
 __all__ = ["TokenMap", "align_tokens", "blend_mask", "ddim_invert", "edited_maps", "null_text_rate"]
 
 
-def ddim_invert(denoiser: Denoiser, x: Tensor, condition: Condition = None, steps: int = 50) -> Tensor:
+def ddim_invert(
+    denoiser: Denoiser, x: Tensor, condition: Condition = None, steps: int = 50, fixed_point_iterations: int = 0
+) -> Tensor:
     r"""Walks the steps of a sampler backwards, from a sample to noise, without guidance.
 
     From level b to level a above it,
 
     .. math:: z_a = \alpha_a \frac{z_b - \sigma_b e}{\alpha_b} + \sigma_a e, \qquad e = e_\theta(z_b, t_a, c)
 
-    The prediction is asked for with the time of the level that is walked to, as the step down has it.
+    The prediction is asked for with the time of the level that is walked to, as the step down has it; but at
+    :math:`z_b`, where that step has it at :math:`z_a`, so the way down does not quite end in the sample. With
+    iterations it is asked for again at the :math:`z_a` that it gave, until the step down from there leads to
+    :math:`z_b`: an exact inverse, where this contracts. A model that denoises strongly at its last step may have no
+    way back to a real sample: on our digits, 50 steps, the largest error falls from .06 to .005 with 5 iterations.
 
     Args:
         denoiser: The denoiser.
         x: Samples ``(B, ...)``.
         condition: A row for each.
         steps: S, of the sampler.
+        fixed_point_iterations: Further passes at each step, at least 0. Paper: 0.
 
     Returns:
         The samples on their way, from noise down to ``x``: ``(B, S + 1, ...)``, in float32 at least, on the CPU.
 
     Raises:
-        ValueError: If the model predicts samples and the sampler ends without noise, where they say nothing of it.
+        ValueError: If ``fixed_point_iterations`` is below 0, or the model predicts samples and the sampler ends without
+            noise, where they say nothing of it.
 
     Example:
         >>> from lightning_reg import NoiseSchedule
@@ -42,6 +50,8 @@ def ddim_invert(denoiser: Denoiser, x: Tensor, condition: Condition = None, step
         True
 
     """
+    if not fixed_point_iterations >= 0:
+        raise ValueError(f"ddim_invert: `fixed_point_iterations` must be at least 0, got {fixed_point_iterations!r}.")
     path = denoiser.path(steps, joined=True)
     if denoiser.prediction == "sample" and float(path.sigmas[-1, 1]) == 0:
         raise ValueError(
@@ -51,9 +61,13 @@ def ddim_invert(denoiser: Denoiser, x: Tensor, condition: Condition = None, step
     z = x.to(torch.promote_types(x.dtype, torch.float32))
     kept = [z.cpu()]
     for number in reversed(range(steps)):
-        made = denoiser.predict(z, path.times[number], condition)
         (high, low), (up, down) = path.alphas[number].to(z), path.sigmas[number].to(z)
+        end, made = z, denoiser.predict(z, path.times[number], condition)
         z = replace(made, alpha=low, sigma=down).at(high, up)
+        share = (high * low + up * down) / (high**2 + up**2)  # of the sample in the step down, where velocity is held
+        for _ in range(fixed_point_iterations):
+            made = replace(denoiser.predict(z, path.times[number], condition), alpha=high, sigma=up)
+            z = z + (end - made.at(low, down)) / share
         kept.append(z.cpu())
     return torch.stack(kept[::-1], 1)
 

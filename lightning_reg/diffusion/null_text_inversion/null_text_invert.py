@@ -42,6 +42,7 @@ def null_text_invert(
     stop_after: int | None = None,
     *,
     warm_start: bool = True,
+    fixed_point_iterations: int = 0,
 ) -> NullTextInversion:
     r"""Finds noise, and what stands for no condition at each step, from which guided sampling gives samples again.
 
@@ -80,6 +81,7 @@ def null_text_invert(
         resume: What a call with ``stop_after`` has given, for the same samples.
         stop_after: Steps in this call, at most; ``None``: all.
         warm_start: Whether a step begins with the embedding of the one before, as in the paper, or with ``null``.
+        fixed_point_iterations: Further passes at each step of the inversion, see :func:`ddim_invert`; at least 0.
 
     Returns:
         The inversion.
@@ -97,14 +99,14 @@ def null_text_invert(
         True
 
     """
-    _check(guidance, steps, inner_steps, lr, early_stop, stop_after)
+    _check(guidance, steps, inner_steps, lr, early_stop, stop_after, fixed_point_iterations)
     leaves = _as_leaves(null, len(x), x.device)
     module.eval()
     module.requires_grad_(requires_grad=False)
     module.check_guidable()
     if resume is None:
         with torch.no_grad():
-            pivots = ddim_invert(module, x, condition, steps)
+            pivots = ddim_invert(module, x, condition, steps, fixed_point_iterations)
         nothing = torch.zeros(len(x), 0)
         state = NullTextInversion(pivots, None, pivots[:, 0], nothing, nothing, guidance)
     else:
@@ -258,7 +260,13 @@ def check_finished(name: str, inversion: NullTextInversion) -> None:
 
 
 def _check(
-    guidance: float, steps: int, inner_steps: int, lr: float, early_stop: tuple[float, float], stop_after: int | None
+    guidance: float,
+    steps: int,
+    inner_steps: int,
+    lr: float,
+    early_stop: tuple[float, float],
+    stop_after: int | None,
+    fixed_point_iterations: int,
 ) -> None:
     ranges = {
         "guidance": (guidance >= 1, "at least 1", guidance),
@@ -267,6 +275,7 @@ def _check(
         "lr": (lr > 0, "above 0", lr),
         "early_stop": (min(early_stop) >= 0, "two numbers of at least 0", early_stop),
         "stop_after": (stop_after is None or stop_after >= 1, "at least 1, or None", stop_after),
+        "fixed_point_iterations": (fixed_point_iterations >= 0, "at least 0", fixed_point_iterations),
     }
     for name, (is_fine, wanted, value) in ranges.items():
         if not is_fine:

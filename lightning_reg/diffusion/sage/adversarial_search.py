@@ -9,7 +9,8 @@ from typing_extensions import override
 from lightning_reg.diffusion._in_validation import TriedInValidation
 from lightning_reg.diffusion._named import attribute_of, denoiser_of
 from lightning_reg.diffusion.sage._judged import Judge
-from lightning_reg.diffusion.sage.core import failure_groups, to_sphere
+from lightning_reg.diffusion.sage.core import LEAST_OF_TEST, failure_groups, non_gaussian, to_sphere
+from lightning_reg.diffusion.sage.failure_report import failure_report
 from lightning_reg.diffusion.sage.latent_search import SearchResult, latent_search, random_failures
 from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
@@ -30,7 +31,8 @@ class AdversarialSearch(TriedInValidation):
     puts them in: the search follows the first batch of the first loader. Logged are ``found``, the share of starts at
     which :func:`latent_search` finds a failure; ``random``, the share at which as many random draws do; ``confirmed``,
     the share of found ones that ``held_out`` does not take for the requested class either; ``distinct``, the share of
-    found ones that look unlike the others. ``result`` holds what was found last
+    found ones that look unlike the others; ``non_gaussian``, the share of found ones whose noise fails a test of
+    normality (the paper's NGR; from 20 numbers in a sample on). ``result`` holds what was found last
     (``result.save("failures.safetensors")``), ``labels`` the classes that were asked for.
 
     Use it where random samples show no failures any more. Leave it where the rate of failures in use is asked for: a
@@ -56,7 +58,7 @@ class AdversarialSearch(TriedInValidation):
         alphas_cumprod: The noise levels ``(T,)`` where the module has no scheduler.
         prediction: What the model predicts; ``"auto"``: what the scheduler says.
         starts: How many, on all ranks together. Neutral: 0.
-        every_n_epochs: After every n-th epoch's validation.
+        every_n_epochs: Of a fit, in which it searches after every n-th epoch; outside of one it always does.
         scale: Of the guidance.
         sampler_steps: At least 1.
         iterations: Steps of the search, at least 1.
@@ -64,6 +66,9 @@ class AdversarialSearch(TriedInValidation):
         sampler_gradient: Whether the gradient goes through the sampler, not only around it.
         threshold: Of the judges' probability, in [0, 1].
         baseline: Whether as many random draws are tried.
+        report: Where each search writes a page with its pictures, see :func:`failure_report`; in several processes that
+            of the first one's starts. ``None``: nowhere.
+        prompts: What each class is asked for with, in words, for the report; ``None``: its number.
         seed: Of the starts.
         name: Tells several instances in one Trainer apart.
 
@@ -100,6 +105,8 @@ class AdversarialSearch(TriedInValidation):
         sampler_gradient: bool = False,
         threshold: float = 0.5,
         baseline: bool = True,
+        report: str | None = None,
+        prompts: list[str] | None = None,
         seed: int = 0,
         name: str | None = None,
     ) -> None:
@@ -129,7 +136,9 @@ class AdversarialSearch(TriedInValidation):
         self.alphas_cumprod, self.prediction, self.starts = alphas_cumprod, prediction, starts
         self.scale, self.sampler_steps = scale, sampler_steps
         self.iterations, self.step, self.sampler_gradient = iterations, step, sampler_gradient
-        self.threshold, self.baseline = threshold, baseline
+        if prompts is not None and len(prompts) != classes:
+            raise ValueError(f"AdversarialSearch: `prompts` must be {classes} texts, got {len(prompts)}.")
+        self.threshold, self.baseline, self.report, self.prompts = threshold, baseline, report, prompts
         self.result: SearchResult | None = None
         self.labels: Tensor | None = None
 
@@ -143,10 +152,6 @@ class AdversarialSearch(TriedInValidation):
     @override
     def works(self) -> bool:
         return bool(self.starts)
-
-    @override
-    def counts(self, trainer: "Trainer") -> bool:
-        return (trainer.current_epoch + 1) % self.every_n_epochs == 0  # outside of a fit too
 
     @override
     def work(self, trainer: "Trainer", module: "LightningModule") -> dict[str, float]:
@@ -173,6 +178,11 @@ class AdversarialSearch(TriedInValidation):
         groups = failure_groups(found.samples[found.found])
         firsts = int((groups == torch.arange(len(groups), device=groups.device)).sum())
         scalars["distinct"] = firsts / max(len(groups), 1)
+        if found.noise[0].numel() >= LEAST_OF_TEST:
+            scalars["non_gaussian"] = int(non_gaussian(found.noise[found.found]).sum()) / max(len(groups), 1)
+        if self.report is not None and trainer.is_global_zero:
+            words = None if self.prompts is None else [self.prompts[label] for label in labels.tolist()]
+            failure_report(denoiser, start, found.noise, *fixed, self.threshold, held_out, words).save(self.report)
         return scalars
 
     def _noise(self, places: Tensor, draw: int) -> Tensor:
