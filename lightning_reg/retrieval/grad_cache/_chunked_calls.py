@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_reg.engine.data.batches import join_outputs, samples_of, tensors_of
 from lightning_reg.engine.host import lightning as host
-from lightning_reg.engine.host.autograd import runs_backward, version_of
+from lightning_reg.engine.host.autograd import is_reentrant, version_of
 from lightning_reg.engine.host.errors import MisconfigurationException, refuse_layer
 from lightning_reg.engine.host.generators import own_generators, replayed_randomness
 from lightning_reg.engine.host.modules import BatchNorm
@@ -63,6 +63,7 @@ class ChunkedCalls(Part):
         self._devices: dict[str, set[torch.device]] = {}
         self._step: Step | None = None
         self._runs = False
+        self._count = 0
 
     @override
     def prepare(self) -> None:
@@ -75,25 +76,28 @@ class ChunkedCalls(Part):
     @override
     @contextmanager
     def around(self, step: "Step") -> Iterator[None]:
+        self.close()
         if self._owner not in step.active:
             yield
             return
-        self._step = step
-        try:
-            # In the step alone: a copy of the module would take what stands in for a method along, with its owner.
-            for place in self._places:
-                original = getattr(place.module, place.attribute)
-                called = _eager(partial(self._call, place, original))
-                self._replaced.append(host.Replacement(place.module, place.attribute, called))
-            yield
-        finally:
-            self.close()
+        self._step, self._count = step, 0
+        for place in self._places:
+            called = _eager(partial(self._call, place, getattr(place.module, place.attribute)))
+            self._replaced.append(host.Replacement(place.module, place.attribute, called))
+        yield
+        if step.is_logging:
+            step.log(self._owner, "chunks", torch.tensor(float(self._count)))
         if self._unseen == {*self._names}:
             raise MisconfigurationException(
                 f"GradCache: {', '.join(map(repr, self._names))} was not called with gradient in the first step, so"
                 " nothing is in chunks. Name the layer or method that `training_step` calls; a network that"
                 " ran under `torch.compile` before runs as it did then: call `torch.compiler.reset()` first."
             )
+
+    @override
+    def rest(self) -> None:
+        # Not earlier: in the backward pass a checkpoint of the user's runs a call once more, which is to be the same.
+        self.close()
 
     @override
     def close(self) -> None:
@@ -106,8 +110,13 @@ class ChunkedCalls(Part):
 
     def _call(self, place: _Place, original: Callable[..., Any], *args: Any, **named: Any) -> Any:
         step = self._step
-        # A method may call a layer that is named too; in a backward pass within the step it is called once more.
-        if step is None or not torch.is_grad_enabled() or self._runs or runs_backward():
+        if not torch.is_grad_enabled() and is_reentrant():
+            raise MisconfigurationException(
+                f"GradCache: {place.name!r} runs without gradient under a checkpoint that is reentrant, so what it"
+                " draws when it runs again in chunks would be other numbers. Pass `use_reentrant=False` to the"
+                " checkpoint, or leave it out: chunks need none around them."
+            )
+        if step is None or not torch.is_grad_enabled() or self._runs:
             return original(*args, **named)
         self._unseen.discard(place.name)
         given = args, named
@@ -119,24 +128,29 @@ class ChunkedCalls(Part):
                 f"GradCache cannot cut what {place.name!r} is given into chunks: {_kinds(given)}. Give it tensors with"
                 " a row for each sample, lists and dictionaries of such, and plain values."
             )
+        self._count += len(chunks)
         joins, sizes, outputs = _Joins(place, step), [chunk.stop - chunk.start for chunk in chunks], []
         anchors = self._anchors_of(place, given)
-        self._runs = True
-        try:
-            for number, (inputs, keywords) in enumerate(parts, 1):
-                run = partial(original, *inputs, **keywords)
-                with self._unchanged_buffers(place, step, checked=number == len(parts)):
-                    outputs.append(recomputed(run, anchors, replayed_randomness))
-                joins.next_chunk()
-            result = _joined(place, "returns", outputs, sizes)
-            joins.join(sizes)
-            if len(parts) > 1 and place.name in self._unchecked:
-                two = samples_of(given, rows, slice(0, chunks[1].stop))
-                self._check_rows(place, step, original, [parts[0], two])
-                self._unchecked.discard(place.name)
-        finally:
-            self._runs = False
+        run = partial(self._run, original)
+        for number, part in enumerate(parts, 1):
+            with self._unchanged_buffers(place, step, checked=number == len(parts)):
+                outputs.append(recomputed(run, part, anchors=anchors, contexts=replayed_randomness))
+            joins.next_chunk()
+        result = _joined(place, "returns", outputs, sizes)
+        joins.join(sizes)
+        if len(parts) > 1 and place.name in self._unchecked:
+            two = samples_of(given, rows, slice(0, chunks[1].stop))
+            self._check_rows(place, step, run, [parts[0], two])
+            self._unchecked.discard(place.name)
         return result
+
+    def _run(self, original: Callable[..., Any], given: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+        """One chunk, now or once more; a method may call a layer that is named too, which is then left alone."""
+        before, self._runs = self._runs, True
+        try:
+            return original(*given[0], **given[1])
+        finally:
+            self._runs = before
 
     def _anchors_of(self, place: _Place, given: Any) -> list[Tensor]:
         """A tensor on each device on which random numbers may be drawn."""
@@ -167,13 +181,13 @@ class ChunkedCalls(Part):
             " mode, or use one that keeps nothing (LayerNorm, GroupNorm)."
         )
 
-    def _check_rows(self, place: _Place, step: "Step", original: Callable[..., Any], given: Sequence[Any]) -> None:
+    def _check_rows(self, place: _Place, step: "Step", run: Callable[[Any], Any], given: Sequence[Any]) -> None:
         """Refuses a call in which rows depend on other rows, by a chunk alone and with the next one; a host sync."""
         modes = [(layer, layer.training) for layer in place.module.modules()]
         try:
             place.module.eval()
             with torch.no_grad(), beside_the_step(self._owner, step, "compare rows"), _unseen_by_taps(step):
-                alone, beside = (original(*args, **named) for args, named in given)
+                alone, beside = map(run, given)
         finally:
             for layer, mode in modes:
                 layer.training = mode

@@ -15,7 +15,8 @@ Result = TypeVar("Result")
 
 
 def recomputed(
-    function: Callable[[], Result],
+    function: Callable[..., Result],
+    *args: object,
     anchors: Sequence[Tensor] = (),
     contexts: Callable[[], tuple[AbstractContextManager[object], AbstractContextManager[object]]] | None = None,
 ) -> Result:
@@ -29,7 +30,9 @@ def recomputed(
     where the first factors, of all rows, are there before the first chunk is called again.
 
     Args:
-        function: What is called. What it draws from the global generators of torch is drawn again in the backward pass.
+        function: What is called. What it draws from the global generators of torch is drawn again in the backward pass;
+            all else that it reads has to be then what it is now.
+        args: What it is called with.
         anchors: Tensors on the devices that it draws random numbers on, besides the CPU; one for each is enough.
         contexts: Makes a context for the first call, and one for the second; ``None`` for none.
 
@@ -38,7 +41,7 @@ def recomputed(
 
     Example:
         >>> rows = torch.ones(3, requires_grad=True)
-        >>> recomputed(lambda: rows.square().sum()).backward()
+        >>> recomputed(torch.dot, rows, rows).backward()
         >>> rows.grad
         tensor([2., 2., 2.])
 
@@ -48,7 +51,7 @@ def recomputed(
     try:
         # torch keeps the random states of the devices of positional arguments, and of no others.
         result: Result = checkpoint(
-            lambda *_: function(), *anchors, use_reentrant=False, context_fn=contexts or _no_contexts
+            lambda *_: function(*args), *anchors, use_reentrant=False, context_fn=contexts or _no_contexts
         )
     finally:
         torch.clear_autocast_cache()

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from typing_extensions import override
 
 from lightning_reg.engine.host.arguments import check_number
+from lightning_reg.engine.run.phases import Member
 from lightning_reg.engine.technique import Technique
 from lightning_reg.engine.weights.strategies import check_whole
 from lightning_reg.retrieval.grad_cache._chunked_calls import ChunkedCalls
@@ -53,7 +54,7 @@ class GradCache(Technique):
         are others than those of one call.
 
     Memory: activations of one chunk, and all that the named call returns, for all rows: name one that pools, a row per
-    text. What other techniques read of layers in it is kept too.
+    text. What other techniques read of layers in it is kept too. Logged: the number of chunks of a step.
 
     Args:
         layers: Which calls: a layer or a method of the module (``"encoder"``, ``"model.encode"``), or several. It takes
@@ -94,6 +95,15 @@ class GradCache(Technique):
     def check(self, trainer: "Trainer", module: "LightningModule") -> None:
         if self.chunk_size is not None:
             check_whole(self, trainer, "runs layers once more in the backward pass, with")
+
+    @override
+    def conflict_with(self, other: Member) -> str | None:
+        if self.chunk_size is None or not isinstance(other, GradCache) or other.chunk_size is None:
+            return None
+        both = [one for one in self._names if any(f"{one}.".startswith(f"{name}.") for name in other._names)]
+        if not both:
+            return None
+        return f"both run {both[0]!r} in chunks. Name each layer once, and none that lies in another."
 
     @override
     def parts(self, trainer: "Trainer", module: "LightningModule") -> "Sequence[Part]":
