@@ -111,12 +111,8 @@ def same_gradients(one, two, **tolerance):
     assert len(one.grads) == len(two.grads) > 0
     for first, second in zip(one.grads, two.grads, strict=True):
         for a, b in zip(first, second, strict=True):
-            torch.testing.assert_close(a, b, **tolerance or {"rtol": 0, "atol": 1e-6})
+            torch.testing.assert_close(a, b, **tolerance or {"rtol": 1e-5, "atol": 2e-6})
     assert max(g.abs().max() for g in one.grads[0]) > 1e-3
-
-
-def half(mode):
-    return {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))]}[mode]
 
 
 SETTINGS = {
@@ -144,10 +140,10 @@ def test_with_dropout_the_gradient_is_that_of_chunks_whose_graphs_are_kept(setti
 
 def test_without_dropout_it_is_the_whole_batch():
     ours, plain = Search(dropout=0.0), Search(dropout=0.0)
-    fit(ours, GradCache("net", 3))
-    fit(plain)
+    fit(ours, GradCache("net", 3), precision="64-true")
+    fit(plain, precision="64-true")
     same_gradients(ours, plain)
-    assert same_weights(ours, plain, atol=1e-5)  # 8 steps
+    assert same_weights(ours, plain, atol=1e-12)
 
 
 def test_gradients_of_chunks_are_added_up_in_the_precision_of_the_weights():
@@ -254,10 +250,11 @@ def test_what_is_nested_goes_by_rows_and_the_rest_as_it_is():
             return self.contrast(F.normalize(out["rows"]), F.normalize(out["pair"][0] + batch[0][:, :3]))
 
     ours, plain = Nests(), Nests()
+    plain.load_state_dict(ours.state_dict())
     fit(ours, GradCache("text", 3), max_steps=1)
     fit(plain, max_steps=1)
     same_gradients(ours, plain)
-    assert ours.text.sizes == [2, 3, 3, 2, 5, 3, 3, 2]  # two for the look at single rows, then backwards
+    assert ours.text.sizes == [2, 3, 3, 2, 2, 5, 3, 3, 2]  # three for the look at single rows, then backwards
     assert plain.text.sizes == [8]
 
 
@@ -296,7 +293,7 @@ class Texts(Search):
 
     def training_step(self, batch, batch_idx):
         q, d = self.embedded(batch[0]), self.embedded(batch[1])
-        return matryoshka_loss(lambda a, b: self.contrast(a, b), [q, d], [8])
+        return matryoshka_loss(self.contrast, [q, d], [8, 4])
 
 
 def tokens():
@@ -307,7 +304,7 @@ def tokens():
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_an_encoder_of_transformers_with_its_dropout(whole):
-    ours, hand = Texts(whole=whole), Texts(chunk=None if whole else 2)
+    ours, hand = Texts(whole=whole), Texts(None if whole else 2, whole)
     if whole:  # chunks of the BERT alone, whose output is a ModelOutput
         bert = hand.text.bert.forward
         hand.text.bert.forward = lambda **given: [
@@ -376,6 +373,7 @@ def test_methods_and_several_names():
         assert "forward" not in vars(ours.net)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's look at what passes a graph break
 @pytest.mark.parametrize("way", ["wrapped", "in place", "module"])
 def test_compiled_encoders(way):
     found = []
@@ -407,36 +405,39 @@ def test_beside_checkpoints_of_the_users_own(inside):
 # -- two ranks --------------------------------------------------------------------------------------------------------
 
 
+class Counted(Search):
+    """Notes when gradients are reduced over the ranks."""
+
+    def __init__(self, chunk=None):
+        super().__init__(chunk)
+        self.reduced = []
+
+    def on_train_start(self):
+        self.trainer.strategy.model.register_comm_hook(self.reduced, _noted)
+
+
+def _noted(reduced, bucket):
+    reduced.append(bucket.index())
+    work = torch.distributed.all_reduce(bucket.buffer() / 2, async_op=True)
+    return work.get_future().then(lambda future: future.value()[0])
+
+
 def on_rank(static):
-    counts = []
     found = []
-    for module, techniques in ((Search(), [GradCache("net", 3)]), (Search(chunk=3), [])):
-        buckets = []
-        strategy = DDPStrategy(process_group_backend="gloo", static_graph=static, ddp_comm_hook=_counted(buckets))
+    for module, techniques in ((Counted(), [GradCache("net", 3)]), (Counted(chunk=3), [])):
         loader = DataLoader(TensorDataset(*make_tensors()), 8)
-        torch.manual_seed(0)
-        trainer = make_trainer(callbacks=techniques, devices=2, strategy=strategy)
-        trainer.fit(module, loader)
-        counts.append(len(buckets))
+        torch.manual_seed(torch.distributed.get_rank() if torch.distributed.is_initialized() else 0)
+        strategy = DDPStrategy(process_group_backend="gloo", static_graph=static)
+        make_trainer(callbacks=techniques, devices=2, strategy=strategy).fit(module, loader)
         found.append(module)
     same_gradients(*found)
-    return counts, [p.detach() for p in found[0].parameters()]
-
-
-def _counted(buckets):
-    def hook(state, bucket):
-        buckets.append(bucket.index())
-        flat = bucket.buffer() / 2
-        work = torch.distributed.all_reduce(flat, async_op=True)
-        return work.get_future().then(lambda future: future.value()[0])
-
-    return hook
+    return [module.reduced for module in found], [p.detach() for p in found[0].parameters()]
 
 
 @pytest.mark.parametrize("static", [False, True])
 def test_two_ranks_reduce_once_in_a_step(two_processes, static):
-    (counts, weights), (_, others) = two_processes.run(on_rank, static)
-    assert counts[0] == counts[1] == 4  # two epochs of two steps
+    ((ours, by_hand), weights), (_, others) = two_processes.run(on_rank, static)
+    assert len(ours) == len(by_hand) == 4  # two epochs of two steps, one bucket
     assert all(torch.equal(a, b) for a, b in zip(weights, others, strict=True))
 
 
@@ -528,11 +529,13 @@ def test_reentrant_checkpoints_and_split_parameters_are_refused():
         def encode(self, x):
             return checkpoint(self.net, x.requires_grad_(), use_reentrant=True)
 
-    with pytest.raises(MisconfigurationException, match="GradCache: 'net' runs without gradient .*use_reentrant=False"):
+    with pytest.raises(
+        MisconfigurationException, match=r"GradCache: 'net' runs without gradient .*use_reentrant=False"
+    ):
         fit(Reentrant(), GradCache("net", 3))
     fsdp = SimpleNamespace(strategy=type("FSDPStrategy", (), {})())
     with pytest.raises(
-        MisconfigurationException, match="GradCache runs layers once more .* whole parameters, which FS"
+        MisconfigurationException, match=r"GradCache runs layers once more .* whole parameters, which FS"
     ):
         GradCache("net", 3).check(fsdp, Search())
 
@@ -551,7 +554,7 @@ class Reads(_Toy, StepTechnique):
 
 def test_layers_in_the_encoder_are_read_as_of_whole_batches_and_train_what_is_before_them():
     ours, plain, reads = Search(dropout=0.0), Search(dropout=0.0), Reads()
-    fit(ours, GradCache("net", 3), reads)
-    fit(plain, Reads())
+    fit(ours, GradCache("net", 3), reads, precision="64-true")
+    fit(plain, Reads(), precision="64-true")
     assert reads.seen == [([(8, 8)] * 2, (8, 8))] * 8
     same_gradients(ours, plain)

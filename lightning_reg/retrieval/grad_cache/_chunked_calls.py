@@ -184,20 +184,27 @@ class ChunkedCalls(Part):
     def _check_rows(self, place: _Place, step: "Step", run: Callable[[Any], Any], given: Sequence[Any]) -> None:
         """Refuses a call in which rows depend on other rows, by a chunk alone and with the next one; a host sync."""
         modes = [(layer, layer.training) for layer in place.module.modules()]
+        chunk, two = given
         try:
             place.module.eval()
-            with torch.no_grad(), beside_the_step(self._owner, step, "compare rows"), _unseen_by_taps(step):
-                alone, beside = map(run, given)
+            alone, again, beside = (
+                self._seen_of(step, seed, run, part) for seed, part in (("1", chunk), ("2", chunk), ("1", two))
+            )
         finally:
             for layer, mode in modes:
                 layer.training = mode
-        for one, both in zip(tensors_of(alone), tensors_of(beside), strict=True):
-            if one.is_floating_point() and not _are_first(one, both):
+        for one, other, both in zip(alone, again, beside, strict=True):
+            draws = not _are_first(one, other)  # in evaluation mode too, so that nothing can be seen
+            if not draws and not _are_first(one, both):
                 raise MisconfigurationException(
                     f"GradCache: what {place.name!r} returns for a row depends on the other rows, so that chunks are"
                     " not the whole batch: it compares or normalizes rows, or an argument that is no row per sample"
                     " was cut because it has as many. Name a layer or method that takes each row by itself."
                 )
+
+    def _seen_of(self, step: "Step", seed: str, run: Callable[[Any], Any], part: Any) -> list[Tensor]:
+        with torch.no_grad(), beside_the_step(self._owner, step, f"compare rows {seed}"), _unseen_by_taps(step):
+            return tensors_of(run(part))
 
     def _check_draws(self, place: _Place) -> None:
         for name, layer in place.module.named_modules():
@@ -269,6 +276,8 @@ def _joined(place: _Place, what: str, outputs: Sequence[Any], sizes: Sequence[in
 
 def _are_first(one: Tensor, both: Tensor) -> bool:
     """Whether rows are the first ones of a tensor, but for what another batch size changes in the last digits."""
+    if not one.is_floating_point():
+        return torch.equal(one, both[: len(one)])
     first, wide = both[: len(one)], torch.promote_types(one.dtype, torch.float32)
     allowed = (
         0.05 if one.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(one.device.type) else 1e-3
