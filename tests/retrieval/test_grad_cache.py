@@ -33,7 +33,7 @@ CASE = Case(
     by_hand=Hand,  # nothing: the loss and its gradient are those of the batch
     says=("net.body in chunks of 2 rows", "chunk_size=None: inactive", "net.first, net.body in chunks of 1 rows"),
     variants=[partial(GradCache, ["net.first", "net.body"], 1)],
-    invalid=[({"chunk_size": 0}, "chunk_size"), ({"layers": []}, "layers"), ({"layers": ""}, "layers")],
+    invalid=[({"chunk_size": 0}, "chunk_size"), ({"calls": []}, "calls"), ({"calls": ""}, "calls")],
     exempt={"as_by_hand": "It saves memory: weights are those of a loop without it, which the law itself compares."},
 )
 

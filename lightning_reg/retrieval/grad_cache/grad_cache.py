@@ -57,7 +57,7 @@ class GradCache(Technique):
     text. What other techniques read of layers in it is kept too. Logged: the number of chunks of a step.
 
     Args:
-        layers: Which calls: a layer or a method of the module (``"encoder"``, ``"model.encode"``), or several. It takes
+        calls: Which calls: a layer or a method of the module (``"encoder"``, ``"model.encode"``), or several. It takes
             tensors with a row per sample, by position or name, nested or not, and returns such; of each call the first
             tensor says how many rows there are, and what has another number is given to each chunk as it is.
         chunk_size: Most rows of a chunk, at least 1; as many as fit. Neutral: ``None``, no chunks.
@@ -73,13 +73,13 @@ class GradCache(Technique):
 
     """
 
-    def __init__(self, layers: list[str] | str, chunk_size: int | None, name: str | None = None) -> None:
+    def __init__(self, calls: list[str] | str, chunk_size: int | None, name: str | None = None) -> None:
         super().__init__(name=name)
-        if not layers:
-            raise ValueError(f"GradCache: `layers` must name at least one layer or method, got {layers!r}.")
+        if not calls:
+            raise ValueError(f"GradCache: `calls` must name at least one layer or method, got {calls!r}.")
         if chunk_size is not None:
             check_number(self, "chunk_size", chunk_size, low=1, integer=True)
-        self.layers, self.chunk_size = layers, chunk_size
+        self.calls, self.chunk_size = calls, chunk_size
 
     @override
     def describe(self) -> str:
@@ -113,4 +113,4 @@ class GradCache(Technique):
 
     @property
     def _names(self) -> list[str]:
-        return [self.layers] if isinstance(self.layers, str) else [*dict.fromkeys(self.layers)]
+        return [self.calls] if isinstance(self.calls, str) else [*dict.fromkeys(self.calls)]
