@@ -37,9 +37,9 @@ class GradCache(Technique):
     techniques on the loss, on what the encoder returns or on what layers in it return see whole batches.
 
     Use it where the loss compares the rows of a batch, so that accumulated small batches are another loss, and the
-    batch does not fit. Leave it where it fits: a step costs one more forward pass, and small chunks fill a device badly.
-    For a small BERT on a CPU (``benchmarks/grad_cache.py``) it took 1.5 times as long in 2 chunks, twice in 8. Where the
-    number of layers is the trouble, not that of rows, checkpoint the layers; both together work.
+    batch does not fit. Leave it where it fits: a step costs one more forward pass, and small chunks fill a device
+    badly. For a small BERT on a CPU (``benchmarks/grad_cache.py``) it took 1.5 times as long in 2 chunks, twice in 8.
+    Not yet measured on a GPU. Where the number of layers is the trouble, not that of rows, checkpoint the layers; both together work.
 
     Source:
         Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", RepL4NLP 2021, arXiv
