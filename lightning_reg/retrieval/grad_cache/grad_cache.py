@@ -38,8 +38,9 @@ class GradCache(Technique):
 
     Use it where the loss compares the rows of a batch, so that accumulated small batches are another loss, and the
     batch does not fit. Leave it where it fits: a step costs one more forward pass, and small chunks fill a device
-    badly. For a small BERT on a CPU (``benchmarks/grad_cache.py``) it took 1.5 times as long in 2 chunks, twice in 8.
-    Not yet measured on a GPU. Where the number of layers is the trouble, not that of rows, checkpoint the layers; both together work.
+    badly. For a small BERT on a CPU (``benchmarks/grad_cache.py``) it took 1.5 times as long in 2 chunks, and
+    twice as long in 8; it was not measured on a GPU. Where the number of layers is the trouble, not that of rows,
+    checkpoint the layers; both together work.
 
     Source:
         Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", RepL4NLP 2021, arXiv
