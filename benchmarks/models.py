@@ -181,6 +181,7 @@ OF_CLASS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "CoreTuning": lambda names: {"head": names["logits"]},
     "DRTune": lambda names: {"head": names["logits"]},
     "FrozenTwinAgreement": lambda names: {"features": {names["features"]: 1.0}},
+    "GradCache": lambda names: {"calls": names["features"], "chunk_size": 2},
     "GroupDRO": lambda names: {"num_groups": 4, "group_key": names.get("labels")},
     "InvariancePenalty": lambda names: {
         "method": "vrex",

@@ -270,6 +270,7 @@ DEFAULTS = {
     "random_failures": {"null": None, "scale": 1.0, "sampler_steps": 20, "threshold": 0.5},
     "ranking_distillation_losses": {"temperature": 0.05},
     "ranking_scores": {"k": 10},
+    "recomputed": {"anchors": (), "contexts": None},
     "reestimate_batchnorm": {"n": None, "forward": None},
     "region_size": {
         "radii": (0.1, 0.2, 0.4),

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from lightning_reg.engine.data.batches import join_batches, samples_of
+from lightning_reg.engine.data.batches import join_batches, join_outputs, samples_of
 
 
 class Named(NamedTuple):
@@ -66,3 +66,30 @@ def test_parts_that_may_hold_samples_are_not_guessed_at(kind):
         nodes = X
 
     assert samples_of([X, Graphs() if kind == "object" else {1, 2}], 6, slice(2)) is None
+
+
+@pytest.mark.parametrize("kind", [kind for kind in BATCHES if kind != "constants"])
+def test_outputs_of_parts_of_any_sizes_are_those_of_the_whole(kind):
+    batch = BATCHES[kind]
+    cuts = [slice(0, 1), slice(1, 4), slice(4, 6)]
+    joined = join_outputs([samples_of(batch, 6, cut) for cut in cuts], [1, 3, 2])
+    assert type(joined) is type(batch)
+    assert flat(joined) == flat(batch)
+    assert join_outputs([batch], [6]) is batch
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ([X[:2].sum(), X[2:].sum()], r"a tensor \(\)"),
+        ([X[:2], X[2:5]], r"tensors \(2, 2\), \(3, 2\)"),
+        ([X[:2], X[2:, :1]], r"tensors \(2, 2\), \(4, 1\)"),
+        ([X[:2], None], r"tensors \(2, 2\), \(\)"),
+        ([1, 2], "a int"),
+        ([object(), object()], "a object"),
+        ([[X[:2]], [X[2:], X[2:]]], "zip"),
+    ],
+)
+def test_outputs_that_are_no_rows_are_not_joined(parts, said):
+    with pytest.raises(ValueError, match=said):
+        join_outputs(parts, [2, 4])

@@ -13,6 +13,7 @@ from lightning_reg.engine.host.errors import MisconfigurationException
 
 __all__ = [
     "join_batches",
+    "join_outputs",
     "lies_across",
     "lies_by_sample",
     "place_of",
@@ -28,7 +29,7 @@ class _Ways(NamedTuple):
 
     tensors: Callable[[Sequence[Tensor]], Tensor]  # with a row per sample
     items: Callable[[Sequence[Sequence[Any]]], list[Any]]  # one item per sample: a name, a path
-    others: Callable[[Any], Any]  # what holds no samples that are known
+    others: Callable[[Sequence[Any]], Any]  # what holds no samples that are known
 
 
 def join_batches(parts: Sequence[Any], size: int) -> Any:
@@ -46,6 +47,44 @@ def join_batches(parts: Sequence[Any], size: int) -> Any:
 
     """
     return _combined(parts, size, _Ways(_join_tensors, lambda lists: [item for one in lists for item in one], _same))
+
+
+def join_outputs(parts: Sequence[Any], sizes: Sequence[int]) -> Any:
+    """What a network made of some samples after the other, as if it were one output.
+
+    Args:
+        parts: Its outputs, of the same structure.
+        sizes: Number of samples of each.
+
+    Returns:
+        An output of the same structure; what does not go by samples (a setting) must be the same in all of them.
+
+    Raises:
+        ValueError: If a part of it neither goes by samples nor is the same for all.
+
+    """
+    if len(parts) == 1:
+        return parts[0]
+
+    def joined(tensors: Sequence[Tensor]) -> Tensor:
+        shapes = [tuple(getattr(one, "shape", ())) for one in tensors]
+        if [shape[:1] for shape in shapes] != [(size,) for size in sizes] or len({shape[1:] for shape in shapes}) > 1:
+            raise ValueError(f"tensors {', '.join(map(str, shapes))}")
+        return torch.cat(list(tensors))
+
+    return _combined(parts, sizes[0], _Ways(joined, lambda lists: [item for one in lists for item in one], _agreed))
+
+
+def _agreed(values: Sequence[Any]) -> Any:
+    first = values[0]
+    if isinstance(first, Tensor):
+        raise ValueError(f"a tensor {tuple(first.shape)}")
+    if any(value is not first and not (isinstance(value, _SIMPLE) and value == first) for value in values):
+        raise ValueError(f"a {type(first).__name__}")
+    return first
+
+
+_SIMPLE = str, int, float, bool
 
 
 def samples_of(batch: Any, size: int, chosen: slice) -> Any:
@@ -171,11 +210,12 @@ class _UnknownError(Exception):
     """A part of a batch that may hold samples."""
 
 
-def _same(value: Any) -> Any:
-    return value
+def _same(values: Sequence[Any]) -> Any:
+    return values[0]
 
 
-def _plain(value: Any) -> Any:
+def _plain(values: Sequence[Any]) -> Any:
+    value = values[0]
     if isinstance(value, str | int | float | bool | Tensor | None):
         return value
     raise _UnknownError
@@ -184,7 +224,7 @@ def _plain(value: Any) -> Any:
 def _combined(parts: Sequence[Any], size: int, ways: _Ways) -> Any:
     first = parts[0]
     if isinstance(first, Tensor):
-        return ways.tensors(parts) if first.dim() and len(first) == size else ways.others(first)
+        return ways.tensors(parts) if first.dim() and len(first) == size else ways.others(parts)
     if isinstance(first, Mapping):
         return _rebuilt(first, {key: _combined([part[key] for part in parts], size, ways) for key in first})
     if isinstance(first, tuple | list):
@@ -195,7 +235,7 @@ def _combined(parts: Sequence[Any], size: int, ways: _Ways) -> Any:
     if dataclasses.is_dataclass(first) and not isinstance(first, type):
         names = [field.name for field in dataclasses.fields(first)]
         return with_attributes(first, {n: _combined([getattr(part, n) for part in parts], size, ways) for n in names})
-    return ways.others(first)
+    return ways.others(parts)
 
 
 def _join_tensors(parts: Sequence[Tensor]) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-__all__ = ["isolated_randomness", "kept_generators", "own_randomness"]
+__all__ = ["isolated_randomness", "kept_generators", "own_generators", "own_randomness", "replayed_randomness"]
 
 
 @contextmanager
@@ -50,6 +50,47 @@ def kept_generators(loader: Any, seed: int | None = None) -> Iterator[None]:
         for generator in {id(g): g for g in _generators(loader, depth=4)}.values():
             _keep(generator, seed, undo)
         yield
+
+
+def replayed_randomness() -> tuple["_Noted", "_Noted"]:
+    """Two contexts: in the second, numpy and Python draw from their global states what they drew in the first.
+
+    torch's checkpoints replay torch's own states, and leave these two alone. The second may be entered several times,
+    and puts back what was there.
+
+    Returns:
+        The first and the second.
+
+    """
+    first = _Noted(None)
+    return first, _Noted(first)
+
+
+class _Noted:
+    """The global states of numpy and Python as they are on entry, or as another one has found them."""
+
+    def __init__(self, replayed: "_Noted | None") -> None:
+        self._replayed = replayed
+        self._states: tuple[Any, Any] = ((), ())
+
+    def __enter__(self) -> None:
+        self._states = np.random.get_state(), random.getstate()  # noqa: NPY002 # users draw from it
+        if self._replayed is not None:
+            _put_back(self._replayed._states)
+
+    def __exit__(self, *error: object) -> None:
+        if self._replayed is not None:
+            _put_back(self._states)
+
+
+def _put_back(states: tuple[Any, Any]) -> None:
+    np.random.set_state(states[0])  # noqa: NPY002 # as above
+    random.setstate(states[1])
+
+
+def own_generators(owner: object) -> list[Any]:
+    """The random generators among an object's attributes: torch's, numpy's and Python's."""
+    return [*_generators(owner, depth=0)]
 
 
 def _keep(generator: Any, seed: int | None, undo: ExitStack) -> None:

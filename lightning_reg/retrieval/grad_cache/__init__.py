@@ -1,0 +1,1 @@
+"""Large batches of a contrastive loss in the memory of small ones."""

@@ -1,0 +1,32 @@
+"""Random states that are replayed."""
+
+import random
+
+import numpy as np
+import torch
+from torch import nn
+
+from lightning_reg.engine.host.generators import own_generators, replayed_randomness
+
+
+def drawn():
+    return random.random(), np.random.rand()  # noqa: NPY002 # the global state is what users draw from
+
+
+def test_the_second_context_draws_what_the_first_drew_and_leaves_no_trace():
+    first, second = replayed_randomness()
+    with first:
+        one = drawn()
+    between = random.getstate()
+    for _ in range(2):
+        with second:
+            assert drawn() == one
+        assert random.getstate() == between
+    assert drawn() != one
+
+
+def test_generators_of_an_object():
+    layer = nn.Linear(2, 2)
+    assert own_generators(layer) == []
+    layer.draws, layer.chance = torch.Generator(), np.random.default_rng(0)
+    assert own_generators(layer) == [layer.draws, layer.chance]
