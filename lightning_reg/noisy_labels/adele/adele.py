@@ -321,8 +321,8 @@ class ADELE(Settings):
             self._masks = new_memory(samples.total("ADELE", self.num_samples), num_classes)
         if self._masks.num_classes != num_classes:
             raise MisconfigurationException(
-                f"ADELE: masks are kept of {self._masks.num_classes} classes, and the network scores {num_classes}. Write"
-                f" `LabelStore(num_classes={num_classes})`."
+                f"ADELE: masks are kept of {self._masks.num_classes} classes, and the network scores {num_classes}."
+                f" Write `LabelStore(num_classes={num_classes})`."
             )
         against = masks if self.from_original else present
         self._curves.count(iou_counts(scores.argmax(1), against, num_classes, self.ignore_index))

@@ -18,7 +18,7 @@ __all__ = ["LabelStore"]
 
 
 class _Samples(Protocol):
-    def __getitem__(self, index: int, /) -> Any: ...
+    def __getitem__(self, index: int, /) -> Any: ...  # noqa: ANN401 # samples of any kind
 
     def __len__(self) -> int: ...
 
@@ -108,7 +108,7 @@ class LabelStore(Dataset[Any]):
             self._maps = SharedMapMemory(self._maps.num_samples, self.num_classes, self._maps.pixels)
         return self._maps
 
-    def _mask(self, sample: Any) -> tuple[Any, Tensor]:
+    def _mask(self, sample: Any) -> tuple[Any, Tensor]:  # noqa: ANN401 # samples of any kind
         """A copy of a sample's mask, and its numbers ``(H, W)`` in the same memory."""
         mask = find_entry(sample, self.target_key, "LabelStore: target_key")
         copied = mask.clone() if isinstance(mask, Tensor) else mask.copy() if isinstance(mask, np.ndarray) else None
