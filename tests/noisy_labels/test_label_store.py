@@ -14,7 +14,7 @@ from lightning_reg import ADELE, LabelStore
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.functional import confident_classes, corrected_masks
 from tests.conformance.problems import KINDS
-from tests.toys import QUIET, fit, make_trainer, weights_of
+from tests.toys import QUIET, TWO_RANKS, fit, make_trainer, weights_of
 
 pytestmark = QUIET
 
@@ -221,3 +221,18 @@ def test_misuse_is_told(technique, wrapped, words):
     store = data if wrapped is False else LabelStore(data, 4 if wrapped == 4 else 3)
     with pytest.raises(MisconfigurationException, match=words):
         fit(Segmenter(), technique, loader=DataLoader(store, 4), max_epochs=2)
+
+
+def corrected_on_two(store):
+    x, y = images()
+    module, technique = Segmenter(), adele()
+    fit(module, technique, loader=DataLoader(store, 4), max_epochs=2, **TWO_RANKS)
+    return [technique.corrected_mask(i, mask) for i, mask in enumerate(y)], [store[i][1] for i in range(len(y))]
+
+
+def test_ranks_that_were_given_one_store_hand_out_the_same_masks(two_processes):
+    x, y = images()
+    one, two = two_processes.run(corrected_on_two, LabelStore(TensorDataset(x, y), 3))
+    assert not torch.equal(torch.stack(one[0]), y)
+    for other in (one[1], *two):
+        assert all(map(torch.equal, one[0], other))
