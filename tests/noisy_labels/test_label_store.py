@@ -224,7 +224,7 @@ def test_misuse_is_told(technique, wrapped, words):
 
 
 def corrected_on_two(store):
-    x, y = images()
+    _, y = images()
     module, technique = Segmenter(), adele()
     fit(module, technique, loader=DataLoader(store, 4), max_epochs=2, **TWO_RANKS)
     return [technique.corrected_mask(i, mask) for i, mask in enumerate(y)], [store[i][1] for i in range(len(y))]
