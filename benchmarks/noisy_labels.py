@@ -10,7 +10,10 @@ The labels are people's (CIFAR-10N) or redrawn at random. ``--data`` names a fol
 
 Nothing is tuned: each arm has the constants of its paper, co-teaching the share of wrong labels as its forget rate
 (``--forget-rate``), nested dropout the first ``--eta`` features in evaluation, so that no K is chosen on the test
-images. ``--runs`` keeps the figures of each run in a file, and runs that are in it are not made again.
+images. In two stages, as published, two networks are trained with nested dropout for half of the epochs each, then
+taught by each other for the other half, with a tenth of the learning rate and the full forget rate from the start: as
+many steps of each network as in the other arms. ``--runs`` keeps the figures of each run in a file, and runs that are
+in it are not made again.
 """
 
 import argparse
@@ -22,7 +25,6 @@ import os
 import platform
 import statistics
 import tempfile
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,6 +54,7 @@ ARMS = {
     "nested": "NestedDropout",
     "co_teaching": "CoTeaching",
     "both": "NestedDropout, CoTeaching",
+    "two_stages": "NestedDropout, then CoTeaching",
 }
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
@@ -209,13 +212,20 @@ class Classifier(LightningModule):
     """An ordinary image classifier: nothing in it knows about lightning_reg."""
 
     def __init__(
-        self, setting: str, schedule: str, crop_padding: int, label_smoothing: float, channels_last: bool
+        self,
+        setting: str,
+        schedule: str,
+        crop_padding: int,
+        label_smoothing: float,
+        channels_last: bool,
+        lr_factor: float = 1.0,
     ) -> None:
         super().__init__()
         self.setting = setting
         self.schedule = schedule
         self.crop_padding = crop_padding
         self.label_smoothing = label_smoothing
+        self.lr_factor = lr_factor
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         net = small_convnet() if setting == "small" else resnet34()
         self.net = net.to(memory_format=self.memory_format)
@@ -238,8 +248,8 @@ class Classifier(LightningModule):
 
     def configure_optimizers(self) -> Any:
         if self.setting == "small":
-            return torch.optim.AdamW(self.parameters(), lr=1e-3)
-        optimizer = torch.optim.SGD(self.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-3)
+            return torch.optim.AdamW(self.parameters(), lr=1e-3 * self.lr_factor)
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.02 * self.lr_factor, momentum=0.9, weight_decay=1e-3)
         if self.schedule == "cosine":
             schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=10, eta_min=1e-3)
         else:
@@ -261,20 +271,75 @@ class AccuracyCurve(Callback):
 
 
 def run(arm: str, args: argparse.Namespace, seed: int, device: torch.device, curve: AccuracyCurve) -> dict[str, float]:
-    train_set, test_set, wrong = datasets(args, seed, device)
-    torch.manual_seed(seed)
-    smoothing = 0.1 if arm == "smoothing" else 0.0
-    model = Classifier(args.setting, args.schedule, SETTINGS[args.setting].crop_padding, smoothing, args.channels_last)
-    classifier = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)][-1]
+    data = datasets(args, seed, device)
+    test_set, wrong = data[1:]
+    if arm == "two_stages":
+        with tempfile.TemporaryDirectory() as folder:
+            model, co_teaching, classifier = two_stages(args, data, seed, curve, Path(folder))
+            reporting: ELRCallback | CoTeaching | None = co_teaching
+    else:
+        torch.manual_seed(seed)
+        model = classifier_of(args, smoothing=0.1 if arm == "smoothing" else 0.0)
+        classifier = classifier_name(model)
+        nested = NestedDropout(classifier, eta=args.eta, k=args.eta)
+        elr, co_teaching = ELRCallback(lam=args.lam, beta=args.beta), CoTeaching(args.forget_rate, logits_layer="net")
+        techniques = {"elr": [elr], "nested": [nested], "co_teaching": [co_teaching], "both": [nested, co_teaching]}
+        fit(args, model, data, args.epochs, [curve, *techniques.get(arm, [])])
+        reporting = {"elr": elr, "co_teaching": co_teaching, "both": co_teaching}.get(arm)
+    result = {"best": 100 * max(curve.values), "last": 100 * curve.values[-1]}
+    if reporting is co_teaching:
+        prefix = {classifier: args.eta} if arm in {"both", "two_stages"} else {}
+        result["ensemble"] = 100 * accuracy(co_teaching.ensemble(model, prefix), model, test_set)
+    if reporting is not None and wrong.any():
+        suspected = reporting.suspected_label_errors()
+        hits = int((suspected & wrong).sum())
+        result["precision"] = 100 * hits / max(int(suspected.sum()), 1)
+        result["recall"] = 100 * hits / int(wrong.sum())
+    return result
+
+
+def two_stages(
+    args: argparse.Namespace, data: tuple[Images, Images, Tensor], seed: int, curve: AccuracyCurve, folder: Path
+) -> tuple[Classifier, CoTeaching, str]:
+    """Two networks with nested dropout alone, then co-teaching from the two of them."""
+    first = args.epochs // 2
+    for number in range(2):
+        torch.manual_seed(seed + 1000 * number)
+        model = classifier_of(args)
+        classifier = classifier_name(model)
+        nested = NestedDropout(classifier, eta=args.eta, k=args.eta)
+        fit(args, model, data, first, [nested] if number else [curve, nested])
+        torch.save(model.state_dict(), folder / f"{number}.pt")
+    model = classifier_of(args, lr_factor=0.1)
+    model.load_state_dict(torch.load(folder / "0.pt", weights_only=True))
     nested = NestedDropout(classifier, eta=args.eta, k=args.eta)
-    elr, co_teaching = ELRCallback(lam=args.lam, beta=args.beta), CoTeaching(args.forget_rate, logits_layer="net")
-    techniques = {"elr": [elr], "nested": [nested], "co_teaching": [co_teaching], "both": [nested, co_teaching]}
+    co_teaching = CoTeaching(args.forget_rate, gradual_epochs=0, second=str(folder / "1.pt"), logits_layer="net")
+    fit(args, model, data, args.epochs - first, [curve, nested, co_teaching])
+    return model, co_teaching, classifier
+
+
+def classifier_of(args: argparse.Namespace, smoothing: float = 0.0, lr_factor: float = 1.0) -> Classifier:
+    padding = SETTINGS[args.setting].crop_padding
+    return Classifier(args.setting, args.schedule, padding, smoothing, args.channels_last, lr_factor)
+
+
+def classifier_name(model: Classifier) -> str:
+    return [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)][-1]
+
+
+def fit(
+    args: argparse.Namespace,
+    model: Classifier,
+    data: tuple[Images, Images, Tensor],
+    epochs: int,
+    callbacks: list[Callback],
+) -> None:
     trainer = Trainer(
         accelerator=args.accelerator,
         devices=1,
         precision=args.precision,
-        max_epochs=args.epochs,
-        callbacks=[curve, *techniques.get(arm, [])],
+        max_epochs=epochs,
+        callbacks=callbacks,
         benchmark=True,
         logger=False,
         enable_checkpointing=False,
@@ -282,27 +347,11 @@ def run(arm: str, args: argparse.Namespace, seed: int, device: torch.device, cur
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-    start = time.perf_counter()
     trainer.fit(
         model,
-        DataLoader(train_set, batch_size=128, shuffle=True, collate_fn=as_it_is),
-        DataLoader(test_set, batch_size=1000, collate_fn=as_it_is),
+        DataLoader(data[0], batch_size=128, shuffle=True, collate_fn=as_it_is),
+        DataLoader(data[1], batch_size=1000, collate_fn=as_it_is),
     )
-    result = {
-        "seconds": time.perf_counter() - start,
-        "best": 100 * max(curve.values),
-        "last": 100 * curve.values[-1],
-    }
-    reporting = elr if arm == "elr" else co_teaching
-    if reporting is co_teaching and reporting in trainer.callbacks:
-        prefix = {classifier: args.eta} if arm == "both" else {}
-        result["ensemble"] = 100 * accuracy(co_teaching.ensemble(model, prefix), model, test_set)
-    if reporting in trainer.callbacks and wrong.any():
-        suspected = reporting.suspected_label_errors()
-        hits = int((suspected & wrong).sum())
-        result["precision"] = 100 * hits / max(int(suspected.sum()), 1)
-        result["recall"] = 100 * hits / int(wrong.sum())
-    return result
 
 
 @torch.no_grad()
@@ -334,26 +383,22 @@ def quiet_lightning() -> Iterator[None]:
 
 # Report
 
-HEADER = ["%", "best epoch", "last epoch", "last, both networks", "suspects: precision", "suspects: recall", "seconds"]
+HEADER = ["%", "best epoch", "last epoch", "last, both networks", "suspects: precision", "suspects: recall"]
 
 
-def mean_and_half(runs: list[dict[str, float]], key: str, digits: int = 1) -> str:
+def mean_and_half(runs: list[dict[str, float]], key: str) -> str:
     if key not in runs[0]:
         return "-"
     values = [run[key] for run in runs]
     # Half the 95 % interval, by Student's t.
     half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5 if values[1:] else 0.0
-    spread = f" ± {half:.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
+    spread = f" ± {half:.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
 
 
 def rows_of(results: dict[str, list[dict[str, float]]]) -> list[list[str]]:
     keys = ("best", "last", "ensemble", "precision", "recall")
-    return [
-        [ARMS[arm], *(mean_and_half(runs, key) for key in keys), mean_and_half(runs, "seconds", digits=0)]
-        for arm, runs in results.items()
-        if runs
-    ]
+    return [[ARMS[arm], *(mean_and_half(runs, key) for key in keys)] for arm, runs in results.items() if runs]
 
 
 def rich_table(rows: list[list[str]], title: str, caption: str) -> Table:
@@ -395,9 +440,9 @@ def facts(command: str, wrong: float, args: argparse.Namespace, device: torch.de
     spread = f"mean ± half the 95 % interval (Student's t) of {args.seeds} seeds" if args.seeds > 1 else "one seed"
     return [
         f"`{command}`",
-        "Test accuracy; precision and recall of `suspected_label_errors()` as a detector of the wrong labels; seconds"
-        " of one run. Label smoothing: 0.1. Co-teaching trains two networks, so a run costs twice: the columns of"
-        ' epochs are the module\'s, "both networks" the mean of their logits.',
+        "Test accuracy; precision and recall of `suspected_label_errors()` as a detector of the wrong labels."
+        " Label smoothing: 0.1. Co-teaching trains two networks, so a run costs twice: the columns of epochs are the"
+        ' module\'s, "both networks" the mean of their logits.',
         f"{args.train_size:,} training images, {wrong:.1f} % of their labels wrong; {args.test_size:,} test images;"
         f" {args.epochs} epochs; {spread}",
         f"{packages}, Python {platform.python_version()}; {machine}",

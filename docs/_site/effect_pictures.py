@@ -17,7 +17,7 @@ import results
 # What is drawn of units whose results are no `effects_<key>.md`: a file, what its cells give behind the mean, how many
 # of its columns are drawn, and what they measure.
 _OF_UNIT = {
-    "elr": ("noisy_labels_worse.md", "one standard deviation of the seeds", 2, "test accuracy, {} (%)"),
+    "elr": ("noisy_labels_worse.md", "half the 95 % interval of the seeds", 2, "test accuracy, {} (%)"),
     "loss_reweighting": ("reweighting.txt", "one standard deviation of the seeds", 2, "test loss {}"),
     "model_soups": ("soups_cifar.txt", "", 2, "{} accuracy"),
     "nm_sparsity": ("sparsity_digits.md", "one standard deviation of the seeds", 5, "test accuracy, {}"),

@@ -1,9 +1,14 @@
 """Maps of classes by sample index, packed into few bits."""
 
+import copy
+import multiprocessing
+from pathlib import Path
+
 import pytest
 import torch
 
 from lightning_reg.engine.data.maps import MapMemory
+from lightning_reg.engine.data.shared_maps import SharedMapMemory
 
 
 def maps(count, height, width, classes):
@@ -84,3 +89,56 @@ def test_misuse_is_told():
         MapMemory(2, 2).read(torch.tensor([2]), maps(1, 2, 2, 2))
     with pytest.raises(IndexError, match="from 0 to 1"):
         MapMemory(2, 2).write(torch.tensor([-1]), maps(1, 2, 2, 2))
+
+
+# -- shared with workers ----------------------------------------------------------------------------------------------
+
+
+def in_another_process(memory, index, found):
+    found.put(memory.map_of(index).tolist())
+
+
+def test_another_process_reads_what_is_written_later():
+    memory, rows = SharedMapMemory(4, 5, 6), maps(2, 2, 3, 5)
+    twin = SharedMapMemory.__new__(SharedMapMemory)
+    twin.__setstate__(memory.__getstate__() | {"_process": -1})  # as it comes to a worker
+    assert not twin.is_ours
+    memory.write(torch.tensor([3, 1]), rows)
+    assert torch.equal(twin.map_of(3), rows[0])
+    assert torch.equal(twin.map_of(1), rows[1])
+    assert memory.nbytes == 2 * 3 + 4 * 24
+    context = multiprocessing.get_context("fork")
+    found = context.Queue()
+    worker = context.Process(target=in_another_process, args=(memory, 3, found))
+    worker.start()
+    assert found.get() == rows[0].tolist()
+    worker.join()
+    assert Path(memory._path).exists()
+
+
+def test_a_copy_in_the_same_process_is_apart():
+    memory, rows = SharedMapMemory(3, 3, 4), maps(2, 2, 2, 3)
+    memory.write(torch.tensor([2]), rows[:1])
+    twin = copy.deepcopy(memory)
+    twin.write(torch.tensor([0]), rows[1:])
+    twin.write(torch.tensor([2]), 2 - rows[:1])
+    assert memory.indices.tolist() == [2]
+    assert torch.equal(memory.map_of(2), rows[0])
+    assert torch.equal(twin.map_of(2), 2 - rows[0])
+    paths = [Path(memory._path), Path(twin._path)]
+    del memory, twin
+    assert not any(path.exists() for path in paths)
+
+
+def test_shared_maps_save_and_load_as_others_and_refuse_what_is_too_large():
+    memory, rows = SharedMapMemory(3, 3, 6), maps(2, 2, 3, 3)
+    memory.write(torch.tensor([2, 0]), rows)
+    other = MapMemory(3, 3)
+    other.load_state_dict(memory.state_dict())
+    assert torch.equal(other.map_of(2), rows[0])
+    memory.clear()
+    assert memory.indices.tolist() == []
+    memory.load_state_dict(other.state_dict())
+    assert torch.equal(memory.map_of(0), rows[1])
+    with pytest.raises(ValueError, match="room for maps of 6 pixels each, and some are larger"):
+        memory.write(torch.tensor([1]), maps(1, 4, 9, 3))

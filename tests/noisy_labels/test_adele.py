@@ -445,6 +445,33 @@ def test_a_segformer():
     assert adele.mask_errors(y).by_class(3).sum() > 0
 
 
+@pytest.mark.parametrize("dice_alone", [True, False], ids=["Dice alone", "Dice and cross-entropy"])
+def test_a_unet_with_the_dice_loss_of_its_library(dice_alone):
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        options = {"encoder_weights": None, "encoder_depth": 3, "decoder_channels": (16, 8, 8)}
+        net = smp.Unet("mobilenet_v2", in_channels=1, classes=3, **options)
+    dice = smp.losses.DiceLoss("multiclass", ignore_index=255)
+
+    def step(module, batch):
+        logits = module(batch[0])
+        own = 0 if dice_alone else F.cross_entropy(logits, batch[1], ignore_index=255)
+        return dice(logits, batch[1]) + own
+
+    module = Segmenter(step)
+    module.net = net
+    x = torch.cos(0.9 * torch.arange(4 * 16 * 16.0)).reshape(4, 1, 16, 16)
+    y = (x[:, 0] > 0).long() + (x[:, 0] > 0.7).long()
+    adele = make(tau=0.34, layer="net.segmentation_head", class_constraint=False, shrink_guard=False)
+    consistency = [] if dice_alone else [MultiScaleConsistency(rho=0.1, multiple_of=8)]
+    fit(module, adele, *consistency, loader=loader_of(x, y, 2), max_epochs=2)
+    whole = [masks for masks in module.seen if masks.shape[1] == 16]
+    assert torch.equal(torch.cat(whole[:2]), y)
+    assert len(adele.mask_errors(y)) > 0
+    assert not torch.equal(torch.cat(whole[-2:]), y)
+
+
 class Hugging(Segmenter):
     def training_step(self, batch, batch_idx):
         return self.net(pixel_values=batch["image"], labels=batch["mask"]).loss

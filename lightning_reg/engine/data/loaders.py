@@ -113,6 +113,8 @@ class TrainLoaders:
         if not self._trainer.training:
             return processed
         self._sources = None
+        for technique in self._askers:
+            technique.meet_loader(self._trainer, processed)
         source, refusal, twin = IndexSource(), None, processed
         try:
             twin = source.attach(processed)

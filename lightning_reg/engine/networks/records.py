@@ -154,6 +154,9 @@ def steps_in_order(
     owner: "Owner",
     stage: Stage = "train",
     check_same: Callable[[Step, Step], None] | None = None,
+    dataset: Any = None,
+    *,
+    one_by_one: bool = False,
 ) -> Iterator[Iterator[tuple[Step, Sequence[int]]]]:
     """One pass over the training or validation data for a :class:`Peer`, of which the fit notices nothing.
 
@@ -165,6 +168,8 @@ def steps_in_order(
         stage: ``"train"`` or ``"validate"``.
         check_same: Gets two steps with the first batch, fetched twice, and refuses data that change; see
             :func:`check_fetched_twice`.
+        dataset: Gives the samples in place of the loader's own, which it is behind; ``None`` for that.
+        one_by_one: Whether each sample is a batch of its own.
 
     Yields:
         Steps with their batches, and the indices of the samples.
@@ -175,7 +180,8 @@ def steps_in_order(
     """
     loader, limit = attached_engine(trainer).loader_for(owner, stage)
     with ExitStack() as undo:
-        drawn, twice, batches = undo.enter_context(ordered_batches(trainer, loader, limit, stage))
+        passes = ordered_batches(trainer, loader, limit, stage, dataset, one_by_one=one_by_one)
+        drawn, twice, batches = undo.enter_context(passes)
         if check_same is not None and drawn:
             check_same(*_steps(trainer, stage, iter(twice()), [drawn[0]] * 2))
         what = f"{type(owner).__name__}: {'training' if stage == 'train' else 'validation'} data"

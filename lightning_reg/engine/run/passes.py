@@ -110,7 +110,7 @@ def _with(loader: Any, **changes: Any) -> Any:
 
 @contextmanager
 def ordered_batches(
-    trainer: "Trainer", loader: Any, limit: float, stage: "Stage"
+    trainer: "Trainer", loader: Any, limit: float, stage: "Stage", dataset: Any = None, *, one_by_one: bool = False
 ) -> Iterator[tuple[list[list[int]], Callable[[], tuple[Any, Any]], Iterator[Any]]]:
     """A pass over the samples of one loader, each once and in the order of their indices, of which nobody notices.
 
@@ -122,6 +122,8 @@ def ordered_batches(
         loader: A DataLoader with indices, on this rank.
         limit: Most batches.
         stage: ``"train"`` or ``"validate"``: what the module's hooks for batches are told.
+        dataset: Gives the samples in place of the loader's own, which it is behind; ``None`` for that.
+        one_by_one: Whether each sample is a batch of its own.
 
     Yields:
         The indices of each batch; a function that fetches the first batch twice; the batches, on the module's device.
@@ -129,14 +131,17 @@ def ordered_batches(
     """
     with _unnoticed(trainer, [loader]), host.stage_of_trainer(trainer, stage):
         drawn = _index_batches(loader, limit)
+        if one_by_one:
+            drawn = [[index] for indices in drawn for index in indices]
+        here = loader if dataset is None else _with(loader, dataset=dataset)
 
         def on_device(draws: list[list[int]], **changes: Any) -> Iterator[Any]:
             place = "sampler" if loader.batch_sampler is None else "batch_sampler"
-            return (host.batch_on_device(trainer, batch) for batch in _with(loader, **{place: draws}, **changes))
+            return (host.batch_on_device(trainer, batch) for batch in _with(here, **{place: draws}, **changes))
 
         def twice() -> tuple[Any, Any]:
-            here: dict[str, Any] = {"num_workers": 0, "timeout": 0}
-            return next(on_device(drawn[:1], **here)), next(on_device(drawn[:1], **here))
+            alone: dict[str, Any] = {"num_workers": 0, "timeout": 0}
+            return next(on_device(drawn[:1], **alone)), next(on_device(drawn[:1], **alone))
 
         yield drawn, twice, on_device(drawn)
 

@@ -119,6 +119,13 @@ class Member:
         """Parts of the fit in which it freezes weights, or in which its own loss or the user's is alone."""
         return ()
 
+    def meet_loader(self, trainer: "Trainer", loader: Any) -> None:
+        """Sees each training loader as Lightning has made it ready, before its workers start and a batch is drawn.
+
+        For techniques that need indices. Progress and the technique's state are those of the checkpoint, if there is
+        one.
+        """
+
     def prepare_model(self, module: "LightningModule") -> None:
         """Prepares the module before it is wrapped for several processes and before its optimizers are made.
 

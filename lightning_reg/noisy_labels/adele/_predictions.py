@@ -1,7 +1,7 @@
 """What the network predicts for whole training images, at several scales, in one pass beside the fit."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,7 @@ from lightning_reg.engine.networks.peer import Peer
 from lightning_reg.engine.networks.records import check_fetched_twice, steps_in_order
 from lightning_reg.noisy_labels._scales import resized, scaled_size
 from lightning_reg.noisy_labels.adele._settings import Settings
+from lightning_reg.noisy_labels.adele.label_store import LabelStore
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -25,20 +26,35 @@ if TYPE_CHECKING:
 __all__ = ["check_samples_stay", "masks_of", "predictions", "scores_of"]
 
 
-def check_samples_stay(trainer: "Trainer", owner: Settings) -> None:
+def check_samples_stay(trainer: "Trainer", owner: Settings, store: LabelStore | None = None) -> None:
     """Refuses samples that are another time others than they were: corrected pixels would lie elsewhere."""
     problem = (
         "ADELE replaces pixels of masks, and a batch that was fetched twice was another one the second time: images are"
         " cropped, flipped or otherwise changed at random, so the pixels of a corrected mask would lie elsewhere. Give"
-        " the loader whole images without random transforms, and do these in `training_step` (with image and mask"
-        " together), in train mode only."
+        " the loader whole images without random transforms, and do these behind it: `LabelStore(whole_images,"
+        " num_classes=..., transform=...)` as the dataset hands out corrected masks before its `transform`; or in"
+        " `training_step` (with image and mask together), in train mode only."
     )
-    with steps_in_order(trainer, owner, "train", lambda one, two: check_fetched_twice(one, two, problem)):
+    with _steps(trainer, owner, store, lambda one, two: check_fetched_twice(one, two, problem)):
         pass
 
 
+def _steps(
+    trainer: "Trainer",
+    owner: Settings,
+    store: LabelStore | None,
+    check_same: "Callable[[Step, Step], None] | None" = None,
+) -> "AbstractContextManager[Iterator[tuple[Step, Sequence[int]]]]":
+    """Whole images: those behind the store, if there is one."""
+    if store is None:
+        return steps_in_order(trainer, owner, "train", check_same)
+    return steps_in_order(trainer, owner, "train", check_same, store.dataset, one_by_one=store.size is not None)
+
+
 @contextmanager
-def predictions(trainer: "Trainer", owner: Settings) -> Iterator[Iterator[tuple[Tensor, Tensor, Tensor]]]:
+def predictions(
+    trainer: "Trainer", owner: Settings, store: LabelStore | None = None
+) -> Iterator[Iterator[tuple[Tensor, Tensor, Tensor]]]:
     """Goes once over the training data in eval mode.
 
     Yields:
@@ -49,7 +65,7 @@ def predictions(trainer: "Trainer", owner: Settings) -> Iterator[Iterator[tuple[
     peer = Peer(module, layers=[owner.layer] if owner.layer else [], owner=owner)
     peer.share_memory_with(module)
     weights = weights_of(module)
-    with steps_in_order(trainer, owner) as steps:
+    with _steps(trainer, owner, store) as steps:
         yield ((torch.tensor(indices), *_seen(step, owner, peer, weights)) for step, indices in steps)
 
 

@@ -24,6 +24,8 @@ class Settings(BatchTechnique, LossTechnique, ABC):
     r: float
     flat_rise: float
     background: int | None
+    predict: str
+    num_samples: int | None
 
     @abstractmethod
     @override

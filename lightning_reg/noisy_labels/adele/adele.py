@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from lightning_reg.engine.data.entries import replace_entry
 from lightning_reg.engine.data.maps import MapMemory
+from lightning_reg.engine.host import distributed
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
@@ -17,7 +18,9 @@ from lightning_reg.noisy_labels._scales import resized
 from lightning_reg.noisy_labels.adele._curves import Curves
 from lightning_reg.noisy_labels.adele._predictions import check_samples_stay, masks_of, predictions, scores_of
 from lightning_reg.noisy_labels.adele._settings import Settings
+from lightning_reg.noisy_labels.adele._store import adopted, memory_of, new_memory, store_of
 from lightning_reg.noisy_labels.adele.core import confident_classes, corrected_masks, iou_counts
+from lightning_reg.noisy_labels.adele.label_store import LabelStore
 from lightning_reg.noisy_labels.adele.report import MaskErrors
 
 if TYPE_CHECKING:
@@ -43,9 +46,11 @@ class ADELE(Settings):
     paper.
 
     Use it for semantic segmentation with systematic errors of masks (dilated, eroded, made from weak labels). Leave it
-    where whole objects have a wrong class, which the class constraint cannot repair, and where images are cropped
-    at random by the dataset, which is refused: pixels have to stay where they are. The effect depends on the data; see
-    the page of measured effects, and look at :meth:`mask_errors` before you believe it.
+    where whole objects have a wrong class, which the class constraint cannot repair. Images that the dataset crops,
+    flips or scales at random are refused: pixels have to stay where they are. Let a
+    :class:`~lightning_reg.LabelStore` be the dataset, which does that behind the corrected masks; curves are then
+    against the masks as they are trained on. The effect depends on the data; see the page of measured effects, and look
+    at :meth:`mask_errors` before you believe it.
 
     Source:
         Liu et al., "Adaptive Early-Learning Correction for Segmentation from Noisy Annotations", CVPR 2022, arXiv
@@ -190,11 +195,15 @@ class ADELE(Settings):
         self.flat_rise, self.multiple_of, self.background = flat_rise, multiple_of, background
         self.ignore_index, self.layer, self.input_key, self.target_key = ignore_index, layer, input_key, target_key
         self.num_samples = num_samples
+        self._store: LabelStore | None = None  # the training dataset, which hands out corrected masks
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
         self._curves = Curves()
         self._masks: MapMemory | None = None
         self._candidates: MapMemory | None = None
         self._due: Tensor | None = None  # classes that are corrected now, or while the next epoch trains
-        self._ended = 0
+        self._ended, self._share = 0, 0.0  # share of pixels that the last pass has found to be replaced
 
     @override
     def describe(self) -> str:
@@ -217,11 +226,17 @@ class ADELE(Settings):
         return super().conflict_with(other)
 
     @override
-    def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+    def meet_loader(self, trainer: "Trainer", loader: Any) -> None:
         if host.batches_so_far(trainer) == 0:  # a new training, not a resumed or continued one
-            self._curves, self._masks, self._candidates, self._due, self._ended = Curves(), None, None, None, 0
+            self._begin_anew()
+        self._store = store_of(self, loader) if self.tau < 1 else None
+        if self._store is not None:
+            self._masks = adopted(self._store, self._masks)
+
+    @override
+    def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         if self.tau < 1:
-            check_samples_stay(trainer, self)
+            check_samples_stay(trainer, self, self._store)
 
     @override
     def is_active(self, step: "Step") -> bool:
@@ -232,7 +247,7 @@ class ADELE(Settings):
         masks = masks_of(batch, self)
         samples = step.samples(self, torch.device("cpu"))
         present = masks
-        if self._masks is not None:
+        if self._masks is not None and self._store is None:
             present = self._kept(self._masks, samples.indices, masks)
             present = self._late(samples.indices, masks, present)
         step.notes[self] = masks, present, samples
@@ -272,12 +287,13 @@ class ADELE(Settings):
             self.rule == "both",
             self.shrink_guard,
         )
-        memory.write(indices, torch.where(new == self.ignore_index, 0, new))
+        memory.write(indices, torch.where((new < 0) | (new >= len(due)), 0, new))  # no class: stays as it is
         return new
 
     def _log_replaced(self, step: "Step", masks: Tensor, present: Tensor) -> None:
         counted = masks != self.ignore_index
-        step.log(self, "replaced", ((masks != present) & counted).sum() / counted.sum().clamp(min=1))
+        share = ((masks != present) & counted).sum() / counted.sum().clamp(min=1)
+        step.log(self, "replaced", share if self._store is None else share.new_tensor(self._share))
 
     @property
     @override
@@ -302,21 +318,20 @@ class ADELE(Settings):
         scores = resized(scores[: len(masks)].detach().float(), masks.shape[-2:])
         num_classes = scores.shape[1]
         if self._masks is None:
-            self._masks = self._new_memory(samples.total("ADELE", self.num_samples), num_classes)
+            self._masks = new_memory(samples.total("ADELE", self.num_samples), num_classes)
+        if self._masks.num_classes != num_classes:
+            raise MisconfigurationException(
+                f"ADELE: masks are kept of {self._masks.num_classes} classes, and the network scores {num_classes}."
+                f" Write `LabelStore(num_classes={num_classes})`."
+            )
         against = masks if self.from_original else present
         self._curves.count(iou_counts(scores.argmax(1), against, num_classes, self.ignore_index))
         if self.predict == "train":
             if self._candidates is None:
-                self._candidates = self._new_memory(self._masks.num_samples, num_classes + 1)
+                self._candidates = new_memory(self._masks.num_samples, num_classes + 1)
             probabilities = (scores / self.temperature).softmax(1)
             confident = confident_classes(probabilities, self.tau, self.tau_background, self.background)
             self._candidates.write(samples.indices, confident)
-
-    def _new_memory(self, num_samples: int, num_classes: int) -> MapMemory:
-        try:
-            return MapMemory(num_samples, num_classes)
-        except ValueError as error:
-            raise MisconfigurationException(f"ADELE: {error}") from error
 
     @override
     def on_train_batch_end(
@@ -359,12 +374,14 @@ class ADELE(Settings):
                 memory.gather(module.device, group)
 
     def _correct_all(self, trainer: "Trainer") -> None:
-        masks = self._masks
-        with predictions(trainer, self) as batches:
+        masks, replaced = self._masks, torch.zeros(2, dtype=torch.int64, device=trainer.lightning_module.device)
+        with predictions(trainer, self, self._store) as batches:
             for indices, given, probabilities in batches if masks is not None else ():
                 confident = confident_classes(probabilities, self.tau, self.tau_background, self.background)
-                self._correct(indices, given, self._kept(masks, indices, given), confident)
-        self._due = None
+                new = self._correct(indices, given, self._kept(masks, indices, given), confident)
+                replaced += torch.stack([(new != given).sum(), (given != self.ignore_index).sum()])
+        changed, counted = distributed.all_reduce_sum(replaced, host.data_parallel_group(trainer)).tolist()
+        self._due, self._share = None, changed / max(counted, 1)
 
     # -- afterwards ---------------------------------------------------------------------------------------------------
 
@@ -419,6 +436,7 @@ class ADELE(Settings):
             "candidates": None if self._candidates is None else self._candidates.state_dict(),
             "due": self._due,
             "ended": self._ended,
+            "share": self._share,
         }
 
     @override
@@ -426,13 +444,5 @@ class ADELE(Settings):
         if not state_dict:
             return
         self._curves.load_state_dict(state_dict["curves"])
-        self._masks, self._candidates = (
-            None if state is None else _memory_of(state) for state in (state_dict["masks"], state_dict["candidates"])
-        )
-        self._due, self._ended = state_dict["due"], state_dict["ended"]
-
-
-def _memory_of(state: dict[str, Any]) -> MapMemory:
-    memory = MapMemory(state["num_samples"], state["num_classes"])
-    memory.load_state_dict(state)
-    return memory
+        self._masks, self._candidates = memory_of(state_dict["masks"]), memory_of(state_dict["candidates"])
+        self._due, self._ended, self._share = state_dict["due"], state_dict["ended"], state_dict.get("share", 0.0)
