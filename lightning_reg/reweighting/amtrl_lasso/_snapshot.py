@@ -101,11 +101,7 @@ def _rows(owner: "SourceTasks", trainer: "Trainer", stage: "Stage") -> _Rows:
                 f" {classes.max().item()}."
             )
         labels = F.one_hot(classes.long(), owner.num_classes)
-    return (
-        features.double(),
-        labels.double().flatten(1) if labels.dim() > 1 else labels.double()[:, None],
-        (found.indices),
-    )
+    return _Rows(features.double(), labels.double().view(len(labels), -1), found.indices)
 
 
 def _of_task(owner: "SourceTasks", seen: _Rows, tasks: Tensor, task: int) -> _Rows:
@@ -125,10 +121,12 @@ def _trained(owner: "SourceTasks", trainer: "Trainer", head: Tensor) -> Tensor:
     check_patterns(owner, "heads", owner.heads, params, "parameter")
     rows = [p.detach().double().cpu() for key, p in params.items() if matches(key, owner.heads)]
     (k, c), count = head.shape, sum(len(p) for p in rows)
-    if any(p.dim() != 2 or p.shape[1] != k for p in rows) or count != owner.num_tasks * c:
+    wanted = owner.num_tasks * c
+    beside = c if owner.target == "train" else 0  # a last head, the target's own
+    if any(p.dim() != 2 or p.shape[1] != k for p in rows) or count not in (wanted, wanted + beside):
         shapes = ", ".join(str(tuple(p.shape)) for p in rows)
         raise MisconfigurationException(
             f"{name}(heads={owner.heads!r}) are weights of shapes {shapes}, and {owner.num_tasks} sources have"
-            f" {owner.num_tasks * c} rows of {k} numbers. Name the weights of the heads alone, without biases."
+            f" {wanted} rows of {k} numbers. Name the weights of the heads alone, without biases."
         )
-    return torch.cat(rows).view(owner.num_tasks, c * k).T
+    return torch.cat(rows)[:wanted].view(owner.num_tasks, c * k).T

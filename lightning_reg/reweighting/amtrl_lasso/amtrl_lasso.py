@@ -72,8 +72,9 @@ class SourceTasks(DrawTechnique):
             M in the training data.
         num_classes: Classes, at least 2, if labels are classes that mean the same in all tasks. ``None``: numbers.
         heads: Shell pattern of the weights of the sources' heads among ``named_parameters()``, in the order of the
-            tasks: one of shape ``(M c, k)`` or M of ``(c, k)``. ``None``: they are fitted as the target's is, on the
-            same features, which takes a pass over the training data.
+            tasks: one of shape ``(M c, k)`` or M of ``(c, k)``; with ``target="train"`` that of the target may follow.
+            ``None``: they are fitted as the target's is, on the same features, which takes a pass over the training
+            data.
         rounds: Epochs at whose start the relevance is found, ascending, at least 0. Paper: one round. Empty: no draws.
             Neutral: empty.
         relevance: In place of rounds, the relevance itself, M numbers, not all 0.
