@@ -148,7 +148,7 @@ class Recording(Drawing):
     """Looks at all samples while an epoch is made of a few."""
 
     def on_train_epoch_start(self, trainer, pl_module):
-        self.recorded = getattr(self, "recorded", []) + [len(record(trainer, self, Wanted(["net.2"])).indices)]
+        self.recorded = [*getattr(self, "recorded", []), len(record(trainer, self, Wanted(["net.2"])).indices)]
 
 
 @pytest.mark.parametrize(("limit", "rows"), [(1.0, 32), (2, 16), (0.25, 8)])

@@ -26,7 +26,17 @@ from lightning_reg.functional import (
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
 from tests.conformance.problems import SIZE
-from tests.toys import QUIET, SAMPLES, TWO_RANKS, Classifier, IndexRecorder, fit, make_loader, make_tensors
+from tests.toys import (
+    QUIET,
+    SAMPLES,
+    TWO_RANKS,
+    Classifier,
+    IndexRecorder,
+    fit,
+    make_loader,
+    make_tensors,
+    make_trainer,
+)
 
 pytestmark = QUIET
 
@@ -131,7 +141,11 @@ def test_the_lasso_is_that_of_scikit_learn():
 
     heads, target = random(7, 30), random(7, seed=1)
     for lam in (1.0, 0.1):
-        theirs = Lasso(alpha=lam / 7, fit_intercept=False, tol=1e-13, max_iter=100_000).fit(heads, target).coef_
+        theirs = (
+            Lasso(alpha=lam / 7, fit_intercept=False, tol=1e-13, max_iter=100_000)
+            .fit(heads.numpy(), target.numpy())
+            .coef_
+        )
         ours = relevance_l1(heads, target, lam)
         torch.testing.assert_close(ours, torch.from_numpy(theirs), rtol=0, atol=1e-7)  # their tolerance
 
@@ -162,7 +176,7 @@ def test_the_limit_of_the_lasso_is_the_linear_program():
 
     heads, target = random(4, 20), random(4, seed=1)
     split = torch.cat([heads, -heads], 1)
-    least = linprog(torch.ones(40), A_eq=split, b_eq=target, bounds=(0, None)).fun
+    least = linprog([1.0] * 40, A_eq=split.numpy(), b_eq=target.numpy(), bounds=(0, None)).fun
     assert float(relevance_l1(heads, target).abs().sum()) == pytest.approx(least, rel=1e-8)
 
 
@@ -239,7 +253,7 @@ def test_probabilities_by_hand():
     assert sampling_probs(nu, floor=1.0).tolist() == pytest.approx([1 / 3] * 3)
     assert sampling_probs(nu, costs=[9.0, 1.0, 4.0]).tolist() == pytest.approx([0.5, 0.5, 0])
     assert sampling_probs(torch.zeros(4)).tolist() == [0.25] * 4
-    assert sampling_probs(nu * 1e-200, "l2").tolist() == pytest.approx([0.9, 0.1, 0])
+    assert sampling_probs(nu.double() * 1e-200, "l2").tolist() == pytest.approx([0.9, 0.1, 0])
 
 
 def test_costs_make_the_cheapest_draws_of_one_risk():
@@ -283,8 +297,8 @@ def test_a_budget_is_kept(seed):
     free = (found < available) & (found > least) & (weights > 0)
     if free.sum() > 1:
         rates = found[free] / weights[free]
-        # of those at no bound the rates are one, up to one sample
-        assert ((rates.max() - rates) <= (2 / weights[free])).all()
+        # of those at no bound the rates are one, up to a rounded sample of each
+        assert rates.max() - rates.min() <= 2 / weights[free].min()
 
 
 def test_draws_are_of_the_tasks():
@@ -318,7 +332,7 @@ def test_heads_are_those_of_ridge_regression():
 
     features, targets = random(30, 4), random(30, 2, seed=1)
     for bias in (False, True):
-        theirs = Ridge(alpha=30 * 0.2, fit_intercept=bias).fit(features, targets).coef_
+        theirs = Ridge(alpha=30 * 0.2, fit_intercept=bias).fit(features.numpy(), targets.numpy()).coef_
         torch.testing.assert_close(target_head(features, targets, 0.2, bias=bias), torch.from_numpy(theirs).T)
     assert target_head(features.float(), targets[:, 0].float()).shape == (4,)
 
@@ -369,11 +383,13 @@ class Multi(Classifier):
         self.log("loss", loss)
         return loss
 
-    def validation_step(self, batch, batch_idx):
-        self.training_step(batch, batch_idx)
-
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=1e-4)
+
+
+class Validated(Multi):
+    def validation_step(self, batch, batch_idx):
+        self.training_step(batch, batch_idx)
 
 
 MULTI = {"num_tasks": M, "tasks": f"{HERE}.multi_tasks", "layer": "net.1", "label_key": "1"}
@@ -421,9 +437,9 @@ def test_heads_and_target_are_of_the_weights_that_the_round_has(heads, order):
 
 
 def test_the_target_may_be_the_validation_data():
-    module, sources = Multi(), SourceTasks(**(MULTI | {"tasks": f"{HERE}.sources_only"}), rounds=[0])
-    trainer_loaders = multi_loader(lambda task: task < M), multi_loader(lambda task: task == M)
-    fit(module, sources, loader=trainer_loaders[0], val=trainer_loaders[1], max_epochs=1)
+    sources = SourceTasks(**(MULTI | {"tasks": f"{HERE}.sources_only"}), rounds=[0])
+    training, validation = multi_loader(lambda task: task < M), multi_loader(lambda task: task == M)
+    make_trainer(callbacks=[sources], max_epochs=1).fit(Validated(), training, validation)
     assert max(range(M), key=lambda m: sources.report()[m]["share"]) == 2
 
 
@@ -465,7 +481,7 @@ def test_no_relevant_source_is_told():
     sources = SourceTasks(**MULTI, target="train", rounds=[0], lam=1e6)
     with pytest.warns(UserWarning, match="with lam=1e\\+06 no source is relevant, so all are drawn alike. Lower `lam`"):
         fit(Multi(), sources, loader=multi_loader(), max_epochs=1)
-    assert {row["share"] for row in sources.report()} == {pytest.approx(1 / M)}
+    assert [row["share"] for row in sources.report()] == [pytest.approx(1 / M)] * M
 
 
 def test_the_next_training_begins_anew():
