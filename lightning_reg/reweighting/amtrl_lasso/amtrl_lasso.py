@@ -12,7 +12,7 @@ from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.user_functions import user_function
-from lightning_reg.engine.technique import DrawTechnique
+from lightning_reg.engine.technique import BatchTechnique, DrawTechnique
 from lightning_reg.reweighting.amtrl_lasso._snapshot import snapshot
 from lightning_reg.reweighting.amtrl_lasso.core import (
     allocate,
@@ -27,10 +27,12 @@ from lightning_reg.reweighting.amtrl_lasso.core import (
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
+    from lightning_reg.engine.step import Step
+
 __all__ = ["SourceTasks"]
 
 
-class SourceTasks(DrawTechnique):
+class SourceTasks(DrawTechnique, BatchTechnique):
     r"""Draws each source task as often as the target's head needs its head.
 
     .. math:: \hat\nu = \arg\min_\nu \tfrac12 \lVert W \nu - w_T \rVert_2^2 + \lambda \lVert \nu \rVert_1, \qquad
@@ -141,26 +143,34 @@ class SourceTasks(DrawTechnique):
         self.target, self.num_classes, self.heads, self.rounds = target, num_classes, heads, rounds
         self.relevance, self.order, self.lam, self.floor = relevance, order, lam, floor
         self.costs, self.budget, self.ridge, self.scale_heads = costs, budget, ridge, scale_heads
-        self._check_lists()
+        self._check_numbers()
+        self._check_rounds()
         self._trainer: Trainer | None = None
         self._table: Tensor | None = None
         self._forget()
 
-    def _check_lists(self) -> None:
+    def _check_numbers(self) -> None:
         for name, low in ("relevance", -torch.inf), ("costs", 0):
             numbers = getattr(self, name)
+            if not isinstance(numbers, list | tuple | None):
+                raise ValueError(f"SourceTasks: `{name}` must be a list of numbers, got {numbers!r}.")
             for number in () if numbers is None else numbers:
                 check_number(self, name, number, low=low, low_open=name == "costs")
             if numbers is not None and (len(numbers) != self.num_tasks or not any(numbers)):
                 raise ValueError(f"SourceTasks: `{name}` must be {self.num_tasks} numbers, not all 0, got {numbers!r}.")
+
+    def _check_rounds(self) -> None:
+        given: object = self.rounds
+        if not isinstance(given, list | tuple):
+            raise ValueError(f"SourceTasks: `rounds` must be a list of epochs, got {self.rounds!r}.")
         for epoch in self.rounds:
             check_number(self, "rounds", epoch, low=0, integer=True)
         if list(self.rounds) != sorted(set(self.rounds)):
             raise ValueError(f"SourceTasks: `rounds` must be ascending epochs, got {self.rounds!r}.")
         if self.rounds:
-            self._check_rounds()
+            self._check_needs_of_rounds()
 
-    def _check_rounds(self) -> None:
+    def _check_needs_of_rounds(self) -> None:
         if self.relevance is not None or self.order == "uniform":
             raise ValueError(
                 f"SourceTasks: `rounds` find a relevance, which is given or does not count, got rounds={self.rounds!r}"
@@ -235,12 +245,14 @@ class SourceTasks(DrawTechnique):
         return bought[torch.randperm(len(bought), generator=draw)]
 
     @override
-    def on_train_epoch_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        for name, value in self._found.items():
-            pl_module.log(f"{self.log_key}/{name}", value, on_step=False, on_epoch=True, sync_dist=True)
-        for m, row in enumerate(self.report() if self._found else ()):
+    def observe_batch(self, step: "Step") -> None:
+        if not step.is_logging or not self.draws_samples:
+            return
+        for m, row in enumerate(self.report()):
             for name in ("relevance", "share"):
-                pl_module.log(f"{self.log_key}/{name}_{m}", row[name], on_step=False, on_epoch=True, sync_dist=True)
+                step.log(self, f"{name}_{m}", torch.tensor(row[name]))
+        for name, value in self._found.items():
+            step.log(self, name, torch.tensor(value))
 
     def report(self) -> list[dict[str, float]]:
         """What each source counts: its relevance, the share of the draws that it has, and the samples it has given.
