@@ -204,6 +204,7 @@ NOT_TRIED = (
     "IPRMonitor",
     "ItemSSL",
     "MetricLoss",
+    "SourceTasks",
     "SyntheticUnknowns",
 )
 

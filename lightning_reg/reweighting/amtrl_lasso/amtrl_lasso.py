@@ -47,7 +47,10 @@ class SourceTasks(DrawTechnique, BatchTechnique):
 
     Use it with many source tasks that share features and a target with enough samples of its own. Leave it when the
     heads are of different kinds (other losses, other units), or when there are no more sources than features: the
-    relevance is then unique, and there is nothing to choose. With a target of few samples its head is noise.
+    relevance is then unique, and there is nothing to choose. With a target of few samples its head is noise. In
+    ``benchmarks/effects/amtrl_lasso.py`` the error on a target of linear tasks was 8 thousandths, by squared relevance
+    11 and by equal numbers 21, lowest in each of three seeds but not significantly; on corrupted digits no effect was
+    shown (91.0 % against 91.1 %).
 
     Source:
         Wang et al., "Improved Active Multi-Task Representation Learning via Lasso", ICML 2023, arXiv 2306.02556;
