@@ -10,15 +10,27 @@ from torch import Tensor
 from lightning_reg.engine.host.errors import MisconfigurationException, check_patterns
 from lightning_reg.engine.host.names import matches
 from lightning_reg.engine.networks.records import Wanted, record
+from lightning_reg.engine.technique import DrawTechnique
 from lightning_reg.reweighting.amtrl_lasso.core import head_noise, target_head
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
     from lightning_reg.engine.step import Stage
-    from lightning_reg.reweighting.amtrl_lasso.amtrl_lasso import SourceTasks
 
-__all__ = ["Snapshot", "snapshot"]
+__all__ = ["OnHeads", "Snapshot", "snapshot"]
+
+
+class OnHeads(DrawTechnique):
+    """A technique whose arguments say where the heads of tasks come from."""
+
+    num_tasks: int
+    layer: str | None
+    label_key: str | None
+    target: str
+    num_classes: int | None
+    heads: str | None
+    ridge: float
 
 
 @dataclass(frozen=True)
@@ -37,7 +49,7 @@ class Snapshot:
     noise: float
 
 
-def snapshot(owner: "SourceTasks", trainer: "Trainer", tasks: Tensor, usable: Tensor) -> Snapshot:
+def snapshot(owner: OnHeads, trainer: "Trainer", tasks: Tensor, usable: Tensor) -> Snapshot:
     """Goes over the data in eval mode and fits the heads.
 
     Args:
@@ -82,7 +94,7 @@ class _Rows(NamedTuple):
     indices: Tensor
 
 
-def _rows(owner: "SourceTasks", trainer: "Trainer", stage: "Stage") -> _Rows:
+def _rows(owner: OnHeads, trainer: "Trainer", stage: "Stage") -> _Rows:
     name, layer, key = type(owner).__name__, owner.layer or "", owner.label_key or ""
     found = record(trainer, owner, Wanted([layer], [key]), stage)
     features, labels = found.features[layer], found.entries[key]
@@ -104,7 +116,7 @@ def _rows(owner: "SourceTasks", trainer: "Trainer", stage: "Stage") -> _Rows:
     return _Rows(features.double(), labels.double().view(len(labels), -1), found.indices)
 
 
-def _of_task(owner: "SourceTasks", seen: _Rows, tasks: Tensor, task: int) -> _Rows:
+def _of_task(owner: OnHeads, seen: _Rows, tasks: Tensor, task: int) -> _Rows:
     rows = (tasks == task).nonzero().flatten()
     if not len(rows):
         whose = "the target" if task == owner.num_tasks else f"task {task}"
@@ -115,7 +127,7 @@ def _of_task(owner: "SourceTasks", seen: _Rows, tasks: Tensor, task: int) -> _Ro
     return _Rows(*(values[rows] for values in seen))
 
 
-def _trained(owner: "SourceTasks", trainer: "Trainer", head: Tensor) -> Tensor:
+def _trained(owner: OnHeads, trainer: "Trainer", head: Tensor) -> Tensor:
     module, name = trainer.lightning_module, type(owner).__name__
     params = dict(module.named_parameters())
     check_patterns(owner, "heads", owner.heads, params, "parameter")

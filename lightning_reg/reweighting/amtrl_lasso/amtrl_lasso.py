@@ -12,8 +12,8 @@ from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.user_functions import user_function
-from lightning_reg.engine.technique import BatchTechnique, DrawTechnique
-from lightning_reg.reweighting.amtrl_lasso._snapshot import snapshot
+from lightning_reg.engine.technique import BatchTechnique
+from lightning_reg.reweighting.amtrl_lasso._snapshot import OnHeads, snapshot
 from lightning_reg.reweighting.amtrl_lasso.core import (
     allocate,
     first_of_tasks,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["SourceTasks"]
 
 
-class SourceTasks(DrawTechnique, BatchTechnique):
+class SourceTasks(OnHeads, BatchTechnique):
     r"""Draws each source task as often as the target's head needs its head.
 
     .. math:: \hat\nu = \arg\min_\nu \tfrac12 \lVert W \nu - w_T \rVert_2^2 + \lambda \lVert \nu \rVert_1, \qquad
