@@ -583,7 +583,8 @@ def test_tasks_that_do_not_fit_are_told(change, sentence):
         ),
         ({"heads": "heads.*"}, r"are weights of shapes \(7, 4\), \(7,\), and 6 sources have 6 rows of 4 numbers"),
         ({"heads": "head"}, r"no parameter has such a name"),
-        ({"layer": "net.2"}, "net.2"),
+        ({"heads": "head", "rounds": [9]}, r"no parameter has such a name"),
+        ({"layer": "net.2", "rounds": [9]}, "net.2"),
     ],
 )
 def test_heads_that_do_not_fit_are_told(change, sentence):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_reg.engine.host.errors import MisconfigurationException, check_patterns
+from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.names import matches
 from lightning_reg.engine.networks.records import Wanted, record
 from lightning_reg.engine.technique import DrawTechnique
@@ -130,7 +130,6 @@ def _of_task(owner: OnHeads, seen: _Rows, tasks: Tensor, task: int) -> _Rows:
 def _trained(owner: OnHeads, trainer: "Trainer", head: Tensor) -> Tensor:
     module, name = trainer.lightning_module, type(owner).__name__
     params = dict(module.named_parameters())
-    check_patterns(owner, "heads", owner.heads, params, "parameter")
     rows = [p.detach().double().cpu() for key, p in params.items() if matches(key, owner.heads)]
     (k, c), count = head.shape, sum(len(p) for p in rows)
     wanted = owner.num_tasks * c

@@ -10,8 +10,9 @@ from typing_extensions import override
 from lightning_reg.engine.host import distributed
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
-from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.host.errors import MisconfigurationException, check_patterns
 from lightning_reg.engine.host.user_functions import user_function
+from lightning_reg.engine.layers.named import find_layer, named_layers
 from lightning_reg.engine.technique import BatchTechnique
 from lightning_reg.reweighting.amtrl_lasso._snapshot import OnHeads, snapshot
 from lightning_reg.reweighting.amtrl_lasso.core import (
@@ -223,6 +224,14 @@ class SourceTasks(OnHeads, BatchTechnique):
                 f"{asked_by}: no training sample is of task {empty}. Leave these out and number the others from 0."
             )
         self._table = table.long()
+
+    @override
+    def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        if not self.rounds:
+            return
+        find_layer(named_layers(pl_module), self.layer or "", "SourceTasks")  # told now, not in the first round
+        if self.heads is not None:
+            check_patterns(self, "heads", self.heads, dict(pl_module.named_parameters()), "parameter")
 
     @override
     def draw_samples(self, epoch: int, size: int) -> Tensor | None:
