@@ -208,6 +208,7 @@ NOT_TRIED = (
     "IPRMonitor",
     "ItemSSL",
     "MetricLoss",
+    "SourceTasks",
     "SyntheticUnknowns",
 )
 

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 from lightning_reg import ELRPlusCallback
 from lightning_reg.engine.data.draws import Draws
 from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.networks.records import Wanted, record
 from lightning_reg.engine.run.engine import attached_engine
 from lightning_reg.engine.technique import DrawTechnique
 from tests.engine.test_loaders import Noting, marked
@@ -141,6 +142,20 @@ def draw_on_ranks():
     module = Noting()
     fit(module, Drawing((27,)), loader=marked(), max_epochs=1, **TWO_RANKS)
     return module.marks
+
+
+class Recording(Drawing):
+    """Looks at all samples while an epoch is made of a few."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.recorded = [*getattr(self, "recorded", []), len(record(trainer, self, Wanted(["net.2"])).indices)]
+
+
+@pytest.mark.parametrize(("limit", "rows"), [(1.0, 32), (2, 16), (0.25, 8)])
+def test_records_are_of_the_loaders_own_samples(limit, rows):
+    recording = Recording((8, 44))
+    fit(Classifier(), recording, limit_train_batches=limit)
+    assert recording.recorded == [rows, rows]
 
 
 def test_seeds_and_names_draw_differently():

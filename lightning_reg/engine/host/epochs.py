@@ -10,13 +10,21 @@ from lightning_reg.engine.host.lightning import Replacement, combined_loader
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-__all__ = ["count_batches", "counts_as_resumed", "limited", "when_pass_begins"]
+__all__ = ["batches_of_loader", "count_batches", "counts_as_resumed", "limited", "when_pass_begins"]
 
 
 def limited(trainer: "Trainer", batches: int) -> int:
     """How many of the batches of an epoch count, by ``limit_train_batches``."""
     limit = trainer.limit_train_batches
     return min(batches, limit) if isinstance(limit, int) else max(1, int(batches * limit))
+
+
+def batches_of_loader(trainer: "Trainer", loader: Any) -> float:
+    """How many batches of the user's own training loader count, whatever the present epoch is made of."""
+    try:
+        return limited(trainer, len(loader))
+    except TypeError:  # a sampler without a length, which nobody draws in place of
+        return float(trainer.num_training_batches)
 
 
 def count_batches(trainer: "Trainer") -> None:

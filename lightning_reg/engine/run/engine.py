@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_reg.engine.data.indices import check_has_indices
 from lightning_reg.engine.data.loaders import TrainLoaders
 from lightning_reg.engine.data.order import Reordered
+from lightning_reg.engine.host import epochs
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.loss.lookup import ENGINES
@@ -243,7 +244,7 @@ class Engine:
         what = "records what the network makes of each sample of the"
         if stage == "train":
             found: list[Any] = [self._loaders.the_only_one(owner, f"{what} training data")]
-            limits: list[float] = [self.trainer.num_training_batches]
+            limits: list[float] = [epochs.batches_of_loader(self.trainer, found[0])]
         else:
             found, limits = host.validation_loaders(self.trainer)
         if len(found) != 1:
