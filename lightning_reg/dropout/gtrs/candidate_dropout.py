@@ -66,7 +66,8 @@ class CandidateDropout(BatchTechnique, LayerTechnique):
         keep: Share :math:`\kappa` of the candidates that a step sees, in (0, 1]. Paper: 0.5; sensible: 0.25 to 0.9.
             Neutral: 1.
         positive_key: Entry of the batch with positions of candidates, such as each sample's right one, ``(B,)``: they
-            are always kept, and become positions in the subset. Negative positions are left as they are. As many
+            are always kept, and become positions in the subset. (Right ones that all stand first need ``always_keep=[0]``
+            alone, and stay first.) Negative positions are left as they are. As many
             candidates as it has positions must be kept.
         always_keep: Positions of further candidates that are always kept, such as ``[0]``.
         normalise: Those of ``keys`` that are distributions over the candidates.
@@ -227,6 +228,8 @@ class CandidateDropout(BatchTechnique, LayerTechnique):
         generator = self.generator(step, same_on_ranks=self.same_on_ranks)
         indices = candidate_subset(size, self.keep, generator, torch.cat(always) if always else None)
         step.notes[self], self._indices = (size, indices), indices
+        if step.is_logging:
+            step.log(self, "kept", torch.tensor(float(count)))
         return indices
 
     def _positive(self, batch: object) -> Tensor | None:

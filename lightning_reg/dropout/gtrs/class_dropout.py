@@ -26,7 +26,7 @@ class ClassDropout(LossTechnique):
 
     with one I of :math:`\lfloor \kappa C \rfloor` classes for the batch, drawn anew in each step. Logits of other
     classes are minus infinity in the loss; what else looks at the logits (metrics, terms of other techniques) sees all
-    of them. So a class competes with ever other ones, and any subset of classes can be asked for at inference:
+    of them; logged is ``left_out``, the probability of the classes left out. So a class competes with ever other ones, and any subset of classes can be asked for at inference:
     ``logits[:, subset].argmax(1)``.
 
     Use it for many classes of which few are asked for at a time. Leave it for a handful of classes, where half of them
@@ -114,5 +114,10 @@ class ClassDropout(LossTechnique):
                 " loss would be infinite. Use class indices as targets without smoothing."
             )
         generator = self.generator(call.step, same_on_ranks=self.same_on_ranks)
-        kept = candidate_subset(logits.shape[min(logits.dim() - 1, 1)], self.keep, generator)
-        return masked_classes(logits, labels, kept.to(logits.device, non_blocking=True))
+        axis = min(logits.dim() - 1, 1)
+        kept = candidate_subset(logits.shape[axis], self.keep, generator).to(logits.device, non_blocking=True)
+        masked = masked_classes(logits, labels, kept)
+        if call.step.is_logging:
+            there = (masked.detach().float().logsumexp(axis) - logits.detach().float().logsumexp(axis)).exp()
+            call.step.log(self, "left_out", 1 - there.mean())
+        return masked
