@@ -66,9 +66,9 @@ class CandidateDropout(BatchTechnique, LayerTechnique):
         keep: Share :math:`\kappa` of the candidates that a step sees, in (0, 1]. Paper: 0.5; sensible: 0.25 to 0.9.
             Neutral: 1.
         positive_key: Entry of the batch with positions of candidates, such as each sample's right one, ``(B,)``: they
-            are always kept, and become positions in the subset. (Right ones that all stand first need ``always_keep=[0]``
-            alone, and stay first.) Negative positions are left as they are. As many
-            candidates as it has positions must be kept.
+            are always kept, and become positions in the subset. Negative positions are left as they are. As many
+            candidates as it has positions must be kept. Right ones that all stand first need ``always_keep=[0]`` alone,
+            and stay first.
         always_keep: Positions of further candidates that are always kept, such as ``[0]``.
         normalise: Those of ``keys`` that are distributions over the candidates.
         layer: Layer that is given the model's own candidates, as in ``named_modules()``; ``None``: there are none.
@@ -117,6 +117,10 @@ class CandidateDropout(BatchTechnique, LayerTechnique):
         for value in keys.values():
             check_number(self, "keys", value, low=-64, high=63, integer=True)
         check_number(self, "keep", keep, low=0, low_open=True, high=1)
+        lists: dict[str, object] = {"always_keep": always_keep, "normalise": normalise}
+        for listed, given_list in lists.items():
+            if not isinstance(given_list, Sequence) or isinstance(given_list, str):
+                raise ValueError(f"CandidateDropout: `{listed}` must be a list, got {given_list!r}.")
         for value in always_keep:
             check_number(self, "always_keep", value, low=0, integer=True)
         if unknown := [key for key in normalise if key not in keys]:

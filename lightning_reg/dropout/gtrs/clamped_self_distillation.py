@@ -128,6 +128,9 @@ class ClampedSelfDistillation(AverageReferenceTechnique, LossTechnique):
         check_number(self, "momentum_epochs", momentum_epochs, low=1, integer=True)
         check_number(self, "copy_epochs", copy_epochs, low=0, integer=True)
         check_number(self, "views", views, low=1, integer=True)
+        given: object = view_keys
+        if not isinstance(given, Sequence) or isinstance(given, str):
+            raise ValueError(f"ClampedSelfDistillation: `view_keys` must be a list, got {view_keys!r}.")
         self.delta, self.delta_regression, self.weight = delta, delta_regression, weight
         self.momentum, self.momentum_end, self.momentum_epochs = momentum, momentum_end, momentum_epochs
         self.copy_epochs, self.augment, self.views, self.view_keys = copy_epochs, augment, views, list(view_keys)

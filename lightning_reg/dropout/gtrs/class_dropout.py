@@ -26,8 +26,8 @@ class ClassDropout(LossTechnique):
 
     with one I of :math:`\lfloor \kappa C \rfloor` classes for the batch, drawn anew in each step. Logits of other
     classes are minus infinity in the loss; what else looks at the logits (metrics, terms of other techniques) sees all
-    of them; logged is ``left_out``, the probability of the classes left out. So a class competes with ever other ones, and any subset of classes can be asked for at inference:
-    ``logits[:, subset].argmax(1)``.
+    of them. Logged is ``left_out``, the probability of the classes left out. So a class competes with ever other ones,
+    and any subset of classes can be asked for at inference: ``logits[:, subset].argmax(1)``.
 
     Use it for many classes of which few are asked for at a time. Leave it for a handful of classes, where half of them
     say little. Losses only become smaller, since fewer classes compete: compare accuracies, not losses. On synthetic
