@@ -3,6 +3,7 @@
 import math
 from collections import OrderedDict
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -287,6 +288,32 @@ def test_soft_labels_at_the_bounds():
     metres = clamped_soft_labels(torch.tensor([3.0, -3.0]), torch.tensor([9.0, -3.5]), 1.0)
     assert metres.tolist() == [4.0, -3.5]
     assert clamped_soft_labels(y.bool(), p.bfloat16().requires_grad_()).dtype == torch.float32
+
+
+def test_subsets_and_soft_labels_are_those_of_the_authors_code():
+    """NVlabs/GTRS at 5352e06127652ef0de19658704f7eca60d6f8411: ``GTRSAugAgent.compute_loss_soft_teacher`` was run on
+    these scores and trajectories, and ``HydraTrajHead.forward`` draws ``torch.randperm(16)[:8]`` after seed 0."""
+    y = torch.tensor([1.0, 0.0, 0.5, 1.0, 0.0, 0.0])
+    scores = torch.tensor([-2.0, -3.0, 0.3, 3.0, 0.5, -0.2])
+    theirs = [0.8500000238, 0.0474258736, 0.5744425058, 0.9525741339, 0.1500000060, 0.1500000060]
+    assert clamped_soft_labels(y, scores.sigmoid()).tolist() == pytest.approx(theirs, rel=1e-6)
+    chosen, given = 0.5 * torch.arange(8) + 0.4, 0.3 * torch.arange(8)
+    poses = [0.4, 0.9, 1.4, 1.9, 2.2, 2.5, 2.8, 3.1]
+    assert clamped_soft_labels(given, chosen, 1.0).tolist() == pytest.approx(poses, rel=1e-6)
+    assert candidate_subset(16, 0.5, seeded()).tolist() == sorted([12, 10, 9, 6, 11, 8, 13, 5])
+
+
+def test_ranks_draw_apart_unless_told(monkeypatch):
+    step = SimpleNamespace(batches_so_far=1, stream="", is_logging=False)
+    drawn_by = {}
+    for rank in range(2):
+        monkeypatch.setattr("lightning_reg.engine.technique.distributed.rank", lambda rank=rank: rank)
+        for same in (False, True):
+            step.notes = {}
+            CandidateDropout({"x": 0}, same_on_ranks=same).transform_batch({"x": torch.arange(32)}, step)
+            drawn_by[rank, same] = next(iter(step.notes.values()))[1].tolist()
+    assert drawn_by[0, False] != drawn_by[1, False]
+    assert drawn_by[0, True] == drawn_by[1, True]
 
 
 def test_momentum_by_epoch():
