@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from lightning_reg.continual.ovor.core import outlier_candidates as outlier_candidates
     from lightning_reg.continual.ovor.core import prefix_rows as prefix_rows
     from lightning_reg.continual.ovor.core import synthesize_outliers as synthesize_outliers
-    from lightning_reg.continual.ovor.core import train_head_on_outliers as train_head_on_outliers
     from lightning_reg.continual.rehearsal_free_cl.core import bce_distillation_loss as bce_distillation_loss
     from lightning_reg.continual.rehearsal_free_cl.core import cross_entropy_shift as cross_entropy_shift
     from lightning_reg.continual.rehearsal_free_cl.core import feature_distillation_loss as feature_distillation_loss
@@ -361,7 +360,6 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "outlier_candidates": "lightning_reg.continual.ovor.core",
         "prefix_rows": "lightning_reg.continual.ovor.core",
         "synthesize_outliers": "lightning_reg.continual.ovor.core",
-        "train_head_on_outliers": "lightning_reg.continual.ovor.core",
         "bce_distillation_loss": "lightning_reg.continual.rehearsal_free_cl.core",
         "cross_entropy_shift": "lightning_reg.continual.rehearsal_free_cl.core",
         "feature_distillation_loss": "lightning_reg.continual.rehearsal_free_cl.core",
