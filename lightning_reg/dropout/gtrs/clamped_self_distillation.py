@@ -50,7 +50,10 @@ class ClampedSelfDistillation(AverageReferenceTechnique, LossTechnique):
     that are bent one by one no longer sum to 1.
 
     Use it for scores of several labels that are noisy, simulated or too sure. Leave it where labels are right, and
-    where a second forward pass per step is too dear. :attr:`teacher_weights` are those to predict with.
+    where a second forward pass per step is too dear. :attr:`teacher_weights` are those to predict with. On digits with
+    ten labels each, a fifth of them wrong, three seeds showed no effect on the accuracy of the network; the teacher's
+    was 2 points above, within the noise (``benchmarks/effects/clamped_self_distillation.py``). The network fits given
+    labels no less: it is a further loss on nearly the same labels.
 
     Source:
         Li et al., "Generalized Trajectory Scoring for End-to-end Multimodal Planning", 2025, arXiv 2506.06664; bounds,
