@@ -93,6 +93,11 @@ class ClassDropout(LossTechnique):
                 " classes that are asked for then. Remove one of them, or let them work on different calls with"
                 " `loss=...`."
             )
+        if "change_input" in phases_of(other) and other.loss == self.loss:
+            return (
+                f"{type(other).__name__} changes the logits of the same call too, and what it makes of classes that are"
+                " left out is not known. Remove one of them, or let them work on different calls with `loss=...`."
+            )
         return None
 
     @override
