@@ -125,7 +125,7 @@ class Bent(Hand):
                 for y, p in zip(moment.y.flatten(), predicted.flatten(), strict=True)
             ]
         ).reshape(moment.y.shape)
-        total = t.weight * loss(loop.read(moment.outputs[0]) if loop.parts.keys() != {""} else moment.outputs[0], soft)
+        total = t.weight * loss(moment.outputs[0], soft)
         if t.augment is not None:
             seen = loop.run(loop.used(loop.weights()), shrink(moment.x), moment)[0]
             total = total + t.view_weight * loss(seen, moment.y)
