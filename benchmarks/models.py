@@ -178,6 +178,7 @@ SETTINGS = {
 OF_CLASS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "ADELE": lambda names: {"target_key": names.get("labels")},
     "AdaWAC": lambda names: {"target_key": names.get("labels")},
+    "ClampedSelfDistillation": lambda names: {"views": 3},
     "CoreTuning": lambda names: {"head": names["logits"]},
     "DRTune": lambda names: {"head": names["logits"]},
     "FrozenTwinAgreement": lambda names: {"features": {names["features"]: 1.0}},
@@ -193,9 +194,11 @@ OF_CLASS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "OnePrompt": lambda names: {"trained": f"{names['logits']}*", "lengths": [2, 2]},
     "VirtualOutliers": lambda names: {"head": names["logits"], "epochs": 1, "label_key": names.get("labels")},
 }
+_OF_NUMBERS = ("ClampedSelfDistillation", "ConR", "ProximalMatching")  # a regression's loss, where there is one
 # They ask for a model of their own kind, or for more than a module has: their pages say what.
 NOT_TRIED = (
     "AdversarialSearch",
+    "CandidateDropout",
     "ContrastiveDistillation",
     "DecorSampling",
     "DiffusionClassifierEval",
@@ -245,7 +248,7 @@ def arguments(cls: type, setting: Setting) -> dict[str, Any]:
         "mode": "min",
         "views": "none",
         "null": "zero",
-        "loss": names.get("numbers" if cls.__name__ in ("ConR", "ProximalMatching") else "loss"),
+        "loss": names.get("numbers" if cls.__name__ in _OF_NUMBERS else "loss"),
     }
     own = OF_CLASS.get(cls.__name__, lambda names: {})(names | {"labels": known["label_key"]})
     known |= own

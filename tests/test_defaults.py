@@ -41,7 +41,9 @@ DEFAULTS = {
     "blend_mask": {"threshold": 0.3},
     "build_prototypes": {"kinds": ("class", "instance", "part"), "parts": 32, "seed": 0},
     "calibrate": {"rotation": None},
+    "candidate_subset": {"generator": None, "always": None},
     "check_nm": {"dim": "in"},
+    "clamped_soft_labels": {"delta": 0.15},
     "class_log_posterior": {"log_prior": None},
     "classify_images": {"indices": None, "log_prior": None},
     "clove_penalty": {"form": "domainbed", "kernel_width": 0.4},
@@ -274,6 +276,7 @@ DEFAULTS = {
     "ranking_scores": {"k": 10},
     "recomputed": {"anchors": (), "contexts": None},
     "reestimate_batchnorm": {"n": None, "forward": None},
+    "refinement_loss": {"loss": "binary_cross_entropy_with_logits"},
     "region_size": {
         "radii": (0.1, 0.2, 0.4),
         "draws": 16,
@@ -322,6 +325,7 @@ DEFAULTS = {
     "synthesis_draws": {"balance": "agree"},
     "synthesis_losses": {"scale": 100.0, "scheme": "joint", "keep": None},
     "synthesize_outliers": {"sigma": 0.1, "k": 50, "candidates": "paper", "feature_noise": "absolute"},
+    "take": {"normalise": ()},
     "target_head": {"ridge": 1e-3, "bias": False},
     "tcm_loss": {
         "margin_plus": 0.9,
@@ -333,6 +337,7 @@ DEFAULTS = {
         "group": None,
         "capacity": None,
     },
+    "teacher_momentum": {"start": 0.992, "end": 0.998, "epochs": 3, "copy_epochs": 0},
     "ties_merge": {"density": 0.2, "weights": None, "lam": 1.0, "normalize": True, "exclude": None},
     "to_semi_structured": {"dtype": "bfloat16", "backend": "cusparselt", "rows": 4096, "only_faster": True},
     "token_hashes": {"padding": 0},
@@ -346,6 +351,7 @@ DEFAULTS = {
         "iterations": 50,
         "lr": 0.05,
     },
+    "top_candidates": {"among": None},
     "train_head_on_outliers": {
         "classes": None,
         "epochs": 10,

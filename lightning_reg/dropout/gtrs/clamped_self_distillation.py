@@ -1,0 +1,244 @@
+"""ClampedSelfDistillation: labels that an average of the network bends, within bounds."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_reg.dropout.gtrs._momentum import EpochAverage
+from lightning_reg.dropout.gtrs.core import clamped_soft_labels
+from lightning_reg.engine.data.entries import find_entry, replace_entry
+from lightning_reg.engine.host import lightning as host
+from lightning_reg.engine.host.arguments import check_number
+from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.host.generators import own_randomness
+from lightning_reg.engine.host.user_functions import user_function
+from lightning_reg.engine.loss.call import loss_call
+from lightning_reg.engine.networks.moving import AverageReferenceTechnique
+from lightning_reg.engine.run.phases import Member
+from lightning_reg.engine.technique import LossTechnique
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+    from lightning_reg.engine.loss.call import LossCall
+    from lightning_reg.engine.networks.references import Reference
+    from lightning_reg.engine.step import Step
+
+__all__ = ["ClampedSelfDistillation"]
+
+_PROBABILITIES = (F.binary_cross_entropy_with_logits, F.binary_cross_entropy)
+_REGRESSIONS = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
+
+
+class ClampedSelfDistillation(AverageReferenceTechnique, LossTechnique):
+    r"""Trains beside the given labels on labels that a moving average of the network bends, but not by much.
+
+    .. math:: \ell(f(x), y) + w\, \ell(f(x), y') + \frac{v}{V} \sum_{j=1}^{V} \ell(f(a_j(x)), y), \qquad
+        y' = y + \operatorname{clamp}(p_T - y,\ -\delta,\ \delta)
+
+    where :math:`p_T` is what the teacher predicts for the batch as it is, the average of the network's weights, in
+    evaluation mode and without gradient. Hard labels that are wrong or too sure give way to what the network has
+    learned elsewhere, and bounds keep it from believing itself. Perturbed views :math:`a_j(x)`, if there are any,
+    are trained on with the given labels. All three are your own loss, with its reduction, its weights and its mask.
+
+    For ``F.binary_cross_entropy_with_logits`` and ``F.binary_cross_entropy``, with any targets in [0, 1], and
+    regression: ``F.mse_loss``, ``F.l1_loss``, ``F.smooth_l1_loss``, ``F.huber_loss``. Not for a softmax, where labels
+    that are bent one by one no longer sum to 1.
+
+    Use it for scores of several labels that are noisy, simulated or too sure. Leave it where labels are right, and
+    where a second forward pass per step is too dear. :attr:`teacher_weights` are those to predict with. On digits with
+    ten labels each, a fifth of them wrong, three seeds showed no effect on the accuracy of the network; the teacher's
+    was 2 points above, within the noise (``benchmarks/effects/clamped_self_distillation.py``). The network fits given
+    labels no less: it is a further loss on nearly the same labels.
+
+    Source:
+        Li et al., "Generalized Trajectory Scoring for End-to-end Multimodal Planning", 2025, arXiv 2506.06664; bounds,
+        weights and momentum are those of the authors' code, NVlabs/GTRS, ``gtrs_aug``.
+
+    Differs:
+        The teacher starts as a copy of the network; in the authors' code it starts from other random weights, of which
+        0.8 % go with each step. There views are rotations of stitched cameras, each with labels of its own; here all
+        have the batch's labels, so what a view shows must not change them. The refinement of the best candidates is
+        apart (:func:`~lightning_reg.functional.refinement_loss`).
+
+    Memory: one copy of the parameters and buffers in float32, a forward pass per step, and the views' activations.
+
+    Args:
+        delta: :math:`\delta`, by how much a probability may bend, at least 0. Paper: 0.15; sensible: 0.05 to 0.3. 0:
+            the given labels once more; 1: the teacher's.
+        delta_regression: The same for targets of a regression, in their unit. Paper: 1 (metres and radians).
+        weight: w, at least 0. Paper: 1. Neutral: 0, without views.
+        momentum: What the teacher keeps of itself at each optimizer step of the first epoch, in [0, 1]. Authors' code:
+            0.992.
+        momentum_end: The same in the end. Authors' code: 0.998.
+        momentum_epochs: Epochs until then, at least 1. Authors' code: 3.
+        copy_epochs: Epochs before these in which the teacher is a copy of the network. Authors' code: 0, 3 (ResNet).
+        augment: Function that perturbs a batch of inputs, as an import path (``"package.module.function"``) or the name
+            of a method of your module; its draws are the technique's own. ``None``: none.
+        views: V, number of views that ``augment`` makes, at least 1. Paper: 3.
+        view_keys: Entries of the batch with perturbed inputs, further views that your data set makes.
+        view_weight: v, at least 0. Paper: 1.
+        input_key: Entry of the batch that views take the place of: keys and positions, separated by dots.
+        loss: Which loss call it works on, if there are several: its position in the step, its function's name, or its
+            place in the code. ``None``: there must be just one.
+        name: Tells several instances in one Trainer apart.
+        seed: Seed of the views' draws.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> distillation = ClampedSelfDistillation(delta=0.15)
+        >>> trainer = Trainer(max_epochs=6, callbacks=[distillation], logger=False, enable_checkpointing=False)
+
+    """
+
+    watched = ("bent",)
+
+    def __init__(
+        self,
+        delta: float = 0.15,
+        delta_regression: float = 1.0,
+        weight: float = 1.0,
+        momentum: float = 0.992,
+        momentum_end: float = 0.998,
+        momentum_epochs: int = 3,
+        copy_epochs: int = 0,
+        augment: str | None = None,
+        views: int = 3,
+        view_keys: Sequence[str] = (),
+        view_weight: float = 1.0,
+        input_key: str = "0",
+        loss: int | str | None = None,
+        name: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(loss=loss, name=name, seed=seed)
+        for argument, value in (
+            ("delta", delta),
+            ("delta_regression", delta_regression),
+            ("weight", weight),
+            ("view_weight", view_weight),
+        ):
+            check_number(self, argument, value, low=0)
+        check_number(self, "momentum", momentum, low=0, high=1)
+        check_number(self, "momentum_end", momentum_end, low=0, high=1)
+        check_number(self, "momentum_epochs", momentum_epochs, low=1, integer=True)
+        check_number(self, "copy_epochs", copy_epochs, low=0, integer=True)
+        check_number(self, "views", views, low=1, integer=True)
+        given: object = view_keys
+        if not isinstance(given, Sequence) or isinstance(given, str):
+            raise ValueError(f"ClampedSelfDistillation: `view_keys` must be a list, got {view_keys!r}.")
+        self.delta, self.delta_regression, self.weight = delta, delta_regression, weight
+        self.momentum, self.momentum_end, self.momentum_epochs = momentum, momentum_end, momentum_epochs
+        self.copy_epochs, self.augment, self.views, self.view_keys = copy_epochs, augment, views, list(view_keys)
+        self.view_weight, self.input_key = view_weight, input_key
+        self._teacher = EpochAverage(momentum, momentum_end, momentum_epochs, copy_epochs)
+
+    @property
+    def teacher_weights(self) -> dict[str, Tensor] | None:
+        """The teacher's parameters and buffers, for the module's ``load_state_dict``; ``None`` before a fit."""
+        weights = self._teacher.weights
+        return None if weights is None else {name: value.clone() for name, value in weights.items()}
+
+    @property
+    def _view_count(self) -> int:
+        made = 0 if self.augment is None else self.views
+        return made + len(self.view_keys) if self.view_weight else 0
+
+    @override
+    def describe(self) -> str:
+        views = f"{self._view_count} views, weight {self.view_weight:g}" if self._view_count else "no views"
+        if not self.weight:
+            return f"weight=0; {views}" if self._view_count else "weight=0: inactive"
+        bounds = f"delta={self.delta:g} (regression: {self.delta_regression:g}), weight={self.weight:g}"
+        return f"{bounds}; {self._teacher.describe()}; {views}"
+
+    @override
+    def conflict_with(self, other: Member) -> str | None:
+        return super().conflict_with(other) if self.weight else None
+
+    @override
+    def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        if host.batches_so_far(trainer) == 0:  # a new training, not a resumed or continued one
+            self._teacher.clear()
+
+    @override
+    def is_active(self, step: "Step") -> bool:
+        return self.weight > 0 or self._view_count > 0
+
+    @property
+    @override
+    def references(self) -> "Sequence[Reference]":
+        return [self._teacher] if self.weight else []
+
+    @override
+    def extra_views(self, batch: Any, step: "Step") -> Sequence[Any]:
+        if not self._view_count:
+            return []
+        name = type(self).__name__
+        given = [find_entry(batch, key, f"{name}: view_keys") for key in self.view_keys]
+        x = find_entry(batch, self.input_key, f"{name}: input_key")
+        if self.augment is not None:
+            augment = user_function(self.augment, step.trainer, step.module, f"{name}(augment=...)")
+            seed = int(torch.randint(2**32, (), generator=self.generator(step)))
+            with own_randomness(seed), torch.no_grad():
+                given = [*(augment(x) for _ in range(self.views)), *given]
+        return [replace_entry(batch, self.input_key, view) for view in given]
+
+    @override
+    def loss_term(self, call: "LossCall") -> Tensor | None:
+        target = call.target
+        if target is None or call.function not in (*_PROBABILITIES, *_REGRESSIONS):
+            raise MisconfigurationException(
+                f"ClampedSelfDistillation bends each label by itself, and {call} is no binary cross-entropy"
+                " (F.binary_cross_entropy_with_logits) and no regression (F.mse_loss, F.l1_loss, F.smooth_l1_loss,"
+                " F.huber_loss). If there is such a call too, choose it with `loss=...`."
+            )
+        terms = [self.weight * self._soft_losses(call, target)] if self.weight else []
+        if self._view_count:
+            terms.append(self.view_weight * self._view_losses(call))
+        return torch.stack(terms).sum(0)
+
+    def _soft_losses(self, call: "LossCall", target: Tensor) -> Tensor:
+        seen = self.sight(call.step, self._teacher).call
+        predicted = None if seen is None else seen.input
+        if predicted is None or predicted.shape != target.shape:
+            found = "no such call" if predicted is None else f"predictions {tuple(predicted.shape)}"
+            raise MisconfigurationException(
+                f"ClampedSelfDistillation: the teacher's step has {found}, and {call} has targets"
+                f" {tuple(target.shape)}: both must have one value for each label. Does another technique change layers"
+                " of the network, which the teacher has as they are?"
+            )
+        if call.function is F.binary_cross_entropy_with_logits:
+            predicted = predicted.float().sigmoid()
+        delta = self.delta if call.function in _PROBABILITIES else self.delta_regression
+        soft = clamped_soft_labels(target, predicted, delta)
+        if call.step.is_logging:
+            call.step.log(self, "bent", (soft - target).abs().mean())
+            call.step.log(self, "clamped", ((predicted.float() - target).abs() > delta).float().mean())
+        return call.with_target(soft.to(target.dtype)).learned_losses
+
+    def _view_losses(self, call: "LossCall") -> Tensor:
+        """Mean over the views of the losses with the batch's labels."""
+        call.check_views()
+        output, function = call.whole_output, call.function
+        if call.views is None or output is None or function is None:
+            raise MisconfigurationException(f"ClampedSelfDistillation: {call} has no predictions for the views.")
+        rows = call.views.of(self, output, with_batch=False).chunk(self._view_count)
+        each = [loss_call(function, {**call.arguments, "input": view}, call.step) for view in rows]
+        return torch.stack([one.learned_losses for one in each]).mean(0)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return self._teacher.state_dict() if self.weight else {}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict:
+            self._teacher.load_state_dict(state_dict)
