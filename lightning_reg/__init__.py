@@ -70,9 +70,13 @@ if TYPE_CHECKING:
     from lightning_reg.diffusion.ovdiff.support import DenoiserFeatures as DenoiserFeatures
     from lightning_reg.diffusion.ovdiff.support import Support as Support
     from lightning_reg.diffusion.sage.adversarial_search import AdversarialSearch as AdversarialSearch
+    from lightning_reg.diffusion.sage.failure_report import FailureReport as FailureReport
     from lightning_reg.diffusion.sage.latent_search import SearchResult as SearchResult
     from lightning_reg.diffusion.sage.word_search import PromptResult as PromptResult
     from lightning_reg.diffusion.sage.word_search import TokenResult as TokenResult
+    from lightning_reg.dropout.gtrs.candidate_dropout import CandidateDropout as CandidateDropout
+    from lightning_reg.dropout.gtrs.clamped_self_distillation import ClampedSelfDistillation as ClampedSelfDistillation
+    from lightning_reg.dropout.gtrs.class_dropout import ClassDropout as ClassDropout
     from lightning_reg.dropout.multi_sample_dropout.core import MultiSampleDropoutLayer as MultiSampleDropoutLayer
     from lightning_reg.dropout.multi_sample_dropout.multi_sample_dropout import MultiSampleDropout as MultiSampleDropout
     from lightning_reg.engine.loss.mixin import LossMixin as LossMixin
@@ -109,6 +113,7 @@ if TYPE_CHECKING:
     from lightning_reg.metric_learning.tcm_loss.opis import OPIS as OPIS
     from lightning_reg.metric_learning.tcm_loss.tcm_loss import TCM as TCM
     from lightning_reg.noisy_labels.adele.adele import ADELE as ADELE
+    from lightning_reg.noisy_labels.adele.label_store import LabelStore as LabelStore
     from lightning_reg.noisy_labels.adele.report import MaskErrors as MaskErrors
     from lightning_reg.noisy_labels.co_teaching.co_teaching import CoTeaching as CoTeaching
     from lightning_reg.noisy_labels.elr.elr import ELRCallback as ELRCallback
@@ -127,15 +132,22 @@ if TYPE_CHECKING:
     from lightning_reg.regularization.weight_compander.core import Compander as Compander
     from lightning_reg.regularization.weight_compander.core import Companding as Companding
     from lightning_reg.regularization.weight_compander.weight_compander import WeightCompander as WeightCompander
+    from lightning_reg.retrieval.contrastive_distillation.contrastive_distillation import (
+        ContrastiveDistillation as ContrastiveDistillation,
+    )
+    from lightning_reg.retrieval.grad_cache.grad_cache import GradCache as GradCache
     from lightning_reg.retrieval.idf_flops.ensemble_distillation import EnsembleDistillation as EnsembleDistillation
     from lightning_reg.retrieval.idf_flops.idf_flops import IDFFlops as IDFFlops
     from lightning_reg.retrieval.idf_flops.query_idf import QueryIDF as QueryIDF
     from lightning_reg.retrieval.idf_flops.retrieval_metrics import RetrievalMetrics as RetrievalMetrics
+    from lightning_reg.retrieval.in_batch_negatives.false_negative_mask import FalseNegativeMask as FalseNegativeMask
+    from lightning_reg.retrieval.in_batch_negatives.gathered_negatives import GatheredNegatives as GatheredNegatives
     from lightning_reg.retrieval.item_ssl.item_ssl import ItemSSL as ItemSSL
     from lightning_reg.retrieval.kalm_embedding.focal_contrastive import FocalContrastive as FocalContrastive
     from lightning_reg.retrieval.kalm_embedding.hard_negative_mixing import HardNegativeMixing as HardNegativeMixing
     from lightning_reg.reweighting.adawac.adawac import AdaWAC as AdaWAC
     from lightning_reg.reweighting.adawac.report import SampleWeights as SampleWeights
+    from lightning_reg.reweighting.amtrl_lasso.amtrl_lasso import SourceTasks as SourceTasks
     from lightning_reg.reweighting.group_dro.group_dro import GroupDRO as GroupDRO
     from lightning_reg.reweighting.group_dro.metrics import AdjustedAverageAccuracy as AdjustedAverageAccuracy
     from lightning_reg.reweighting.group_dro.metrics import WorstGroupAccuracy as WorstGroupAccuracy
@@ -202,9 +214,13 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "DenoiserFeatures": "lightning_reg.diffusion.ovdiff.support",
         "Support": "lightning_reg.diffusion.ovdiff.support",
         "AdversarialSearch": "lightning_reg.diffusion.sage.adversarial_search",
+        "FailureReport": "lightning_reg.diffusion.sage.failure_report",
         "SearchResult": "lightning_reg.diffusion.sage.latent_search",
         "PromptResult": "lightning_reg.diffusion.sage.word_search",
         "TokenResult": "lightning_reg.diffusion.sage.word_search",
+        "CandidateDropout": "lightning_reg.dropout.gtrs.candidate_dropout",
+        "ClampedSelfDistillation": "lightning_reg.dropout.gtrs.clamped_self_distillation",
+        "ClassDropout": "lightning_reg.dropout.gtrs.class_dropout",
         "MultiSampleDropoutLayer": "lightning_reg.dropout.multi_sample_dropout.core",
         "MultiSampleDropout": "lightning_reg.dropout.multi_sample_dropout.multi_sample_dropout",
         "LossMixin": "lightning_reg.engine.loss.mixin",
@@ -241,6 +257,7 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "OPIS": "lightning_reg.metric_learning.tcm_loss.opis",
         "TCM": "lightning_reg.metric_learning.tcm_loss.tcm_loss",
         "ADELE": "lightning_reg.noisy_labels.adele.adele",
+        "LabelStore": "lightning_reg.noisy_labels.adele.label_store",
         "MaskErrors": "lightning_reg.noisy_labels.adele.report",
         "CoTeaching": "lightning_reg.noisy_labels.co_teaching.co_teaching",
         "ELRCallback": "lightning_reg.noisy_labels.elr.elr",
@@ -255,15 +272,20 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "Compander": "lightning_reg.regularization.weight_compander.core",
         "Companding": "lightning_reg.regularization.weight_compander.core",
         "WeightCompander": "lightning_reg.regularization.weight_compander.weight_compander",
+        "ContrastiveDistillation": "lightning_reg.retrieval.contrastive_distillation.contrastive_distillation",
+        "GradCache": "lightning_reg.retrieval.grad_cache.grad_cache",
         "EnsembleDistillation": "lightning_reg.retrieval.idf_flops.ensemble_distillation",
         "IDFFlops": "lightning_reg.retrieval.idf_flops.idf_flops",
         "QueryIDF": "lightning_reg.retrieval.idf_flops.query_idf",
         "RetrievalMetrics": "lightning_reg.retrieval.idf_flops.retrieval_metrics",
+        "FalseNegativeMask": "lightning_reg.retrieval.in_batch_negatives.false_negative_mask",
+        "GatheredNegatives": "lightning_reg.retrieval.in_batch_negatives.gathered_negatives",
         "ItemSSL": "lightning_reg.retrieval.item_ssl.item_ssl",
         "FocalContrastive": "lightning_reg.retrieval.kalm_embedding.focal_contrastive",
         "HardNegativeMixing": "lightning_reg.retrieval.kalm_embedding.hard_negative_mixing",
         "AdaWAC": "lightning_reg.reweighting.adawac.adawac",
         "SampleWeights": "lightning_reg.reweighting.adawac.report",
+        "SourceTasks": "lightning_reg.reweighting.amtrl_lasso.amtrl_lasso",
         "GroupDRO": "lightning_reg.reweighting.group_dro.group_dro",
         "AdjustedAverageAccuracy": "lightning_reg.reweighting.group_dro.metrics",
         "WorstGroupAccuracy": "lightning_reg.reweighting.group_dro.metrics",

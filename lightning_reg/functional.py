@@ -110,6 +110,7 @@ if TYPE_CHECKING:
     from lightning_reg.diffusion.sage.core import residual_path as residual_path
     from lightning_reg.diffusion.sage.core import sphere_step as sphere_step
     from lightning_reg.diffusion.sage.core import to_sphere as to_sphere
+    from lightning_reg.diffusion.sage.failure_report import failure_report as failure_report
     from lightning_reg.diffusion.sage.latent_search import conditions_failed as conditions_failed
     from lightning_reg.diffusion.sage.latent_search import latent_search as latent_search
     from lightning_reg.diffusion.sage.latent_search import random_failures as random_failures
@@ -117,6 +118,15 @@ if TYPE_CHECKING:
     from lightning_reg.diffusion.sage.word_search import append_token as append_token
     from lightning_reg.diffusion.sage.word_search import prompt_search as prompt_search
     from lightning_reg.diffusion.sage.word_search import token_search as token_search
+    from lightning_reg.dropout.gtrs.core import candidate_subset as candidate_subset
+    from lightning_reg.dropout.gtrs.core import clamped_soft_labels as clamped_soft_labels
+    from lightning_reg.dropout.gtrs.core import masked_classes as masked_classes
+    from lightning_reg.dropout.gtrs.core import positions_in_subset as positions_in_subset
+    from lightning_reg.dropout.gtrs.core import refinement_loss as refinement_loss
+    from lightning_reg.dropout.gtrs.core import subset_size as subset_size
+    from lightning_reg.dropout.gtrs.core import take as take
+    from lightning_reg.dropout.gtrs.core import teacher_momentum as teacher_momentum
+    from lightning_reg.dropout.gtrs.core import top_candidates as top_candidates
     from lightning_reg.dropout.multi_sample_dropout.core import MultiSampleDropoutLayer as MultiSampleDropoutLayer
     from lightning_reg.dropout.multi_sample_dropout.core import dropout_copies as dropout_copies
     from lightning_reg.dropout.multi_sample_dropout.core import fold as fold
@@ -255,6 +265,11 @@ if TYPE_CHECKING:
     from lightning_reg.regularization.weight_compander.core import expand as expand
     from lightning_reg.regularization.weight_compander.core import weight_stats as weight_stats
     from lightning_reg.retrieval.bidirectional_attention import bidirectional_attention_ as bidirectional_attention_
+    from lightning_reg.retrieval.contrastive_distillation.core import (
+        ranking_distillation_losses as ranking_distillation_losses,
+    )
+    from lightning_reg.retrieval.grad_cache.core import recomputed as recomputed
+    from lightning_reg.retrieval.grad_cache.core import row_chunks as row_chunks
     from lightning_reg.retrieval.idf_flops.core import ensemble_scores as ensemble_scores
     from lightning_reg.retrieval.idf_flops.core import flops_penalty as flops_penalty
     from lightning_reg.retrieval.idf_flops.core import idf_from_corpus as idf_from_corpus
@@ -262,6 +277,12 @@ if TYPE_CHECKING:
     from lightning_reg.retrieval.idf_flops.core import ranking_scores as ranking_scores
     from lightning_reg.retrieval.idf_flops.core import score_distillation_loss as score_distillation_loss
     from lightning_reg.retrieval.idf_flops.core import splade_vectors as splade_vectors
+    from lightning_reg.retrieval.in_batch_negatives.core import fitted_scale as fitted_scale
+    from lightning_reg.retrieval.in_batch_negatives.core import same_document_mask as same_document_mask
+    from lightning_reg.retrieval.in_batch_negatives.core import scores_of_other_ranks as scores_of_other_ranks
+    from lightning_reg.retrieval.in_batch_negatives.core import similar_document_mask as similar_document_mask
+    from lightning_reg.retrieval.in_batch_negatives.core import text_hashes as text_hashes
+    from lightning_reg.retrieval.in_batch_negatives.core import token_hashes as token_hashes
     from lightning_reg.retrieval.item_ssl.core import complementary_views as complementary_views
     from lightning_reg.retrieval.item_ssl.core import correlated_features as correlated_features
     from lightning_reg.retrieval.item_ssl.core import item_ssl_loss as item_ssl_loss
@@ -282,6 +303,15 @@ if TYPE_CHECKING:
     from lightning_reg.reweighting.adawac.core import encoder_consistency as encoder_consistency
     from lightning_reg.reweighting.adawac.core import undo_symmetry as undo_symmetry
     from lightning_reg.reweighting.adawac.core import weight_ascent as weight_ascent
+    from lightning_reg.reweighting.amtrl_lasso.core import allocate as allocate
+    from lightning_reg.reweighting.amtrl_lasso.core import first_of_tasks as first_of_tasks
+    from lightning_reg.reweighting.amtrl_lasso.core import head_noise as head_noise
+    from lightning_reg.reweighting.amtrl_lasso.core import relevance_l1 as relevance_l1
+    from lightning_reg.reweighting.amtrl_lasso.core import relevance_l2 as relevance_l2
+    from lightning_reg.reweighting.amtrl_lasso.core import residual_lam as residual_lam
+    from lightning_reg.reweighting.amtrl_lasso.core import sampling_probs as sampling_probs
+    from lightning_reg.reweighting.amtrl_lasso.core import target_head as target_head
+    from lightning_reg.reweighting.amtrl_lasso.core import task_draws as task_draws
     from lightning_reg.reweighting.group_dro.core import group_ascent as group_ascent
     from lightning_reg.reweighting.group_dro.core import group_draws as group_draws
     from lightning_reg.reweighting.group_dro.core import group_losses as group_losses
@@ -426,6 +456,7 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "residual_path": "lightning_reg.diffusion.sage.core",
         "sphere_step": "lightning_reg.diffusion.sage.core",
         "to_sphere": "lightning_reg.diffusion.sage.core",
+        "failure_report": "lightning_reg.diffusion.sage.failure_report",
         "conditions_failed": "lightning_reg.diffusion.sage.latent_search",
         "latent_search": "lightning_reg.diffusion.sage.latent_search",
         "random_failures": "lightning_reg.diffusion.sage.latent_search",
@@ -433,6 +464,15 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "append_token": "lightning_reg.diffusion.sage.word_search",
         "prompt_search": "lightning_reg.diffusion.sage.word_search",
         "token_search": "lightning_reg.diffusion.sage.word_search",
+        "candidate_subset": "lightning_reg.dropout.gtrs.core",
+        "clamped_soft_labels": "lightning_reg.dropout.gtrs.core",
+        "masked_classes": "lightning_reg.dropout.gtrs.core",
+        "positions_in_subset": "lightning_reg.dropout.gtrs.core",
+        "refinement_loss": "lightning_reg.dropout.gtrs.core",
+        "subset_size": "lightning_reg.dropout.gtrs.core",
+        "take": "lightning_reg.dropout.gtrs.core",
+        "teacher_momentum": "lightning_reg.dropout.gtrs.core",
+        "top_candidates": "lightning_reg.dropout.gtrs.core",
         "MultiSampleDropoutLayer": "lightning_reg.dropout.multi_sample_dropout.core",
         "dropout_copies": "lightning_reg.dropout.multi_sample_dropout.core",
         "fold": "lightning_reg.dropout.multi_sample_dropout.core",
@@ -569,6 +609,9 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "expand": "lightning_reg.regularization.weight_compander.core",
         "weight_stats": "lightning_reg.regularization.weight_compander.core",
         "bidirectional_attention_": "lightning_reg.retrieval.bidirectional_attention",
+        "ranking_distillation_losses": "lightning_reg.retrieval.contrastive_distillation.core",
+        "recomputed": "lightning_reg.retrieval.grad_cache.core",
+        "row_chunks": "lightning_reg.retrieval.grad_cache.core",
         "ensemble_scores": "lightning_reg.retrieval.idf_flops.core",
         "flops_penalty": "lightning_reg.retrieval.idf_flops.core",
         "idf_from_corpus": "lightning_reg.retrieval.idf_flops.core",
@@ -576,6 +619,12 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "ranking_scores": "lightning_reg.retrieval.idf_flops.core",
         "score_distillation_loss": "lightning_reg.retrieval.idf_flops.core",
         "splade_vectors": "lightning_reg.retrieval.idf_flops.core",
+        "fitted_scale": "lightning_reg.retrieval.in_batch_negatives.core",
+        "same_document_mask": "lightning_reg.retrieval.in_batch_negatives.core",
+        "scores_of_other_ranks": "lightning_reg.retrieval.in_batch_negatives.core",
+        "similar_document_mask": "lightning_reg.retrieval.in_batch_negatives.core",
+        "text_hashes": "lightning_reg.retrieval.in_batch_negatives.core",
+        "token_hashes": "lightning_reg.retrieval.in_batch_negatives.core",
         "complementary_views": "lightning_reg.retrieval.item_ssl.core",
         "correlated_features": "lightning_reg.retrieval.item_ssl.core",
         "item_ssl_loss": "lightning_reg.retrieval.item_ssl.core",
@@ -596,6 +645,15 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "encoder_consistency": "lightning_reg.reweighting.adawac.core",
         "undo_symmetry": "lightning_reg.reweighting.adawac.core",
         "weight_ascent": "lightning_reg.reweighting.adawac.core",
+        "allocate": "lightning_reg.reweighting.amtrl_lasso.core",
+        "first_of_tasks": "lightning_reg.reweighting.amtrl_lasso.core",
+        "head_noise": "lightning_reg.reweighting.amtrl_lasso.core",
+        "relevance_l1": "lightning_reg.reweighting.amtrl_lasso.core",
+        "relevance_l2": "lightning_reg.reweighting.amtrl_lasso.core",
+        "residual_lam": "lightning_reg.reweighting.amtrl_lasso.core",
+        "sampling_probs": "lightning_reg.reweighting.amtrl_lasso.core",
+        "target_head": "lightning_reg.reweighting.amtrl_lasso.core",
+        "task_draws": "lightning_reg.reweighting.amtrl_lasso.core",
         "group_ascent": "lightning_reg.reweighting.group_dro.core",
         "group_draws": "lightning_reg.reweighting.group_dro.core",
         "group_losses": "lightning_reg.reweighting.group_dro.core",
