@@ -127,7 +127,7 @@ class Bent(Hand):
         ).reshape(moment.y.shape)
         total = t.weight * loss(moment.outputs[0], soft)
         if t.augment is not None:
-            seen = loop.run(loop.used(loop.weights()), shrink(moment.x), moment)[0]
+            seen = loop.run(moment.weights, shrink(moment.x), moment)[0]
             total = total + t.view_weight * loss(seen, moment.y)
         return total
 

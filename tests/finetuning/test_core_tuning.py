@@ -73,10 +73,8 @@ class CoreByHand(Hand):
 
     def _rows(self, moment):
         h, generator = moment.features["net.act_body"], moment.draws(self.technique)
-        lam, mu = (
-            np.random.default_rng(int(torch.randint(2**62, (), generator=generator))).beta(1.0, 1.0, len(h))
-            for _ in range(2)
-        )
+        seed = int(torch.randint(2**62, (), generator=generator))
+        lam, mu = np.random.default_rng(seed).beta(1.0, 1.0, 2 * len(h)).reshape(2, -1)
         lam, mu = torch.from_numpy(lam).float(), torch.from_numpy(mu).float().clamp(min=0.8)
         return rows_by_hand(h, moment.y.tolist(), 4, lam, mu, torch.rand(len(h), generator=generator))
 

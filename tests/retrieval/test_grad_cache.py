@@ -31,6 +31,7 @@ CASE = Case(
     make=partial(GradCache, "net.body", 2),
     neutral=partial(GradCache, "net.body", None),
     by_hand=Hand,  # nothing: the loss and its gradient are those of the batch
+    also=("regression",),
     says=("net.body in chunks of 2 rows", "chunk_size=None: inactive", "net.first, net.body in chunks of 1 rows"),
     variants=[partial(GradCache, ["net.first", "net.body"], 1)],
     invalid=[({"chunk_size": 0}, "chunk_size"), ({"calls": []}, "calls"), ({"calls": ""}, "calls")],

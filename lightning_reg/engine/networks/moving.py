@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -126,6 +126,8 @@ class _Average(dict[str, Tensor]):
 
 class AverageReferenceTechnique(ReferenceTechnique, GradientTechnique):
     """A technique with averages among its references; it is active in every step that they are to follow."""
+
+    only_follows: ClassVar[bool] = True
 
     @override
     def after_step(self, module: Any, optimizer: "Optimizer") -> None:

@@ -62,6 +62,11 @@ def copy_of(module: "LightningModule") -> "LightningModule":
             with the layers of the module itself.
 
     """
+    with host.Replacement.aside(module):  # what stands in for a method has the layers of the module itself
+        return _copied(module)
+
+
+def _copied(module: "LightningModule") -> "LightningModule":
     with host.without_compiled_steps(module):
         _check_functions(module)
     memo: dict[int, Any] = {

@@ -290,7 +290,14 @@ class OnStep(Observer):
 
 
 class OnGradients(Member):
-    """The phases at the optimizer's step."""
+    """The phases at the optimizer's step.
+
+    Attributes:
+        only_follows: Whether :meth:`after_step` reads the new weights and changes none; such techniques come last.
+
+    """
+
+    only_follows: "ClassVar[bool]" = False
 
     def change_gradients(self, gradients: "Mapping[str, Tensor]") -> None:
         """Changes the gradients that an optimizer is about to use, in place.

@@ -123,7 +123,8 @@ class GradientPart(Part):
     def __init__(self, trainer: "Trainer", module: "LightningModule", techniques: Sequence[OnGradients]) -> None:
         self._trainer, self._module = trainer, module
         self._changing = taking_part(techniques, OnGradients, "change_gradients")
-        self._following = taking_part(techniques, OnGradients, "after_step")
+        # An average is one of the weights as the step leaves them, whoever changes them in whatever order.
+        self._following = sorted(taking_part(techniques, OnGradients, "after_step"), key=lambda t: t.only_follows)
         self._active: Sequence[Any] = ()
         self._names: dict[int, str] = {}
         self._handles: list[RemovableHandle] = []

@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from lightning_reg.engine.host.autograd import is_wanted
 from lightning_reg.engine.host.generators import isolated_randomness
-from lightning_reg.engine.host.modules import Convolution, TransposedConvolution, own_parameters
+from lightning_reg.engine.host.modules import Convolution, TransposedConvolution, own_hooks, own_parameters
 from lightning_reg.engine.layers.named import LayerHook
 from lightning_reg.engine.weights.factors import Factors
 from lightning_reg.engine.weights.multiplied import multiplied_weights
@@ -27,7 +27,7 @@ from lightning_reg.engine.weights.multiplied import multiplied_weights
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-__all__ = ["LayerTap", "Use", "layer_gradients", "use_of"]
+__all__ = ["LayerTap", "Use", "hides_weight", "layer_gradients", "use_of"]
 
 
 class Use(NamedTuple):
@@ -180,6 +180,11 @@ class LayerTap(LayerHook):
         if compiled:
             return _Compiled.apply(output, x, left, right, scale, factor, self.use)  # type: ignore[no-any-return,no-untyped-call]  # torch's
         return _Eager.apply(output, x, left, right, scale, factor, self.use, self.weight)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def hides_weight(layer: nn.Module) -> bool:
+    """Whether the layer runs on a constant in place of its weight, whose gradient is made behind it."""
+    return any(isinstance(hook, _Hide) for hook in own_hooks(layer)[1].values())
 
 
 class _Hide(LayerHook):

@@ -20,7 +20,8 @@ from lightning_reg.engine.host.modules import BatchNorm
 from lightning_reg.engine.layers.named import named_layers
 from lightning_reg.engine.networks.sight import beside_the_step
 from lightning_reg.engine.run.part import Part
-from lightning_reg.engine.run.phases import OnLayers
+from lightning_reg.engine.run.phases import OnLayers, ThroughMap
+from lightning_reg.engine.weights.layer_products import hides_weight
 from lightning_reg.retrieval.grad_cache.core import recomputed, row_chunks
 
 if TYPE_CHECKING:
@@ -119,6 +120,12 @@ class ChunkedCalls(Part):
         if step is None or not torch.is_grad_enabled() or self._runs:
             return original(*args, **named)
         self._unseen.discard(place.name)
+        if hides_weight(place.module) and place.attribute == "forward":
+            mapping = [type(one).__name__ for one in host.callbacks(self._trainer) if isinstance(one, ThroughMap)]
+            raise MisconfigurationException(
+                f"GradCache runs the layer {place.name!r} once more, past what {' or '.join(mapping)} has put around it"
+                " for the gradient of its weight. Name the encoder that this layer lies in."
+            )
         given = args, named
         rows = next((len(one) for one in tensors_of(given) if one.dim()), 0)
         chunks = row_chunks(rows, self._size)
