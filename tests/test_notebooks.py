@@ -30,6 +30,7 @@ OURS = {
     "metric_learning",
     "nm_sparsity",
     "projection",
+    "search",
     "segmentation",
     "segmentation_noise",
     "soups",
