@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import bm25s
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer, seed_everything
@@ -223,7 +224,8 @@ def add_dense(name: str, callbacks: list[Any]) -> DenseSearch:
 
 dense = add_dense("dense", [])
 add_dense("dense, FocalContrastive", [FocalContrastive(gamma=0.5)])
-add_dense("dense, HardNegativeMixing", [HardNegativeMixing("encoder", 0.05, num_pairs=7, list_mix=True)])
+mixing = HardNegativeMixing("encoder", 0.05, num_pairs=7, list_mix=True)
+mixed = add_dense("dense, HardNegativeMixing", [mixing])
 
 # %% [markdown]
 # ## Sparse vectors without a network for queries
@@ -300,8 +302,8 @@ add_sparse("sparse, IDFFlops, EnsembleDistillation", [IDFFlops(**flops), distill
 console.print(results.table())
 
 # %% [markdown]
-# One run each: differences of a point are within what another seed makes of it. `benchmarks/results/search.md` has
-# three seeds with intervals, and a sentence encoder trained by others beside these.
+# One run each: differences of a point are within what another seed makes of it, and of a technique alone
+# `benchmarks/effects` has three seeds with intervals. BM25, which is not trained at all, is hard to beat here.
 #
 # ## Quality against size
 #
@@ -313,8 +315,11 @@ figure = plots.quality_by_size(
     size="index, kB",
     quality="NDCG@10, %",
 )
-figure.savefig("search.png")
-figure  # noqa: B018 # a notebook shows it
+figure.savefig("search.png", dpi=150)
+axes = plt.figure(figsize=figure.get_size_inches(), dpi=150).add_axes((0, 0, 1, 1))  # a notebook shows pyplot's figures
+axes.imshow(plt.imread("search.png"))
+axes.axis("off")
+plt.show()
 
 # %% [markdown]
 # ## By package

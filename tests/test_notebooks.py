@@ -158,6 +158,15 @@ def is_find_wrong_labels(space, folder, printed):
     assert "suspected label errors" in printed
 
 
+def is_search(space, folder, printed):
+    rows = space["results"].rows
+    assert len(rows) == 7
+    assert all(0 < row["mrr"] < 100 and row["index, kB"] > 0 for row in rows.values())
+    assert rows["sparse"]["nnz"] > rows["sparse, IDFFlops"]["nnz"]
+    assert (folder / "search.png").read_bytes().startswith(b"\x89PNG")
+    assert "BM25" in printed
+
+
 def is_stacking(space, folder, printed):
     assert set(space["results"]) == set(space["ARMS"])
     assert "cannot stand together" in space["refusal"]
