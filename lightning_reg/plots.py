@@ -32,6 +32,7 @@ __all__ = [
     "masks",
     "masks_over_time",
     "memorisation",
+    "quality_by_size",
     "read_log",
     "soup_ladder",
     "suspects",
@@ -144,6 +145,42 @@ def memorisation(log: Log | str | Path, key: str = "elr", metrics: Sequence[str]
     figure, axes = one("Memorisation", "step", "share of the samples")
     _curves(axes, log, {**shares, **{name: name for name in metrics}})
     axes.set_ylim(0, 1.02)
+    return figure
+
+
+@styled
+def quality_by_size(
+    points: Mapping[str, tuple[float, float]], size: str = "index, bytes", quality: str = "NDCG@10"
+) -> Figure:
+    """What size buys: a point for each index or network, and a line along those that none beats in both.
+
+    Args:
+        points: Size, above 0, and quality by the name of what has them, at least one; more quality is better.
+        size: What the horizontal axis, which is logarithmic, has.
+        quality: What the vertical axis has.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: If there is no point, or a size is not above 0.
+
+    """
+    if not points or any(x <= 0 for x, _ in points.values()):
+        raise ValueError(f"quality_by_size: `points` must have sizes above 0, at least one, got {dict(points)}.")
+    figure, axes = one("Quality by size", size, quality)
+    figure.set_size_inches(6.0, 3.6 + 0.22 * len(points))
+    best: list[tuple[float, float]] = []
+    for x, y in sorted(points.values(), key=lambda point: (point[0], -point[1])):
+        if not best or y > best[-1][1]:
+            best.append((x, y))
+    axes.plot(*zip(*best, strict=True), color="0.6", linestyle=":", zorder=1, label="not beaten in both")
+    for (name, (x, y)), marker in zip(points.items(), "os^vDPX<>*hp" * len(points), strict=False):
+        axes.plot([x], [y], marker=marker, linestyle="", markersize=8, label=name)
+    axes.set_xscale("log", subs=[2, 5])
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    figure.legend(loc="outside lower left", fontsize=8)
     return figure
 
 

@@ -30,6 +30,7 @@ OURS = {
     "metric_learning",
     "nm_sparsity",
     "projection",
+    "search",
     "segmentation",
     "segmentation_noise",
     "soups",
@@ -155,6 +156,15 @@ def is_find_wrong_labels(space, folder, printed):
     assert (suspected & wrong).sum() > 0.8 * wrong.sum()
     assert (suspected & wrong).sum() > 0.6 * suspected.sum()
     assert "suspected label errors" in printed
+
+
+def is_search(space, folder, printed):
+    rows = space["results"].rows
+    assert len(rows) == 7
+    assert all(0 < row["mrr"] < 100 and row["index, kB"] > 0 for row in rows.values())
+    assert rows["sparse"]["nnz"] > rows["sparse, IDFFlops"]["nnz"]
+    assert (folder / "search.png").read_bytes().startswith(b"\x89PNG")
+    assert "BM25" in printed
 
 
 def is_stacking(space, folder, printed):

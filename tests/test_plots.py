@@ -77,6 +77,23 @@ def test_interpolation_draws_each_score_over_alpha():
         plots.interpolation({"alpha": [0.0]})
 
 
+def test_quality_by_size_has_a_point_for_each_and_a_line_along_those_that_none_beats():
+    points = {"small": (10.0, 0.3), "large": (1000.0, 0.5), "beaten": (2000.0, 0.4), "as small, worse": (10.0, 0.2)}
+    figure = plots.quality_by_size(points, "index, kB", "MRR")
+    (axes,) = figure.axes
+    assert drawn(axes) == {
+        "not beaten in both": [[10, 0.3], [1000, 0.5]],
+        **{name: [list(point)] for name, point in points.items()},
+    }
+    assert len({line.get_marker() for line in axes.lines[1:]}) == 4
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_xscale()) == ("index, kB", "MRR", "log")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["not beaten in both", *points]
+    with pytest.raises(ValueError, match=r"^quality_by_size: `points` must have sizes above 0, at least one, got {}"):
+        plots.quality_by_size({})
+    with pytest.raises(ValueError, match=r"^quality_by_size: `points` must have sizes above 0"):
+        plots.quality_by_size({"none": (0.0, 0.5)})
+
+
 def test_memorisation_draws_agreement_suspects_and_what_is_named():
     axes = plots.memorisation(LOG, metrics=["val_acc"]).axes[0]
     assert drawn(axes) == {
