@@ -1,11 +1,13 @@
 """The heads of the sources and of the target on the features of one state of the network."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.names import matches
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["OnHeads", "Snapshot", "snapshot"]
 
 
-class OnHeads(DrawTechnique):
+class OnHeads(DrawTechnique, ABC):
     """A technique whose arguments say where the heads of tasks come from."""
 
     num_tasks: int
@@ -31,6 +33,11 @@ class OnHeads(DrawTechnique):
     num_classes: int | None
     heads: str | None
     ridge: float
+
+    @override
+    @abstractmethod
+    def describe(self) -> str:
+        """What is made of the heads."""
 
 
 @dataclass(frozen=True)
