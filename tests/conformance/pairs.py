@@ -90,6 +90,8 @@ def neutral_beside_references(case: Case) -> None:
     """At its neutral setting it changes nothing for a stack of references, as many as stand together with it."""
     if case.neutral is None or "neutral_is_nothing" in case.exempt:
         return
+    if not any(common_problem(case, reference) is case.problem for reference in REFERENCES):
+        return  # nobody else trains on such data; alone it is law
     stack: list[Technique] = []
     for reference in REFERENCES:
         one = reference.make(name="one")

@@ -49,13 +49,16 @@ class Taught(Hand):
     """The inputs themselves are the teacher's embeddings of queries and documents."""
 
     def losses(self, output, moment):
+        return torch.stack([-s.softmax(0)[i].log() for i, s in enumerate(output)])
+
+    def term(self, loop, moment):
         found = []
-        for i, s in enumerate(output):
+        for i, s in enumerate(moment.outputs[0]):
             cosines = torch.stack([F.cosine_similarity(moment.x[i], x, dim=0) for x in moment.x])
             p, q = ((each / self.technique.temperature).softmax(0) for each in (cosines, s))
             kl = sum(p[j] * (p[j].log() - q[j].log()) for j in range(len(p)))
-            found.append(-s.softmax(0)[i].log() + self.technique.weight * kl)
-        return torch.stack(found)
+            found.append(self.technique.weight * kl)
+        return torch.stack(found).mean()
 
 
 TAUGHT = partial(ContrastiveDistillation, "net.cosines.documents", "0", "0", "net.head", temperature=0.5)

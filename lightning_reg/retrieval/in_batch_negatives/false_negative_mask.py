@@ -133,6 +133,8 @@ class FalseNegativeMask(LossTechnique):
                 f"{type(other).__name__} replaces the targets of the same call, and FalseNegativeMask might mask one."
                 " Remove one of them, or let them work on different calls with `loss=...`."
             )
+        if isinstance(other, FalseNegativeMask) and other.loss == self.loss and other.describe() == self.describe():
+            return "both mask the same candidates of the same call. Remove one of them."
         return None
 
     @override
