@@ -432,9 +432,10 @@ class ADELE(Settings):
         correction where the last epoch of the fit ended with one. It runs on the Trainer's device.
 
         Cost: a forward pass at each of the scales, twice with ``flip``; a copy of the module; and 4 x C x H x W bytes
-        for each image of **one batch**, whatever the number of images. All of them would take N times that: 1,000 images of 250 x 250
-        with 21 classes are 5.3 GB as float32, and 1.3 GB as bytes, ``(255 * probabilities).round().byte()``, which err
-        by 0.002. Write them to a file as they come (``numpy.lib.format.open_memmap``), as tools read that in parts.
+        for each image of **one batch**, whatever the number of images (on the device as much for each pass, until their
+        mean is taken). All of them would take N times that: 1,000 images of 250 x 250 with 21 classes are 5.3 GB as
+        float32, and 1.3 GB as bytes, ``(255 * probabilities).round().byte()``, which err by 0.002. Write them to a file
+        as they come (``numpy.lib.format.open_memmap``); cleanlab reads it in parts.
 
         Args:
             trainer: The one that has fitted.
