@@ -33,11 +33,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_reg import ADELE, ELRCallback
 
 sys.path.insert(0, str(Path(__file__).parent / "effects"))
-from _digit_masks import Segmenter, canvases  # noqa: E402
-from adele import EPOCHS as EPOCHS_OF_MASKS  # noqa: E402
-from adele import TRAIN, spoiled  # noqa: E402
+from _digit_masks import Segmenter, canvases
+from adele import EPOCHS as EPOCHS_OF_MASKS
+from adele import TRAIN, spoiled
 
 FILTERS = ("prune_by_noise_rate", "both", "confident_learning", "predicted_neq_given")
+REPLACED, PIXELS = "ADELE.mask_errors", "cleanlab.segmentation"
 REDRAWN, SEEDS, EPOCHS = (0.1, 0.4), 3, 30
 FITS = {"ADELE()": {}, "ADELE(scales=[1])": {"scales": [1.0]}, "no correction": {"scales": [1.0], "start": 1000}}
 
@@ -91,17 +92,22 @@ def suspected_pixels(arguments, seed):
         for indices, found in adele.pred_probs(trainer, DataLoader(TensorDataset(x, given), 10)):
             probabilities[indices.numpy()] = found.numpy()
         issues = find_pixel_issues(given.numpy(), probabilities, n_jobs=1, verbose=False)
-        predicted = torch.from_numpy(np.argmax(probabilities, 1))
-    return given != y, {
-        "ADELE.mask_errors": corrected != given,
-        "cleanlab.segmentation": torch.from_numpy(issues),
+        largest, predicted = torch.from_numpy(np.array(probabilities)).max(1)
+    found = {} if "start" in arguments else {REPLACED: corrected != given}
+    return given != y, found | {
+        PIXELS: torch.from_numpy(issues),
         "predicted is not given": predicted != given,
+        "predicted by more than 0.8, is not given": (predicted != given) & (largest > 0.8),
     }
 
 
+def percent(wrong, found):
+    """Precision (0 where none is found) and recall."""
+    hit, suspected, errors = int((found & wrong).sum()), int(found.sum()), int(wrong.sum())
+    return 100 * hit / max(suspected, 1), 100 * hit / errors
+
+
 def with_interval(values):
-    if len(values) < SEEDS:
-        return f"- (finds none with {SEEDS - len(values)} seeds)"
     half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
     return f"{statistics.mean(values):.1f} ± {half:.1f}"
 
@@ -116,21 +122,44 @@ def table(runs_of):
             for what in ("precision", "recall")
         ]
         for name in runs[0][1]:
-            hits = [
-                (int((found[name] & wrong).sum()), int(found[name].sum()), int(wrong.sum())) for wrong, found in runs
-            ]
-            precision = with_interval([100 * hit / suspected for hit, suspected, _ in hits if suspected])
-            rows.setdefault(name, []).extend([precision, with_interval([100 * hit / wrong for hit, _, wrong in hits])])
-    lines = [["%", *heads], ["---"] + ["---:"] * len(heads), *([name, *cells] for name, cells in rows.items())]
+            columns = zip(*(percent(wrong, found[name]) for wrong, found in runs), strict=True)
+            rows.setdefault(name, []).extend(map(with_interval, columns))
+    lines = [["%", *heads], ["---"] + ["---:"] * len(heads)]
+    lines += [[name, *cells, *["-"] * (len(heads) - len(cells))] for name, cells in rows.items()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-OF_LABELS = f"""- 1,797 digits, labels redrawn at random; {EPOCHS} epochs; mean ± half the 95 % interval (Student's t) of {SEEDS} seeds.
+MEAN = f"mean ± half the 95 % interval (Student's t) of {SEEDS} seeds"
+OF_LABELS = f"""- 1,797 digits, labels redrawn at random; {EPOCHS} epochs; {MEAN}.
   The probabilities are ELR's targets, averages of predictions of the fit itself, and not of networks that have not seen
-  a sample."""
-OF_MASKS = f"""- Pixels of {TRAIN} canvases, 60 % of the masks dilated, eroded or shifted (see effects_adele.md); {EPOCHS_OF_MASKS} epochs; mean ± half
-  the 95 % interval (Student's t) of {SEEDS} seeds. The probabilities are those of the network that was trained on these
-  masks (corrected, but for the last two columns, where nothing is corrected and a plain fit is judged)."""
+  a sample.
+"""
+OF_MASKS = f"""- Pixels of {TRAIN} canvases, 60 % of the masks dilated, eroded or shifted (as in effects_adele.md).
+- {EPOCHS_OF_MASKS} epochs; {MEAN}.
+- The probabilities are those of the network that was trained on these masks, as ADELE corrected them; with "no
+  correction" those of a plain fit.
+"""
+
+
+def each_seed(runs_of):
+    """Precision and recall of each run, and what ADELE has more than cleanlab's filter, seed by seed."""
+    lines, differences = [], []
+    for setting, runs in runs_of.items():
+        pairs = {name: [percent(wrong, found[name]) for wrong, found in runs] for name in runs[0][1]}
+        lines += [
+            f"- {setting}, {name}: " + "; ".join(f"{precision:.1f}, {recall:.1f}" for precision, recall in of_seeds)
+            for name, of_seeds in pairs.items()
+        ]
+        if REPLACED in pairs:
+            more = torch.tensor(pairs[REPLACED]) - torch.tensor(pairs[PIXELS])
+            differences.append(f"- {setting}: precision {difference(more[:, 0])}; recall {difference(more[:, 1])}")
+    head = f"Difference of {REPLACED} to {PIXELS}, seed by seed:"
+    return "\n".join(["", head, "", *differences, "", "Precision and recall of each seed:", "", *lines, ""])
+
+
+def difference(values):
+    half = stats.t.ppf(0.975, len(values) - 1) * float(values.std()) / len(values) ** 0.5
+    return f"{float(values.mean()):+.1f} ± {half:.1f}" + ("" if abs(values.mean()) > half else ": no difference shown")
 
 
 def main():
@@ -140,23 +169,19 @@ def main():
     arguments = parser.parse_args()
     if arguments.masks:
         runs = {name: [suspected_pixels(settings, seed) for seed in range(SEEDS)] for name, settings in FITS.items()}
-        what, notes, command = (
-            "Found errors of masks",
-            OF_MASKS,
-            "--masks --save benchmarks/results/mask_errors_cleanlab",
-        )
+        what, notes, command = "Found errors of masks", OF_MASKS, "--masks --save benchmarks/results/mask_errors"
+        end = each_seed(runs)
     else:
         runs = {redrawn: [suspects(redrawn, seed) for seed in range(SEEDS)] for redrawn in REDRAWN}
-        what, notes, command = "Found label errors", OF_LABELS, "--save benchmarks/results/label_errors_cleanlab"
+        what, notes, command, end = "Found label errors", OF_LABELS, "--save benchmarks/results/label_errors", ""
     packages = ", ".join(f"{name} {version(name)}" for name in ("cleanlab", "lightning", "torch"))
     text = f"""# {what} beside cleanlab's, from the same probabilities
 
 {table(runs)}
 
-- `python benchmarks/label_errors.py {command}.md`
-{notes}
-- {packages}; CPU
-"""
+- `python benchmarks/label_errors.py {command}_cleanlab.md`
+{notes}- {packages}; CPU
+{end}"""
     print(text)
     if arguments.save is not None:
         arguments.save.write_text(text, encoding="utf-8")
