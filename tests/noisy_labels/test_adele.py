@@ -1,6 +1,7 @@
 """ADELE: masks are corrected class by class, when the network begins to memorise their errors."""
 
 import sys
+import weakref
 from functools import partial
 
 import pytest
@@ -11,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from rich.console import Console
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_reg import ADELE, CutMix, MaskErrors, MultiScaleConsistency
+from lightning_reg import ADELE, CutMix, LabelStore, MaskErrors, MultiScaleConsistency
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.functional import (
     confident_classes,
@@ -475,6 +476,102 @@ def test_a_unet_with_the_dice_loss_of_its_library(dice_alone):
 class Hugging(Segmenter):
     def training_step(self, batch, batch_idx):
         return self.net(pixel_values=batch["image"], labels=batch["mask"]).loss
+
+
+# -- probabilities for other tools ------------------------------------------------------------------------------------
+
+
+def all_probabilities(adele, module, loader):
+    """Of all images, from its batches, and the positions."""
+    found = list(adele.pred_probs(module.trainer, loader))
+    return torch.cat([indices for indices, _ in found]), torch.cat([probabilities for _, probabilities in found])
+
+
+@torch.no_grad()
+def by_hand(net, x, scales, temperature, flip):
+    scores = []
+    for scale in scales:
+        small = x if scale == 1 else F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=True)
+        for turned in (False, True) if flip else (False,):
+            out = net(small.flip(-1) if turned else small)
+            out = F.interpolate(out, x.shape[-2:], mode="bilinear", align_corners=True)
+            scores.append(out.flip(-1) if turned else out)
+    return (sum(scores) / len(scores) / temperature).softmax(1)
+
+
+@pytest.mark.parametrize("layer", [None, "net.head"])
+def test_probabilities_after_the_fit_are_those_that_corrected(layer):
+    x, y = images()
+    settings = {"scales": [0.5, 1], "temperature": 2.0, "flip": True}
+    module, adele = Segmenter(), make(**settings, layer=layer)
+    loader = DataLoader(TensorDataset(x, y), 3, shuffle=True, drop_last=True)
+    fit(module, adele, loader=loader, max_epochs=2)
+    weights, state = weights_of(module), torch.get_rng_state()
+    indices, found = all_probabilities(adele, module, loader)
+    assert indices.tolist() == list(range(8))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, by_hand(module.eval().net, x, settings["scales"], 2.0, True))
+    torch.testing.assert_close(found.sum(1), torch.ones(8, 6, 6))
+    assert all(map(torch.equal, weights.values(), weights_of(module).values()))
+    assert torch.equal(state, torch.get_rng_state())
+    confident = confident_classes(found, 0.4)
+    corrected = corrected_masks(confident, y, torch.tensor([False, True, True]))
+    assert (corrected != y).any()
+    assert torch.equal(corrected, torch.stack([adele.corrected_mask(i, mask) for i, mask in enumerate(y)]))
+
+
+def test_probabilities_of_one_batch_are_held_at_a_time():
+    """Those of a batch are gone when the next ones come, and images are not fetched ahead."""
+    x, y = images()
+    module, adele, alive, fetched = Segmenter(), make(), [], []
+
+    class Counted(TensorDataset):
+        def __getitem__(self, index):
+            fetched.append(index)
+            return super().__getitem__(index)
+
+    fit(module, adele, loader=loader_of(x, y), max_epochs=1)
+    probabilities = adele.pred_probs(module.trainer, DataLoader(Counted(x, y), 2))
+    assert fetched == []
+    for number, (_, found) in enumerate(probabilities):
+        assert len(fetched) == 4 + 2 * (number + 1)  # the first batch is fetched twice, to see that it stays
+        assert found.shape == (2, 3, 6, 6)
+        assert found.untyped_storage().nbytes() == 2 * 3 * 6 * 6 * 4
+        assert sum(held() is not None for held in alive) <= 1  # the one before, until this loop lets go of it
+        alive.append(weakref.ref(found))
+        del found
+    assert len(alive) == 4
+    assert all(held() is None for held in alive)
+
+
+def test_probabilities_of_a_store_are_those_of_whole_images():
+    x, y = images()
+    store = LabelStore(TensorDataset(x, y), 3, lambda sample: [entry[..., :4] for entry in sample], size=(6, 6))
+    module, adele = Segmenter(), make()
+    fit(module, adele, loader=DataLoader(store, 4), max_epochs=2)
+    found = [probabilities for _, probabilities in adele.pred_probs(module.trainer, DataLoader(store, 4))]
+    assert {tuple(probabilities.shape) for probabilities in found} == {(1, 3, 6, 6)}
+    torch.testing.assert_close(torch.cat(found), by_hand(module.eval().net, x, [1], 1.0, False))
+
+
+def test_what_has_no_probabilities_is_told():
+    x, y = images()
+    loader = loader_of(x, y)
+    with pytest.raises(RuntimeError, match="there are no probabilities yet; fit first"):
+        make().pred_probs(make_trainer(), loader)
+    module, adele = Segmenter(), make(predict="train")
+    fit(module, adele, loader=loader, max_epochs=1)
+    with pytest.raises(MisconfigurationException, match='Write predict="eval" to have probabilities'):
+        adele.pred_probs(module.trainer, loader)
+    module, adele = Segmenter(), make()
+    fit(module, adele, loader=loader, max_epochs=1)
+    for wrong in (x, DataLoader(TensorDataset(x, y), batch_size=None)):
+        with pytest.raises(TypeError, match="must be a DataLoader that draws batches by index, got"):
+            adele.pred_probs(module.trainer, wrong)
+    with pytest.raises(ValueError, match="of the training dataset with its 8 samples, got 4"):
+        adele.pred_probs(module.trainer, loader_of(x[:4], y[:4]))
+    with pytest.raises(MisconfigurationException, match="fetched twice was another one"):
+        list(adele.pred_probs(module.trainer, DataLoader(Cropped(x, y), 4)))
 
 
 # -- the report -------------------------------------------------------------------------------------------------------

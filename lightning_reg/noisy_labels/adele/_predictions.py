@@ -23,19 +23,20 @@ if TYPE_CHECKING:
     from lightning_reg.engine.step import Step
 
 
-__all__ = ["check_samples_stay", "masks_of", "predictions", "scores_of"]
+__all__ = ["MOVING", "check_samples_stay", "masks_of", "predictions", "scores_of", "seen"]
+
+MOVING = (
+    "ADELE replaces pixels of masks, and a batch that was fetched twice was another one the second time: images are"
+    " cropped, flipped or otherwise changed at random, so the pixels of a corrected mask would lie elsewhere. Give"
+    " the loader whole images without random transforms, and do these behind it: `LabelStore(whole_images,"
+    " num_classes=..., transform=...)` as the dataset hands out corrected masks before its `transform`; or in"
+    " `training_step` (with image and mask together), in train mode only."
+)
 
 
 def check_samples_stay(trainer: "Trainer", owner: Settings, store: LabelStore | None = None) -> None:
     """Refuses samples that are another time others than they were: corrected pixels would lie elsewhere."""
-    problem = (
-        "ADELE replaces pixels of masks, and a batch that was fetched twice was another one the second time: images are"
-        " cropped, flipped or otherwise changed at random, so the pixels of a corrected mask would lie elsewhere. Give"
-        " the loader whole images without random transforms, and do these behind it: `LabelStore(whole_images,"
-        " num_classes=..., transform=...)` as the dataset hands out corrected masks before its `transform`; or in"
-        " `training_step` (with image and mask together), in train mode only."
-    )
-    with _steps(trainer, owner, store, lambda one, two: check_fetched_twice(one, two, problem)):
+    with _steps(trainer, owner, store, lambda one, two: check_fetched_twice(one, two, MOVING)):
         pass
 
 
@@ -66,11 +67,13 @@ def predictions(
     peer.share_memory_with(module)
     weights = weights_of(module)
     with _steps(trainer, owner, store) as steps:
-        yield ((torch.tensor(indices), *_seen(step, owner, peer, weights)) for step, indices in steps)
+        yield ((torch.tensor(indices), *seen(step, owner, peer, weights)) for step, indices in steps)
 
 
 @torch.no_grad()
-def _seen(step: "Step", owner: Settings, peer: Peer, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+def seen(
+    step: "Step", owner: Settings, peer: Peer, weights: Mapping[str, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """The masks of a batch, and the softmax of the mean of its scores at all scales, flipped as well."""
     batch, masks = step.batch, masks_of(step.batch, owner)
     images = find_entry(batch, owner.input_key, "ADELE: input_key")

@@ -1,6 +1,6 @@
 """ADELE: masks are corrected class by class, when the network begins to memorise their errors."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -17,6 +17,7 @@ from lightning_reg.engine.run.phases import Member, phases_of
 from lightning_reg.noisy_labels._scales import resized
 from lightning_reg.noisy_labels.adele._curves import Curves
 from lightning_reg.noisy_labels.adele._predictions import check_samples_stay, masks_of, predictions, scores_of
+from lightning_reg.noisy_labels.adele._probabilities import probabilities_of
 from lightning_reg.noisy_labels.adele._settings import Settings
 from lightning_reg.noisy_labels.adele._store import adopted, memory_of, new_memory, store_of
 from lightning_reg.noisy_labels.adele.core import confident_classes, corrected_masks, iou_counts
@@ -25,6 +26,7 @@ from lightning_reg.noisy_labels.adele.report import MaskErrors
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+    from torch.utils.data import DataLoader
 
     from lightning_reg.engine.loss.call import LossCall
     from lightning_reg.engine.step import Step
@@ -186,12 +188,8 @@ class ADELE(Settings):
         self.r, self.tau, self.tau_background, self.correct_every = r, tau, tau_background, correct_every
         self.from_original, self.rule, self.class_constraint = from_original, rule, class_constraint
         self.shrink_guard, self.predict, self.scales, self.flip = shrink_guard, predict, list(scales), flip
-        self.temperature, self.start, self.min_points, self.every_n_steps = (
-            temperature,
-            start,
-            min_points,
-            every_n_steps,
-        )
+        self.temperature, self.start, self.min_points = temperature, start, min_points
+        self.every_n_steps = every_n_steps
         self.flat_rise, self.multiple_of, self.background = flat_rise, multiple_of, background
         self.ignore_index, self.layer, self.input_key, self.target_key = ignore_index, layer, input_key, target_key
         self.num_samples = num_samples
@@ -425,6 +423,39 @@ class ADELE(Settings):
             raise RuntimeError("ADELE: there are no masks yet; fit first, or load a checkpoint.")
         pairs = ((index, mask, self.corrected_mask(index, mask)) for index, mask in enumerate(masks))
         return MaskErrors.between(pairs, self._masks.num_classes, self.ignore_index)
+
+    def pred_probs(self, trainer: "Trainer", loader: "DataLoader[Any]") -> Iterator[tuple[Tensor, Tensor]]:
+        """The class probabilities that masks are judged by, for tools that do so themselves (cleanlab).
+
+        One more pass over whole images, as a correction is: at all ``scales``, with ``flip`` and ``temperature``, in
+        eval mode and without gradient, by the weights that the module has now. These are the weights of the last
+        correction where the last epoch of the fit ended with one. It runs on the Trainer's device.
+
+        Cost: a forward pass at each of the scales, twice with ``flip``; a copy of the module; and 4 x C x H x W bytes
+        for each image of **one batch**, whatever the number of images (on the device as much for each pass, until their
+        mean is taken). All of them would take N times that: 1,000 images of 250 x 250 with 21 classes are 5.3 GB as
+        float32, and 1.3 GB as bytes, ``(255 * probabilities).round().byte()``, which err by 0.002. Write them to a file
+        as they come (``numpy.lib.format.open_memmap``); cleanlab reads it in parts.
+
+        Args:
+            trainer: The one that has fitted.
+            loader: A DataLoader of the training dataset; shuffled or not, each sample that its sampler draws comes
+                once. Of a :class:`~lightning_reg.LabelStore` the whole images behind it are seen.
+
+        Returns:
+            An iterator: of each batch the positions in the training dataset ``(B,)``, in their order, and probabilities
+            ``(B, C, H, W)`` float32 that sum to 1 over the classes; both on the CPU. Random numbers that are drawn
+            before it has ended come again afterwards.
+
+        Raises:
+            RuntimeError: If nothing was trained yet.
+            TypeError: If the loader is no DataLoader that draws batches by index.
+            ValueError: If its dataset has another number of samples than there are masks.
+            MisconfigurationException: With ``predict="train"``, whose probabilities are those of the steps themselves
+                and are not kept; or if the samples change from one time to the next.
+
+        """
+        return probabilities_of(trainer, self, loader, None if self._masks is None else self._masks.num_samples)
 
     @override
     def state_dict(self) -> dict[str, Any]:
