@@ -6,7 +6,8 @@ images; a perceptron 128-200-200-2, Adam 1e-3 with weight decay 1e-3, full batch
 their synthesis of 300. Then each arm is a fit of 300 steps: with the plain loss, or with one of InvariancePenalty's
 methods on the two environments, in RFC's form: its grid's middle as the weight (1e4, SD: 100) and the sum divided by
 it. "From scratch" all weights are random, of the seed alone; "rich" keeps the synthesis' features frozen and trains its
-head, from the synthesis' own weights. Nothing was chosen by results. Groups: label and colour, four. In per cent.
+head, from the synthesis' own weights; "frozen" does so with the network of the plain fit, to tell rich features from
+frozen ones. Nothing was chosen by results. Groups: label and colour, four. In per cent.
 """
 
 import sys
@@ -23,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_reg import FeatureSynthesis, InvariancePenalty, RichFeatures, WorstGroupAccuracy
 
 METHODS = {"IRMv1": "irm", "V-REx": "vrex", "SD": "sd", "IGA": "iga", "Fishr": "fishr", "CLOvE": "clove"}
-STARTS = ("from scratch", "rich")
+STARTS = ("from scratch", "frozen", "rich")
 STEPS, SHORT = 300, 60
 
 
@@ -70,15 +71,16 @@ def run(seeds):
         ]
         x, y, _ = (torch.cat(both) for both in zip(*parts[:2], strict=True))
         loader = DataLoader(TensorDataset(x, y, torch.arange(2 * SIZE) // SIZE), 2 * SIZE)
-        rich = synthesis(loader, seed)
+        starts = {"rich": synthesis(loader, seed)}
         for arm in arms:
             title, start = arm.name.split(", ")
             seed_everything(seed, verbose=False)
             weight = 0.0 if title == "plain" else 100.0 if title == "SD" else 1e4
             penalties = [InvariancePenalty(METHODS[title], 2, weight, group_key="2", form="rfc")] if weight else []
-            options = {"start": rich, "frozen": True} if start == "rich" else {}
+            options = {"start": starts[start], "frozen": True} if start in starts else {}
             model = Divided(penalty=weight, **options)
             fit(model, penalties, loader, max_epochs=STEPS)
+            starts.setdefault("frozen", model)  # the first arm: plain, from scratch
             arm.add(**accuracies(model, *parts[2]))
             print(f"seed {seed}, {arm.name}: {arm.values['worst group'][-1]:.1f}", file=sys.stderr, flush=True)
     return arms
