@@ -54,9 +54,12 @@ def batched(indices, size=8):
     return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
-@pytest.mark.parametrize(
+WORKERS = pytest.mark.parametrize(
     "options", [{}, {"num_workers": 2}, {"num_workers": 2, "persistent_workers": True}], ids=["none", "new", "kept"]
 )
+
+
+@WORKERS
 def test_the_loader_gives_what_was_drawn(options):
     module, recorder, drawing, seen = Noting(), IndexRecorder(), Drawing(), Seen()
     loader = marked(**options)

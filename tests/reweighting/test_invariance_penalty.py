@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_reg import InvariancePenalty, Mixup
 from lightning_reg.engine.host.errors import MisconfigurationException
@@ -26,7 +26,7 @@ from tests.conformance.by_hand import Hand, changed_targets
 from tests.conformance.case import Case
 from tests.conformance.laws import precision, ranks_agree
 from tests.conformance.problems import SIZE
-from tests.toys import QUIET, Classifier, fit, make_loader, make_tensors, same_weights, weights_of
+from tests.toys import QUIET, TWO_RANKS, Classifier, fit, make_loader, make_tensors, same_weights, weights_of
 
 pytestmark = QUIET
 
@@ -397,6 +397,39 @@ def test_annealing_ends_with_another_weight_and_a_new_adam(method, before, reset
     fit(ours, technique, loader=toy_loader())
     fit(plain, loader=toy_loader())
     assert same_weights(ours, plain, atol=1e-5)  # Adam divides small differences by small numbers
+
+
+def _annealed(method, reset, loader=None, **options):
+    """Weights and Adam's state after 3 steps of annealing and 5 others."""
+    model = Adam(environment_step)
+    model.renewed = False
+    technique = InvariancePenalty(method, 2, 5.0, group_key="2", anneal_steps=3, reset_optimizer=reset)
+    trainer = fit(model, technique, loader=toy_loader() if loader is None else loader, **options)
+    moments = {
+        f"{number} {name}": value
+        for number, state in trainer.optimizers[0].state_dict()["state"].items()
+        for name, value in state.items()
+    }
+    return weights_of(model), moments
+
+
+def _annealed_on_ranks(method, reset):
+    loader = toy_loader(batch_size=4, sampler=DistributedSampler(range(32), shuffle=False))
+    return _annealed(method, reset, loader, use_distributed_sampler=False, **TWO_RANKS)
+
+
+@pytest.mark.parametrize("method", ["vrex", "fishr", "clove"])
+def test_two_ranks_forget_adams_moments_as_one_does(two_processes, method):
+    weights, moments = _annealed(method, True)
+    (first, state), (second, other) = two_processes.run(_annealed_on_ranks, method, True)
+    assert same_weights(first, second)
+    assert same_weights(state, other)
+    assert {value.item() for name, value in state.items() if name.endswith("step")} == {5}
+    assert same_weights(first, weights, atol=1e-5)
+    assert same_weights(state, moments, atol=1e-5)
+    kept, steps = _annealed(method, False)
+    assert {value.item() for name, value in steps.items() if name.endswith("step")} == {8}
+    assert not same_weights(kept, weights, atol=1e-3)
 
 
 def test_fishr_averages_while_it_waits():

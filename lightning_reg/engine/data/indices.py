@@ -7,7 +7,7 @@ the k-th batch that leaves the loader has the k-th list. Nothing travels through
 
 import copy
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import cached_property
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_reg.engine.data.draws import Draws
 from lightning_reg.engine.data.entries import find_entry
+from lightning_reg.engine.data.unused_passes import UnusedPass
 from lightning_reg.engine.host.errors import MisconfigurationException
 
 __all__ = ["BatchIndices", "IndexSource", "check_has_indices", "entry_of_batch"]
@@ -61,10 +62,12 @@ class _Tap:
         self._sampler = sampler
         self.drawn: deque[Any] = deque()
         self.draws: Draws | None = None  # what stands in for those of the sampler
+        self.passing: Generator[Any] | None = None
 
     def __iter__(self) -> Iterator[Any]:
         self.drawn = deque()  # each pass has a queue of its own: loaders may be iterated twice at once
-        return _noting(iter(self._sampler if self.draws is None else self.draws), self.drawn)
+        self.passing = _noting(iter(self._sampler if self.draws is None else self.draws), self.drawn)
+        return self.passing
 
     def __len__(self) -> int:
         return len(self._sampler if self.draws is None else self.draws)
@@ -75,17 +78,17 @@ class _Tap:
         return getattr(self._sampler, name)
 
 
-def _noting(draws: Iterator[Any], drawn: deque[Any]) -> Iterator[Any]:
+def _noting(draws: Iterator[Any], drawn: deque[Any]) -> Generator[Any]:
     for draw in draws:
         drawn.append([*draw] if isinstance(draw, list) else draw)  # a sampler may fill the same list again
         yield draw
 
 
 class _Pass:
-    """One pass over a loader: the draws of the batches that have left it, and whether it came to its end."""
+    """One pass over a loader: the draws of the batches that have left it, whether it is used, and came to its end."""
 
     def __init__(self, pending: deque[Any]) -> None:
-        self.pending, self.exhausted = pending, False
+        self.pending, self.used, self.exhausted = pending, False, False
 
 
 class _Delivery:
@@ -102,6 +105,7 @@ class _Delivery:
         return self
 
     def __next__(self) -> Any:
+        self._pass.used = True
         try:
             batch = next(self._batches)
         except StopIteration:
@@ -115,14 +119,19 @@ class _Delivery:
 
 def _followed_class(loader_class: type[Any]) -> type[Any]:
     def followed_iter(self: Any) -> Iterator[Any]:
+        source = cast("IndexSource", self.index_source)
+        source.begin(self)
         batches = loader_class.__iter__(self)  # a pass of its own over the tap begins in here
-        return cast("IndexSource", self.index_source).deliver(batches, self.index_tap.drawn)
+        return source.deliver(batches, self.index_tap.drawn)
 
     return type(loader_class.__name__, (loader_class,), {"__iter__": followed_iter})
 
 
 class IndexSource:
     """Indices of the batches of one training loader.
+
+    Args:
+        is_drawn: Whether a technique may draw the samples of an epoch in place of the loader's sampler.
 
     Attributes:
         size: Length of the loader's dataset.
@@ -131,11 +140,14 @@ class IndexSource:
 
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_drawn: bool = False) -> None:
         self.size = 0
         self.capacity: int | None = None
         self.passes = 0
+        self._is_drawn = is_drawn
         self._tap: _Tap | None = None
+        self._loader: Any = None
+        self._before: UnusedPass | None = None
         self._pass = _Pass(deque())
 
     def attach(self, loader: Any) -> Any:
@@ -159,11 +171,16 @@ class IndexSource:
         twin.__class__ = _followed_class(type(loader))
         # DataLoader forbids assigning these after its construction; the copy has not been iterated yet.
         twin.__dict__.update({place: tap, "index_tap": tap, "index_source": self, "_iterator": None})
-        self._tap = tap
+        self._tap, self._loader = tap, loader
         self.size = len(loader.dataset)
         self.capacity = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
         self._pass = _Pass(deque())
         return twin
+
+    def begin(self, twin: Any) -> None:
+        """Before a pass over the loader: a technique may decide that it was begun for nothing."""
+        is_own = self._is_drawn and self._tap is not None and self._tap.draws is None
+        self._before = UnusedPass(self._loader, twin) if is_own else None
 
     def deliver(self, batches: Iterator[Any], drawn: deque[Any]) -> Iterator[Any]:
         """Follows a new pass over the loader; what an abandoned pass left over is dropped."""
@@ -177,6 +194,22 @@ class IndexSource:
         """What the passes that begin from now on are made of; ``None`` for what the loader's own sampler draws."""
         if self._tap is not None:
             self._tap.draws = draws
+
+    def give_up(self, epoch: int) -> list[str]:
+        """The present pass ends, and what it took from the sampler's state comes back, if no batch has left it.
+
+        Args:
+            epoch: The present one.
+
+        Returns:
+            Attributes of samplers that it has changed and that cannot be put back.
+
+        """
+        before, self._before = self._before, None
+        if before is None or self._pass.used or self._tap is None or self._tap.passing is None:
+            return []
+        self._tap.passing.close()
+        return before.put_back(epoch)
 
     @property
     def pending(self) -> deque[Any]:

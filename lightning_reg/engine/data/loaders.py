@@ -115,7 +115,7 @@ class TrainLoaders:
         self._sources = None
         for technique in self._askers:
             technique.meet_loader(self._trainer, processed)
-        source, refusal, twin = IndexSource(), None, processed
+        source, refusal, twin = IndexSource(is_drawn=self._drawer is not None), None, processed
         try:
             twin = source.attach(processed)
         except MisconfigurationException as error:

@@ -9,7 +9,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-__all__ = ["isolated_randomness", "kept_generators", "own_generators", "own_randomness", "replayed_randomness"]
+__all__ = [
+    "isolated_randomness",
+    "kept_generators",
+    "noted_generators",
+    "own_generators",
+    "own_randomness",
+    "replayed_randomness",
+]
 
 
 @contextmanager
@@ -50,6 +57,14 @@ def kept_generators(loader: Any, seed: int | None = None) -> Iterator[None]:
         for generator in {id(g): g for g in _generators(loader, depth=4)}.values():
             _keep(generator, seed, undo)
         yield
+
+
+def noted_generators(loader: Any) -> Callable[[], None]:
+    """Notes the states of the generators of a loader and its samplers; the function returned puts them back."""
+    undo = ExitStack()
+    for generator in {id(g): g for g in _generators(loader, depth=4)}.values():
+        _keep(generator, None, undo)
+    return undo.close
 
 
 def replayed_randomness() -> tuple["_Noted", "_Noted"]:

@@ -72,8 +72,20 @@ class DrawPart(Part):
         self.begin_epoch()
         if self._draws is None:
             return False
+        self._give_up_pass()
         self._draws.start = done
         return True
+
+    def _give_up_pass(self) -> None:
+        """Ends a pass over the user's own samples that Lightning has begun before this epoch was drawn."""
+        changed = [] if self._source is None else self._source.give_up(self._trainer.current_epoch)
+        if changed:
+            host.rank_zero_warn(
+                f"{type(self._technique).__name__} draws the samples of this epoch, and Lightning had begun a pass over"
+                f" the loader's own before. It has changed {', '.join(changed)}, and epochs of the loader's own samples"
+                " go on from there. If that is a state of the sampler, give it `state_dict` and `load_state_dict`, with"
+                " which it is put back."
+            )
 
     def _passes(self) -> int:
         return 0 if self._source is None else self._source.passes
