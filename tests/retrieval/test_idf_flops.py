@@ -190,8 +190,8 @@ def test_it_is_float32_in_half_precision():
     assert splade_vectors(w[None]).dtype is torch.float32
 
 
-# sentence-transformers 6.2.0, FlopsLoss(None, threshold).compute_loss_from_embeddings, backward to the logits: the value,
-# and the sums of the gradient's squares and of its sizes.
+# sentence-transformers 6.2.0, FlopsLoss(None, threshold).compute_loss_from_embeddings, backward to the logits: the
+# value, and the sums of the gradient's squares and of its sizes.
 @pytest.mark.parametrize(
     ("threshold", "figures"),
     [
@@ -424,12 +424,12 @@ class Retriever(LightningModule):
         return torch.optim.SGD(self.parameters(), 0.0)
 
 
-def _masked_language_model():
+def _masked_language_model(**options):
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=40, **sizes))
+        return transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=40, **sizes, **options))
 
 
 def _texts():
@@ -453,6 +453,44 @@ def test_a_masked_language_model_as_published():
     wrong = make_trainer(callbacks=[IDFFlops("model.cls", pooling="splade", mask_key="query")])
     with pytest.raises(MisconfigurationException, match=r"must name the mask \(4, 6\) of the tokens"):
         wrong.fit(module, DataLoader([batch], batch_size=None))
+
+
+def test_mappings_count_by_their_entry():
+    """As modules of sentence-transformers and transformers give them; the value is that of the tensors themselves."""
+
+    class Mapped(nn.Sequential):
+        def forward(self, x):
+            return {"token_embeddings": x, "sentence_embedding": super().forward(x)}
+
+    class Sentences(Sparse):
+        def __init__(self):
+            super().__init__()
+            self.net = Mapped(*self.net)
+
+        def training_step(self, batch, batch_idx):
+            return 0.0 * self.net(batch[0])["sentence_embedding"].sum()
+
+    found = []
+    for module in (Sparse(), Sentences()):
+        scores = EnsembleDistillation("net", scores={"given": "1"})
+        data = DataLoader(TensorDataset(*_documents().tensors, torch.arange(160.0).view(16, 10).sin()), 8)
+        trainer = make_trainer(callbacks=[IDFFlops("net"), scores], max_epochs=1)
+        trainer.fit(module, data)
+        found.append({name: value.item() for name, value in trainer.callback_metrics.items()})
+    assert found[0] == found[1]
+    assert found[0]["reg/idf_flops/flops"] > 0
+    assert found[0]["reg/ensemble_distillation/term"] > 0
+
+    found = []
+    for layer in ("model", "model.cls"):
+        flops = IDFFlops(layer, pooling="splade", mask_key="mask")
+        trainer = make_trainer(callbacks=[flops], max_epochs=1)
+        trainer.fit(
+            Retriever(_masked_language_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)),
+            DataLoader([_texts()], batch_size=None),
+        )
+        found.append(trainer.callback_metrics["reg/idf_flops/flops"].item())
+    assert found[0] == found[1]
 
 
 class TwoTowers(LightningModule):
