@@ -46,6 +46,23 @@ from by_hand_prompts import (
     Vit,
 )
 from by_hand_references import APART, BANK, WINDOW, Agreeing, Banked, Mined, Recent
+from by_hand_search import (
+    CHUNK,
+    GAMMA,
+    PAIRS,
+    POOL,
+    RAMP,
+    TEMPERATURE,
+    Chunked,
+    Encoder,
+    Expander,
+    Focal,
+    Masked,
+    Mixed,
+    Penalized,
+    Search,
+    SparseSearch,
+)
 from by_hand_terms import STEPS_APART, Clamped, Dropped, Margins, Matched, Repelled, Scored, WithCentres
 from overhead import ResNet18, SmallTransformer, data, in_turns, quiet, show
 from torch.utils.data import ConcatDataset, TensorDataset
@@ -58,8 +75,13 @@ from lightning_reg import (
     DeepPrompts,
     DRTune,
     ELRPlusCallback,
+    FalseNegativeMask,
     FeatureDistillation,
+    FocalContrastive,
     FrozenTwinAgreement,
+    GradCache,
+    HardNegativeMixing,
+    IDFFlops,
     L2ToStart,
     LocalMeanTeacher,
     Loki,
@@ -115,6 +137,11 @@ def arms(key, samples):
         "one_prompt": Prefixed,
         "virtual_outliers": HeadOnly,
         "synthetic_unknowns": Imagined,
+        "idf_flops": Penalized,
+        "focal_contrastive": Focal,
+        "hard_negative_mixing": Mixed,
+        "false_negative_mask": Masked,
+        "grad_cache": Chunked,
     }.get(key)
     technique = {
         "l2_to_start": lambda: L2ToStart(LAM),
@@ -143,8 +170,13 @@ def arms(key, samples):
         "synthetic_unknowns": lambda: SyntheticUnknowns(
             "net.pool", "net.head.weight", UNKNOWN, scale=SCALE, warmup=0.0
         ),
+        "idf_flops": lambda: IDFFlops("net.sparse", ramp_steps=RAMP, position=1),
+        "focal_contrastive": lambda: FocalContrastive(GAMMA),
+        "hard_negative_mixing": lambda: HardNegativeMixing("net.unit", TEMPERATURE, num_pairs=PAIRS, pool=POOL),
+        "false_negative_mask": lambda: FalseNegativeMask(ids="1"),
+        "grad_cache": lambda: GradCache("encode", CHUNK),
     }[key]()
-    plain = Numbers if key in {"conr", "proximal_matching"} else Plain
+    plain = PLAIN.get(key, Plain)
     by_hand = Averaged(copy.deepcopy(net), samples) if key == "elr_plus" else hand(copy.deepcopy(net))
     return {"plain": (plain(copy.deepcopy(net)), []), "by hand": (by_hand, []), "engine": (plain(net), [technique])}
 
@@ -152,8 +184,11 @@ def arms(key, samples):
 REFERENCES = ("frozen_twin", "dr_tune", "core_tuning", "local_mean_teacher")
 PROMPTED = ("deep_prompts", "one_prompt")
 HEADS = ("virtual_outliers", "synthetic_unknowns")
+SEARCH = ("focal_contrastive", "hard_negative_mixing", "false_negative_mask", "grad_cache")
 POOLED = ("conr", "tcm_loss", "metric_loss", "text_dropout", *REFERENCES, *HEADS)
-NETS = {"cutmix": ResNet18, "deep_prompts": Clip, "one_prompt": Vit}
+NETS = {"cutmix": ResNet18, "deep_prompts": Clip, "one_prompt": Vit, "idf_flops": Expander}
+NETS |= dict.fromkeys(SEARCH, Encoder)
+PLAIN = {"conr": Numbers, "proximal_matching": Numbers, "idf_flops": SparseSearch, **dict.fromkeys(SEARCH, Search)}
 BATCHES = {"cutmix": 8, "deep_prompts": 16, "one_prompt": 4}  # else 64
 EPOCHS = 1  # of VirtualOutliers, which counts them from the end: all rounds
 NEW = ("tcm_loss", "metric_loss", "text_dropout", "loki", "non_negative", "proximal_matching", "weight_repulsion")
@@ -169,6 +204,8 @@ KEYS = (
     *REFERENCES,
     *PROMPTED,
     *HEADS,
+    "idf_flops",
+    *SEARCH,
 )
 
 

@@ -11,7 +11,7 @@ from lightning_reg.engine.host.errors import MisconfigurationException
 if TYPE_CHECKING:
     from lightning_reg.engine.loss.call import LossCall
 
-__all__ = ["Direction", "check_cosines", "embeddings_of", "rows_and_columns"]
+__all__ = ["Direction", "check_cosines", "embeddings_of", "rows_and_columns", "tensor_in"]
 
 
 Direction = Literal["query_to_doc", "doc_to_query"]
@@ -88,11 +88,22 @@ def _refuse_rows(call: "LossCall", rows: Tensor, columns: Tensor, names: tuple[s
     )
 
 
+def tensor_in(output: object, key: str = "sentence_embedding") -> object:
+    """What counts of an output: of a mapping, as modules of sentence-transformers and transformers give, one entry.
+
+    Args:
+        output: Of a layer.
+        key: The entry.
+
+    Returns:
+        The entry; the output itself if it is no mapping or has no such entry.
+
+    """
+    return output.get(key, output) if isinstance(output, Mapping) else output
+
+
 def _rows(call: "LossCall", layer: str) -> Tensor:
-    found: list[Any] = [
-        output.get("sentence_embedding") if isinstance(output, Mapping) else output
-        for output in call.step.passes.get(layer, ())
-    ]
+    found: list[Any] = [tensor_in(output) for output in call.step.passes.get(layer, ())]
     if not found or not all(isinstance(output, Tensor) and output.dim() == 2 for output in found):
         shapes = ", ".join(str(tuple(o.shape)) if isinstance(o, Tensor) else type(o).__name__ for o in found)
         raise MisconfigurationException(

@@ -190,13 +190,21 @@ def test_it_is_float32_in_half_precision():
     assert splade_vectors(w[None]).dtype is torch.float32
 
 
-def test_it_is_the_loss_of_sentence_transformers():
-    """FlopsLoss of UKPLab/sentence-transformers at 34a05bee: sum(mean(embeddings, 0) ** 2), with rows masked by l0."""
-    w = torch.randn(12, 50, generator=torch.Generator().manual_seed(0)).relu()
-    assert flops_penalty(w).item() == pytest.approx(torch.sum(torch.mean(w, dim=0) ** 2).item(), abs=1e-6)
-    masked = w * ((w != 0).sum(dim=1) > 25).float().unsqueeze(1)
-    expected = torch.sum(torch.mean(masked, dim=0) ** 2).item()
-    assert flops_penalty(w, threshold=25).item() == pytest.approx(expected, abs=1e-6)
+# sentence-transformers 6.2.0, FlopsLoss(None, threshold).compute_loss_from_embeddings, backward to the logits: the
+# value, and the sums of the gradient's squares and of its sizes.
+@pytest.mark.parametrize(
+    ("threshold", "figures"),
+    [
+        (None, (10.621918678283691, 2.068159580230713, 23.678356170654297)),
+        (25, (2.3341283798217773, 0.21182949841022491, 4.964088439941406)),
+    ],
+)
+def test_it_is_the_loss_of_sentence_transformers(threshold, figures):
+    logits = torch.randn(12, 50, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    value = flops_penalty(logits.relu(), threshold=threshold)
+    value.backward()
+    found = value.item(), logits.grad.square().sum().item(), logits.grad.abs().sum().item()
+    assert found == pytest.approx(figures, rel=1e-6)
 
 
 def test_the_ramp_and_the_weights_of_a_text():
@@ -249,6 +257,32 @@ def test_ranks_are_those_of_torchmetrics_without_ties():
     assert ndcg.mean().item() == pytest.approx(theirs.item(), abs=1e-6)
     tied = ranking_scores(torch.zeros(1, 4), torch.tensor([[True, False, False, False]]))[0]
     assert tied.item() == 0.25
+
+
+# sentence-transformers 6.2.0, InformationRetrievalEvaluator(mrr_at_k=[40], ndcg_at_k=[3, 10], corpus_chunk_size=16) by
+# util.cos_sim and util.dot_score, of the rows below: 11 of the 12 queries have 1 to 14 relevant documents of 40.
+@pytest.mark.parametrize(
+    ("cosine", "figures"),
+    [
+        (True, {"ndcg@3": 0.13915647945247667, "ndcg@10": 0.18232091402327077, "mrr": 0.3012423182877728}),
+        (False, {"ndcg@3": 0.133570793274796, "ndcg@10": 0.18136437823001755, "mrr": 0.28860028860028863}),
+    ],
+)
+def test_rankings_are_valued_as_sentence_transformers_does(cosine, figures):
+    draw = torch.Generator().manual_seed(4)
+    queries, documents = torch.randn(12, 6, generator=draw), torch.randn(40, 6, generator=draw)
+    relevant = torch.rand(12, 40, generator=draw) < 0.1
+    relevant[:2] = False
+    relevant[1, :14] = True
+    if cosine:
+        queries, documents = F.normalize(queries), F.normalize(documents)
+    scores, found = queries @ documents.T, {}
+    for k in (3, 10):
+        metric = RetrievalMetrics(k=k)
+        for chunk in (slice(0, 5), slice(5, 12)):
+            metric.update(scores[chunk], relevant[chunk])
+        found |= {name: value.item() for name, value in metric.compute().items()}
+    assert found == pytest.approx(figures, abs=1e-6)
 
 
 def test_queries_are_bags_of_words():
@@ -390,12 +424,12 @@ class Retriever(LightningModule):
         return torch.optim.SGD(self.parameters(), 0.0)
 
 
-def _masked_language_model():
+def _masked_language_model(**options):
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=40, **sizes))
+        return transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=40, **sizes, **options))
 
 
 def _texts():
@@ -419,6 +453,44 @@ def test_a_masked_language_model_as_published():
     wrong = make_trainer(callbacks=[IDFFlops("model.cls", pooling="splade", mask_key="query")])
     with pytest.raises(MisconfigurationException, match=r"must name the mask \(4, 6\) of the tokens"):
         wrong.fit(module, DataLoader([batch], batch_size=None))
+
+
+def test_mappings_count_by_their_entry():
+    """As modules of sentence-transformers and transformers give them; the value is that of the tensors themselves."""
+
+    class Mapped(nn.Sequential):
+        def forward(self, x):
+            return {"token_embeddings": x, "sentence_embedding": super().forward(x)}
+
+    class Sentences(Sparse):
+        def __init__(self):
+            super().__init__()
+            self.net = Mapped(*self.net)
+
+        def training_step(self, batch, batch_idx):
+            return 0.0 * self.net(batch[0])["sentence_embedding"].sum()
+
+    found = []
+    for module in (Sparse(), Sentences()):
+        scores = EnsembleDistillation("net", scores={"given": "1"})
+        data = DataLoader(TensorDataset(*_documents().tensors, torch.arange(160.0).view(16, 10).sin()), 8)
+        trainer = make_trainer(callbacks=[IDFFlops("net"), scores], max_epochs=1)
+        trainer.fit(module, data)
+        found.append({name: value.item() for name, value in trainer.callback_metrics.items()})
+    assert found[0] == found[1]
+    assert found[0]["reg/idf_flops/flops"] > 0
+    assert found[0]["reg/ensemble_distillation/term"] > 0
+
+    found = []
+    for layer in ("model", "model.cls"):
+        flops = IDFFlops(layer, pooling="splade", mask_key="mask")
+        trainer = make_trainer(callbacks=[flops], max_epochs=1)
+        trainer.fit(
+            Retriever(_masked_language_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)),
+            DataLoader([_texts()], batch_size=None),
+        )
+        found.append(trainer.callback_metrics["reg/idf_flops/flops"].item())
+    assert found[0] == found[1]
 
 
 class TwoTowers(LightningModule):

@@ -15,6 +15,7 @@ from lightning_reg.engine.networks.foreign import ForeignNetwork
 from lightning_reg.engine.networks.references import PLACES, ReferenceTechnique
 from lightning_reg.engine.run.phases import Member
 from lightning_reg.engine.technique import StepTechnique
+from lightning_reg.retrieval._embeddings import tensor_in
 from lightning_reg.retrieval.idf_flops.core import ensemble_scores, score_distillation_loss
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ class EnsembleDistillation(ReferenceTechnique, StepTechnique):
 
     Args:
         layer: Layer whose output is the student's scores ``(B, C)``, or the vectors of documents ``(N, V)`` where there
-            is a ``query_layer``; as in ``named_modules()``. Of several passes the last one counts.
+            is a ``query_layer``; as in ``named_modules()``. Of several passes the last one counts, and
+            of a mapping its ``"sentence_embedding"``.
         query_layer: Layer whose output is the vectors of queries ``(B, V)``. ``None``: ``layer`` puts out scores.
         teachers: Import paths of classes of modules, or of functions that make one, by a name of yours.
         teacher_args: What these are made with, by the same name; plain data.
@@ -205,7 +207,7 @@ class EnsembleDistillation(ReferenceTechnique, StepTechnique):
             return (grouped @ queries.float()[:, :, None])[:, :, 0], None
 
     def _output(self, step: "Step", layer: str) -> Tensor:
-        given = step.features.get(layer)
+        given = tensor_in(step.features.get(layer))
         found = given if step.views is None or given is None else step.views.own(given)
         if not isinstance(found, Tensor) or found.dim() < 2:
             self._refuse(f"layer {layer!r}", found, "one tensor with a row per sample")

@@ -14,6 +14,7 @@ from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.layers.named import is_frozen
 from lightning_reg.engine.technique import StepTechnique
+from lightning_reg.retrieval._embeddings import tensor_in
 from lightning_reg.retrieval.idf_flops.core import flops_penalty, quadratic_ramp, splade_vectors
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ class IDFFlops(StepTechnique):
 
     Args:
         layer: Layer whose output is the documents' vectors ``(N, V)``, or logits of tokens ``(N, T, V)``, as in
-            ``named_modules()`` (``"cls"`` of a ``BertForMaskedLM`` that is the module itself: ``"model.cls"``).
+            ``named_modules()`` (``"cls"`` of a ``BertForMaskedLM`` that is the module itself: ``"model.cls"``). A
+            mapping counts by its ``"sentence_embedding"``, or with ``"splade"`` by its ``"logits"``.
         idf: IDF of each of the V columns that the output has as a factor (a tensor's ``tolist()``), at least 0; columns
             with 0 do not count. ``None``: it has none.
         weight: lambda, at least 0. Neutral: 0. Authors' code: 0.05 beside InfoNCE, 0.002 beside distillation; tune it
@@ -155,7 +157,8 @@ class IDFFlops(StepTechnique):
             )
 
     def _vectors(self, step: "Step") -> Tensor:
-        given = step.passes.get(self.layer, [])
+        key = "logits" if self.pooling == "splade" else "sentence_embedding"
+        given = [tensor_in(output, key) for output in step.passes.get(self.layer, [])]
         own = given if step.views is None else [step.views.own(features) for features in given]
         chosen = own if self.position is None else own[self.position : self.position + 1]
         rank = 3 if self.pooling == "splade" else 2

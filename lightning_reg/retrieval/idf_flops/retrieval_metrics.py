@@ -26,7 +26,9 @@ class RetrievalMetrics(Metric):
 
     Differs:
         From torchmetrics' ``RetrievalNormalizedDCG`` and ``RetrievalMRR``, which keep all pairs: of equal scores the
-        irrelevant documents count as found first.
+        irrelevant documents count as found first. From sentence-transformers' ``InformationRetrievalEvaluator``, whose
+        NDCG at k is the same: ``mrr`` counts the first relevant document however low it stands, and MRR@10 there counts
+        none below rank 10. With ``mrr_at_k`` the number of documents they are equal.
 
     Args:
         k: Ranks that count for NDCG, at least 1.
