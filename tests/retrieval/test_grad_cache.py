@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
@@ -557,3 +558,35 @@ def test_layers_in_the_encoder_are_read_as_of_whole_batches_and_train_what_is_be
     fit(plain, Reads(), precision="64-true")
     assert reads.seen == [([(8, 8)] * 2, (8, 8))] * 8
     same_gradients(ours, plain)
+
+
+def test_a_call_may_write_into_the_dictionary_it_is_given():
+    """As modules of sentence-transformers do: what it wrote is not there when a chunk runs once more."""
+
+    class Writing(nn.Linear):
+        def forward(self, features):
+            if "embedding" not in features:
+                features["embedding"] = super().forward(features["x"]).tanh()
+            return features["embedding"]
+
+    class Search(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.encoder = Writing(4, 3)
+            nn.init.eye_(self.encoder.weight)
+
+        def training_step(self, batch, batch_idx):
+            rows = self.encoder({"x": batch})
+            return F.cross_entropy(rows @ rows.T, torch.arange(len(rows)))
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    found = []
+    for callbacks in ([], [GradCache("encoder", 2)]):
+        module = Search()
+        nn.init.zeros_(module.encoder.bias)
+        data = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+        make_trainer(callbacks=callbacks, max_epochs=1).fit(module, DataLoader(data, 6))
+        found.append(module.encoder.weight.detach())
+    torch.testing.assert_close(*found)

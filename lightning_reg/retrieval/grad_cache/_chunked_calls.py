@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
 from lightning_reg.engine.data.batches import join_outputs, samples_of, tensors_of
@@ -155,7 +156,8 @@ class ChunkedCalls(Part):
         """One chunk, now or once more; a method may call a layer that is named too, which is then left alone."""
         before, self._runs = self._runs, True
         try:
-            return original(*given[0], **given[1])
+            args, named = tree_map_only(Tensor, _same, given)  # dictionaries of its own, for calls that write into them
+            return original(*args, **named)
         finally:
             self._runs = before
 
@@ -253,6 +255,10 @@ def _eager(function: Callable[..., Any]) -> Callable[..., Any]:
     """Keeps a function out of compiled graphs; what is compiled within it runs so."""
     kept: Callable[..., Any] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]  # torch's
     return kept
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _is_in(name: str, outer: str) -> bool:
