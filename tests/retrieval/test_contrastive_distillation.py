@@ -1,13 +1,11 @@
 """ContrastiveDistillation: a better model says how near all candidates of a batch are to each query."""
 
 import math
-from collections import OrderedDict
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_reg import ContrastiveDistillation, FocalContrastive, Mixup, MultiSampleDropout
@@ -16,6 +14,7 @@ from lightning_reg.functional import ranking_distillation_losses
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
 from tests.conformance.problems import Problem
+from tests.retrieval.hosts import in_batch
 from tests.toys import QUIET, Classifier, fit, make_tensors, same_weights
 
 pytestmark = QUIET
@@ -23,22 +22,6 @@ pytestmark = QUIET
 
 def unlabelled(size):
     return torch.randn(size, 8), torch.zeros(size, dtype=torch.long)
-
-
-class InBatch(nn.Module):
-    """The rows of the batch among each other."""
-
-    def __init__(self):
-        super().__init__()
-        self.documents = nn.Linear(4, 4)
-
-    def forward(self, q):
-        return F.normalize(q) @ F.normalize(self.documents(q)).T
-
-
-def in_batch():
-    layers = {"first": nn.Linear(8, 16), "act": nn.Tanh(), "body": nn.Linear(16, 16), "act_body": nn.Tanh()}
-    return nn.Sequential(OrderedDict(**layers, head=nn.Linear(16, 4), cosines=InBatch()))
 
 
 def own_document(cosines, y):
@@ -71,7 +54,7 @@ CASE = Case(
         "weight=0: inactive",
         "net.head and net.cosines.documents from 0 and 0, temperature=0.5, weight=0.3",
     ),
-    data=Problem(in_batch, unlabelled, own_document),
+    data=Problem(partial(in_batch, "cosines"), unlabelled, own_document),
     variants=[partial(TAUGHT, weight=0.3)],
     invalid=[({"temperature": 0.0}, "temperature"), ({"weight": -0.1}, "weight")],
     exempt={"ranks_agree": "each rank has its own documents, with the technique and without"},

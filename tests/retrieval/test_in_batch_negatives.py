@@ -1,7 +1,6 @@
 """GatheredNegatives and FalseNegativeMask: which columns of a contrastive batch are negatives."""
 
 import math
-from collections import OrderedDict
 from functools import partial
 
 import pytest
@@ -24,7 +23,6 @@ from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.technique import LossTechnique
 from lightning_reg.functional import (
     fitted_scale,
-    mean_pooled,
     same_document_mask,
     scores_of_other_ranks,
     similar_document_mask,
@@ -34,25 +32,10 @@ from lightning_reg.functional import (
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
 from tests.conformance.problems import Problem
+from tests.retrieval.hosts import bert_text, in_batch
 from tests.toys import QUIET, TWO_RANKS, Classifier, ShiftTargets, _Toy, fit, make_tensors, same_weights, weights_of
 
 pytestmark = QUIET
-
-
-class InBatch(nn.Module):
-    """Scores of the rows of a batch among each other: documents are a layer of the queries."""
-
-    def __init__(self):
-        super().__init__()
-        self.documents = nn.Linear(4, 4)
-
-    def forward(self, q):
-        return F.normalize(q) @ F.normalize(self.documents(q)).T
-
-
-def in_batch():
-    layers = {"first": nn.Linear(8, 16), "act": nn.Tanh(), "body": nn.Linear(16, 16), "act_body": nn.Tanh()}
-    return nn.Sequential(OrderedDict(**layers, head=nn.Linear(16, 4), scores=InBatch()))
 
 
 def unlabelled(size):
@@ -594,26 +577,10 @@ def test_what_adds_columns_before_it_is_told_to_stand_behind():
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_a_text_encoder_of_transformers_whose_batch_has_a_text_twice(precision):
-    transformers = pytest.importorskip("transformers")
-
-    class Text(nn.Module):
-        def __init__(self):
-            super().__init__()
-            config = transformers.BertConfig(
-                vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-            )
-            self.bert = transformers.BertModel(config, add_pooling_layer=False)
-
-        def forward(self, tokens):
-            mask = (tokens > 0).long()
-            return mean_pooled(self.bert(tokens, attention_mask=mask).last_hidden_state, mask)
-
     class Texts(Classifier):
         def __init__(self):
             super().__init__(lr=0.01)
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                self.text = Text()
+            self.text = bert_text()
 
         def training_step(self, batch, batch_idx):
             q, d = (F.normalize(self.text(tokens)) for tokens in (batch["query"], batch["document"]))

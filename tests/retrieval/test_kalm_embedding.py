@@ -33,6 +33,7 @@ from lightning_reg.functional import (
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
 from tests.conformance.problems import KINDS, Problem
+from tests.retrieval.hosts import bert_text
 from tests.toys import QUIET, Classifier, ShiftTargets, _Toy, fit, make_loader, make_tensors, same_weights
 
 pytestmark = QUIET
@@ -515,26 +516,10 @@ def test_who_cannot_stand_beside_it(other, said):
 
 
 def test_an_encoder_of_transformers_in_half_precision():
-    transformers = pytest.importorskip("transformers")
-
-    class Text(nn.Module):
-        def __init__(self):
-            super().__init__()
-            config = transformers.BertConfig(
-                vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-            )
-            self.bert = transformers.BertModel(config, add_pooling_layer=False)
-
-        def forward(self, tokens):
-            mask = (tokens > 0).long()
-            return mean_pooled(self.bert(tokens, attention_mask=mask).last_hidden_state, mask)
-
     class Search(Classifier):
         def __init__(self):
             super().__init__(lr=0.01)
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                self.text = Text()
+            self.text = bert_text()
 
         def training_step(self, batch, batch_idx):
             q, d = (F.normalize(self.text(tokens)) for tokens in batch)
