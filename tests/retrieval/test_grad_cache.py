@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_reg import FocalContrastive, GradCache, HardNegativeMixing, IDFFlops, NestedDropout
+from lightning_reg import ALLoRA, FocalContrastive, GradCache, HardNegativeMixing, IDFFlops, NestedDropout
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.technique import StepTechnique
 from lightning_reg.functional import matryoshka_loss, mean_pooled, recomputed, row_chunks
@@ -590,3 +590,16 @@ def test_a_call_may_write_into_the_dictionary_it_is_given():
         make_trainer(callbacks=callbacks, max_epochs=1).fit(module, DataLoader(data, 6))
         found.append(module.encoder.weight.detach())
     torch.testing.assert_close(*found)
+
+
+def test_factors_train_in_layers_of_the_encoder_and_a_layer_of_theirs_alone_is_told():
+    found = []
+    for callbacks in ([], [GradCache("net", 3)]):
+        module = Search(dropout=0.0)
+        fit(module, ALLoRA("net.0", rank=2), *callbacks, precision="64-true")
+        found.append(module)
+    assert same_weights(*found, atol=1e-12)
+    with pytest.raises(
+        MisconfigurationException, match=r"the layer 'net.0' .* past what ALLoRA has put"
+    ):
+        fit(Search(), ALLoRA("net.0", rank=2), GradCache("net.0", 3))
