@@ -599,7 +599,5 @@ def test_factors_train_in_layers_of_the_encoder_and_a_layer_of_theirs_alone_is_t
         fit(module, ALLoRA("net.0", rank=2), *callbacks, precision="64-true")
         found.append(module)
     assert same_weights(*found, atol=1e-12)
-    with pytest.raises(
-        MisconfigurationException, match=r"the layer 'net.0' .* past what ALLoRA has put"
-    ):
+    with pytest.raises(MisconfigurationException, match=r"the layer 'net.0' .* past what ALLoRA has put"):
         fit(Search(), ALLoRA("net.0", rank=2), GradCache("net.0", 3))
