@@ -67,7 +67,7 @@ def noted_generators(loader: Any) -> Callable[[], None]:
     return undo.close
 
 
-def replayed_randomness() -> tuple["_Noted", "_Noted"]:
+def replayed_randomness() -> tuple["_Noted", "_Replayed"]:
     """Two contexts: in the second, numpy and Python draw from their global states what they drew in the first.
 
     torch's checkpoints replay torch's own states, and leave these two alone. The second may be entered several times,
@@ -77,24 +77,45 @@ def replayed_randomness() -> tuple["_Noted", "_Noted"]:
         The first and the second.
 
     """
-    first = _Noted(None)
-    return first, _Noted(first)
+    noted = _Noted()
+    return noted, _Replayed(noted)
+
+
+def _global_states() -> tuple[Any, Any]:
+    return np.random.get_state(), random.getstate()  # noqa: NPY002 # users draw from it
 
 
 class _Noted:
-    """The global states of numpy and Python as they are on entry, or as another one has found them."""
+    """Notes the global states of numpy and Python on entry, and whether anything was drawn from them until the exit."""
 
-    def __init__(self, replayed: "_Noted | None") -> None:
-        self._replayed = replayed
-        self._states: tuple[Any, Any] = ((), ())
+    def __init__(self) -> None:
+        self.states: tuple[Any, Any] = ((), ())
+        self.has_drawn = True
 
     def __enter__(self) -> None:
-        self._states = np.random.get_state(), random.getstate()  # noqa: NPY002 # users draw from it
-        if self._replayed is not None:
-            _put_back(self._replayed._states)
+        self.states = _global_states()
 
     def __exit__(self, *error: object) -> None:
-        if self._replayed is not None:
+        (before, before_python), (after, after_python) = self.states, _global_states()
+        self.has_drawn = (
+            before[2:] != after[2:] or before_python != after_python or not np.array_equal(before[1], after[1])
+        )
+
+
+class _Replayed:
+    """Draws once more what was drawn then; putting states back is dear, and mostly nothing was."""
+
+    def __init__(self, noted: _Noted) -> None:
+        self._noted = noted
+        self._states: tuple[Any, Any] | None = None
+
+    def __enter__(self) -> None:
+        self._states = _global_states() if self._noted.has_drawn else None
+        if self._states is not None:
+            _put_back(self._noted.states)
+
+    def __exit__(self, *error: object) -> None:
+        if self._states is not None:
             _put_back(self._states)
 
 
