@@ -53,13 +53,23 @@ from by_hand_search import (
     POOL,
     RAMP,
     TEMPERATURE,
+    Bent,
+    Catalogue,
     Chunked,
+    Distilled,
     Encoder,
     Expander,
+    Fewer,
+    FewerClasses,
     Focal,
+    Followed,
+    ManyLabels,
     Masked,
     Mixed,
     Penalized,
+    Ranked,
+    RankedEncoder,
+    Recognised,
     Search,
     SparseSearch,
 )
@@ -69,12 +79,17 @@ from torch.utils.data import ConcatDataset, TensorDataset
 
 from lightning_reg import (
     TCM,
+    CandidateDropout,
+    ClampedSelfDistillation,
+    ClassDropout,
     ConR,
+    ContrastiveDistillation,
     CoreTuning,
     CutMix,
     DeepPrompts,
     DRTune,
     ELRPlusCallback,
+    EnsembleDistillation,
     FalseNegativeMask,
     FeatureDistillation,
     FocalContrastive,
@@ -82,6 +97,7 @@ from lightning_reg import (
     GradCache,
     HardNegativeMixing,
     IDFFlops,
+    ItemSSL,
     L2ToStart,
     LocalMeanTeacher,
     Loki,
@@ -142,6 +158,12 @@ def arms(key, samples):
         "hard_negative_mixing": Mixed,
         "false_negative_mask": Masked,
         "grad_cache": Chunked,
+        "item_ssl": Recognised,
+        "ensemble_distillation": Distilled,
+        "contrastive_distillation": Followed,
+        "candidate_dropout": Fewer,
+        "class_dropout": FewerClasses,
+        "clamped_self_distillation": Bent,
     }.get(key)
     technique = {
         "l2_to_start": lambda: L2ToStart(LAM),
@@ -175,6 +197,12 @@ def arms(key, samples):
         "hard_negative_mixing": lambda: HardNegativeMixing("net.unit", TEMPERATURE, num_pairs=PAIRS, pool=POOL),
         "false_negative_mask": lambda: FalseNegativeMask(ids="1"),
         "grad_cache": lambda: GradCache("encode", CHUNK),
+        "item_ssl": lambda: ItemSSL("encode", "catalogue", missing=0, size=CHUNK),
+        "ensemble_distillation": lambda: EnsembleDistillation("net.scores", scores={"one": "3", "two": "4"}),
+        "contrastive_distillation": lambda: ContrastiveDistillation("net.unit", "3", "4"),
+        "candidate_dropout": lambda: CandidateDropout({"0": 1}),
+        "class_dropout": ClassDropout,
+        "clamped_self_distillation": ClampedSelfDistillation,
     }[key]()
     plain = PLAIN.get(key, Plain)
     by_hand = Averaged(copy.deepcopy(net), samples) if key == "elr_plus" else hand(copy.deepcopy(net))
@@ -185,10 +213,13 @@ REFERENCES = ("frozen_twin", "dr_tune", "core_tuning", "local_mean_teacher")
 PROMPTED = ("deep_prompts", "one_prompt")
 HEADS = ("virtual_outliers", "synthetic_unknowns")
 SEARCH = ("focal_contrastive", "hard_negative_mixing", "false_negative_mask", "grad_cache")
+TAUGHT = ("ensemble_distillation", "contrastive_distillation")
+DROPPED = ("candidate_dropout", "class_dropout", "clamped_self_distillation")
 POOLED = ("conr", "tcm_loss", "metric_loss", "text_dropout", *REFERENCES, *HEADS)
 NETS = {"cutmix": ResNet18, "deep_prompts": Clip, "one_prompt": Vit, "idf_flops": Expander}
-NETS |= dict.fromkeys(SEARCH, Encoder)
+NETS |= dict.fromkeys([*SEARCH, "item_ssl"], Encoder) | dict.fromkeys(TAUGHT, RankedEncoder)
 PLAIN = {"conr": Numbers, "proximal_matching": Numbers, "idf_flops": SparseSearch, **dict.fromkeys(SEARCH, Search)}
+PLAIN |= {"item_ssl": Catalogue, "clamped_self_distillation": ManyLabels, **dict.fromkeys(TAUGHT, Ranked)}
 BATCHES = {"cutmix": 8, "deep_prompts": 16, "one_prompt": 4}  # else 64
 EPOCHS = 1  # of VirtualOutliers, which counts them from the end: all rounds
 NEW = ("tcm_loss", "metric_loss", "text_dropout", "loki", "non_negative", "proximal_matching", "weight_repulsion")
@@ -206,7 +237,16 @@ KEYS = (
     *HEADS,
     "idf_flops",
     *SEARCH,
+    "item_ssl",
+    *TAUGHT,
+    *DROPPED,
 )
+
+
+def taught(batch, steps):
+    """Texts with numbers of two teachers."""
+    texts = data("transformer", batch, steps)
+    return TensorDataset(*texts.tensors, *(torch.randn(len(texts), batch) for _ in range(2)))
 
 
 def images(batch, steps):
@@ -252,7 +292,9 @@ def main(argv=None):
     for key in options.keys or KEYS:
         model = {"cutmix": "resnet18", "deep_prompts": "CLIP", "one_prompt": "ViT-Ti"}.get(key, "transformer")
         batch = BATCHES.get(key, 64)
-        dataset = images(batch, options.steps) if key in PROMPTED else data(model, batch, options.steps)
+        dataset = data(model, batch, options.steps)
+        if key in (*PROMPTED, *TAUGHT):
+            dataset = (images if key in PROMPTED else taught)(batch, options.steps)
         epochs = {"max_epochs": EPOCHS, "max_steps": -1} if key == "virtual_outliers" else {}
         if epochs:  # one epoch of all rounds
             dataset = ConcatDataset([dataset] * -(-options.steps // (len(dataset) // batch)))
