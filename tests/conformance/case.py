@@ -34,6 +34,9 @@ class Case:
         invalid: Constructor arguments that must be refused, and the argument that the error must name. Wrong types and
             choices are tried by the law itself: what belongs here is every end of a range.
         state_dtype: The least precise type that ``make()`` may keep floating state in.
+        trains_as_plain: Whether training is meant to be that without it: it watches, saves memory, or acts among ranks.
+        compares_rows: Whether its loss is of rows that a batch compares with each other, each rank its own: two
+            processes are then those of one that accumulates both batches.
         exempt: Laws that it cannot keep, each with the reason.
 
     """
@@ -47,6 +50,8 @@ class Case:
     variants: Sequence[Callable[..., Technique]] = ()
     invalid: Sequence[tuple[Mapping[str, Any], str]] = ()
     state_dtype: torch.dtype = torch.float32
+    trains_as_plain: bool = False
+    compares_rows: bool = False
     exempt: Mapping[str, str] = field(default_factory=dict)
 
     @property

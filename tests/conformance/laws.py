@@ -137,8 +137,11 @@ def _fit_further(run: Run) -> None:
 
 
 def ranks_agree(case: Case, pool: Any) -> None:
-    """Two processes of batch b train as one of batch 2b; the technique's state is the same on both, and on the one."""
-    one = _on_rank(case.make(), case.data, 1)
+    """Two processes of batch b train as one of batch 2b; the technique's state is the same on both, and on the one.
+
+    Where rows are compared on each rank by itself (``compares_rows``) the one accumulates two batches of b.
+    """
+    one = _on_rank(case.make(), case.data, 1, parts=2 if case.compares_rows else 1)
     ranks = pool.run(_on_rank, case.make(), case.data, 2)
     assert [r["world_size"] for r in ranks] == [2, 2], "the two processes did not find one another"
     _same("the technique's state on rank 0 and rank 1", ranks[0]["state"], ranks[1]["state"])
@@ -149,9 +152,10 @@ def ranks_agree(case: Case, pool: Any) -> None:
         _same(f"the {part} of two processes and of one with the joined batch", ranks[0][part], one[part], **close)
 
 
-def _on_rank(technique: Any, data: Any, world_size: int) -> dict[str, Any]:
+def _on_rank(technique: Any, data: Any, world_size: int, parts: int = 1) -> dict[str, Any]:
     problem = KINDS[data] if isinstance(data, str) else data
-    options = {"size": 32, "batch": 8 // world_size, "max_epochs": 3, "devices": world_size}
+    options = {"size": 32, "batch": 8 // world_size // parts, "max_epochs": 3, "devices": world_size}
+    options |= {"accumulate_grad_batches": parts} if parts > 1 else {}
     options |= {"strategy": "ddp", "use_distributed_sampler": False} if world_size > 1 else {}
     rank = torch.distributed.get_rank() if world_size > 1 else 0
     with warnings.catch_warnings():
@@ -250,6 +254,8 @@ def instances(case: Case) -> None:
         assert one.state_key != two.state_key, f"both save their state under {one.state_key!r}"
         assert one.log_key != two.log_key, f"both log under {one.log_key!r}"
         shared = {t.data_ptr() for _, t in _tensors(vars(one))} & {t.data_ptr() for _, t in _tensors(vars(two))} - {0}
+        # Equal references are one memory by contract: the engine alone writes to it, once a step.
+        shared -= {t.data_ptr() for each in getattr(one, "references", ()) for _, t in _tensors(vars(each))}
         assert not shared, "the two instances hold the same tensor"
     try:
         fit([case.make(), case.make()], case.problem)

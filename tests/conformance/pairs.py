@@ -33,11 +33,13 @@ __all__ = [
 # float32, sums in another order, 16 steps; what a technique does is larger by at least 10.
 _TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
 _EFFECT = {"rtol": 1e-3, "atol": 2e-4}
-_NOBODY: tuple[()] = ()
 
 
 def as_by_hand(case: Case) -> None:
-    """The technique alone trains and is evaluated as a loop in plain PyTorch, in which it makes a difference."""
+    """The technique alone trains and is evaluated as a loop in plain PyTorch, in which it makes a difference.
+
+    With ``trains_as_plain`` that loop is the one without it.
+    """
     name = case.cls.__name__
     assert case.by_hand is not None, (
         f"{name}: write `by_hand=` into the CASE: the class of a `Hand` (tests/conformance/by_hand.py), the technique's"
@@ -47,11 +49,10 @@ def as_by_hand(case: Case) -> None:
     hand = train_by_hand(case.problem, [case.by_hand(case.make())], run.watch.random_before)
     found = difference(hand, run.weights, **_TOLERANCE)
     assert not found, f"{name}: the loop by hand and the fit differ: {found}"
-    plain = once(train_by_hand, case.problem, _NOBODY)
-    evaluated = _is_evaluated_otherwise(case, run)
-    assert evaluated or difference(hand, plain, **_EFFECT), (
-        f"{name}: the loop by hand trains as one without the technique"
-    )
+    plain = once(fit_made, case.problem).weights
+    differs = _is_evaluated_otherwise(case, run) or bool(difference(hand, plain, **_EFFECT))
+    assert differs or case.trains_as_plain, f"{name}: the loop by hand trains as one without the technique"
+    assert not (differs and case.trains_as_plain), f"{name}: `trains_as_plain`, but the loop by hand makes a difference"
 
 
 def _is_evaluated_otherwise(case: Case, run: Run) -> bool:
@@ -182,7 +183,7 @@ def stages_of(technique: Technique) -> frozenset[str]:
 
 
 def _acts_in_training(case: Case) -> bool:
-    if "as_by_hand" in case.exempt:  # one that watches: alone, too, it makes no difference
+    if case.trains_as_plain:  # alone, too, it makes no difference
         return False
     technique = case.make()
     return "train" in stages_of(technique) or not {"edit_inputs", "edit_features"}.issuperset(phases_of(technique))

@@ -175,6 +175,17 @@ class Loader(DataLoader):
         self.sampler.start = state["position"]
 
 
+class _Joined(DistributedSampler):
+    """For one process: of each batch the rows of rank 0, then those of rank 1."""
+
+    @override
+    def __iter__(self) -> Iterator[int]:
+        order = [*super().__iter__()]
+        for start in range(0, len(order), 2 * BATCH):
+            both = order[start : start + 2 * BATCH]
+            yield from both[::2] + both[1::2]
+
+
 def make_loader(problem: Problem, batch: int, size: int, ranks: tuple[int, int] | None) -> DataLoader:
     """Batches ``(x, y, index)``, shuffled anew in each epoch.
 
@@ -193,7 +204,8 @@ def make_loader(problem: Problem, batch: int, size: int, ranks: tuple[int, int] 
         dataset = TensorDataset(*problem.data(size), torch.arange(size))
     if ranks is None:
         return Loader(dataset, batch, sampler=Resumable(size))
-    return DataLoader(dataset, batch, sampler=DistributedSampler(dataset, ranks[1], ranks[0], seed=0))
+    sampler = _Joined if ranks[1] == 1 else DistributedSampler
+    return DataLoader(dataset, batch, sampler=sampler(dataset, ranks[1], ranks[0], seed=0))
 
 
 @contextmanager

@@ -74,7 +74,7 @@ CASE = (
         + ["watches net.first and net.head: low below 0.3, high from 0.3"],
         data=PROBLEM,
         variants=[partial(watching, output_layer="net.head", low=0.3, high=0.3)],
-        exempt={"as_by_hand": "It watches: training and what the module logs are those of a loop without it."},
+        trains_as_plain=True,  # it watches
         invalid=[
             ({"blocks": 0}, "blocks"),
             ({"low": 0.0}, "low"),

@@ -69,7 +69,7 @@ CASE = (
         by_hand=Hand,
         says=("3 samples of net in 3 steps, guidance 2 until 0.98", "no labels: inactive"),
         data=PROBLEM,
-        exempt={"as_by_hand": "It watches: training and what the module logs are those of a loop without it."},
+        trains_as_plain=True,  # it watches
         invalid=[
             ({"shape": []}, "shape"),
             ({"shape": [0]}, "shape"),

@@ -123,7 +123,7 @@ CASE = (
         by_hand=Hand,
         says=("net, 4 classes, 6 images, times [2, 5]", "no images: inactive"),
         data=PROBLEM,
-        exempt={"as_by_hand": "It watches: training and what the module logs are those of a loop without it."},
+        trains_as_plain=True,  # it watches
         invalid=[
             ({"classes": 1}, "classes"),
             ({"prediction": "noise"}, "prediction"),

@@ -67,7 +67,7 @@ CASE = (
         by_hand=Hand,
         says=("net, 4 starts, 2 steps, judges net", "no starts: inactive"),
         data=PROBLEM,
-        exempt={"as_by_hand": "It watches: training and what the module logs are those of a loop without it."},
+        trains_as_plain=True,  # it watches
         invalid=[
             ({"classes": 1}, "classes"),
             ({"judges": []}, "judges"),

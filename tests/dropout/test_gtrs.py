@@ -233,7 +233,6 @@ CASE = (
             ({"views": 0}, "views"),
             ({"view_keys": "x"}, "view_keys"),
         ],
-        exempt={"instances": "equal averages of two instances are one memory, which moves once a step"},
     ),
 )
 

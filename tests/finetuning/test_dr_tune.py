@@ -81,7 +81,6 @@ CASE = Case(
     ),
     # A problem of its own: where there are several losses, the batch's entry is no class number.
     data=Problem(KINDS["classification"].net, labelled, F.cross_entropy, serves=["classification"]),
-    exempt={"instances": "equal first weights of two instances are one memory, which nobody writes to"},
     variants=[
         partial(DRTune, **LAYERS, rotate_every=2, warm_up=False, reference="cpu"),
         partial(DRTune, **LAYERS, bank_size=3, calibration=False, reference="bfloat16"),

@@ -234,7 +234,6 @@ CASE = (
         ),
         data=Problem(KINDS["classification"].net, labelled, F.cross_entropy, serves=["classification"]),
         also=["images", "regression", "tokens"],
-        exempt={"instances": "equal snapshots of two instances are one memory, which nobody writes to"},
         variants=[
             partial(
                 LocalMeanTeacher,

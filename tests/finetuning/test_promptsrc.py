@@ -219,7 +219,6 @@ CASE = (
             "net.body 1, net.first 2; first weights on the CPU, taken at the first batch",
             "logits 2; first weights in bfloat16, taken at the first batch",
         ),
-        exempt={"instances": "equal first weights of two instances are one memory, which nobody writes to"},
         variants=[
             partial(
                 FrozenTwinAgreement,

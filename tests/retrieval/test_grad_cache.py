@@ -36,7 +36,7 @@ CASE = Case(
     says=("net.body in chunks of 2 rows", "chunk_size=None: inactive", "net.first, net.body in chunks of 1 rows"),
     variants=[partial(GradCache, ["net.first", "net.body"], 1)],
     invalid=[({"chunk_size": 0}, "chunk_size"), ({"calls": []}, "calls"), ({"calls": ""}, "calls")],
-    exempt={"as_by_hand": "It saves memory: weights are those of a loop without it, which the law itself compares."},
+    trains_as_plain=True,  # it saves memory
 )
 
 
