@@ -348,20 +348,20 @@ def test_the_curve_triggers_each_class_by_itself(monkeypatch):
     """Class 1 has a curve that flattens in epoch 7, class 2 one that does so later."""
     from lightning_reg.noisy_labels.adele._curves import Curves
 
-    curves, adele = Curves(), ADELE()
+    curves = Curves(0.9, None, 4, 0.0, 0)
     times = torch.arange(1.0, 9.0, dtype=torch.float64)
     one = 0.8 * (1 - (-(times**0.9) / 2).exp())
     two = 0.8 * (1 - (-(times**0.9) / 5).exp())
     found = []
     for n in range(1, 9):
         curves.times, curves.iou = times[:n].tolist(), torch.stack([one, one, two, 0 * one], 1)[:n]
-        found.append(curves.trigger(adele, n).tolist())
+        found.append(curves.trigger(n).tolist())
     assert [epoch for epoch, row in enumerate(found, 1) if row[1]] == [7]
     assert curves.triggered == {1: 7}  # never the background, nor a class that is absent
-    curves.iou, curves.times, curves.triggered = curves.iou[:, 1:2], times.tolist(), {}
-    shifted = torch.cat([torch.zeros(3, 1, dtype=torch.float64), curves.iou])
+    shifted = torch.cat([torch.zeros(3, 1, dtype=torch.float64), curves.iou[:, 1:2]])
+    curves = Curves(0.9, None, 4, 0.1, 0)
     curves.iou, curves.times = torch.cat([shifted, shifted], 1), [float(t) for t in range(1, 12)]
-    assert curves.trigger(ADELE(flat_rise=0.1), 11).tolist() == [False, True]  # 2 flat points left out: 9 of 11
+    assert curves.trigger(11).tolist() == [False, True]  # 2 flat points left out: 9 of 11
 
 
 def test_a_curve_without_a_fit_waits_and_says_so(monkeypatch):

@@ -1,34 +1,29 @@
 """Where corrected masks are kept: in ADELE's own memory, or in the store that hands them out."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from lightning_reg.engine.data.maps import MapMemory
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.noisy_labels.adele.label_store import LabelStore
 
-if TYPE_CHECKING:
-    from lightning_reg.noisy_labels.adele._settings import Settings
-
-__all__ = ["adopted", "memory_of", "new_memory", "store_of"]
+__all__ = ["adopted", "memory_of", "store_of", "told"]
 
 
-def store_of(owner: "Settings", loader: Any) -> LabelStore | None:
-    """The store that is the dataset of a loader, refused where it cannot be used."""
+@contextmanager
+def told(advice: str = "") -> Iterator[None]:
+    """Tells what a memory cannot keep as ADELE's own."""
+    try:
+        yield
+    except ValueError as error:
+        raise MisconfigurationException(f"ADELE: {error}{advice}") from error
+
+
+def store_of(loader: Any) -> LabelStore | None:
+    """The store that is the dataset of a loader, if it is one."""
     store = getattr(loader, "dataset", None)
-    if not isinstance(store, LabelStore):
-        return None
-    problem = ""
-    if owner.predict == "train":
-        problem = (
-            'predict="train" predicts what it trains on, which a LabelStore may have cropped. Write predict="eval"'
-        )
-    elif owner.num_samples is not None:
-        problem = "a LabelStore knows its number of samples. Leave `num_samples` out"
-    elif owner.dataloader is not None:
-        problem = "a LabelStore works with one training loader, and `dataloader` is for several. Leave it out"
-    if problem:
-        raise MisconfigurationException(f"ADELE: {problem}.")
-    return store
+    return store if isinstance(store, LabelStore) else None
 
 
 def adopted(store: LabelStore, memory: MapMemory | None) -> MapMemory:
@@ -39,14 +34,6 @@ def adopted(store: LabelStore, memory: MapMemory | None) -> MapMemory:
         if memory is not None:
             shared.load_state_dict(memory.state_dict())
     return shared
-
-
-def new_memory(num_samples: int, num_classes: int) -> MapMemory:
-    """A memory of ADELE's own."""
-    try:
-        return MapMemory(num_samples, num_classes)
-    except ValueError as error:
-        raise MisconfigurationException(f"ADELE: {error}") from error
 
 
 def memory_of(state: dict[str, Any] | None) -> MapMemory | None:
