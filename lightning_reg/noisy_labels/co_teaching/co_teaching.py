@@ -127,13 +127,11 @@ class CoTeaching(TwoNetworks):
         seed: int = 0,
     ) -> None:
         super().__init__(loss=loss, index_key=index_key, name=name, seed=seed)
-        if forget_rate is not None:
-            check_number(self, "forget_rate", forget_rate, low=0, high=1, high_open=True)
+        check_number(self, "forget_rate", forget_rate, low=0, high=1, high_open=True, optional=True)
         check_number(self, "gradual_epochs", gradual_epochs, low=0, integer=True)
         check_number(self, "exponent", exponent, low=0, low_open=True)
         check_choice(self, "peer_init", peer_init, ("reset", "copy"))
-        if num_samples is not None:
-            check_number(self, "num_samples", num_samples, low=1, integer=True)
+        check_number(self, "num_samples", num_samples, low=1, integer=True, optional=True)
         if index_key is not None and num_samples is None:
             raise ValueError("CoTeaching: `num_samples` must be given with `index_key`, got None.")
         if forget_rate is None and not gradual_epochs:
