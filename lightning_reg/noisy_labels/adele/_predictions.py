@@ -17,8 +17,8 @@ from lightning_reg.engine.networks.named_weights import weights_of
 from lightning_reg.engine.networks.peer import Peer
 from lightning_reg.engine.networks.records import check_fetched_twice, steps_in_order
 from lightning_reg.engine.technique import BatchTechnique, LossTechnique
+from lightning_reg.noisy_labels._label_stores import LabelStore
 from lightning_reg.noisy_labels._scales import resized, scaled_size
-from lightning_reg.noisy_labels.adele.label_store import LabelStore
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer

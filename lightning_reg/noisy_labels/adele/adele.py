@@ -15,13 +15,13 @@ from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.run.phases import Member, phases_of
+from lightning_reg.noisy_labels._label_stores import LabelStore, adopted, store_of
+from lightning_reg.noisy_labels._reports import MaskErrors
 from lightning_reg.noisy_labels._scales import resized
 from lightning_reg.noisy_labels.adele._curves import Curves
+from lightning_reg.noisy_labels.adele._memory import memory_of, told
 from lightning_reg.noisy_labels.adele._predictions import PredictsMasks, check_loader
-from lightning_reg.noisy_labels.adele._store import adopted, memory_of, store_of, told
 from lightning_reg.noisy_labels.adele.core import confident_classes, corrected_masks, iou_counts
-from lightning_reg.noisy_labels.adele.label_store import LabelStore
-from lightning_reg.noisy_labels.adele.report import MaskErrors
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
