@@ -241,8 +241,7 @@ class ModuleTechnique(OnModules, Technique):
         """
         check_number(self, "lr_factor", lr_factor, low=0)
         check_number(self, "weight_decay", weight_decay, low=0)
-        if own_optimizer is not None:
-            check_number(self, "own_optimizer", own_optimizer, low=0, integer=True)
+        check_number(self, "own_optimizer", own_optimizer, low=0, integer=True, optional=True)
         self.own, self.own_optimizer = OwnModules(lr_factor, weight_decay), own_optimizer
 
     @override

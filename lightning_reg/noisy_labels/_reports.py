@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from lightning_reg.noisy_labels.label_errors import LabelErrors
+from lightning_reg.noisy_labels.label_errors import LabelErrors, MaskErrors
 
-__all__ = ["ReportsLabelErrors", "contradicted", "errors_by_confidence"]
+__all__ = ["MaskErrors", "ReportsLabelErrors", "contradicted", "errors_by_confidence"]
 
 
 def contradicted(targets: Tensor, labels: Tensor) -> Tensor:

@@ -36,8 +36,7 @@ def check_arguments(
     # Below, 1 - <t, p> is lost to rounding in float32, and its logarithm is infinite.
     check_number(owner, "clamp", clamp, low=1e-6, high=0.5, high_open=True)
     for argument, value in (("num_samples", num_samples), ("num_classes", num_classes)):
-        if value is not None:
-            check_number(owner, argument, value, low=1, integer=True)
+        check_number(owner, argument, value, low=1, integer=True, optional=True)
     check_choice(owner, "table_dtype", table_dtype, ("float32", "float16", "bfloat16"))
     check_choice(owner, "table_device", table_device, ("module", "cpu"))
     if owner.index_key is not None and num_samples is None:

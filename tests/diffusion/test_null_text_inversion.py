@@ -327,10 +327,27 @@ def test_a_stopped_inversion_goes_on_from_its_file(tmp_path):
         ({"guidance": 2.0}, "of 5 steps and guidance 2.0, got 5 and 3.0"),
         ({"steps": 6}, "of 6 steps"),
         ({"x": X + 1}, "of the samples `x`"),
+        ({"fixed_point_iterations": 2}, "of `fixed_point_iterations=2`, got 0"),
     ):
         call = {"x": X, "condition": CONDITION, "null": null, "guidance": 3.0, "steps": 5, **options}
         with pytest.raises(ValueError, match=f"^null_text_invert: `resume` must be {told}"):
             null_text_invert(denoiser, resume=whole, **call)
+
+
+def test_the_fixed_point_iterations_of_the_pivots_are_kept_in_the_file(tmp_path):
+    denoiser, null = small(), 0.1 * CONDITION[:1]
+    options = {"guidance": 3.0, "steps": 4, "inner_steps": 2}
+    whole = null_text_invert(denoiser, X, CONDITION, null, fixed_point_iterations=2, **options)
+    begun = null_text_invert(denoiser, X, CONDITION, null, stop_after=1, fixed_point_iterations=2, **options)
+    begun.save(tmp_path / "inversion.safetensors")
+    begun = NullTextInversion.load(tmp_path / "inversion.safetensors")
+    assert begun.fixed_point_iterations == 2
+    for other in (0, 3):
+        with pytest.raises(ValueError, match=rf"`resume` must be of `fixed_point_iterations={other}`, got 2\."):
+            null_text_invert(denoiser, X, CONDITION, null, resume=begun, fixed_point_iterations=other, **options)
+    ended = null_text_invert(denoiser, X, CONDITION, null, resume=begun, fixed_point_iterations=2, **options)
+    assert torch.equal(ended.current, whole.current)
+    assert torch.equal(ended.pivots, whole.pivots)
 
 
 def test_a_cold_start_begins_with_the_null_embedding():

@@ -32,6 +32,7 @@ class TailTrimmer:
         (1e-300, {"low": 0}),
         (0.7, {"low": 0.7}),
         (0.99999994, {"high": 1, "high_open": True}),
+        (None, {"low": 0, "optional": True}),
     ],
 )
 def test_numbers_that_pass(value, limits):
@@ -50,6 +51,7 @@ def test_numbers_that_pass(value, limits):
         (math.nan, {"low": 0, "high": 1}, "a number in [0, 1], got nan."),
         ("0.5", {"low": 0, "high": 1}, "a number in [0, 1], got '0.5'."),
         (None, {"low": 0, "high": 1}, "a number in [0, 1], got None."),
+        (1.5, {"low": 0, "high": 1, "optional": True}, "a number in [0, 1], got 1.5."),
         (True, {"low": 0, "high": 1}, "a number in [0, 1], got True."),
         (np.bool_(True), {"low": 0, "high": 1}, f"a number in [0, 1], got {np.bool_(True)!r}."),
         (np.float32("nan"), {"low": 0, "high": 1}, f"a number in [0, 1], got {np.float32('nan')!r}."),

@@ -10,7 +10,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSample
 
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.modules import checksum
-from lightning_reg.engine.networks.records import Wanted, record
+from lightning_reg.engine.networks.records import Wanted, record, steps_in_order
 from lightning_reg.engine.technique import Technique
 from tests.toys import (
     BATCH,
@@ -342,3 +342,20 @@ def test_there_is_a_progress_bar(monkeypatch):
     )
     fit(Classifier(), Records(), max_epochs=1)
     assert seen == [("Records: training data", SAMPLES // BATCH), *itertools.repeat(1, SAMPLES // BATCH)]
+
+
+def test_a_given_loader_is_gone_through_after_the_fit():
+    x, y = make_tensors()
+    module, technique = Classifier(), Records()
+    trainer = fit(module, technique, max_epochs=1)
+    loader, shown = DataLoader(TensorDataset(x[:7], y[:7]), 3, shuffle=True), []
+    state = torch.get_rng_state()
+    with steps_in_order(
+        trainer, technique, check_same=lambda one, two: shown.append((one, two)), loader=loader
+    ) as all_:
+        seen = [(step.batch[0], list(indices), step.arguments) for step, indices in all_]
+    assert [indices for _, indices, _ in seen] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert [arguments for *_, arguments in seen] == [(0,), (1,), (2,)]
+    assert torch.equal(torch.cat([batch for batch, *_ in seen]), x[:7])
+    assert all(torch.equal(step.batch[0], x[:3]) for step in shown[0])
+    assert torch.equal(state, torch.get_rng_state())

@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from rich.console import Console
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_reg import ADELE, CutMix, LabelStore, MaskErrors, MultiScaleConsistency
+from lightning_reg import ADELE, CutMix, LabelStore, MultiScaleConsistency
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.functional import (
     confident_classes,
@@ -348,20 +347,20 @@ def test_the_curve_triggers_each_class_by_itself(monkeypatch):
     """Class 1 has a curve that flattens in epoch 7, class 2 one that does so later."""
     from lightning_reg.noisy_labels.adele._curves import Curves
 
-    curves, adele = Curves(), ADELE()
+    curves = Curves(0.9, None, 4, 0.0, 0)
     times = torch.arange(1.0, 9.0, dtype=torch.float64)
     one = 0.8 * (1 - (-(times**0.9) / 2).exp())
     two = 0.8 * (1 - (-(times**0.9) / 5).exp())
     found = []
     for n in range(1, 9):
         curves.times, curves.iou = times[:n].tolist(), torch.stack([one, one, two, 0 * one], 1)[:n]
-        found.append(curves.trigger(adele, n).tolist())
+        found.append(curves.trigger(n).tolist())
     assert [epoch for epoch, row in enumerate(found, 1) if row[1]] == [7]
     assert curves.triggered == {1: 7}  # never the background, nor a class that is absent
-    curves.iou, curves.times, curves.triggered = curves.iou[:, 1:2], times.tolist(), {}
-    shifted = torch.cat([torch.zeros(3, 1, dtype=torch.float64), curves.iou])
+    shifted = torch.cat([torch.zeros(3, 1, dtype=torch.float64), curves.iou[:, 1:2]])
+    curves = Curves(0.9, None, 4, 0.1, 0)
     curves.iou, curves.times = torch.cat([shifted, shifted], 1), [float(t) for t in range(1, 12)]
-    assert curves.trigger(ADELE(flat_rise=0.1), 11).tolist() == [False, True]  # 2 flat points left out: 9 of 11
+    assert curves.trigger(11).tolist() == [False, True]  # 2 flat points left out: 9 of 11
 
 
 def test_a_curve_without_a_fit_waits_and_says_so(monkeypatch):
@@ -572,31 +571,6 @@ def test_what_has_no_probabilities_is_told():
         adele.pred_probs(module.trainer, loader_of(x[:4], y[:4]))
     with pytest.raises(MisconfigurationException, match="fetched twice was another one"):
         list(adele.pred_probs(module.trainer, DataLoader(Cropped(x, y), 4)))
-
-
-# -- the report -------------------------------------------------------------------------------------------------------
-
-
-def test_report(tmp_path):
-    before = torch.tensor([[0, 1], [1, 255]])
-    after = torch.tensor([[0, 0], [0, 255]])
-    errors = MaskErrors.between([(0, before, before), (5, before, after), (7, before, after.T + 0)], 3)
-    assert list(errors.rows()) == [(5, 1, 0, 2, pytest.approx(2 / 3)), (7, 1, 0, 2, pytest.approx(2 / 3))]
-    assert errors.by_class(3).tolist() == [[0, 0, 0], [4, 0, 0], [0, 0, 0]]
-    errors.to_csv(tmp_path / "errors.csv")
-    assert (tmp_path / "errors.csv").read_text().split() == [
-        "index,given,replaced_by,pixels,share",
-        "5,1,0,2,0.6667",
-        "7,1,0,2,0.6667",
-    ]
-    console = Console(width=80)
-    with console.capture() as capture:
-        console.print(MaskErrors.between([(i, before, after) for i in range(21)], 3))
-    text = capture.get()
-    assert "42 replaced pixels in 21 masks" in text
-    assert "66.7%" in text
-    assert "…" in text
-    assert len(MaskErrors.between([], 3)) == 0
 
 
 # -- misuse -----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from lightning_reg import ELRCallback, ELRPlusCallback
 from lightning_reg.noisy_labels._reports import ReportsLabelErrors
-from lightning_reg.noisy_labels.label_errors import LabelErrors
+from lightning_reg.noisy_labels.label_errors import LabelErrors, MaskErrors
 from tests.toys import QUIET, Classifier, fit
 
 pytestmark = QUIET
@@ -55,3 +55,25 @@ def test_probabilities_of_a_technique_are_its_targets(cls):
     targets = technique._targets_and_labels(None)[0]
     torch.testing.assert_close(technique.pred_probs(), targets / targets.sum(1, keepdim=True))
     assert torch.equal(technique.pred_probs().argmax(1), targets.argmax(1))
+
+
+def test_replaced_pixels_are_counted_by_image_and_pair_of_classes(tmp_path):
+    before = torch.tensor([[0, 1], [1, 255]])
+    after = torch.tensor([[0, 0], [0, 255]])
+    errors = MaskErrors.between([(0, before, before), (5, before, after), (7, before, after.T + 0)], 3)
+    assert list(errors.rows()) == [(5, 1, 0, 2, pytest.approx(2 / 3)), (7, 1, 0, 2, pytest.approx(2 / 3))]
+    assert errors.by_class(3).tolist() == [[0, 0, 0], [4, 0, 0], [0, 0, 0]]
+    errors.to_csv(tmp_path / "errors.csv")
+    assert (tmp_path / "errors.csv").read_text().split() == [
+        "index,given,replaced_by,pixels,share",
+        "5,1,0,2,0.6667",
+        "7,1,0,2,0.6667",
+    ]
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(MaskErrors.between([(i, before, after) for i in range(21)], 3))
+    text = capture.get()
+    assert "42 replaced pixels in 21 masks" in text
+    assert "66.7%" in text
+    assert "…" in text
+    assert len(MaskErrors.between([], 3)) == 0

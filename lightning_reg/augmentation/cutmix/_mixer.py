@@ -66,11 +66,9 @@ class Mixer(BatchTechnique, ABC):
         check_number(self, "prob", prob, low=0, high=1)
         check_bool(self, "per_sample", per_sample)
         check_choice(self, "form", form, ("auto", "pair", "soft"))
-        if num_classes is not None:
-            check_number(self, "num_classes", num_classes, low=1, integer=True)
+        check_number(self, "num_classes", num_classes, low=1, integer=True, optional=True)
         check_number(self, "start_epoch", start_epoch, low=0, integer=True)
-        if stop_epoch is not None:
-            check_number(self, "stop_epoch", stop_epoch, low=start_epoch + 1, integer=True)
+        check_number(self, "stop_epoch", stop_epoch, low=start_epoch + 1, integer=True, optional=True)
         self.alpha, self.prob, self.per_sample, self.form, self.num_classes = alpha, prob, per_sample, form, num_classes
         self.input_key, self.target_key = input_key, target_key
         self.start_epoch, self.stop_epoch = start_epoch, stop_epoch

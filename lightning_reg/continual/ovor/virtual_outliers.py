@@ -135,8 +135,7 @@ class VirtualOutliers(TaskTechnique, LayerTechnique, LossTechnique):
             check_number(self, argument, count, low=1, integer=True)
         check_number(self, "weight", weight, low=0)
         check_number(self, "sigma", sigma, low=0, low_open=True)
-        if threshold is not None:
-            check_number(self, "threshold", threshold)
+        check_number(self, "threshold", threshold, optional=True)
         if outlier_threshold is not None:
             low = -math.inf if threshold is None else threshold
             check_number(self, "outlier_threshold", outlier_threshold, low=low, low_open=True)

@@ -110,8 +110,7 @@ class EWC(TaskTechnique, PenaltyTechnique):
     ) -> None:
         super().__init__(loss=loss, name=name, seed=seed)
         check_number(self, "weight", weight, low=0)
-        if fisher_batches is not None:
-            check_number(self, "fisher_batches", fisher_batches, low=1, integer=True)
+        check_number(self, "fisher_batches", fisher_batches, low=1, integer=True, optional=True)
         check_bool(self, "per_sample", per_sample)
         check_choice(self, "labels", labels, ("argmax", "sample", "true"))
         check_choice(self, "memory", memory, ("separate", "online"))

@@ -88,8 +88,7 @@ class CorruptedModularArithmetic(LightningDataModule):
         check_number(self, "train_fraction", train_fraction, low=0, low_open=True, high=1, high_open=True)
         check_number(self, "corruption", corruption, low=0, high=1, high_open=True)
         check_choice(self, "encoding", encoding, ("index", "onehot"))
-        if batch_size is not None:
-            check_number(self, "batch_size", batch_size, low=1, integer=True)
+        check_number(self, "batch_size", batch_size, low=1, integer=True, optional=True)
         check_number(self, "seed", seed, low=0, integer=True)
         self.p, self.operation, self.train_fraction = p, operation, train_fraction
         self.corruption, self.encoding, self.batch_size, self.seed = corruption, encoding, batch_size, seed

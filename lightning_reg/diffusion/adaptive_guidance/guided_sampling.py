@@ -115,8 +115,7 @@ class GuidedSampling(TriedInValidation):
         check_bool(self, "compare", compare)
         for argument, numbers, low, fewest in (("shape", shape, 1, 1), ("labels", labels, 0, 0)):
             _check_numbers(argument, numbers, low, fewest)
-        if null_label is not None:
-            check_number(self, "null_label", null_label, low=0, integer=True)
+        check_number(self, "null_label", null_label, low=0, integer=True, optional=True)
         span: Any = value_range
         if not isinstance(span, list | tuple) or len(span) != 2 or not span[0] < span[1]:
             raise ValueError(f"GuidedSampling: `value_range` must be two numbers that rise, got {value_range!r}.")

@@ -107,11 +107,9 @@ class DecorSampling(Technique):
             for one in given:
                 check_choice(self, argument, one, known)
         for argument, number in (("end", end), ("start", start)):
-            if number is not None:
-                check_number(self, argument, number, low=0, integer=True)
+            check_number(self, argument, number, low=0, integer=True, optional=True)
         for argument, number in (("rank", rank), *(("widths", width) for width in widths or ())):
-            if number is not None:
-                check_number(self, argument, number, low=1, integer=True)
+            check_number(self, argument, number, low=1, integer=True, optional=True)
         self.undesired, self.encode, self.alpha, self.rows = undesired, encode, alpha, rows
         self.end, self.start, self.rank, self.widths = end, start, rank, widths
         self.entry, self.pooled_entry, self.modes = entry, pooled_entry, modes

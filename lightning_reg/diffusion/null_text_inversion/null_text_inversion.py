@@ -30,6 +30,7 @@ class NullTextInversion(NamedTuple):
         losses: Mean squared distance to the pivot at the end of each step, ``(B, S)``.
         updates: Updates of the embedding at each step, ``(B, S)``.
         guidance: The scale that it was made for.
+        fixed_point_iterations: Further passes at each step that the pivots were made with.
 
     """
 
@@ -39,6 +40,7 @@ class NullTextInversion(NamedTuple):
     losses: Tensor
     updates: Tensor
     guidance: float
+    fixed_point_iterations: int = 0
 
     @property
     def steps(self) -> int:
@@ -72,6 +74,7 @@ class NullTextInversion(NamedTuple):
         rows = {f"null.{name}": value for name, value in null.items()}
         rows |= {"pivots": self.pivots, "current": self.current, "losses": self.losses, "updates": self.updates}
         rows["guidance"] = torch.tensor(self.guidance, dtype=torch.float64)
+        rows["fixed_point_iterations"] = torch.tensor(self.fixed_point_iterations)
         save_file({name: value.contiguous().clone() for name, value in rows.items()}, path)
 
     @classmethod
@@ -82,4 +85,5 @@ class NullTextInversion(NamedTuple):
         if isinstance(null, dict) and "" in null:
             null = null[""]
         guidance = float(rows.pop("guidance"))
-        return cls(null=null, guidance=guidance, **rows)
+        iterations = int(rows.pop("fixed_point_iterations", 0))
+        return cls(null=null, guidance=guidance, fixed_point_iterations=iterations, **rows)

@@ -78,7 +78,7 @@ def null_text_invert(
         lr: Of Adam at the first step, above 0. Paper: 0.01.
         early_stop: The loss below which a step ends, and by how much it rises at each of 50 steps; both at least 0.
             Paper: 1e-5 and 2e-5.
-        resume: What a call with ``stop_after`` has given, for the same samples.
+        resume: What a call with ``stop_after`` has given, for the same samples, steps, guidance and iterations.
         stop_after: Steps in this call, at most; ``None``: all.
         warm_start: Whether a step begins with the embedding of the one before, as in the paper, or with ``null``.
         fixed_point_iterations: Further passes at each step of the inversion, see :func:`ddim_invert`; at least 0.
@@ -88,7 +88,7 @@ def null_text_invert(
 
     Raises:
         ValueError: If an argument is outside its range, the conditions are no embeddings, or ``resume`` is of other
-            samples.
+            samples, steps, guidance or iterations.
 
     Example:
         >>> from lightning_reg import NoiseSchedule
@@ -108,9 +108,9 @@ def null_text_invert(
         with torch.no_grad():
             pivots = ddim_invert(module, x, condition, steps, fixed_point_iterations)
         nothing = torch.zeros(len(x), 0)
-        state = NullTextInversion(pivots, None, pivots[:, 0], nothing, nothing, guidance)
+        state = NullTextInversion(pivots, None, pivots[:, 0], nothing, nothing, guidance, fixed_point_iterations)
     else:
-        state = _checked(resume, x, steps, guidance)
+        state = _checked(resume, x, steps, guidance, fixed_point_iterations)
     last = state.done and _named(state.null_at(state.done - 1))
     current = last if last and warm_start else leaves
     rows: list[Null] = []
@@ -131,8 +131,8 @@ def null_text_invert(
         rows.append({name: value.cpu() for name, value in current.items()})
         losses.append(_distances(z, pivot)[:, None].cpu())
         updates.append(count[:, None].cpu())
-    null_rows = _joined_steps(state, rows)
-    return NullTextInversion(state.pivots, null_rows, z.cpu(), torch.cat(losses, 1), torch.cat(updates, 1), guidance)
+    joined = torch.cat(losses, 1), torch.cat(updates, 1)
+    return state._replace(null=_joined_steps(state, rows), current=z.cpu(), losses=joined[0], updates=joined[1])
 
 
 def _step_of(
@@ -305,12 +305,19 @@ def _is_moved(name: str, value: Tensor) -> bool:
     return value.is_floating_point() and "mask" not in name
 
 
-def _checked(resume: NullTextInversion, x: Tensor, steps: int, guidance: float) -> NullTextInversion:
+def _checked(
+    resume: NullTextInversion, x: Tensor, steps: int, guidance: float, fixed_point_iterations: int
+) -> NullTextInversion:
     found = (resume.steps, resume.guidance)
     if found != (steps, guidance):
         raise ValueError(
             f"null_text_invert: `resume` must be of {steps} steps and guidance {guidance!r}, got {found[0]} and"
             f" {found[1]!r}."
+        )
+    if resume.fixed_point_iterations != fixed_point_iterations:
+        raise ValueError(
+            f"null_text_invert: `resume` must be of `fixed_point_iterations={fixed_point_iterations}`, got"
+            f" {resume.fixed_point_iterations}."
         )
     if not torch.equal(resume.pivots[:, -1], x.cpu().to(resume.pivots)):
         raise ValueError("null_text_invert: `resume` must be of the samples `x`, got an inversion of other ones.")

@@ -84,8 +84,7 @@ class PrototypeSegmenter(nn.Module):
         check_number(self, "parts", parts, low=1, integer=True)
         check_number(self, "background_filter", background_filter, low=-1, high=1)
         check_choice(self, "filter_against", filter_against, ("all", "stuff"))
-        if window is not None:
-            check_number(self, "window", window, low=1, integer=True)
+        check_number(self, "window", window, low=1, integer=True, optional=True)
         check_number(self, "stride", stride, low=1, integer=True)
         self.kinds, self.parts, self.background_filter = list(kinds), parts, background_filter
         self.filter_against, self.window, self.stride, self.seed = filter_against, window, stride, seed

@@ -108,8 +108,7 @@ class MultiSampleDropout(Technique):
     ) -> None:
         super().__init__(name=name, seed=seed)
         check_number(self, "num_samples", num_samples, low=1, integer=True)
-        if p is not None:
-            check_number(self, "p", p, low=0, high=1, high_open=True)
+        check_number(self, "p", p, low=0, high=1, high_open=True, optional=True)
         check_choice(self, "mode", mode, ("batched", "replay"))
         check_choice(self, "outputs", outputs, ("first", "all"))
         self.dropout, self.num_samples, self.p, self.mode = dropout, num_samples, p, mode

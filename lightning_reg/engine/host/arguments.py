@@ -11,13 +11,14 @@ __all__ = ["check_bool", "check_choice", "check_number"]
 def check_number(
     owner: object,
     name: str,
-    value: float,
+    value: float | None,
     *,
     low: float = -math.inf,
     high: float = math.inf,
     low_open: bool = False,
     high_open: bool = False,
     integer: bool = False,
+    optional: bool = False,
 ) -> None:
     """Raises ``ValueError`` unless ``value``, of Python or numpy, is finite and in the interval, for float32 as well.
 
@@ -30,16 +31,20 @@ def check_number(
         low_open: Whether the lower end itself is refused.
         high_open: Whether the upper end itself is refused.
         integer: Whether only whole numbers are taken.
+        optional: Whether ``None`` is taken too.
 
     Raises:
         ValueError: If ``value`` is no number, not finite, or outside the interval; or if float32, which it meets in
             formulas, holds it as infinite or as an end that is refused.
 
     """
+    if optional and value is None:
+        return
+    number: float = value  # type: ignore[assignment]  # `None` is refused as what is no number
     kinds: tuple[type, ...] = (Integral,) if integer else (Real,)
-    fine = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
-    fine = fine and (value > low if low_open else value >= low) and (value < high if high_open else value <= high)
-    narrow = _in_float32(value) if fine and not integer else value
+    fine = isinstance(number, kinds) and not isinstance(number, bool) and math.isfinite(number)
+    fine = fine and (number > low if low_open else number >= low) and (number < high if high_open else number <= high)
+    narrow = _in_float32(number) if fine and not integer else number
     holds = fine and math.isfinite(narrow) and not (low_open and narrow == low) and not (high_open and narrow == high)
     if not holds:
         left, right = low_open or low == -math.inf, high_open or high == math.inf

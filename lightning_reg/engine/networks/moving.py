@@ -57,8 +57,7 @@ class AverageReference(Reference):
         check_number(self, "decay", decay, low=0, high=1)
         check_choice(self, "shape", shape, ("linear", "cosine"))
         check_number(self, "length", length, low=0 if end is None else 1, integer=True)
-        if end is not None:
-            check_number(self, "end", end, low=0, high=1)
+        check_number(self, "end", end, low=0, high=1, optional=True)
         self.decay, self.end, self.length, self.shape = decay, end, length, shape
         self.count = 0
 

@@ -157,19 +157,21 @@ def steps_in_order(
     dataset: Any = None,
     *,
     one_by_one: bool = False,
+    loader: Any = None,
 ) -> Iterator[Iterator[tuple[Step, Sequence[int]]]]:
     """One pass over the training or validation data for a :class:`Peer`, of which the fit notices nothing.
 
     Each sample that the loader's sampler draws on this rank comes once, in the order of the indices.
 
     Args:
-        trainer: A Trainer that fits, from ``on_train_start`` on.
+        trainer: A Trainer that fits, from ``on_train_start`` on; with ``loader`` one that has fitted will do.
         owner: Whose pass it is; its class is named in the progress bar and in errors.
         stage: ``"train"`` or ``"validate"``.
         check_same: Gets two steps with the first batch, fetched twice, and refuses data that change; see
             :func:`check_fetched_twice`.
         dataset: Gives the samples in place of the loader's own, which it is behind; ``None`` for that.
         one_by_one: Whether each sample is a batch of its own.
+        loader: A DataLoader with indices in place of the Trainer's, all of it; no progress is shown.
 
     Yields:
         Steps with their batches, and the indices of the samples.
@@ -178,14 +180,15 @@ def steps_in_order(
         MisconfigurationException: If there is not just one DataLoader with sample indices.
 
     """
-    loader, limit = attached_engine(trainer).loader_for(owner, stage)
+    given = None if loader is None else (loader, len(loader))
+    mine, limit = given or attached_engine(trainer).loader_for(owner, stage)
     with ExitStack() as undo:
-        passes = ordered_batches(trainer, loader, limit, stage, dataset, one_by_one=one_by_one)
+        passes = ordered_batches(trainer, mine, limit, stage, dataset, one_by_one=one_by_one)
         drawn, twice, batches = undo.enter_context(passes)
         if check_same is not None and drawn:
             check_same(*_steps(trainer, stage, iter(twice()), [drawn[0]] * 2))
         what = f"{type(owner).__name__}: {'training' if stage == 'train' else 'validation'} data"
-        advance = undo.enter_context(progress(trainer, what, len(drawn)))
+        advance = undo.enter_context(progress(trainer, what, 0 if given else len(drawn)))
         yield zip(counted(_steps(trainer, stage, batches, drawn), advance), drawn, strict=True)
 
 
@@ -210,7 +213,7 @@ _INDICES, _LOGITS, _LOSSES, _LABELS = "indices", "logits", "losses", "labels"
 
 
 def _steps(trainer: "Trainer", stage: Stage, batches: Iterator[Any], drawn: Sequence[Sequence[int]]) -> Iterator[Step]:
-    module = attached_engine(trainer).module
+    module = trainer.lightning_module
     for position, (batch, indices) in enumerate(zip(batches, drawn, strict=True)):
         if stage == "train":
             arguments = (position,)[: host.arguments_of_training_step(module) - 1]

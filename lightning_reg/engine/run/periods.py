@@ -55,8 +55,7 @@ class Period:
         check_choice(self, "loss", self.loss, ("all", "own", "user"))
         whole, high = self.unit != "share", 1.0 if self.unit == "share" else inf
         check_number(self, "start", self.start, low=0, high=high, integer=whole)
-        if self.end is not None:
-            check_number(self, "end", self.end, low=self.start, high=high, low_open=True, integer=whole)
+        check_number(self, "end", self.end, low=self.start, high=high, low_open=True, integer=whole, optional=True)
         if self.trained is not None and self.frozen:
             raise ValueError(f"Period: `trained` must be None where `frozen` is given, got {self.trained!r}.")
         if self.loss == "all" and not self.freezes:

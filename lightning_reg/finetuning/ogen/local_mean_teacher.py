@@ -94,8 +94,7 @@ class LocalMeanTeacher(ReferenceTechnique, StepTechnique):
         check_number(self, "window_max", window_max, low=window_min, integer=True)
         check_number(self, "decay", decay, low=0, high=1)
         for argument, value in (("every_n_steps", every_n_steps), ("snapshots", snapshots)):
-            if value is not None:
-                check_number(self, argument, value, low=1, integer=True)
+            check_number(self, argument, value, low=1, integer=True, optional=True)
         check_choice(self, "reference", reference, PLACES)
         self.layer, self.weight, self.window_min, self.window_max = layer, weight, window_min, window_max
         self.decay, self.every_n_steps, self.snapshots, self.reference = decay, every_n_steps, snapshots, reference

@@ -113,8 +113,7 @@ class DeepPrompts(ModuleTechnique, LayerTechnique):
         least = {"visual": 0, "text": 0, "visual_depth": 1, "text_depth": 1, "class_chunk": 1}
         given = (visual, text, visual_depth, text_depth, class_chunk)
         for (argument, low), value in zip(least.items(), given, strict=True):
-            if value is not None:
-                check_number(self, argument, value, low=low, integer=True)
+            check_number(self, argument, value, low=low, integer=True, optional=True)
         check_number(self, "init_std", init_std, low=0)
         self.train_own(lr_factor, weight_decay, own_optimizer)
         if text_init is not None and len(text_init) != text:

@@ -124,8 +124,7 @@ class SaRA(PenaltyTechnique, FineTuning):
         check_number(self, "rank_weight", rank_weight, low=0)
         check_number(self, "rank_every_n_steps", rank_every_n_steps, low=1, integer=True)
         check_number(self, "min_side", min_side, low=1, integer=True)
-        if readjust_at is not None:
-            check_number(self, "readjust_at", readjust_at, low=0, high=1, low_open=True, high_open=True)
+        check_number(self, "readjust_at", readjust_at, low=0, high=1, low_open=True, high_open=True, optional=True)
         check_bool(self, "rest_norms", rest_norms)
         check_choice(self, "save", save, ("full", "delta"))
         self.fraction, self.threshold, self.select, self.rank_weight = fraction, threshold, select, rank_weight

@@ -116,8 +116,7 @@ class Loki(LayerTechnique):
         check_number(self, "power", power, low=0, low_open=True)
         check_number(self, "temperature", temperature, low=0, low_open=True)
         check_number(self, "dim", dim, integer=True)
-        if chunk is not None:
-            check_number(self, "chunk", chunk, low=1, integer=True)
+        check_number(self, "chunk", chunk, low=1, integer=True, optional=True)
         check_choice(self, "probabilities", probabilities, ("softmax", "sigmoid", "given"))
         check_choice(self, "outputs", outputs, ("all", "observed"))
         for mode in modes:

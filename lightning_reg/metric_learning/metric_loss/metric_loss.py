@@ -116,8 +116,7 @@ class MetricLoss(ModuleTechnique, StepTechnique):
         check_choice(self, "pooling", pooling, ("flatten", "first", "mean"))
         check_bool(self, "gather", gather)
         self.train_own(lr_factor, weight_decay, own_optimizer)
-        if loss is not None:
-            check_number(self, "loss", loss, low=0, integer=True)
+        check_number(self, "loss", loss, low=0, integer=True, optional=True)
         if "." not in str(criterion):
             raise ValueError(
                 f"MetricLoss: `criterion` must be an import path such as 'my_project.losses.MyLoss', got {criterion!r}."

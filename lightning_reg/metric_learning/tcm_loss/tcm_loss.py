@@ -103,8 +103,7 @@ class TCM(StepTechnique):
         check_number(self, "start_step", start_step, low=0, integer=True)
         check_choice(self, "pooling", pooling, ("flatten", "first", "mean"))
         check_bool(self, "gather", gather)
-        if loss is not None:
-            check_number(self, "loss", loss, low=0, integer=True)
+        check_number(self, "loss", loss, low=0, integer=True, optional=True)
         self.layer, self.label_key, self.pooling, self.gather = layer, label_key, pooling, gather
         self.margin_plus, self.margin_minus = margin_plus, margin_minus
         self.lambda_plus, self.lambda_minus = lambda_plus, lambda_minus

@@ -8,7 +8,6 @@ from torch import Tensor
 from lightning_reg.engine.host import distributed
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.noisy_labels.adele._settings import Settings
 from lightning_reg.noisy_labels.adele.core import fit_early_learning, flat_start, iou_of_counts, trigger_epoch
 
 if TYPE_CHECKING:
@@ -19,9 +18,20 @@ __all__ = ["Curves"]
 
 
 class Curves:
-    """Counts of the present window, points of the curves, and the epochs in which classes were triggered."""
+    """Counts of the present window, points of the curves, and the epochs in which classes were triggered.
 
-    def __init__(self) -> None:
+    Args:
+        r: Share by which the slope has to fall.
+        start: Epoch after which all classes are triggered, whatever their curves; ``None`` for the curves.
+        min_points: Points of a curve before it is fitted.
+        flat_rise: By how much a curve has to rise to begin; 0: it begins at once.
+        background: Class that is never triggered, ``None`` for none.
+
+    """
+
+    def __init__(self, r: float, start: int | None, min_points: int, flat_rise: float, background: int | None) -> None:
+        self._r, self._start, self._min_points, self._flat_rise = r, start, min_points, flat_rise
+        self._background = background
         self.times: list[float] = []
         self.iou = torch.empty(0, 0, dtype=torch.float64)
         self.triggered: dict[int, int] = {}
@@ -43,23 +53,15 @@ class Curves:
     def reduce(self, group: "ProcessGroup | None") -> None:
         """Sums the new points over the ranks; to be called on all of them."""
         if self._new:
-            iou = iou_of_counts(
-                distributed.all_reduce_sum(
-                    torch.stack([counts.to(self._new[-1].device) for counts in self._new]), group
-                ).cpu()
-            )
+            counts = torch.stack([one.to(self._new[-1].device) for one in self._new])
+            iou = iou_of_counts(distributed.all_reduce_sum(counts, group).cpu())
             self.iou = torch.cat([self.iou, iou]) if len(self.iou) else iou
             self._new = []
 
-    def last(self) -> list[float]:
-        """The last point of each class."""
-        return [] if not len(self.iou) else self.iou[-1].tolist()
-
-    def trigger(self, owner: Settings, epoch: int) -> Tensor:
+    def trigger(self, epoch: int) -> Tensor:
         """Looks which classes have come to their end by now.
 
         Args:
-            owner: For its arguments.
             epoch: Epochs finished.
 
         Returns:
@@ -68,23 +70,21 @@ class Curves:
         """
         new = torch.zeros(self.iou.shape[1], dtype=torch.bool)
         for c in range(len(new)):
-            if c == owner.background or c in self.triggered:
-                continue
-            if self._is_over(owner, c, epoch):
+            if c != self._background and c not in self.triggered and self._is_over(c, epoch):
                 self.triggered[c], new[c] = epoch, True
         return new
 
-    def _is_over(self, owner: Settings, c: int, epoch: int) -> bool:
-        if owner.start is not None:
-            return epoch >= owner.start
+    def _is_over(self, c: int, epoch: int) -> bool:
+        if self._start is not None:
+            return epoch >= self._start
         values = self.iou[:, c].tolist()
-        cut = flat_start(values, owner.flat_rise) if owner.flat_rise else 0
+        cut = flat_start(values, self._flat_rise) if self._flat_rise else 0
         shift = self.times[cut - 1] if cut else 0.0
         times, values = [time - shift for time in self.times[cut:]], values[cut:]
-        if len(values) < owner.min_points or not any(values):
+        if len(values) < self._min_points or not any(values):
             return False
         try:
-            found = trigger_epoch(fit_early_learning(times, values), int(epoch - shift), owner.r)
+            found = trigger_epoch(fit_early_learning(times, values), int(epoch - shift), self._r)
         except ImportError as error:
             raise MisconfigurationException(
                 "ADELE fits curves with SciPy: pip install scipy (the extra `analysis`), or say when to correct:"

@@ -1,6 +1,7 @@
 """ADELE: masks are corrected class by class, when the network begins to memorise their errors."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -14,15 +15,13 @@ from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.run.phases import Member, phases_of
+from lightning_reg.noisy_labels._label_stores import LabelStore, adopted, store_of
+from lightning_reg.noisy_labels._reports import MaskErrors
 from lightning_reg.noisy_labels._scales import resized
 from lightning_reg.noisy_labels.adele._curves import Curves
-from lightning_reg.noisy_labels.adele._predictions import check_samples_stay, masks_of, predictions, scores_of
-from lightning_reg.noisy_labels.adele._probabilities import probabilities_of
-from lightning_reg.noisy_labels.adele._settings import Settings
-from lightning_reg.noisy_labels.adele._store import adopted, memory_of, new_memory, store_of
+from lightning_reg.noisy_labels.adele._memory import memory_of, told
+from lightning_reg.noisy_labels.adele._predictions import PredictsMasks, check_loader
 from lightning_reg.noisy_labels.adele.core import confident_classes, corrected_masks, iou_counts
-from lightning_reg.noisy_labels.adele.label_store import LabelStore
-from lightning_reg.noisy_labels.adele.report import MaskErrors
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["ADELE"]
 
 
-class ADELE(Settings):
+class ADELE(PredictsMasks):
     r"""Adaptive early-learning correction: wrong masks are corrected before the network memorises them.
 
     The IoU of each class between predictions and the given masks is followed while it trains. It grows fast while the
@@ -152,52 +151,36 @@ class ADELE(Settings):
         dataloader: str | None = None,
         name: str | None = None,
     ) -> None:
-        super().__init__(loss=loss, dataloader=dataloader, name=name)
+        keys = input_key, target_key
+        super().__init__(
+            scales, flip, temperature, multiple_of, layer, keys, loss=loss, dataloader=dataloader, name=name
+        )
         check_number(self, "r", r, low=0, low_open=True, high=1, high_open=True)
         check_number(self, "tau", tau, low=0, low_open=True, high=1)
-        check_number(self, "temperature", temperature, low=0, low_open=True)
-        check_number(self, "flat_rise", flat_rise, low=0)
-        if tau_background is not None:
-            check_number(self, "tau_background", tau_background, low=0, low_open=True, high=1)
-        for argument, value, low in (
-            ("correct_every", correct_every, 0),
-            ("start", start, 1),
-            ("min_points", min_points, 3),
-            ("every_n_steps", every_n_steps, 1),
-            ("multiple_of", multiple_of, 1),
-            ("background", background, 0),
-            ("num_samples", num_samples, 1),
-        ):
-            if value is not None:
-                check_number(self, argument, value, low=low, integer=True)
-        check_number(self, "ignore_index", ignore_index, integer=True)
-        for argument, flag in (
-            ("from_original", from_original),
-            ("class_constraint", class_constraint),
-            ("shrink_guard", shrink_guard),
-            ("flip", flip),
-        ):
-            check_bool(self, argument, flag)
+        check_number(self, "tau_background", tau_background, low=0, low_open=True, high=1, optional=True)
+        check_number(self, "correct_every", correct_every, low=0, integer=True)
+        check_bool(self, "from_original", from_original)
         check_choice(self, "rule", rule, ("predicted", "both"))
+        check_bool(self, "class_constraint", class_constraint)
+        check_bool(self, "shrink_guard", shrink_guard)
         check_choice(self, "predict", predict, ("eval", "train"))
-        given: object = scales
-        if not isinstance(given, Sequence) or isinstance(given, str) or not given:
-            raise ValueError(f"ADELE: `scales` must be at least one number, got {scales!r}.")
-        for scale in scales:
-            check_number(self, "scales", scale, low=0, low_open=True)
+        check_number(self, "start", start, low=1, integer=True, optional=True)
+        check_number(self, "min_points", min_points, low=3, integer=True)
+        check_number(self, "every_n_steps", every_n_steps, low=1, integer=True, optional=True)
+        check_number(self, "flat_rise", flat_rise, low=0)
+        check_number(self, "background", background, low=0, integer=True, optional=True)
+        check_number(self, "ignore_index", ignore_index, integer=True)
+        check_number(self, "num_samples", num_samples, low=1, integer=True, optional=True)
         self.r, self.tau, self.tau_background, self.correct_every = r, tau, tau_background, correct_every
         self.from_original, self.rule, self.class_constraint = from_original, rule, class_constraint
-        self.shrink_guard, self.predict, self.scales, self.flip = shrink_guard, predict, list(scales), flip
-        self.temperature, self.start, self.min_points = temperature, start, min_points
-        self.every_n_steps = every_n_steps
-        self.flat_rise, self.multiple_of, self.background = flat_rise, multiple_of, background
-        self.ignore_index, self.layer, self.input_key, self.target_key = ignore_index, layer, input_key, target_key
-        self.num_samples = num_samples
+        self.shrink_guard, self.predict, self.start, self.min_points = shrink_guard, predict, start, min_points
+        self.every_n_steps, self.flat_rise, self.background = every_n_steps, flat_rise, background
+        self.ignore_index, self.num_samples = ignore_index, num_samples
         self._store: LabelStore | None = None  # the training dataset, which hands out corrected masks
         self._begin_anew()
 
     def _begin_anew(self) -> None:
-        self._curves = Curves()
+        self._curves = Curves(self.r, self.start, self.min_points, self.flat_rise, self.background)
         self._masks: MapMemory | None = None
         self._candidates: MapMemory | None = None
         self._due: Tensor | None = None  # classes that are corrected now, or while the next epoch trains
@@ -227,14 +210,28 @@ class ADELE(Settings):
     def meet_loader(self, trainer: "Trainer", loader: Any) -> None:
         if host.batches_so_far(trainer) == 0:  # a new training, not a resumed or continued one
             self._begin_anew()
-        self._store = store_of(self, loader) if self.tau < 1 else None
+        self._store = self._store_of(loader) if self.tau < 1 else None
         if self._store is not None:
             self._masks = adopted(self._store, self._masks)
+
+    def _store_of(self, loader: object) -> LabelStore | None:
+        store, problem = store_of(loader), ""
+        if self.predict == "train":
+            problem = (
+                'predict="train" predicts what it trains on, which a LabelStore may have cropped. Write predict="eval"'
+            )
+        elif self.num_samples is not None:
+            problem = "a LabelStore knows its number of samples. Leave `num_samples` out"
+        elif self.dataloader is not None:
+            problem = "a LabelStore works with one training loader, and `dataloader` is for several. Leave it out"
+        if store is not None and problem:
+            raise MisconfigurationException(f"ADELE: {problem}.")
+        return store
 
     @override
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         if self.tau < 1:
-            check_samples_stay(trainer, self, self._store)
+            self._check_samples_stay(trainer, self._store)
 
     @override
     def is_active(self, step: "Step") -> bool:
@@ -242,49 +239,31 @@ class ADELE(Settings):
 
     @override
     def transform_batch(self, batch: Any, step: "Step") -> Any:
-        masks = masks_of(batch, self)
+        masks = self._masks_of(batch)
         samples = step.samples(self, torch.device("cpu"))
         present = masks
-        if self._masks is not None and self._store is None:
-            present = self._kept(self._masks, samples.indices, masks)
-            present = self._late(samples.indices, masks, present)
+        if self._store is None:
+            present = self._kept(samples.indices, masks)
+            if self._candidates is not None and self._due is not None:  # predictions of the epoch before
+                confident = self._candidates.read(samples.indices, torch.full_like(masks, len(self._due)))
+                present = self._correct(samples.indices, masks, present, confident)
         step.notes[self] = masks, present, samples
         if step.is_logging:
             self._log_replaced(step, masks, present)
         return batch if present is masks else replace_entry(batch, self.target_key, present)
 
-    def _kept(self, memory: MapMemory | None, indices: Tensor, masks: Tensor) -> Tensor:
-        if memory is None:
-            return masks
-        try:
-            kept = memory.read(indices, masks)
-        except ValueError as error:
-            raise MisconfigurationException(f"ADELE: {error} Masks must stay as large as they are.") from error
+    def _kept(self, indices: Tensor, masks: Tensor) -> Tensor:
+        with told(" Masks must stay as large as they are."):
+            kept = masks if self._masks is None else self._masks.read(indices, masks)
         return torch.where(masks == self.ignore_index, masks, kept)
-
-    def _late(self, indices: Tensor, masks: Tensor, present: Tensor) -> Tensor:
-        """Corrects by the predictions of the epoch before, where these were made while it trained."""
-        if self._candidates is None or self._due is None or self._masks is None:
-            return present
-        unsure = torch.full_like(masks, len(self._due))
-        confident = self._candidates.read(indices, unsure)
-        return self._correct(indices, masks, present, confident)
 
     def _correct(self, indices: Tensor, masks: Tensor, present: Tensor, confident: Tensor) -> Tensor:
         due, memory = self._due, self._masks
         if due is None or memory is None:
             return present
-        base = masks if self.from_original else present
-        new = corrected_masks(
-            confident,
-            base,
-            due.to(masks.device),
-            self.background,
-            self.ignore_index,
-            self.class_constraint,
-            self.rule == "both",
-            self.shrink_guard,
-        )
+        base, classes = masks if self.from_original else present, due.to(masks.device)
+        limits = self.class_constraint, self.rule == "both", self.shrink_guard
+        new = corrected_masks(confident, base, classes, self.background, self.ignore_index, *limits)
         memory.write(indices, torch.where((new < 0) | (new >= len(due)), 0, new))  # no class: stays as it is
         return new
 
@@ -293,19 +272,14 @@ class ADELE(Settings):
         share = ((masks != present) & counted).sum() / counted.sum().clamp(min=1)
         step.log(self, "replaced", share if self._store is None else share.new_tensor(self._share))
 
-    @property
-    @override
-    def feature_layers(self) -> Sequence[str]:
-        return [self.layer] if self.layer else []
-
     @override
     def loss_term(self, call: "LossCall") -> Tensor | None:
-        self._see(call.step, scores_of(self, call, call.step.features))
+        self._see(call.step, self._scores_of(call, call.step.features))
         return None
 
     @override
     def term_of_step(self, step: "Step") -> Tensor:
-        scores = scores_of(self, None, step.features)
+        scores = self._scores_of(None, step.features)
         self._see(step, scores)
         return scores.new_zeros(())
 
@@ -313,10 +287,12 @@ class ADELE(Settings):
     def _see(self, step: "Step", scores: Tensor) -> None:
         """Counts what was predicted; keeps it, if masks are corrected by it."""
         masks, present, samples = step.notes[self]
-        scores = resized(scores[: len(masks)].detach().float(), masks.shape[-2:])
+        scores = resized(scores[: len(masks)].float(), masks.shape[-2:])
         num_classes = scores.shape[1]
-        if self._masks is None:
-            self._masks = new_memory(samples.total("ADELE", self.num_samples), num_classes)
+        with told():
+            self._masks = self._masks or MapMemory(samples.total("ADELE", self.num_samples), num_classes)
+            if self.predict == "train" and self._candidates is None:
+                self._candidates = MapMemory(self._masks.num_samples, num_classes + 1)
         if self._masks.num_classes != num_classes:
             raise MisconfigurationException(
                 f"ADELE: masks are kept of {self._masks.num_classes} classes, and the network scores {num_classes}."
@@ -324,12 +300,11 @@ class ADELE(Settings):
             )
         against = masks if self.from_original else present
         self._curves.count(iou_counts(scores.argmax(1), against, num_classes, self.ignore_index))
-        if self.predict == "train":
-            if self._candidates is None:
-                self._candidates = new_memory(self._masks.num_samples, num_classes + 1)
-            probabilities = (scores / self.temperature).softmax(1)
-            confident = confident_classes(probabilities, self.tau, self.tau_background, self.background)
-            self._candidates.write(samples.indices, confident)
+        if self._candidates is not None:
+            self._candidates.write(samples.indices, self._confident((scores / self.temperature).softmax(1)))
+
+    def _confident(self, probabilities: Tensor) -> Tensor:
+        return confident_classes(probabilities, self.tau, self.tau_background, self.background)
 
     @override
     def on_train_batch_end(
@@ -359,9 +334,9 @@ class ADELE(Settings):
         if self.every_n_steps is None:
             self._curves.add_point(float(epoch))
         self._curves.reduce(group)
-        values = {f"{self.log_key}/iou_{c}": value for c, value in enumerate(self._curves.last())}
+        values = {f"{self.log_key}/iou_{c}": value for c, value in enumerate(self._curves.iou[-1:].flatten().tolist())}
         host.log_beside(trainer, values, epoch - 1)  # which a resumed fit has left already
-        new = self._curves.trigger(self, epoch)
+        new = self._curves.trigger(epoch)
         again = self.correct_every > 0 and epoch % self.correct_every == 0
         due = self._curves.triggered_classes(masks.num_classes) if again or self.from_original else new
         self._due = due if due.any() and (again or new.any()) else None
@@ -372,11 +347,10 @@ class ADELE(Settings):
                 memory.gather(module.device, group)
 
     def _correct_all(self, trainer: "Trainer") -> None:
-        masks, replaced = self._masks, torch.zeros(2, dtype=torch.int64, device=trainer.lightning_module.device)
-        with predictions(trainer, self, self._store) as batches:
-            for indices, given, probabilities in batches if masks is not None else ():
-                confident = confident_classes(probabilities, self.tau, self.tau_background, self.background)
-                new = self._correct(indices, given, self._kept(masks, indices, given), confident)
+        replaced = torch.zeros(2, dtype=torch.int64, device=trainer.lightning_module.device)
+        with closing(self._predictions(trainer, self._store)) as batches:
+            for indices, given, probabilities in batches:
+                new = self._correct(indices, given, self._kept(indices, given), self._confident(probabilities))
                 replaced += torch.stack([(new != given).sum(), (given != self.ignore_index).sum()])
         changed, counted = distributed.all_reduce_sum(replaced, host.data_parallel_group(trainer)).tolist()
         self._due, self._share = None, changed / max(counted, 1)
@@ -404,7 +378,7 @@ class ADELE(Settings):
             ``(H, W)`` like the one given.
 
         """
-        return self._kept(self._masks, torch.tensor([index]), mask[None])[0]
+        return self._kept(torch.tensor([index]), mask[None])[0]
 
     def mask_errors(self, masks: Iterable[Tensor]) -> MaskErrors:
         """What was replaced, by image and pair of classes.
@@ -455,7 +429,16 @@ class ADELE(Settings):
                 and are not kept; or if the samples change from one time to the next.
 
         """
-        return probabilities_of(trainer, self, loader, None if self._masks is None else self._masks.num_samples)
+        if self._masks is None or trainer.lightning_module is None:
+            raise RuntimeError("ADELE: there are no probabilities yet; fit first, with the Trainer that is given.")
+        if self.predict == "train":
+            raise MisconfigurationException(
+                'ADELE: with predict="train" masks are judged by what the steps predict while they train, which is not'
+                ' kept. Write predict="eval" to have probabilities.'
+            )
+        check_loader(loader, self._masks.num_samples if self.num_samples is None else None)
+        batches = self._predictions(trainer, self._store_of(loader), loader)
+        return map(_without_masks, batches)  # which holds none of a batch while the next one is made
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -477,3 +460,7 @@ class ADELE(Settings):
         self._curves.load_state_dict(state_dict["curves"])
         self._masks, self._candidates = memory_of(state_dict["masks"]), memory_of(state_dict["candidates"])
         self._due, self._ended, self._share = state_dict["due"], state_dict["ended"], state_dict.get("share", 0.0)
+
+
+def _without_masks(batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return batch[0], batch[2].cpu()

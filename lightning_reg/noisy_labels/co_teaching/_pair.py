@@ -16,58 +16,41 @@ from lightning_reg.engine.networks.edits_beside import EditsBeside
 from lightning_reg.engine.networks.ensemble import MeanOfTwo, mean_of_layers, two_copies
 from lightning_reg.engine.networks.named_weights import weights_of
 from lightning_reg.engine.networks.peer import Peer
-from lightning_reg.engine.networks.trained import PeerInit, PeerStep, TrainedPeer
+from lightning_reg.engine.networks.trained import PeerInit, TrainedPeer
+from lightning_reg.engine.run.engine import attached_engine
 from lightning_reg.engine.run.phases import OnLayers
 from lightning_reg.engine.step import EvaluationStep
+from lightning_reg.noisy_labels._two_networks import SecondNetwork
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
     from lightning_reg.engine.loss.call import LossCall
-    from lightning_reg.engine.run.engine import Engine
     from lightning_reg.engine.step import Step
     from lightning_reg.engine.technique import Technique
 
 __all__ = ["Pair"]
 
 
-class Pair:
+class Pair(SecondNetwork):
     """The module and a second network.
 
     Args:
         init: First weights of the second network.
+        file: Of a checkpoint with them, in place of those.
 
     """
 
-    def __init__(self, init: PeerInit) -> None:
-        self._init = init
-        self._kept: dict[str, Any] = {}
-        self._live: list[LightningModule] = []
+    def __init__(self, init: PeerInit, file: str | None) -> None:
+        super().__init__()
+        self._init, self._file = init, file
         self._askers: list[tuple[Peer, EditsBeside]] = []
-        self._second: TrainedPeer | None = None
 
-    @property
-    def is_started(self) -> bool:
-        """Whether there are networks: not in the steps that Lightning's learning-rate finder makes before the fit."""
-        return self._second is not None
-
-    @property
-    def second_loss(self) -> Tensor | None:
-        """Mean loss of the second network in the part of an epoch that it trained last."""
-        return None if self._second is None else self._second.loss
-
-    def clear(self) -> None:
-        """Forgets everything: a new training begins."""
+    @override
+    def start(self, owner: "Technique", trainer: "Trainer", module: "LightningModule") -> None:
         self.stop()
-        self._kept = {}
-
-    def start(
-        self, owner: "Technique", trainer: "Trainer", module: "LightningModule", engine: "Engine", file: str | None
-    ) -> None:
-        """Makes the networks for a fit, and puts in what was kept, or what is in the file."""
-        self.stop()
-        beside = [t for t in engine.techniques if isinstance(t, OnLayers) and t.edits_second]
-        first = None if file is None or self._kept else _weights_in_file(file, module, owner)
+        beside = [t for t in attached_engine(trainer).techniques if isinstance(t, OnLayers) and t.edits_second]
+        first = None if self._file is None or self._kept else _weights_in_file(self._file, module, owner)
         second = TrainedPeer(trainer, module, owner, self._init, beside, first)
         if self._kept:
             with reading_state(owner):
@@ -78,16 +61,10 @@ class Pair:
             asked.share_memory_with(network)
             self._askers.append((asked, EditsBeside(asked.module, beside, training=False)))
 
+    @override
     def stop(self) -> None:
-        """Keeps plain tensors of the second network and lets go of both."""
-        self._kept = self.state_dict()
-        self._live, self._askers, self._second = [], [], None
-
-    # -- training -----------------------------------------------------------------------------------------------------
-
-    def number_of(self, step: "Step") -> int:
-        """0 for the module, 1 for the second network."""
-        return int(isinstance(step, PeerStep))
+        super().stop()
+        self._askers = []
 
     def ask_other(self, step: "Step", owner: "Technique") -> "LossCall | None":
         """The loss call of the other network on the step's batch, in eval mode and without gradient."""
@@ -98,18 +75,6 @@ class Pair:
         as_asked = EvaluationStep(step.trainer, asked.module, (step.batch, *step.arguments), "predict")
         with edits.around(as_asked):
             return asked.see(step, owner, weights=weights_of(self._live[other])).call
-
-    def catch_up(self, engine: "Engine", batches: int) -> None:
-        """Trains the second network on as many batches of this epoch as the module has had."""
-        if self._second is not None:
-            self._second.train(engine, batches, _nothing)
-
-    def end_epoch(self) -> None:
-        """Moves the second network's schedulers that count epochs."""
-        if self._second is not None:
-            self._second.end_epoch()
-
-    # -- afterwards ---------------------------------------------------------------------------------------------------
 
     def ensemble(
         self, module: "LightningModule", owner: "Technique", layer: str, prefix: Mapping[str, int]
@@ -127,17 +92,9 @@ class Pair:
                 found.register_forward_pre_hook(_first_features(size))
         return mean_of_layers(networks, layer)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The second network's; empty before the first fit."""
-        return self._kept if self._second is None else self._second.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Keeps what :meth:`state_dict` gave for the next :meth:`start`."""
-        self._kept = state
-
     @override
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_live": [], "_askers": [], "_second": None, "_kept": self.state_dict()}
+        return {**super().__getstate__(), "_askers": []}
 
 
 def _weights_in_file(file: str, module: "LightningModule", owner: "Technique") -> dict[str, Tensor]:
@@ -157,10 +114,6 @@ def _weights_in_file(file: str, module: "LightningModule", owner: "Technique") -
             f" weights of {type(module).__name__} under the same names, as a checkpoint of the same module does."
         )
     return {key: found[key] for key in needed}
-
-
-def _nothing() -> None:
-    pass
 
 
 def _first_features(size: int) -> "Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]":

@@ -8,15 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.distributed import all_gather_rows, world_size
-from lightning_reg.engine.networks.trained import PeerInit, check_trainable
-from lightning_reg.engine.run.engine import attached_engine
-from lightning_reg.engine.run.phases import Member, draws_samples, has_prompts, phases_of
-from lightning_reg.engine.technique import BatchTechnique, LossTechnique
-from lightning_reg.noisy_labels._reports import ReportsLabelErrors
+from lightning_reg.engine.networks.trained import PeerInit
 from lightning_reg.noisy_labels._target_table import TargetTable
+from lightning_reg.noisy_labels._two_networks import TwoNetworks
 from lightning_reg.noisy_labels.co_teaching._pair import Pair
 from lightning_reg.noisy_labels.co_teaching.core import estimated_forget_rate, forget_rate_at, small_loss_weights
 
@@ -29,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["CoTeaching"]
 
 
-class CoTeaching(ReportsLabelErrors, BatchTechnique, LossTechnique):
+class CoTeaching(TwoNetworks):
     r"""Trains each of two networks on the samples of small loss, which the other one picks.
 
     .. math:: L_k = \frac{1}{|S|} \sum_{i \in S} \ell(f_k(x_i), y_i), \quad S = \text{the }
@@ -112,8 +108,9 @@ class CoTeaching(ReportsLabelErrors, BatchTechnique, LossTechnique):
 
     """
 
-    needs_indices: ClassVar[bool] = True
     watched: ClassVar[tuple[str, ...]] = ("forget_rate",)
+
+    _networks: Pair
 
     def __init__(
         self,
@@ -130,13 +127,11 @@ class CoTeaching(ReportsLabelErrors, BatchTechnique, LossTechnique):
         seed: int = 0,
     ) -> None:
         super().__init__(loss=loss, index_key=index_key, name=name, seed=seed)
-        if forget_rate is not None:
-            check_number(self, "forget_rate", forget_rate, low=0, high=1, high_open=True)
+        check_number(self, "forget_rate", forget_rate, low=0, high=1, high_open=True, optional=True)
         check_number(self, "gradual_epochs", gradual_epochs, low=0, integer=True)
         check_number(self, "exponent", exponent, low=0, low_open=True)
         check_choice(self, "peer_init", peer_init, ("reset", "copy"))
-        if num_samples is not None:
-            check_number(self, "num_samples", num_samples, low=1, integer=True)
+        check_number(self, "num_samples", num_samples, low=1, integer=True, optional=True)
         if index_key is not None and num_samples is None:
             raise ValueError("CoTeaching: `num_samples` must be given with `index_key`, got None.")
         if forget_rate is None and not gradual_epochs:
@@ -146,7 +141,7 @@ class CoTeaching(ReportsLabelErrors, BatchTechnique, LossTechnique):
         self.forget_rate, self.gradual_epochs, self.exponent = forget_rate, gradual_epochs, exponent
         self.peer_init, self.second, self.logits_layer, self.num_samples = peer_init, second, logits_layer, num_samples
         self.estimated_rate: float | None = None
-        self._pair = Pair(peer_init)
+        self._networks = Pair(peer_init, second)
         self._tables = [TargetTable(type(self).__name__, num_samples, None, "float32") for _ in range(2)]
 
     @override
@@ -161,49 +156,20 @@ class CoTeaching(ReportsLabelErrors, BatchTechnique, LossTechnique):
         start = {"reset": "initialized anew", "copy": "equal to the first at the start"}[self.peer_init]
         return f"{rate}; a second network, {start if self.second is None else f'from {self.second}'}"
 
-    @override
-    def check(self, trainer: "Trainer", module: "LightningModule") -> None:
-        if self.trains_second:
-            check_trainable(self, trainer, module)
-
-    @override
-    def conflict_with(self, other: Member) -> str | None:
-        if not self.trains_second:
-            return None
-        name = type(other).__name__
-        if "edit_weights" in phases_of(other):
-            return f"{name} changes the module's weights in each step, and the second network lacks that."
-        if has_prompts(other):
-            return f"what {name} trains is beside the module's weights, and the second network lacks that."
-        if draws_samples(other):
-            return f"{name} draws the samples of the epochs, and the second network reads them in an order of its own."
-        return None
-
-    @property
-    @override
-    def trains_second(self) -> bool:
-        """Unless nothing is left out."""
-        return self.forget_rate != 0
-
     # -- the fit ------------------------------------------------------------------------------------------------------
 
     @override
-    def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        if host.batches_so_far(trainer) == 0:  # a new training, not a resumed or continued one
-            self._pair.clear()
-            self.estimated_rate = None
-            for table in self._tables:
-                table.clear()
-        if self.trains_second:
-            self._pair.start(self, trainer, pl_module, attached_engine(trainer), self.second)
+    def _works(self) -> bool:
+        return self.forget_rate != 0
 
     @override
-    def is_active(self, step: "Step") -> bool:
-        return self._pair.is_started
+    def _begin_anew(self) -> None:
+        super()._begin_anew()
+        self.estimated_rate = None
 
     @override
     def observe_batch(self, step: "Step") -> None:
-        step.notes[self] = self._pair.ask_other(step, self)
+        step.notes[self] = self._networks.ask_other(step, self)
 
     @override
     def sample_weights(self, call: "LossCall") -> Tensor | None:
@@ -212,9 +178,10 @@ class CoTeaching(ReportsLabelErrors, BatchTechnique, LossTechnique):
             return None
         samples, rate, mass = call.samples(self), self._rate(call.step.epoch), call.sample_mass
         predicted = seen.logits.float().softmax(1)
-        self._tables[self._pair.number_of(call.step)].update(samples, predicted, call.labels, 0.0, mass)
+        self._tables[self._networks.number_of(call.step)].update(samples, predicted, call.labels, 0.0, mass)
         if call.step.is_logging:
-            self._log(call, rate)
+            call.step.log(self, "forget_rate", torch.tensor(rate))
+            self._log_networks(call)
         if rate == 0:
             return None
         if world_size() == 1:
@@ -229,45 +196,15 @@ class CoTeaching(ReportsLabelErrors, BatchTechnique, LossTechnique):
             return 0.0 if self.estimated_rate is None else self.estimated_rate
         return forget_rate_at(epoch, self.forget_rate, self.gradual_epochs, self.exponent)
 
-    def _log(self, call: "LossCall", rate: float) -> None:
-        call.step.log(self, "forget_rate", torch.tensor(rate))
-        left_out = [table.left_out.scalar(call.input.device) for table in self._tables]
-        call.step.log(self, "not_finite", torch.stack(left_out).sum())
-        if (second_loss := self._pair.second_loss) is not None:
-            call.step.log(self, "second_loss", second_loss)
-
     @override
-    def on_train_batch_end(
-        self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.is_last_batch:  # before validation, and before a checkpoint
-            self._catch_up(trainer)
-            self._pair.end_epoch()
-
-    @override
-    def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:  # if it was cut short
-        self._catch_up(trainer)
-        for table in self._tables:
-            table.left_out.say()
-
     def _catch_up(self, trainer: "Trainer") -> None:
-        if not self._pair.is_started:
-            return
-        self._pair.catch_up(attached_engine(trainer), host.batches_of_epoch(trainer))
+        super()._catch_up(trainer)
         waits = self.forget_rate is None and self.estimated_rate is None
         if waits and trainer.current_epoch + 1 >= self.gradual_epochs:
             targets, labels = self._targets_and_labels(None)
             seen = (targets.sum(1) > 0) & (labels >= 0)
             losses = F.nll_loss(targets[seen].clamp(min=1e-8).log(), labels[seen], reduction="none")
             self.estimated_rate = estimated_forget_rate(losses)
-
-    @override
-    def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
-        self._pair.stop()
-
-    @override
-    def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
-        self._pair.stop()
 
     # -- afterwards ---------------------------------------------------------------------------------------------------
 
@@ -285,26 +222,15 @@ class CoTeaching(ReportsLabelErrors, BatchTechnique, LossTechnique):
             RuntimeError: If there is no second network.
 
         """
-        return self._pair.ensemble(module, self, self.logits_layer, prefix or {})
+        return self._networks.ensemble(module, self, self.logits_layer, prefix or {})
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        second = self._pair.state_dict()
-        if not second:
-            return {}
-        tables = [table.state_dict() for table in self._tables]
-        return {"second": second, "tables": tables, "estimated_rate": self.estimated_rate}
+        state = super().state_dict()
+        return {**state, "estimated_rate": self.estimated_rate} if state else {}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
         if state_dict:
-            self._pair.load_state_dict(state_dict["second"])
             self.estimated_rate = state_dict["estimated_rate"]
-            for table, state in zip(self._tables, state_dict["tables"], strict=True):
-                table.load_state_dict(state)
-
-    @override
-    def _targets_and_labels(self, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What the networks predicted last, each for its own batches, as the other asked."""
-        tables = [table.all(labels) for table in self._tables]
-        return torch.stack([targets for targets, _ in tables]).mean(0), tables[0][1]

@@ -112,8 +112,7 @@ class ELRCallback(ReportsLabelErrors, LossTechnique):
         super().__init__(loss=loss, index_key=index_key, dataloader=dataloader, name=name)
         check_arguments(self, lam, beta, clamp, num_samples, num_classes, table_dtype, table_device)
         check_number(self, "warmup_epochs", warmup_epochs, low=0, integer=True)
-        if top_k is not None:
-            check_number(self, "top_k", top_k, low=1, integer=True)
+        check_number(self, "top_k", top_k, low=1, integer=True, optional=True)
         check_choice(self, "sync", sync, ("gather", "local"))
         self.lam, self.beta, self.clamp, self.warmup_epochs = lam, beta, clamp, warmup_epochs
         self.num_samples, self.num_classes = num_samples, num_classes

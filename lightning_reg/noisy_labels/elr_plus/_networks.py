@@ -15,13 +15,13 @@ from lightning_reg.engine.networks.followed import Follower, Source, TakenOver
 from lightning_reg.engine.networks.named_weights import load_weights_, weights_of
 from lightning_reg.engine.networks.peer import Peer
 from lightning_reg.engine.networks.trained import PeerInit, PeerStep, TrainedPeer
+from lightning_reg.noisy_labels._two_networks import SecondNetwork
 from lightning_reg.noisy_labels.elr_plus.core import elr_plus_decay
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
     from lightning_reg.engine.loss.call import LossCall
-    from lightning_reg.engine.run.engine import Engine
     from lightning_reg.engine.step import Step
     from lightning_reg.engine.technique import Technique
 
@@ -42,7 +42,7 @@ class Notes:
     targets: Tensor | None = None
 
 
-class Networks:
+class Networks(SecondNetwork):
     """The module, perhaps a second network, and an average of each.
 
     Args:
@@ -55,37 +55,25 @@ class Networks:
     """
 
     def __init__(self, count: int, *, init: PeerInit, in_train_mode: bool, decay: float, rampup_steps: int) -> None:
+        super().__init__()
         self._has_second, self._init, self._in_train_mode = count == 2, init, in_train_mode
         self._decay, self._rampup_steps = decay, rampup_steps
-        self._kept: dict[str, Any] = {}
         self._steps = 0
-        self._live: list[LightningModule] = []
         self._averages: list[Peer] = []
-        self._second: TrainedPeer | None = None
         self._source: Source | None = None
         self._followers: list[Follower] = []
         self._settings: TakenOver | None = None
         self._joint: JointForward | None = None
         self.left_out = LeftOut("ELRPlusCallback", "updates of a teacher by weights that")
 
-    @property
-    def are_started(self) -> bool:
-        """Whether there are networks: not in the steps that Lightning's learning-rate finder makes before the fit."""
-        return bool(self._averages)
-
-    @property
-    def second_loss(self) -> Tensor | None:
-        """Mean loss of the second network in the part of an epoch that it trained last."""
-        return None if self._second is None else self._second.loss
-
+    @override
     def clear(self) -> None:
-        """Forgets everything: a new training begins."""
-        self.stop()
-        self._kept, self._steps = {}, 0
+        super().clear()
+        self._steps = 0
         self.left_out.restore(0)
 
+    @override
     def start(self, owner: "Technique", trainer: "Trainer", module: "LightningModule") -> None:
-        """Makes the networks for a fit, and puts in what was kept."""
         self.stop()
         self._live = [module]
         if self._has_second:
@@ -102,22 +90,17 @@ class Networks:
                     self._second.load_state_dict(self._kept["second"])
         self._kept = {}
 
+    @override
     def stop(self) -> None:
-        """Keeps plain tensors of the networks and lets go of them."""
         self.end_joint_validation()
-        self._kept = self._state()
-        self._live, self._averages, self._second = [], [], None
-        self._source, self._followers, self._settings = None, [], None
+        super().stop()
+        self._averages, self._followers, self._source, self._settings = [], [], None, None
 
     # -- training -----------------------------------------------------------------------------------------------------
 
     def steps_of(self, step: "Step") -> int:
         """Optimizer steps that the network of a step has had."""
         return step.global_step if isinstance(step, PeerStep) else self._steps
-
-    def number_of(self, step: "Step") -> int:
-        """0 for the module, 1 for the second network."""
-        return int(isinstance(step, PeerStep))
 
     def teacher_of(self, step: "Step") -> Peer:
         """The average of the other network; of the only one, where there is one."""
@@ -135,21 +118,11 @@ class Networks:
     def after_step(self) -> None:
         """To be told of an optimizer step of the module."""
         self._steps += 1
-        self._update_average(0, self._steps)
+        self._follow(0, self._steps)
 
-    def catch_up(self, engine: "Engine", batches: int) -> None:
-        """Trains the second network on as many batches of this epoch as the module has had."""
-        if self._second is not None:
-            second = self._second
-            second.train(engine, batches, lambda: self._update_average(1, second.steps))
-
-    def end_epoch(self) -> None:
-        """Moves the second network's schedulers that count epochs."""
-        if self._second is not None:
-            self._second.end_epoch()
-
+    @override
     @torch.no_grad()
-    def _update_average(self, number: int, steps: int) -> None:
+    def _follow(self, number: int, steps: int) -> None:
         average = self._averages[number]
         self.left_out.add(~average.update_average_(elr_plus_decay(steps, self._decay, self._rampup_steps)))
         settings = self._settings
@@ -174,7 +147,7 @@ class Networks:
 
     def ensemble(self, module: "LightningModule", owner: "Technique", layer: str) -> MeanOfTwo:
         """Copies of a layer of both networks in eval mode, as one."""
-        kept = self._state().get("second")
+        kept = self.state_dict().get("second")
         if not kept:
             raise RuntimeError(
                 f"{type(owner).__name__}: there is no second network; fit with networks=2 first, or load a checkpoint."
@@ -183,11 +156,16 @@ class Networks:
 
     # -- state --------------------------------------------------------------------------------------------------------
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """Tensors on the CPU and plain values; empty before the first fit."""
-        networks = self._state()
-        return {"steps": self._steps, "left_out": self.left_out.read(), **networks} if networks else {}
+        if not self._averages:
+            return self._kept
+        averages = [weights_of(average.module) for average in self._averages]
+        copied: list[Any] = tree_map_only(Tensor, lambda t: t.cpu().clone(), averages)
+        second = None if self._second is None else self._second.state_dict()
+        return {"steps": self._steps, "left_out": self.left_out.read(), "averages": copied, "second": second}
 
+    @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Keeps what :meth:`state_dict` gave for the next :meth:`start`.
 
@@ -198,19 +176,11 @@ class Networks:
         count, found = 1 + self._has_second, len(state["averages"])
         if found != count:
             raise ValueError(f"The checkpoint has the state of {found} networks, this run has networks={count}.")
+        super().load_state_dict(state)
         self._steps = state["steps"]
         self.left_out.restore(state["left_out"])
-        self._kept = {name: value for name, value in state.items() if name not in ("steps", "left_out")}
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        running: dict[str, Any] = {"_live": [], "_averages": [], "_followers": []}
-        running |= dict.fromkeys(("_second", "_joint", "_source", "_settings"))
-        return {**self.__dict__, **running, "_kept": self._state()}
-
-    def _state(self) -> dict[str, Any]:
-        if not self._averages:
-            return self._kept
-        averages = [weights_of(average.module) for average in self._averages]
-        copied: list[Any] = tree_map_only(Tensor, lambda t: t.cpu().clone(), averages)
-        return {"averages": copied, "second": None if self._second is None else self._second.state_dict()}
+        running = dict.fromkeys(("_joint", "_source", "_settings"))
+        return {**super().__getstate__(), **running, "_averages": [], "_followers": []}

@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
@@ -11,17 +10,15 @@ from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.left_out import LeftOut
-from lightning_reg.engine.networks.trained import PeerInit, check_trainable
-from lightning_reg.engine.run.engine import attached_engine
-from lightning_reg.engine.run.phases import Member, draws_samples, has_prompts, phases_of
-from lightning_reg.engine.technique import BatchTechnique, LossTechnique
+from lightning_reg.engine.networks.trained import PeerInit
+from lightning_reg.engine.run.phases import Member
 from lightning_reg.noisy_labels._early_learning import (
     agreement_with,
     clamped_probabilities,
     log_disagreement,
 )
-from lightning_reg.noisy_labels._reports import ReportsLabelErrors
 from lightning_reg.noisy_labels._target_table import TargetTable, check_arguments
+from lightning_reg.noisy_labels._two_networks import TwoNetworks
 from lightning_reg.noisy_labels.elr_plus._mixup import mix_batch, mix_rows
 from lightning_reg.noisy_labels.elr_plus._networks import Networks, Notes
 from lightning_reg.noisy_labels.elr_plus.core import one_hot_labels, refine_labels, sigmoid_rampup
@@ -36,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["ELRPlusCallback"]
 
 
-class ELRPlusCallback(ReportsLabelErrors, BatchTechnique, LossTechnique):
+class ELRPlusCallback(TwoNetworks):
     r"""ELR+: two networks, each regularized towards what a weight average of the other one predicts.
 
     A second network of the module's class is trained beside the module, with its own weights, optimizer, schedulers and
@@ -127,8 +124,10 @@ class ELRPlusCallback(ReportsLabelErrors, BatchTechnique, LossTechnique):
 
     """
 
-    needs_indices: ClassVar[bool] = True
     takes_mixed: ClassVar[bool] = True  # its own mixing; that of others is a conflict
+    _without: ClassVar[str] = "the second network and averages lack"
+
+    _networks: Networks
 
     def __init__(
         self,
@@ -196,8 +195,7 @@ class ELRPlusCallback(ReportsLabelErrors, BatchTechnique, LossTechnique):
 
     @override
     def check(self, trainer: "Trainer", module: "LightningModule") -> None:
-        if self._works():
-            check_trainable(self, trainer, module)
+        super().check(trainer, module)
         if self.validation == "ensemble" and host.is_compiled(module):
             raise MisconfigurationException(
                 "ELRPlusCallback(validation='ensemble') replaces a layer's `forward` during validation, which compiled"
@@ -206,18 +204,10 @@ class ELRPlusCallback(ReportsLabelErrors, BatchTechnique, LossTechnique):
 
     @override
     def conflict_with(self, other: Member) -> str | None:
-        if not self._works():
-            return None
-        name = type(other).__name__
-        if other.mixes != "none":
+        if self._works() and other.mixes != "none":
+            name = type(other).__name__
             return f"its teachers see the images that it mixes itself, and {name} mixes them too. Remove {name}."
-        if "edit_weights" in phases_of(other):
-            return f"{name} changes the module's weights in each step, and the second network and averages lack that."
-        if draws_samples(other):
-            return f"{name} draws the samples of the epochs, and the second network reads them in an order of its own."
-        if has_prompts(other):
-            return f"what {name} trains is beside the module's weights, and the second network and averages lack that."
-        return None
+        return super().conflict_with(other)
 
     @property
     @override
@@ -231,19 +221,6 @@ class ELRPlusCallback(ReportsLabelErrors, BatchTechnique, LossTechnique):
         return self.networks == 2 and self._works()
 
     # -- the fit ------------------------------------------------------------------------------------------------------
-
-    @override
-    def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        if host.batches_so_far(trainer) == 0:  # a new training, not a resumed or continued one
-            self._networks.clear()
-            for table in self._tables:
-                table.clear()
-        if self._works():
-            self._networks.start(self, trainer, pl_module)
-
-    @override
-    def is_active(self, step: "Step") -> bool:
-        return self._networks.are_started
 
     @override
     def transform_batch(self, batch: Any, step: "Step") -> Any:
@@ -272,7 +249,9 @@ class ELRPlusCallback(ReportsLabelErrors, BatchTechnique, LossTechnique):
             return None
         ramp = sigmoid_rampup(self._networks.steps_of(call.step) + 1, self.lam_rampup_steps)
         if call.step.is_logging:
-            self._log(call)
+            for name, value in agreement_with(call.step.notes[self].targets, call.labels).items():
+                call.step.log(self, name, value)
+            self._log_networks(call)
         return ramp * self.lam * log_disagreement(clamped_probabilities(call.logits, self.clamp), targets)
 
     @override
@@ -288,15 +267,7 @@ class ELRPlusCallback(ReportsLabelErrors, BatchTechnique, LossTechnique):
         if self._has_stepped and self._works():
             self._networks.after_step()
         self._has_stepped = False
-        if trainer.is_last_batch:  # before validation, and before a checkpoint
-            self._networks.catch_up(attached_engine(trainer), host.batches_of_epoch(trainer))
-            self._networks.end_epoch()
-
-    @override
-    def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:  # if it was cut short
-        self._networks.catch_up(attached_engine(trainer), host.batches_of_epoch(trainer))
-        for left_out in self._left_out():
-            left_out.say()
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     @override
     def on_validation_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
@@ -311,14 +282,6 @@ class ELRPlusCallback(ReportsLabelErrors, BatchTechnique, LossTechnique):
                 f" {self.logits_layer or 'the module itself'!r}, which `validation_step` did not call. Name the layer"
                 " that gives it the logits (`logits_layer='net'`), or write `validation='network'`."
             )
-
-    @override
-    def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
-        self._networks.stop()
-
-    @override
-    def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
-        self._networks.stop()
 
     # -- afterwards ---------------------------------------------------------------------------------------------------
 
@@ -338,17 +301,6 @@ class ELRPlusCallback(ReportsLabelErrors, BatchTechnique, LossTechnique):
         return self._networks.ensemble(module, self, self.logits_layer)
 
     @override
-    def state_dict(self) -> dict[str, Any]:
-        networks = self._networks.state_dict()
-        return {"networks": networks, "tables": [table.state_dict() for table in self._tables]} if networks else {}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict:
-            self._networks.load_state_dict(state_dict["networks"])
-            for table, state in zip(self._tables, state_dict["tables"], strict=True):
-                table.load_state_dict(state)
-
     def _works(self) -> bool:
         return self.lam > 0 or self.mixup_alpha > 0
 
@@ -361,19 +313,6 @@ class ELRPlusCallback(ReportsLabelErrors, BatchTechnique, LossTechnique):
             notes.targets = table.update(call.samples(self), predicted, call.labels, self.beta, call.sample_mass)
         return None if notes.targets is None else mix_rows(notes.targets, call.step)
 
-    def _log(self, call: "LossCall") -> None:
-        for name, value in agreement_with(call.step.notes[self].targets, call.labels).items():
-            call.step.log(self, name, value)
-        left_out = [one.scalar(call.input.device) for one in self._left_out()]
-        call.step.log(self, "not_finite", torch.stack(left_out).sum())
-        if (second_loss := self._networks.second_loss) is not None:
-            call.step.log(self, "second_loss", second_loss)
-
-    def _left_out(self) -> list[LeftOut]:
-        return [*(table.left_out for table in self._tables), self._networks.left_out]
-
     @override
-    def _targets_and_labels(self, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Targets are summed over the networks."""
-        tables = [table.all(labels) for table in self._tables]
-        return torch.stack([targets for targets, _ in tables]).sum(0), tables[0][1]
+    def _left_out(self) -> list[LeftOut]:
+        return [*super()._left_out(), self._networks.left_out]

@@ -118,8 +118,7 @@ class WeightCompander(WeightMapTechnique):
         super().__init__(name=name)
         companding(self, fn)
         for argument, value in (("a", a), ("b", b)):
-            if value is not None:
-                check_number(self, argument, value, low=0, low_open=True)
+            check_number(self, argument, value, low=0, low_open=True, optional=True)
         check_number(self, "shape_lr_factor", shape_lr_factor, low=0)
         check_bool(self, "learn", learn)
         check_bool(self, "preserve_init", preserve_init)

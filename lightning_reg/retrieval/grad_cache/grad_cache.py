@@ -79,8 +79,7 @@ class GradCache(Technique):
         super().__init__(name=name)
         if not calls:
             raise ValueError(f"GradCache: `calls` must name at least one layer or method, got {calls!r}.")
-        if chunk_size is not None:
-            check_number(self, "chunk_size", chunk_size, low=1, integer=True)
+        check_number(self, "chunk_size", chunk_size, low=1, integer=True, optional=True)
         self.calls, self.chunk_size = calls, chunk_size
 
     @override

@@ -106,8 +106,7 @@ class IDFFlops(StepTechnique):
         check_number(self, "group_size", group_size, low=1, integer=True)
         check_choice(self, "pooling", pooling, ("given", "splade"))
         for argument, value in (("threshold", threshold), ("position", position), ("loss", loss)):
-            if value is not None:
-                check_number(self, argument, value, low=0, integer=True)
+            check_number(self, argument, value, low=0, integer=True, optional=True)
         for factor in () if idf is None else idf:
             check_number(self, "idf", factor, low=0)
         self.layer, self.idf, self.weight, self.ramp_steps = layer, idf, weight, ramp_steps

@@ -96,8 +96,7 @@ class GatheredNegatives(LossTechnique):
         name: str | None = None,
     ) -> None:
         super().__init__(loss=loss, name=name)
-        if temperature is not None:
-            check_number(self, "temperature", temperature, low=0, low_open=True)
+        check_number(self, "temperature", temperature, low=0, low_open=True, optional=True)
         check_choice(self, "similarity", similarity, ("cosine", "dot"))
         check_choice(self, "direction", direction, ("query_to_doc", "doc_to_query"))
         check_bool(self, "interleaved", interleaved)

@@ -112,14 +112,12 @@ class ItemSSL(StepTechnique):
         seed: int = 0,
     ) -> None:
         super().__init__(loss=loss, name=name, seed=seed)
-        if loss is not None:
-            check_number(self, "loss", loss, low=0, integer=True)
+        check_number(self, "loss", loss, low=0, integer=True, optional=True)
         check_number(self, "weight", weight, low=0)
         check_number(self, "temperature", temperature, low=0, low_open=True)
         check_number(self, "size", size, low=2, integer=True)
         check_choice(self, "masking", masking, ("correlated", "random", "dropout", "none"))
-        if correlated is not None:
-            check_number(self, "correlated", correlated, low=0, integer=True)
+        check_number(self, "correlated", correlated, low=0, integer=True, optional=True)
         check_number(self, "rate", rate, low=0, high=1, high_open=True)
         for column in missing if isinstance(missing, list) else [missing]:
             check_number(self, "missing", column, integer=True)

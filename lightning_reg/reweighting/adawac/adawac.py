@@ -146,8 +146,7 @@ class AdaWAC(BatchTechnique, LossTechnique):
         check_number(self, "eta", eta, low=0)
         check_number(self, "lam", lam, low=0)
         check_bool(self, "norms_follow", norms_follow)
-        if limit is not None:
-            check_number(self, "limit", limit, low=0, low_open=True)
+        check_number(self, "limit", limit, low=0, low_open=True, optional=True)
         if num_samples is not None:
             check_number(self, "num_samples", num_samples, low=1, integer=True)
         elif index_key is not None:

@@ -137,12 +137,9 @@ class SourceTasks(OnHeads, BatchTechnique):
         check_number(self, "floor", floor, low=0, high=1)
         check_number(self, "ridge", ridge, low=0, low_open=True)
         check_bool(self, "scale_heads", scale_heads)
-        if num_classes is not None:
-            check_number(self, "num_classes", num_classes, low=2, integer=True)
-        if lam is not None:
-            check_number(self, "lam", lam, low=0)
-        if budget is not None:
-            check_number(self, "budget", budget, low=num_tasks, integer=True)
+        check_number(self, "num_classes", num_classes, low=2, integer=True, optional=True)
+        check_number(self, "lam", lam, low=0, optional=True)
+        check_number(self, "budget", budget, low=num_tasks, integer=True, optional=True)
         self.num_tasks, self.tasks, self.layer, self.label_key = num_tasks, tasks, layer, label_key
         self.target, self.num_classes, self.heads, self.rounds = target, num_classes, heads, rounds
         self.relevance, self.order, self.lam, self.floor = relevance, order, lam, floor

@@ -170,8 +170,7 @@ class InvariancePenalty(LossTechnique):
         check_number(self, "num_groups", num_groups, low=1, integer=True)
         check_number(self, "weight", weight, low=0)
         check_number(self, "anneal_steps", anneal_steps, low=0, integer=True)
-        if anneal_weight is not None:
-            check_number(self, "anneal_weight", anneal_weight, low=0)
+        check_number(self, "anneal_weight", anneal_weight, low=0, optional=True)
         check_bool(self, "reset_optimizer", reset_optimizer)
         check_number(self, "decay", decay, low=0, high=1, high_open=True)
         check_number(self, "kernel_width", kernel_width, low=0, low_open=True)

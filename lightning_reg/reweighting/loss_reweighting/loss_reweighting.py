@@ -136,8 +136,7 @@ class LossReweighting(LossTechnique):
         )
         check_choice(self, "objective", objective, ("token_share", "sample_mean"))
         check_choice(self, "level", level, ("sample", "token"))
-        if max_weight is not None:
-            check_number(self, "max_weight", max_weight, low=1)
+        check_number(self, "max_weight", max_weight, low=1, optional=True)
         self.strategy, self.r, self.warmup_steps, self.warmup, self.r_start = strategy, r, warmup_steps, warmup, r_start
         self.schedule, self.schedule_steps, self.delta, self.eps = schedule, schedule_steps, delta, eps
         self.objective, self.level, self.max_weight = objective, level, max_weight

@@ -98,8 +98,7 @@ def check_phases(owner: object, shares: Mapping[str, float], steps: Mapping[str,
         arguments, values = (" and ".join(map(str, x)) for x in ([f"`{k}`" for k in shares], shares.values()))
         raise ValueError(f"{type(owner).__name__}: {arguments} must be less than 1 together, got {values}.")
     for argument, length in steps.items():
-        if length is not None:
-            check_number(owner, argument, length, low=0, integer=True)
+        check_number(owner, argument, length, low=0, integer=True, optional=True)
 
 
 def make_schedule(

@@ -176,8 +176,7 @@ class NMSparsity(WeightTechnique):
     def _check_arguments(self, choice: Choice) -> None:
         check_groups(self, choice)
         check_choice(self, "grad", self.grad, ("ste", "masked"))
-        if self.beta is not None:
-            check_number(self, "beta", self.beta, low=0, low_open=True)
+        check_number(self, "beta", self.beta, low=0, low_open=True, optional=True)
         check_number(self, "lambda_w", self.lambda_w, low=0)
         for argument in ("permute", "harden_at_end", "validate_hard_mask", "log_layers"):
             check_bool(self, argument, getattr(self, argument))

@@ -109,10 +109,8 @@ class WeightRepulsion(PenaltyTechnique):
         check_choice(self, "distance", distance, ("l2", "mean_per_tensor"))
         check_number(self, "weight", weight, low=0)
         for argument, value in (("alpha", alpha), ("max_ratio", max_ratio)):
-            if value is not None:
-                check_number(self, argument, value, low=0, low_open=True)
-        if optimizer is not None:
-            check_number(self, "optimizer", optimizer, low=0, integer=True)
+            check_number(self, argument, value, low=0, low_open=True, optional=True)
+        check_number(self, "optimizer", optimizer, low=0, integer=True, optional=True)
         check_bool(self, "first_step_only", first_step_only)
         if away_from is not None and not as_patterns(away_from):
             raise ValueError("WeightRepulsion: `away_from` must be a file, several or None, got [].")
