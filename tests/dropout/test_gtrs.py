@@ -624,6 +624,81 @@ def test_views_of_the_data_set_are_trained_on_with_the_batchs_labels():
     assert same_weights(hand, ours, atol=1e-6)
 
 
+def turned(points, degrees):
+    """Points (..., 2) turned about the origin."""
+    angle = torch.tensor(degrees).deg2rad()
+    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()]).reshape(2, 2)
+    return (points.unflatten(-1, (-1, 2)) @ turn.T).flatten(-2)
+
+
+def turn_both(entry):
+    return type(entry)(turned(rows, 30.0) for rows in entry)
+
+
+class Direction(Classifier):
+    """Says where three points have their mean, of a batch or of one part of it."""
+
+    def __init__(self, key=None, **kwargs):
+        super().__init__(**kwargs)
+        self.key, self.seen = key, []
+
+    def loss_of(self, pair):
+        return F.mse_loss(self.net(pair[0])[:, :2], pair[1])
+
+    def training_step(self, batch, batch_idx):
+        pair = batch if self.key is None else batch[self.key]
+        self.seen.append(len(pair[0]))
+        return self.loss_of(pair)
+
+
+@pytest.mark.parametrize("made", ["by augment", "by the data set"])
+def test_views_with_labels_of_their_own(made):
+    x = torch.randn(16, 6, generator=seeded())
+    y = x.unflatten(1, (3, 2)).mean(1)
+
+    class ByHand(Direction):
+        def training_step(self, batch, batch_idx):
+            return self.loss_of(batch) + 0.5 * self.loss_of(turn_both(batch))
+
+    hand = ByHand()
+    fit(hand, loader=DataLoader(TensorDataset(x, y), 8))
+    if made == "by augment":
+        ours, data = Direction(), TensorDataset(x, y)
+        options = {"augment": f"{HERE}.turn_both", "views": 1, "input_key": ""}
+    else:
+        ours, seen = Direction("given"), turn_both([x, y])
+        data = [{"given": (x[i], y[i]), "turned": (seen[0][i], seen[1][i])} for i in range(16)]
+        options = {"view_keys": ["turned"], "input_key": "given"}
+    views = ClampedSelfDistillation(weight=0.0, view_weight=0.5, **options)
+    fit(ours, views, loader=DataLoader(data, 8))
+    assert set(ours.seen) == {16}  # two views of 8 samples in one pass
+    assert same_weights(hand, ours, atol=1e-6)
+    shared = Direction()
+    fit(
+        shared,
+        ClampedSelfDistillation(weight=0.0, view_weight=0.5, augment=f"{HERE}.turn_inputs", views=1),
+        loader=DataLoader(TensorDataset(x, y), 8),
+    )
+    assert not same_weights(hand, shared, atol=1e-3)
+
+
+def turn_inputs(x):
+    return turned(x, 30.0)
+
+
+def test_the_teacher_bends_the_batchs_labels_beside_views_with_their_own():
+    x = torch.randn(8, 6, generator=seeded())
+    data = DataLoader(TensorDataset(x, 5 * x[:, :2]), 8)
+    start, losses = Direction(), StepLosses()
+    with torch.no_grad():
+        z, y = start.net(x)[:, :2], 5 * x[:, :2]
+    wanted = F.mse_loss(z, y) + F.mse_loss(z, y + (z - y).clamp(-1, 1))
+    wanted = wanted + F.mse_loss(start.net(turned(x, 30.0))[:, :2], turned(y, 30.0))
+    views = ClampedSelfDistillation(augment=f"{HERE}.turn_both", views=3, input_key="")
+    fit(Direction(), views, losses, loader=data, max_steps=1)
+    assert losses.losses[0] == pytest.approx(wanted.item(), rel=1e-5)
+
+
 def test_weights_of_the_loss_and_what_is_logged_are_those_of_the_call():
     heavy = torch.tensor([1.0, 2.0, 0.5])
 

@@ -16,7 +16,6 @@ from lightning_reg.engine.host.arguments import check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.generators import own_randomness
 from lightning_reg.engine.host.user_functions import user_function
-from lightning_reg.engine.loss.call import loss_call
 from lightning_reg.engine.networks.moving import AverageReferenceTechnique
 from lightning_reg.engine.run.phases import Member
 from lightning_reg.engine.technique import LossTechnique
@@ -37,13 +36,18 @@ _REGRESSIONS = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
 class ClampedSelfDistillation(AverageReferenceTechnique, LossTechnique):
     r"""Trains beside the given labels on labels that a moving average of the network bends, but not by much.
 
-    .. math:: \ell(f(x), y) + w\, \ell(f(x), y') + \frac{v}{V} \sum_{j=1}^{V} \ell(f(a_j(x)), y), \qquad
+    .. math:: \ell(f(x), y) + w\, \ell(f(x), y') + \frac{v}{V} \sum_{j=1}^{V} \ell(f(a_j(x)), y_j), \qquad
         y' = y + \operatorname{clamp}(p_T - y,\ -\delta,\ \delta)
 
     where :math:`p_T` is what the teacher predicts for the batch as it is, the average of the network's weights, in
     evaluation mode and without gradient. Hard labels that are wrong or too sure give way to what the network has
     learned elsewhere, and bounds keep it from believing itself. Perturbed views :math:`a_j(x)`, if there are any,
-    are trained on with the given labels. All three are your own loss, with its reduction, its weights and its mask.
+    are trained on with the given labels, :math:`y_j = y`, or with labels of their own. All three are your own loss,
+    with its reduction, its weights and its mask.
+
+    A view that changes what is asked for, as a turned picture does where the target is a direction, brings its labels
+    along: let ``input_key`` name an entry that holds inputs and labels (``""``: the batch), and ``augment`` return
+    another one of the same structure, or ``view_keys`` name others.
 
     For ``F.binary_cross_entropy_with_logits`` and ``F.binary_cross_entropy``, with any targets in [0, 1], and
     regression: ``F.mse_loss``, ``F.l1_loss``, ``F.smooth_l1_loss``, ``F.huber_loss``. Not for a softmax, where labels
@@ -65,9 +69,10 @@ class ClampedSelfDistillation(AverageReferenceTechnique, LossTechnique):
 
     Differs:
         The teacher starts as a copy of the network; in the authors' code it starts from other random weights, of which
-        0.8 % go with each step. There views are rotations of stitched cameras, each with labels of its own; here all
-        have the batch's labels, so what a view shows must not change them. The refinement of the best candidates is
-        apart (:func:`~lightning_reg.functional.refinement_loss`).
+        0.8 % go with each step. Buffers, such as statistics of batch norm, are the network's; in the authors' code they
+        are so for CNN backbones alone. Rotations of stitched cameras, and scores simulated for them, are not here: what
+        makes views is yours. The refinement of the best candidates is apart
+        (:func:`~lightning_reg.functional.refinement_loss`).
 
     Memory: one copy of the parameters and buffers in float32, a forward pass per step, and the views' activations.
 
@@ -81,12 +86,14 @@ class ClampedSelfDistillation(AverageReferenceTechnique, LossTechnique):
         momentum_end: The same in the end. Authors' code: 0.998.
         momentum_epochs: Epochs until then, at least 1. Authors' code: 3.
         copy_epochs: Epochs before these in which the teacher is a copy of the network. Authors' code: 0, 3 (ResNet).
-        augment: Function that perturbs a batch of inputs, as an import path (``"package.module.function"``) or the name
-            of a method of your module; its draws are the technique's own. ``None``: none.
+        augment: Function that perturbs what is at ``input_key``, as an import path (``"package.module.function"``) or
+            the name of a method of your module; its draws are the technique's own. ``None``: none.
         views: V, number of views that ``augment`` makes, at least 1. Paper: 3.
-        view_keys: Entries of the batch with perturbed inputs, further views that your data set makes.
+        view_keys: Entries of the batch that are further views, which your data set makes.
         view_weight: v, at least 0. Paper: 1.
-        input_key: Entry of the batch that views take the place of: keys and positions, separated by dots.
+        input_key: Entry of the batch that views take the place of: keys and positions, separated by dots. A tensor is
+            inputs alone, and its views have the batch's labels, what other techniques make of them included. Labels
+            that stand in the entry come from each view.
         loss: Which loss call it works on, if there are several: its position in the step, its function's name, or its
             place in the code. ``None``: there must be just one.
         name: Tells several instances in one Trainer apart.
@@ -229,14 +236,12 @@ class ClampedSelfDistillation(AverageReferenceTechnique, LossTechnique):
         return call.with_target(soft.to(target.dtype)).learned_losses
 
     def _view_losses(self, call: "LossCall") -> Tensor:
-        """Mean over the views of the losses with the batch's labels."""
-        call.check_views()
-        output, function = call.whole_output, call.function
-        if call.views is None or output is None or function is None:
-            raise MisconfigurationException(f"ClampedSelfDistillation: {call} has no predictions for the views.")
-        rows = call.views.of(self, output, with_batch=False).chunk(self._view_count)
-        each = [loss_call(function, {**call.arguments, "input": view}, call.step) for view in rows]
-        return torch.stack([one.learned_losses for one in each]).mean(0)
+        """Mean over the views."""
+        views, target = call.of_views(self), call.target
+        inputs_alone = isinstance(find_entry(call.step.batch, self.input_key, "input_key"), Tensor)
+        if inputs_alone and target is not None:  # the batch's labels, whatever others have made of them
+            views = [view.with_target(target) for view in views]
+        return torch.stack([view.learned_losses for view in views]).mean(0)
 
     @override
     def state_dict(self) -> dict[str, Any]:
