@@ -39,9 +39,9 @@ class ClampedSelfDistillation(AverageReferenceTechnique, LossTechnique):
     .. math:: \ell(f(x), y) + w\, \ell(f(x), y') + \frac{v}{V} \sum_{j=1}^{V} \ell(f(a_j(x)), y_j), \qquad
         y' = y + \operatorname{clamp}(p_T - y,\ -\delta,\ \delta)
 
-    where :math:`p_T` is what the teacher predicts for the batch as it is, the average of the network's weights, in
-    evaluation mode and without gradient. Hard labels that are wrong or too sure give way to what the network has
-    learned elsewhere, and bounds keep it from believing itself. Perturbed views :math:`a_j(x)`, if there are any,
+    where :math:`p_T` is what the teacher predicts, the average of the network's weights, in evaluation mode and without
+    gradient. Hard labels that are wrong or too sure give way to what the network has learned elsewhere, and bounds keep
+    it from believing itself. Perturbed views :math:`a_j(x)`, if there are any,
     are trained on with the given labels, :math:`y_j = y`, or with labels of their own. All three are your own loss,
     with its reduction, its weights and its mask.
 
@@ -94,6 +94,9 @@ class ClampedSelfDistillation(AverageReferenceTechnique, LossTechnique):
         input_key: Entry of the batch that views take the place of: keys and positions, separated by dots. A tensor is
             inputs alone, and its views have the batch's labels, what other techniques make of them included. Labels
             that stand in the entry come from each view.
+        clean_key: Entry of the batch that the teacher sees in that place, such as inputs before the augmentation that
+            your data set makes. ``None``: the teacher sees what the network sees. In the authors' code it sees images
+            without the changes of colour that the network's have.
         loss: Which loss call it works on, if there are several: its position in the step, its function's name, or its
             place in the code. ``None``: there must be just one.
         name: Tells several instances in one Trainer apart.
@@ -125,6 +128,7 @@ class ClampedSelfDistillation(AverageReferenceTechnique, LossTechnique):
         view_keys: Sequence[str] = (),
         view_weight: float = 1.0,
         input_key: str = "0",
+        clean_key: str | None = None,
         loss: int | str | None = None,
         name: str | None = None,
         seed: int = 0,
@@ -148,7 +152,7 @@ class ClampedSelfDistillation(AverageReferenceTechnique, LossTechnique):
         self.delta, self.delta_regression, self.weight = delta, delta_regression, weight
         self.momentum, self.momentum_end, self.momentum_epochs = momentum, momentum_end, momentum_epochs
         self.copy_epochs, self.augment, self.views, self.view_keys = copy_epochs, augment, views, list(view_keys)
-        self.view_weight, self.input_key = view_weight, input_key
+        self.view_weight, self.input_key, self.clean_key = view_weight, input_key, clean_key
         self._teacher = EpochAverage(momentum, momentum_end, momentum_epochs, copy_epochs)
 
     @property
@@ -168,7 +172,8 @@ class ClampedSelfDistillation(AverageReferenceTechnique, LossTechnique):
         if not self.weight:
             return f"weight=0; {views}" if self._view_count else "weight=0: inactive"
         bounds = f"delta={self.delta:g} (regression: {self.delta_regression:g}), weight={self.weight:g}"
-        return f"{bounds}; {self._teacher.describe()}; {views}"
+        seen = "" if self.clean_key is None else f", which sees {self.clean_key}"
+        return f"{bounds}; {self._teacher.describe()}{seen}; {views}"
 
     @override
     def conflict_with(self, other: Member) -> str | None:
@@ -187,6 +192,13 @@ class ClampedSelfDistillation(AverageReferenceTechnique, LossTechnique):
     @override
     def references(self) -> "Sequence[Reference]":
         return [self._teacher] if self.weight else []
+
+    @override
+    def reference_batch(self, step: "Step") -> Any:
+        if self.clean_key is None:
+            return step.batch
+        clean = find_entry(step.batch, self.clean_key, "ClampedSelfDistillation: clean_key")
+        return replace_entry(step.batch, self.input_key, clean)
 
     @override
     def extra_views(self, batch: Any, step: "Step") -> Sequence[Any]:
