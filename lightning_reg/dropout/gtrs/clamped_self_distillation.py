@@ -12,7 +12,7 @@ from lightning_reg.dropout.gtrs._momentum import EpochAverage
 from lightning_reg.dropout.gtrs.core import clamped_soft_labels
 from lightning_reg.engine.data.entries import find_entry, replace_entry
 from lightning_reg.engine.host import lightning as host
-from lightning_reg.engine.host.arguments import check_number
+from lightning_reg.engine.host.arguments import check_list, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.generators import own_randomness
 from lightning_reg.engine.host.user_functions import user_function
@@ -134,25 +134,18 @@ class ClampedSelfDistillation(AverageReferenceTechnique, LossTechnique):
         seed: int = 0,
     ) -> None:
         super().__init__(loss=loss, name=name, seed=seed)
-        for argument, value in (
-            ("delta", delta),
-            ("delta_regression", delta_regression),
-            ("weight", weight),
-            ("view_weight", view_weight),
-        ):
-            check_number(self, argument, value, low=0)
-        check_number(self, "momentum", momentum, low=0, high=1)
-        check_number(self, "momentum_end", momentum_end, low=0, high=1)
-        check_number(self, "momentum_epochs", momentum_epochs, low=1, integer=True)
-        check_number(self, "copy_epochs", copy_epochs, low=0, integer=True)
-        check_number(self, "views", views, low=1, integer=True)
-        given: object = view_keys
-        if not isinstance(given, Sequence) or isinstance(given, str):
-            raise ValueError(f"ClampedSelfDistillation: `view_keys` must be a list, got {view_keys!r}.")
         self.delta, self.delta_regression, self.weight = delta, delta_regression, weight
         self.momentum, self.momentum_end, self.momentum_epochs = momentum, momentum_end, momentum_epochs
-        self.copy_epochs, self.augment, self.views, self.view_keys = copy_epochs, augment, views, list(view_keys)
+        self.copy_epochs, self.augment, self.views = copy_epochs, augment, views
         self.view_weight, self.input_key, self.clean_key = view_weight, input_key, clean_key
+        for argument in ("delta", "delta_regression", "weight", "view_weight"):
+            check_number(self, argument, getattr(self, argument), low=0)
+        for argument in ("momentum", "momentum_end"):
+            check_number(self, argument, getattr(self, argument), low=0, high=1)
+        for argument, low in (("momentum_epochs", 1), ("copy_epochs", 0), ("views", 1)):
+            check_number(self, argument, getattr(self, argument), low=low, integer=True)
+        check_list(self, "view_keys", view_keys)
+        self.view_keys = list(view_keys)
         self._teacher = EpochAverage(momentum, momentum_end, momentum_epochs, copy_epochs)
 
     @property
@@ -204,11 +197,10 @@ class ClampedSelfDistillation(AverageReferenceTechnique, LossTechnique):
     def extra_views(self, batch: Any, step: "Step") -> Sequence[Any]:
         if not self._view_count:
             return []
-        name = type(self).__name__
-        given = [find_entry(batch, key, f"{name}: view_keys") for key in self.view_keys]
-        x = find_entry(batch, self.input_key, f"{name}: input_key")
+        given = [find_entry(batch, key, "ClampedSelfDistillation: view_keys") for key in self.view_keys]
         if self.augment is not None:
-            augment = user_function(self.augment, step.trainer, step.module, f"{name}(augment=...)")
+            x = find_entry(batch, self.input_key, "ClampedSelfDistillation: input_key")
+            augment = user_function(self.augment, step.trainer, step.module, "ClampedSelfDistillation(augment=...)")
             seed = int(torch.randint(2**32, (), generator=self.generator(step)))
             with own_randomness(seed), torch.no_grad():
                 given = [*(augment(x) for _ in range(self.views)), *given]
