@@ -82,7 +82,10 @@ class Views:
 
     def block(self, rows: Tensor, block: int = 0) -> Tensor:
         """The rows of the batch, or of one view, of a tensor with rows for all; any other tensor as it is."""
-        return rows.chunk(self.count)[block] if self._has_blocks(rows) else rows
+        if not self._has_blocks(rows):
+            return rows
+        size = len(rows) // self.count
+        return rows[block * size : (block + 1) * size]
 
     def blocks_of(self, technique: "Owner") -> Sequence[int]:
         """Which blocks are the technique's views."""
