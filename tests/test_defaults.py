@@ -35,6 +35,7 @@ DEFAULTS = {
     },
     "batch_dice_loss": {"smooth": 1e-05},
     "bce_distillation_loss": {"num_seen": None, "reduction": "mean"},
+    "best_candidates": {"proposals": None, "k": 1},
     "best_channel_permutation": {"n": 2, "m": 4, "passes": 10},
     "best_prefix": {"penalty": 1e-05},
     "binary_mask": {"threshold": 5e-3},

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import DDIMScheduler, UNet1DModel
+from lightning.pytorch import Callback
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import BertConfig, BertForSequenceClassification
@@ -15,6 +17,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from lightning_reg import CandidateDropout, ClampedSelfDistillation, ClassDropout, Mixup
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.functional import (
+    best_candidates,
     candidate_subset,
     clamped_soft_labels,
     masked_classes,
@@ -285,6 +288,7 @@ def test_soft_labels_at_the_bounds():
     metres = clamped_soft_labels(torch.tensor([3.0, -3.0]), torch.tensor([9.0, -3.5]), 1.0)
     assert metres.tolist() == [4.0, -3.5]
     assert clamped_soft_labels(y.bool(), p.bfloat16().requires_grad_()).dtype == torch.float32
+    assert y.tolist() == pytest.approx([1.0, 0.0, 0.0, 0.4])  # not written to
 
 
 def test_subsets_and_soft_labels_are_those_of_the_authors_code():
@@ -345,6 +349,57 @@ def test_the_best_candidates_are_those_of_the_whole_set_and_every_layer_counts()
     assert refinement_loss(layers, targets, chosen, F.mse_loss).item() == pytest.approx(
         sum(F.mse_loss(layer, torch.tensor(chosen_targets)).item() for layer in layers), rel=1e-6
     )
+
+
+def near(goals, offered):
+    """Scores (B, n) of points on a line: how near they are."""
+    return -(offered[..., 0] - goals).abs()
+
+
+def test_the_best_of_a_set_and_of_proposals():
+    goals, points = torch.tensor([[0.2], [7.4]], requires_grad=True), torch.arange(4.0)[:, None]
+    assert best_candidates(near, goals, points)[..., 0].tolist() == [[0.0], [3.0]]
+    two = best_candidates(near, goals, points, lambda g: torch.stack([g + 0.5, g + 5], 1).double(), k=3)
+    assert two.shape == (2, 3, 1)
+    assert two.dtype == torch.float32
+    assert not two.requires_grad
+    assert two[0, :, 0].tolist() == pytest.approx([0.0, 0.7, 1.0])
+    assert two[1, :, 0].tolist() == pytest.approx([7.9, 3.0, 12.4])  # 0.7 is offered to the other sample
+    alone = best_candidates(near, goals, points[:0], lambda g: g[:, None] + torch.tensor([[1.0], [-3.0]]))
+    assert alone[:, 0, 0].tolist() == pytest.approx([1.2, 8.4])
+    with pytest.raises(ValueError, match=r"must give \(B, N, ...\) for candidates \(4, 1\), got \(2, 1\)\."):
+        best_candidates(near, goals, points, lambda g: g)
+    with pytest.raises(ValueError, match=r"got \(2, 1, 2\)"):
+        best_candidates(near, goals, points, lambda g: g.repeat(1, 2)[:, None])
+
+
+def test_a_diffusion_model_proposes_trajectories():
+    """diffusers' UNet1DModel denoises four trajectories of eight poses for each goal."""
+    blocks = {"down_block_types": ["DownResnetBlock1D"], "up_block_types": ["UpResnetBlock1D"]}
+    blocks |= {"mid_block_type": "MidResTemporalBlock1D", "out_block_type": "OutConv1DBlock", "act_fn": "mish"}
+    time = {"time_embedding_type": "positional", "use_timestep_embedding": True, "freq_shift": 1.0}
+    torch.manual_seed(0)
+    network = UNet1DModel(8, in_channels=4, out_channels=4, block_out_channels=(8,), **blocks, **time)
+    scheduler, made = DDIMScheduler(20), []
+    scheduler.set_timesteps(3)
+
+    def propose(goals):
+        rows = goals.repeat_interleave(4, 0)[:, :, None].expand(-1, -1, 8)
+        x = torch.randn(len(rows), 2, 8)
+        for t in scheduler.timesteps:
+            noise = network(torch.cat([x, rows], 1), t).sample[:, :2]
+            x = scheduler.step(noise, t, x).prev_sample
+        made.append(x.mT.unflatten(0, (-1, 4)))
+        return made[0]
+
+    def ends_near(goals, offered):
+        return -(offered[..., -1, :] - goals[:, None]).norm(dim=-1)
+
+    goals = torch.tensor([[50.0, 0.0], [0.0, 0.1]])
+    chosen = best_candidates(ends_near, goals, 50 * torch.eye(2)[:, None].repeat(1, 8, 1), propose)[:, 0]
+    assert chosen[0].tolist() == [[50.0, 0.0]] * 8  # of the set
+    nearest = (made[0][1, :, -1] - goals[1]).norm(dim=-1).argmin()
+    assert torch.equal(chosen[1], made[0][1, nearest])
 
 
 def test_positions_come_into_the_subset_and_back():
@@ -621,6 +676,124 @@ def test_views_of_the_data_set_are_trained_on_with_the_batchs_labels():
     fit(hand, loader=data)
     fit(ours, ClampedSelfDistillation(weight=0.0, view_keys=["2", "3"], view_weight=0.5), loader=data)
     assert same_weights(hand, ours, atol=1e-6)
+
+
+def turned(points, degrees):
+    """Points (..., 2) turned about the origin."""
+    angle = torch.tensor(degrees).deg2rad()
+    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()]).reshape(2, 2)
+    return (points.unflatten(-1, (-1, 2)) @ turn.T).flatten(-2)
+
+
+def turn_both(entry):
+    return type(entry)(turned(rows, 30.0) for rows in entry)
+
+
+class Direction(Classifier):
+    """Says where three points have their mean, of a batch or of one part of it."""
+
+    def __init__(self, key=None, **kwargs):
+        super().__init__(**kwargs)
+        self.key, self.seen = key, []
+
+    def loss_of(self, pair):
+        return F.mse_loss(self.net(pair[0])[:, :2], pair[1])
+
+    def training_step(self, batch, batch_idx):
+        pair = batch if self.key is None else batch[self.key]
+        self.seen.append(len(pair[0]))
+        return self.loss_of(pair)
+
+
+@pytest.mark.parametrize("made", ["by augment", "by the data set"])
+def test_views_with_labels_of_their_own(made):
+    x = torch.randn(16, 6, generator=seeded())
+    y = x.unflatten(1, (3, 2)).mean(1)
+
+    class ByHand(Direction):
+        def training_step(self, batch, batch_idx):
+            return self.loss_of(batch) + 0.5 * self.loss_of(turn_both(batch))
+
+    hand = ByHand()
+    fit(hand, loader=DataLoader(TensorDataset(x, y), 8))
+    if made == "by augment":
+        ours, data = Direction(), TensorDataset(x, y)
+        options = {"augment": f"{HERE}.turn_both", "views": 1, "input_key": ""}
+    else:
+        ours, seen = Direction("given"), turn_both([x, y])
+        data = [{"given": (x[i], y[i]), "turned": (seen[0][i], seen[1][i])} for i in range(16)]
+        options = {"view_keys": ["turned"], "input_key": "given"}
+    views = ClampedSelfDistillation(weight=0.0, view_weight=0.5, **options)
+    fit(ours, views, loader=DataLoader(data, 8))
+    assert set(ours.seen) == {16}  # two views of 8 samples in one pass
+    assert same_weights(hand, ours, atol=1e-6)
+    shared = Direction()
+    fit(
+        shared,
+        ClampedSelfDistillation(weight=0.0, view_weight=0.5, augment=f"{HERE}.turn_inputs", views=1),
+        loader=DataLoader(TensorDataset(x, y), 8),
+    )
+    assert not same_weights(hand, shared, atol=1e-3)
+
+
+def turn_inputs(x):
+    return turned(x, 30.0)
+
+
+def test_the_teacher_bends_the_batchs_labels_beside_views_with_their_own():
+    x = torch.randn(8, 6, generator=seeded())
+    data = DataLoader(TensorDataset(x, 5 * x[:, :2]), 8)
+    start, losses = Direction(), StepLosses()
+    with torch.no_grad():
+        z, y = start.net(x)[:, :2], 5 * x[:, :2]
+    wanted = F.mse_loss(z, y) + F.mse_loss(z, y + (z - y).clamp(-1, 1))
+    wanted = wanted + F.mse_loss(start.net(turned(x, 30.0))[:, :2], turned(y, 30.0))
+    views = ClampedSelfDistillation(augment=f"{HERE}.turn_both", views=3, input_key="")
+    fit(Direction(), views, losses, loader=data, max_steps=1)
+    assert losses.losses[0] == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_the_teacher_may_see_inputs_before_an_augmentation():
+    x, y = torch.rand(8, 6, generator=seeded()), torch.arange(8) % CLASSES
+    data = DataLoader(TensorDataset(x + 3, y, x), 8)
+    start, losses = Classifier(), StepLosses()
+    with torch.no_grad():
+        z, clean, hot = start(x + 3), start(x).sigmoid(), F.one_hot(y, CLASSES).float()
+    bce = partial(F.binary_cross_entropy_with_logits, z, reduction="sum")
+    wanted = bce(hot) + bce(hot + (clean - hot).clamp(-0.15, 0.15))
+    fit(Classifier(several), ClampedSelfDistillation(clean_key="2"), losses, loader=data, max_steps=1)
+    assert losses.losses[0] == pytest.approx(wanted.item() / 8, rel=1e-5)
+    with pytest.raises(MisconfigurationException, match="clean_key='3' names nothing in the batch"):
+        fit(Classifier(several), ClampedSelfDistillation(clean_key="3"), loader=data)
+    assert ClampedSelfDistillation(clean_key="2").describe().endswith("in 3 epochs, which sees 2; no views")
+
+
+class Stepped(Callback):
+    """Weights after each optimizer step, and the epoch."""
+
+    def __init__(self):
+        self.weights = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            held = {name: value.clone() for name, value in pl_module.state_dict().items()}
+            self.weights.append((trainer.current_epoch, held))
+
+
+def test_a_copy_first_then_an_average_and_the_networks_buffers():
+    module, stepped = Classifier(several), Stepped()
+    module.net[1] = nn.BatchNorm1d(8)
+    start = {name: value.clone() for name, value in module.state_dict().items()}
+    momenta = [0.0, 0.2, 0.5, 0.8, 0.8]  # a copy for an epoch, then from 0.2 to 0.8 in two
+    teacher = ClampedSelfDistillation(momentum=0.2, momentum_end=0.8, momentum_epochs=2, copy_epochs=1)
+    fit(module, teacher, stepped, max_epochs=5, accumulate_grad_batches=2)
+    for epoch, now in stepped.weights:
+        for name, value in now.items():
+            m = 0.0 if name.endswith(("running_mean", "running_var", "tracked")) else momenta[epoch]
+            start[name] = m * start[name] + (1 - m) * value if m else value
+    assert {epoch for epoch, _ in stepped.weights} == {0, 1, 2, 3, 4}
+    assert same_weights(teacher.teacher_weights, start, atol=1e-6)
+    assert not same_weights(start, module.state_dict(), atol=1e-3)
 
 
 def test_weights_of_the_loss_and_what_is_logged_are_those_of_the_call():

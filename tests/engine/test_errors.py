@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
+from lightning_reg.engine.host.arguments import check_bool, check_choice, check_list, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.technique import Technique
 
@@ -91,6 +91,14 @@ def test_what_is_no_truth_value_is_refused(value):
     with pytest.raises(ValueError, match="learn") as raised:
         check_bool(TailTrimmer(), "learn", value)
     assert str(raised.value) == f"TailTrimmer: `learn` must be True or False, got {value!r}."
+
+
+@pytest.mark.parametrize("value", ["a", None, 3, {"a"}])
+def test_what_is_no_list_is_refused(value):
+    check_list(TailTrimmer(), "names", ("a",))
+    with pytest.raises(ValueError, match="names") as raised:
+        check_list(TailTrimmer(), "names", value)
+    assert str(raised.value) == f"TailTrimmer: `names` must be a list, got {value!r}."
 
 
 def test_a_choice_that_passes():

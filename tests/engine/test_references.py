@@ -76,6 +76,27 @@ def test_it_is_the_network_of_the_first_batch_and_the_module_does_not_notice(pre
     assert not any(seen.requires_grad for seen in technique.sights)
 
 
+class SeesMore(Compares):
+    """Its reference sees inputs that are shifted."""
+
+    def reference_batch(self, step):
+        return [step.batch[0] + 1, *step.batch[1:]]
+
+
+@pytest.mark.parametrize("layers", [["net.3"], []])
+def test_a_technique_says_what_its_references_see(layers, passes):
+    module, first, (same, other) = Classifier(), Classifier(), (Compares(layers), SeesMore(layers, name="more"))
+    fit(module, same, other, max_epochs=1)
+    with torch.no_grad():
+        for technique, shift in ((same, 0), (other, 1)):
+            wanted = [first(x + shift) for x in inputs()]
+            torch.testing.assert_close(technique.sights, wanted, atol=1e-6, rtol=1e-6)  # rows of other products
+    assert len(passes) == 2 * len(inputs())
+    plain = Classifier()
+    fit(plain, max_epochs=1)
+    assert same_weights(plain, module)  # the step has its own batch again
+
+
 def test_all_first_weights_are_taken_at_the_first_batch_after_every_load():
     class Loads(Callback):
         def on_train_start(self, trainer, pl_module):

@@ -51,6 +51,50 @@ class Shifted(_Toy, BatchTechnique, LossTechnique):
         self.inputs.append(call.views.of(self, call.step.views.batch[0], with_batch=True))
 
 
+class Relabelled(Shifted):
+    """Its views have other labels, and other weights of their rows."""
+
+    @override
+    def extra_views(self, batch, step):
+        return [[batch[0] + 1 + view, (batch[1] + 1 + view) % 3] for view in range(self.count)]
+
+    @override
+    def loss_term(self, call):
+        return torch.stack([view.learned_losses for view in call.of_views(self)]).sum(0)
+
+
+def ones(y):
+    return F.one_hot(y, 3).float()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_users_loss_of_each_view_has_what_the_view_brought(reduction):
+    def loss(module, x, y):
+        weight = 1.0 + y[:, None].expand(-1, 3)  # of rows
+        loss = F.binary_cross_entropy_with_logits(module(x), ones(y), weight=weight, reduction=reduction)
+        return loss.mean()
+
+    def by_hand(module, batch):
+        x, y = batch
+        return loss(module, x, y) + loss(module, x + 1, (y + 1) % 3) + loss(module, x + 2, (y + 2) % 3)
+
+    hand, ours = Classifier(step=by_hand), Classifier(step=lambda module, batch: loss(module, *batch))
+    fit(hand)
+    fit(ours, Shifted(count=1, name="other"), Relabelled())
+    assert same_weights(hand, ours, atol=1e-6)
+
+
+def test_without_views_there_is_no_loss_of_any():
+    seen = []
+
+    class Asks(LossRecorder):
+        def loss_term(self, call):
+            seen.append(list(call.of_views(self)))
+
+    fit(Classifier(), Asks(), max_epochs=1)
+    assert seen[0] == []
+
+
 @pytest.mark.parametrize("others", [[], [WeightsByLabel], [Term, BatchShift], [LossRecorder, Penalty]])
 def test_views_that_nobody_uses_change_nothing(others):
     with_views, without = Classifier(), Classifier()

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from math import floor
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "best_candidates",
     "candidate_subset",
     "clamped_soft_labels",
     "masked_classes",
@@ -18,6 +20,8 @@ __all__ = [
     "teacher_momentum",
     "top_candidates",
 ]
+
+Inputs = TypeVar("Inputs")
 
 
 def candidate_subset(
@@ -153,6 +157,50 @@ def top_candidates(scores: Tensor, k: int, among: Tensor | None = None) -> Tenso
     """
     best = scores.detach().topk(k, dim=1).indices
     return best if among is None else among.to(best.device).expand(scores.shape).gather(1, best)
+
+
+@torch.no_grad()
+def best_candidates(
+    score: Callable[[Inputs, Tensor], Tensor],
+    inputs: Inputs,
+    candidates: Tensor,
+    proposals: Callable[[Inputs], Tensor] | None = None,
+    k: int = 1,
+) -> Tensor:
+    """The candidates that a scorer likes best, of its set and of further ones that are proposed for each sample.
+
+    Args:
+        score: The trained scorer, in evaluation mode: gives scores ``(B, n)`` from the inputs and n candidates,
+            ``(n, ...)``, or ``(B, n, ...)`` where there are proposals.
+        inputs: What it scores candidates for, of B samples.
+        candidates: The set ``(L, ...)``, or another one than that of training.
+        proposals: Gives N further candidates for each sample, ``(B, N, ...)``, from the inputs; a diffusion model of
+            good ones, such as the paper's of trajectories. ``None``: the set alone.
+        k: How many, from 1 to L + N.
+
+    Returns:
+        The candidates themselves, ``(B, k, ...)``, best first, without gradient.
+
+    Raises:
+        ValueError: If proposals are not of the candidates' shape.
+
+    Example:
+        >>> near = lambda goal, candidates: -(candidates - goal).abs()
+        >>> best_candidates(near, torch.tensor([[4.0]]), torch.arange(3.0), proposals=lambda goal: goal + 0.5, k=2)
+        tensor([[4.5000, 2.0000]])
+
+    """
+    if proposals is None:
+        return candidates[top_candidates(score(inputs, candidates), k)]
+    further = proposals(inputs)
+    if further.dim() != candidates.dim() + 1 or further.shape[2:] != candidates.shape[1:]:
+        raise ValueError(
+            f"best_candidates: `proposals` must give (B, N, ...) for candidates {tuple(candidates.shape)}, got"
+            f" {tuple(further.shape)}."
+        )
+    offered = torch.cat([candidates.expand(len(further), *candidates.shape), further.to(candidates)], 1)
+    best = top_candidates(score(inputs, offered), k)
+    return offered[torch.arange(len(best), device=best.device)[:, None], best]
 
 
 def refinement_loss(

@@ -52,11 +52,12 @@ class Views:
         self.count = len(parts)
         self.batch = join_batches(parts, size)
 
-    def narrow(self, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Arguments of a loss call for the batch alone.
+    def narrow(self, arguments: Mapping[str, Any], block: int = 0) -> dict[str, Any] | None:
+        """Arguments of a loss call for the batch, or for one view, alone.
 
         Args:
             arguments: The arguments by name.
+            block: Which: 0 is the batch, others are in :meth:`blocks_of`.
 
         Returns:
             ``None`` if the call has no row for each sample and view, or several and it is not certain whose they are.
@@ -76,16 +77,23 @@ class Views:
             value = arguments.get(name)
             if isinstance(value, Tensor) and value.dim() and len(value) == len(given):
                 of_classes = name == "weight" and value.dim() != given.dim()
-                narrowed[name] = value if of_classes else self.first(value)
+                narrowed[name] = value if of_classes else self.block(value, block)
         return narrowed
 
-    def first(self, rows: Tensor) -> Tensor:
-        """The batch's own rows of a tensor with rows for all blocks; any other tensor as it is."""
-        return rows[: len(rows) // self.count] if self._has_blocks(rows) else rows
+    def block(self, rows: Tensor, block: int = 0) -> Tensor:
+        """The rows of the batch, or of one view, of a tensor with rows for all; any other tensor as it is."""
+        if not self._has_blocks(rows):
+            return rows
+        size = len(rows) // self.count
+        return rows[block * size : (block + 1) * size]
+
+    def blocks_of(self, technique: "Owner") -> Sequence[int]:
+        """Which blocks are the technique's views."""
+        return self._blocks[technique]
 
     def own(self, output: Any) -> Any:
         """The batch's own part of what a layer put out for all blocks: a tensor, or a nest of them."""
-        return tree_map_only(Tensor, self.first, output)
+        return tree_map_only(Tensor, self.block, output)
 
     def spread(self, value: Tensor, reduction: str) -> Tensor:
         """A narrowed call's value as the user's code expects it, as if each view were the batch itself.

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 
-__all__ = ["check_bool", "check_choice", "check_number"]
+__all__ = ["check_bool", "check_choice", "check_list", "check_number"]
 
 
 def check_number(
@@ -77,6 +77,22 @@ def check_bool(owner: object, name: str, value: object) -> None:
     """
     if not isinstance(value, bool):
         raise ValueError(f"{type(owner).__name__}: `{name}` must be True or False, got {value!r}.")
+
+
+def check_list(owner: object, name: str, value: object) -> None:
+    """Raises ``ValueError`` unless ``value`` is a sequence: a text, which is one of letters, is none here.
+
+    Args:
+        owner: The object whose argument it is; its class is named in the message.
+        name: Name of the argument.
+        value: What the user gave.
+
+    Raises:
+        ValueError: If ``value`` is something else.
+
+    """
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise ValueError(f"{type(owner).__name__}: `{name}` must be a list, got {value!r}.")
 
 
 def check_choice(owner: object, name: str, value: object, choices: Sequence[object]) -> None:

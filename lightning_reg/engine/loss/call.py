@@ -40,7 +40,7 @@ class LossCall:
         site: Where the user's code called it, as ``file.py:line``, or "".
         given_target: The target as the user gave it, whatever techniques have put in its place.
         views: The views of the batch if the call was made for all of them; it is narrowed to the batch then.
-        joined_output: What the network put out for the batch and its views, if it is narrowed.
+        joined: What it computes for the batch and its views, if it is narrowed.
         given_indices: Dataset indices of the samples, if the user's code gave them.
         reader: A technique at work that must not read targets where samples were mixed.
         is_mixed: Whether it follows the mixing of the batch.
@@ -53,7 +53,7 @@ class LossCall:
     site: str = ""
     given_target: Tensor | None = None
     views: "Views | None" = None
-    joined_output: Tensor | None = None
+    joined: Evaluation | None = None
     given_indices: Tensor | None = None
     reader: "Owner | None" = None
     is_mixed: bool = False
@@ -93,7 +93,7 @@ class LossCall:
     @property
     def whole_output(self) -> Tensor | None:
         """What the network put out for the batch and its views; a loss written by hand may not say it."""
-        return self.evaluation.output if self.joined_output is None else self.joined_output
+        return (self.evaluation if self.joined is None else self.joined).output
 
     @property
     def reduction(self) -> str:
@@ -165,15 +165,34 @@ class LossCall:
         narrowed = self.evaluation.narrowed(views)
         if narrowed is None:
             return self
-        indices = None if self.given_indices is None else views.first(self.given_indices)
+        indices = None if self.given_indices is None else views.block(self.given_indices)
         return replace(
             self,
             evaluation=narrowed,
             given_target=narrowed.target,
             views=views,
-            joined_output=self.whole_output,
+            joined=self.evaluation,
             given_indices=indices,
         )
+
+    def of_views(self, technique: "Owner") -> "Sequence[LossCall]":
+        """The user's call for each view that a technique made, with the targets and weights that the view brought.
+
+        Args:
+            technique: Who made them.
+
+        Returns:
+            Calls like this one; what techniques made of this one's targets is not in them.
+
+        Raises:
+            MisconfigurationException: If the call has no row for each sample and view.
+
+        """
+        self.check_views()
+        if self.views is None or self.joined is None:
+            return []
+        blocks = [self.joined.narrowed(self.views, block) for block in self.views.blocks_of(technique)]
+        return [replace(self, evaluation=one, given_target=one.target) for one in blocks if one is not None]
 
     def copies(self) -> "Sequence[LossCall]":
         """The call for each copy of the rows.

@@ -94,11 +94,11 @@ class HandedOver(Evaluation):
         )
 
     @override
-    def narrowed(self, views: "Views") -> Evaluation | None:
-        narrowed = views.narrow({"input": self.input})
+    def narrowed(self, views: "Views", block: int = 0) -> Evaluation | None:
+        narrowed = views.narrow({"input": self.input}, block)
         if narrowed is None:
             return None
-        logits, targets = (p if p is None else views.first(p) for p in (self._logits, self._targets))
+        logits, targets = (p if p is None else views.block(p, block) for p in (self._logits, self._targets))
         return HandedOver(narrowed["input"], logits, targets)
 
     @override

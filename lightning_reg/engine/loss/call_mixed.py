@@ -133,7 +133,7 @@ class Mixed(Derived):
         return Mixed(self.base.with_inputs(inputs, call), self._mixing, self._given_target, self._site)
 
     @override
-    def narrowed(self, views: "Views") -> Evaluation | None:
+    def narrowed(self, views: "Views", block: int = 0) -> Evaluation | None:
         return None  # a batch with views is not mixed
 
     @override

@@ -158,8 +158,8 @@ class Evaluation(ABC):
         return lies_by_row(self.input, size)
 
     @abstractmethod
-    def narrowed(self, views: "Views") -> "Evaluation | None":
-        """The same for the rows of the batch alone; ``None`` if there are no rows for its views."""
+    def narrowed(self, views: "Views", block: int = 0) -> "Evaluation | None":
+        """The same for the rows of the batch, or of one view, alone; ``None`` if there are no rows for its views."""
 
     def copies(self) -> "Sequence[Evaluation]":
         """The same for each copy of the rows; this one alone where there are no copies."""
@@ -268,8 +268,8 @@ class FunctionEvaluation(Evaluation):
         return WithInput(self, FunctionEvaluation(self._function, {**self.arguments, "input": changed}))
 
     @override
-    def narrowed(self, views: "Views") -> "FunctionEvaluation | None":
-        narrowed = views.narrow(self.arguments)
+    def narrowed(self, views: "Views", block: int = 0) -> "FunctionEvaluation | None":
+        narrowed = views.narrow(self.arguments, block)
         return None if narrowed is None else FunctionEvaluation(self._function, narrowed)
 
     @override
@@ -351,8 +351,8 @@ class Derived(Evaluation):
         return self.base.with_inputs(inputs, call)
 
     @override
-    def narrowed(self, views: "Views") -> Evaluation | None:
-        return self.base.narrowed(views)
+    def narrowed(self, views: "Views", block: int = 0) -> Evaluation | None:
+        return self.base.narrowed(views, block)
 
     @override
     def lies_by_sample(self, size: int) -> bool:
@@ -402,8 +402,8 @@ class WithInput(Derived):
         return WithInput(self.base, self._changed.with_inputs(inputs, call))
 
     @override
-    def narrowed(self, views: "Views") -> Evaluation | None:
-        base, changed = self.base.narrowed(views), self._changed.narrowed(views)
+    def narrowed(self, views: "Views", block: int = 0) -> Evaluation | None:
+        base, changed = self.base.narrowed(views, block), self._changed.narrowed(views, block)
         return None if base is None or changed is None else WithInput(base, changed)
 
     @override

@@ -1,6 +1,7 @@
 """References: the module as it was at another time, frozen, shared by all techniques that ask for the same one."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -113,6 +114,18 @@ class ReferenceTechnique(BatchTechnique):
         """What it asks for, the same objects in every step."""
         raise NotImplementedError
 
+    def reference_batch(self, step: "Step") -> Any:
+        """What its references see, but for those of another make, which name an entry of ``step.batch``.
+
+        Args:
+            step: The step, with its final batch.
+
+        Returns:
+            A batch of the structure and size of ``step.batch``, which it is without more said.
+
+        """
+        return step.batch
+
     @override
     def check(self, trainer: "Trainer", module: "LightningModule") -> None:
         super().check(trainer, module)
@@ -179,11 +192,13 @@ class _Network:
             step.notes[technique] = {}
         self._see_foreign(step, [(t, other) for t, other in everything if isinstance(other, ForeignNetwork)])
         groups: dict[object, list[tuple[ReferenceTechnique, Reference]]] = {}
+        batches = {technique: technique.reference_batch(step) for technique in asking}
         for pair in asked:
             given = frozenset((layer, id(rows)) for layer, rows in pair[1].outputs.items())
-            groups.setdefault((id(pair[1].weights), given), []).append(pair)
+            groups.setdefault((id(pair[1].weights), given, id(batches[pair[0]])), []).append(pair)
         for group in groups.values():
-            self._see(step, group)
+            with _shown(step, batches[group[0][0]]):
+                self._see(step, group)
 
     def _taken(self, taken: dict[str, dict[str, Tensor]], reference: Reference) -> dict[str, Tensor]:
         if reference.place not in taken:
@@ -225,6 +240,16 @@ class _Network:
         ready = [o.weights for o in alike if o.weights is not None and self._ready.get(id(o)) is o.weights]
         reference.weights = next((weights for weights in ready if _are_equal(weights, full)), full)
         self._ready[id(reference)] = reference.weights
+
+
+@contextmanager
+def _shown(step: "Step", batch: Any) -> Iterator[None]:
+    """For a while the step's batch is another one."""
+    own, step.batch = step.batch, batch
+    try:
+        yield
+    finally:
+        step.batch = own
 
 
 def _are_equal(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> bool:

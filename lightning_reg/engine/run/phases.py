@@ -202,7 +202,8 @@ class OnBatch(Member):
         """Returns further versions of the batch, of the same structure and size, that pass the network beside it.
 
         The user's loss stays that of the batch alone. What the network made of the views is in ``step.views`` and
-        ``call.whole_output``.
+        ``call.whole_output``, and the user's loss of each, with targets that it may have of its own, in
+        ``call.of_views``.
         """
         raise NotImplementedError
 
