@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import torch
 from torch import Tensor
 
+from lightning_reg.engine.host import distributed
 from lightning_reg.engine.host.errors import MisconfigurationException
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from lightning_reg.engine.loss.call import LossCall
 
-__all__ = ["Direction", "check_cosines", "embeddings_of", "rows_and_columns", "tensor_in"]
+__all__ = ["Direction", "check_cosines", "embeddings_of", "embeddings_over_ranks", "rows_and_columns", "tensor_in"]
 
 
 Direction = Literal["query_to_doc", "doc_to_query"]
@@ -67,15 +70,40 @@ def embeddings_of(call: "LossCall", layer: str, query_layer: str | None) -> tupl
         MisconfigurationException: If there are not as many.
 
     """
+    queries, documents, _ = embeddings_over_ranks(call, layer, query_layer, None)
+    return queries, documents
+
+
+def embeddings_over_ranks(
+    call: "LossCall", layer: str, query_layer: str | None, group: "ProcessGroup | None"
+) -> tuple[Tensor, Tensor, slice]:
+    """The same where the user's code may have gathered the documents of all ranks; they are gathered here then, too.
+
+    Args:
+        call: Of logits ``(B, N)``, or ``(B, W * N)`` rank after rank.
+        layer: Puts out the documents, and the queries before them if these have no layer of their own.
+        query_layer: Puts out the queries.
+        group: The ranks.
+
+    Returns:
+        Rows of queries and of the columns' documents, with gradient over the ranks, and which of them are this rank's.
+
+    Raises:
+        MisconfigurationException: If there are not as many.
+
+    """
     rows, columns = call.logits.shape
     documents = _rows(call, layer)
     if query_layer is not None:
         queries = _rows(call, query_layer)
     else:
         queries, documents = documents[:rows], documents[rows:]
+    first, count = 0, len(documents)
+    if group is not None and count * distributed.world_size(group) == columns > 0:
+        documents, _, first = distributed.all_gather_rows(documents, group, count)
     if (len(queries), len(documents)) != (rows, columns) or queries.shape[1] != documents.shape[1]:
         _refuse_rows(call, queries, documents, ("queries", "candidates"))
-    return queries, documents
+    return queries, documents, slice(first, first + count)
 
 
 def _refuse_rows(call: "LossCall", rows: Tensor, columns: Tensor, names: tuple[str, str]) -> NoReturn:
