@@ -7,9 +7,9 @@ from torch import Tensor
 
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.technique import LossTechnique
 
 if TYPE_CHECKING:
+    from lightning_reg.engine.host.owner import Owner
     from lightning_reg.engine.loss.call import LossCall
 
 __all__ = ["GathersColumns", "OtherRanks", "other_ranks"]
@@ -36,11 +36,11 @@ class OtherRanks:
         return slice(self.first, self.first + self.scores.shape[1])
 
 
-class GathersColumns(LossTechnique):
-    """A technique that adds columns of other ranks, and leaves :class:`OtherRanks` in ``step.notes`` if there are."""
+class GathersColumns:
+    """Marks who adds columns of other ranks: where there are any, it leaves :class:`OtherRanks` in its note."""
 
 
-def other_ranks(call: "LossCall", reader: LossTechnique) -> OtherRanks | None:
+def other_ranks(call: "LossCall", reader: "Owner") -> OtherRanks | None:
     """The columns that a technique has added to a call before another one reads it.
 
     Args:

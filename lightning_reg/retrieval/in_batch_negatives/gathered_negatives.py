@@ -12,6 +12,7 @@ from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_bool, check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.run.phases import Member, phases_of
+from lightning_reg.engine.technique import LossTechnique
 from lightning_reg.retrieval._embeddings import Direction, rows_and_columns
 from lightning_reg.retrieval._gathered import GathersColumns, OtherRanks
 from lightning_reg.retrieval.in_batch_negatives.core import columns_of_other_ranks, fitted_scale
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["GatheredNegatives"]
 
 
-class GatheredNegatives(GathersColumns):
+class GatheredNegatives(GathersColumns, LossTechnique):
     r"""The documents of all ranks are candidates of each rank's queries, in a contrastive loss under DDP.
 
     A query's documents and hard negatives on W ranks become columns behind those that your code has scored, with
