@@ -128,13 +128,14 @@ def _refuse_rows(call: "LossCall", rows: Tensor, columns: Tensor, names: tuple[s
     )
 
 
-def check_trained(step: "Step", layers: Sequence[str], embeddings: Sequence[Tensor]) -> None:
+def check_trained(step: "Step", layers: Sequence[str], embeddings: Sequence[Tensor], who: str = "") -> None:
     """Refuses embeddings none of which has a gradient, although their layers are trained.
 
     Args:
         step: The step.
         layers: Those that put them out.
         embeddings: What they put out.
+        who: Who asks, where the engine does not say it.
 
     Raises:
         MisconfigurationException: If nothing would train the layers.
@@ -145,7 +146,7 @@ def check_trained(step: "Step", layers: Sequence[str], embeddings: Sequence[Tens
     if all(is_frozen(step.module, layer) for layer in layers):
         return
     raise MisconfigurationException(
-        f"The embeddings that {' and '.join(map(repr, layers))} gave in this step have no gradient, so the loss would"
+        f"{who and f'{who}: '}The embeddings that {' and '.join(map(repr, layers))} gave in this step have no gradient, so the loss would"
         " not train what makes them: `encode` of sentence-transformers runs without one, as does all under"
         ' `torch.no_grad`. Call the layer itself, as in `model(features)["sentence_embedding"]`.'
     )

@@ -171,7 +171,7 @@ class EnsembleDistillation(ReferenceTechnique, StepTechnique):
         student, positives = self._student(step, shape)
         if student.shape != shape:
             self._refuse("the student", student, f"scores {tuple(shape)} of the teachers' candidates")
-        check_trained(step, self.feature_layers, [student])
+        check_trained(step, self.feature_layers, [student], "EnsembleDistillation")
         target = ensemble_scores([scores.to(student.device) for scores in teachers], self.scale)
         return self.weight * score_distillation_loss(student, target, self.kind, self.temperature, positives)
 

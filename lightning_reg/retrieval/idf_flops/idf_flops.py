@@ -163,7 +163,7 @@ class IDFFlops(StepTechnique):
         rank = 3 if self.pooling == "splade" else 2
         fine = [f for f in chosen if isinstance(f, Tensor) and f.dim() == rank]
         if fine:
-            check_trained(step, [self.layer], fine)
+            check_trained(step, [self.layer], fine, "IDFFlops")
         columns = {f.shape[-1] for f in fine} | ({len(self._idf)} if self._idf is not None else set())
         if not fine or len(fine) < len(chosen) or len(columns) > 1:
             self._refuse(own, rank)
