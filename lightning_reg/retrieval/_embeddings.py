@@ -145,8 +145,9 @@ def check_trained(step: "Step", layers: Sequence[str], embeddings: Sequence[Tens
         return
     if all(is_frozen(step.module, layer) for layer in layers):
         return
+    named, prefix = " and ".join(map(repr, layers)), f"{who}: " if who else ""
     raise MisconfigurationException(
-        f"{who and f'{who}: '}The embeddings that {' and '.join(map(repr, layers))} gave in this step have no gradient, so the loss would"
+        f"{prefix}The embeddings that {named} gave in this step have no gradient, so the loss would"
         " not train what makes them: `encode` of sentence-transformers runs without one, as does all under"
         ' `torch.no_grad`. Call the layer itself, as in `model(features)["sentence_embedding"]`.'
     )
