@@ -10,7 +10,6 @@ from torch import Tensor
 from lightning_reg.engine.host import distributed
 
 __all__ = [
-    "columns_of_other_ranks",
     "fitted_scale",
     "same_document_mask",
     "scores_of_other_ranks",
@@ -43,28 +42,8 @@ def scores_of_other_ranks(
         ``(B, (W - 1) * capacity)``, in the order of the ranks; -inf where a rank has fewer.
 
     """
-    others, there = columns_of_other_ranks(columns, group, capacity)
+    others, there = distributed.rows_of_other_ranks(columns, group, capacity)
     return (rows @ others.T).masked_fill(~there, -torch.inf)
-
-
-def columns_of_other_ranks(
-    columns: Tensor, group: "torch.distributed.ProcessGroup | None" = None, capacity: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """The rows that make the columns of all other ranks, with gradient, which one collective brings home.
-
-    Args:
-        columns: Of this rank, ``(C, D)``, another C on each rank.
-        group: The ranks, all without one.
-        capacity: Most columns that a rank can have, the same on all; ``None`` costs a collective and a host sync.
-
-    Returns:
-        ``((W - 1) * capacity, D)`` in the order of the ranks, 0 where a rank has fewer; and which are there, bool.
-
-    """
-    found, there, first = distributed.all_gather_rows(columns, group, capacity)
-    size = len(found) // distributed.world_size(group)
-    others, there = (torch.cat([each[:first], each[first + size :]]) for each in (found, there))
-    return others, there
 
 
 def same_document_mask(ids: Tensor, labels: Tensor, column_ids: Tensor | None = None) -> Tensor:

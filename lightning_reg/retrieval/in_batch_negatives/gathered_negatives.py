@@ -15,7 +15,7 @@ from lightning_reg.engine.run.phases import Member, phases_of
 from lightning_reg.engine.technique import LossTechnique
 from lightning_reg.retrieval._embeddings import Direction, rows_and_columns
 from lightning_reg.retrieval._gathered import GathersColumns, OtherRanks
-from lightning_reg.retrieval.in_batch_negatives.core import columns_of_other_ranks, fitted_scale
+from lightning_reg.retrieval.in_batch_negatives.core import fitted_scale
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -157,7 +157,8 @@ class GatheredNegatives(GathersColumns, LossTechnique):
             self._is_checked = True
             others = added = None
             if group is not None:
-                others, there = columns_of_other_ranks(columns, group, self._capacity(call, len(columns), group))
+                capacity = self._capacity(call, len(columns), group)
+                others, there = distributed.rows_of_other_ranks(columns, group, capacity)
                 # Masked last: a learned factor has no gradient from what is not there.
                 added = (factor * (rows @ others.T)).masked_fill(~there, -torch.inf)
         if step.is_logging:
