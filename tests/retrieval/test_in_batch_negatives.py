@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_reg import (
+    ClassDropout,
     FalseNegativeMask,
     FocalContrastive,
     GatheredNegatives,
@@ -547,6 +548,18 @@ def test_what_is_masked_is_not_mixed():
     known(Known(by_hand=True), mixed_by_hand, other)
     for one, two in zip(seen.inputs, other.inputs, strict=True):
         torch.testing.assert_close(one, two)
+
+
+def test_classes_left_out_and_the_mask_are_both_masked_in_either_order():
+    found = []
+    for order in ((0, 1), (1, 0), (0,), (1,)):
+        techniques, seen = (FalseNegativeMask(ids="ids"), ClassDropout(0.5)), Losses()
+        known(Known(), *(techniques[i] for i in order), seen, max_steps=1)
+        found.append(seen.inputs[0])
+    both, reverse, mask, dropout = found
+    assert torch.equal(both, reverse)
+    assert torch.equal(both, mask.masked_fill(dropout.isinf(), -torch.inf))
+    assert min(each.isinf().sum() for each in (mask, dropout)) > 0
 
 
 def test_shares_are_logged():
