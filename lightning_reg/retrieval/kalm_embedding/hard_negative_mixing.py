@@ -52,8 +52,9 @@ class HardNegativeMixing(LossTechnique):
     step and in logged ones they must give your logits. Leave it where documents stand twice in a batch, or negatives
     answer the query: mixtures make more of both, unless ``FalseNegativeMask`` stands before it. Behind
     ``GatheredNegatives`` the documents of other ranks are mixed, too, and so are those that your code has gathered with
-    gradient, rank after rank and as many from each: W ranks of batch B train as one of batch W B. On search over
-    docstrings with a small encoder (``benchmarks/effects/kalm_embedding.py``) three seeds showed no effect: compare.
+    gradient, rank after rank and as many from each (for one collective more): W ranks of batch B train as one of batch
+    W B. On search over docstrings with a small encoder (``benchmarks/effects/kalm_embedding.py``) three seeds showed no
+    effect: compare.
 
     Source:
         Zhao et al., "KaLM-Embedding-V2: Superior Training Techniques and Data Inspire A Versatile Embedding Model",
