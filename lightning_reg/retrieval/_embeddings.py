@@ -1,17 +1,30 @@
 """Where the logits of a contrastive loss come from: rows of queries and documents that layers put out."""
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
 
+from lightning_reg.engine.host import distributed
 from lightning_reg.engine.host.errors import MisconfigurationException
+from lightning_reg.engine.layers.named import is_frozen
 
 if TYPE_CHECKING:
-    from lightning_reg.engine.loss.call import LossCall
+    from torch.distributed import ProcessGroup
 
-__all__ = ["Direction", "check_cosines", "embeddings_of", "rows_and_columns", "tensor_in"]
+    from lightning_reg.engine.loss.call import LossCall
+    from lightning_reg.engine.step import Step
+
+__all__ = [
+    "Direction",
+    "check_cosines",
+    "check_trained",
+    "embeddings_of",
+    "embeddings_over_ranks",
+    "rows_and_columns",
+    "tensor_in",
+]
 
 
 Direction = Literal["query_to_doc", "doc_to_query"]
@@ -45,6 +58,7 @@ def rows_and_columns(
         queries = _rows(call, query_layer)
     else:
         queries, documents = documents[:columns], documents[columns:]
+    check_trained(call.step, [layer] if query_layer is None else [query_layer, layer], [queries, documents])
     each = max(len(documents) // max(rows, 1), 1)
     documents = documents[::each] if interleaved else documents[:rows]
     if (len(documents), len(queries)) != (rows, columns) or queries.shape[1] != documents.shape[1]:
@@ -67,15 +81,41 @@ def embeddings_of(call: "LossCall", layer: str, query_layer: str | None) -> tupl
         MisconfigurationException: If there are not as many.
 
     """
+    queries, documents, _ = embeddings_over_ranks(call, layer, query_layer, None)
+    return queries, documents
+
+
+def embeddings_over_ranks(
+    call: "LossCall", layer: str, query_layer: str | None, group: "ProcessGroup | None"
+) -> tuple[Tensor, Tensor, slice]:
+    """The same where the user's code may have gathered the documents of all ranks; they are gathered here then, too.
+
+    Args:
+        call: Of logits ``(B, N)``, or ``(B, W * N)`` rank after rank.
+        layer: Puts out the documents, and the queries before them if these have no layer of their own.
+        query_layer: Puts out the queries.
+        group: The ranks.
+
+    Returns:
+        Rows of queries and of the columns' documents, with gradient over the ranks, and which of them are this rank's.
+
+    Raises:
+        MisconfigurationException: If there are not as many.
+
+    """
     rows, columns = call.logits.shape
     documents = _rows(call, layer)
     if query_layer is not None:
         queries = _rows(call, query_layer)
     else:
         queries, documents = documents[:rows], documents[rows:]
+    check_trained(call.step, [layer] if query_layer is None else [query_layer, layer], [queries, documents])
+    first, count = 0, len(documents)
+    if group is not None and count * distributed.world_size(group) == columns > 0:
+        documents, _, first = distributed.all_gather_rows(documents, group, count)
     if (len(queries), len(documents)) != (rows, columns) or queries.shape[1] != documents.shape[1]:
         _refuse_rows(call, queries, documents, ("queries", "candidates"))
-    return queries, documents
+    return queries, documents, slice(first, first + count)
 
 
 def _refuse_rows(call: "LossCall", rows: Tensor, columns: Tensor, names: tuple[str, str]) -> NoReturn:
@@ -85,6 +125,31 @@ def _refuse_rows(call: "LossCall", rows: Tensor, columns: Tensor, names: tuple[s
         f" {tuple(rows.shape)} and {tuple(columns.shape)}: a row of each is needed, the queries' first. Name"
         " the layers that put them out (`layer`, `query_layer`), once for each row; documents that your code has"
         " gathered from other ranks or keeps in a memory are not known."
+    )
+
+
+def check_trained(step: "Step", layers: Sequence[str], embeddings: Sequence[Tensor], who: str = "") -> None:
+    """Refuses embeddings none of which has a gradient, although their layers are trained.
+
+    Args:
+        step: The step.
+        layers: Those that put them out.
+        embeddings: What they put out.
+        who: Who asks, where the engine does not say it.
+
+    Raises:
+        MisconfigurationException: If nothing would train the layers.
+
+    """
+    if not torch.is_grad_enabled() or any(rows.requires_grad for rows in embeddings):
+        return
+    if all(is_frozen(step.module, layer) for layer in layers):
+        return
+    named, prefix = " and ".join(map(repr, layers)), f"{who}: " if who else ""
+    raise MisconfigurationException(
+        f"{prefix}The embeddings that {named} gave in this step have no gradient, so the loss would"
+        " not train what makes them: `encode` of sentence-transformers runs without one, as does all under"
+        ' `torch.no_grad`. Call the layer itself, as in `model(features)["sentence_embedding"]`.'
     )
 
 

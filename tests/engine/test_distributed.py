@@ -17,6 +17,7 @@ from lightning_reg.engine.host.distributed import (
     all_reduce_mean,
     all_reduce_sum,
     rank,
+    rows_of_other_ranks,
     world_size,
 )
 from tests.toys import QUIET, TWO_RANKS, Classifier, fit
@@ -82,6 +83,10 @@ def gather_rows(capacity):
     (rows[real] * torch.arange(1.0, 9.0).reshape(4, 2) * (1 + rank())).sum().backward()
     with pytest.raises(ValueError, match=r"[13] rows are more than `capacity`=0"):
         all_gather_rows(mine, capacity=0)
+    others, there = rows_of_other_ranks(mine, capacity=capacity)
+    size = len(rows) // 2
+    assert torch.equal(others, rows[size:] if first == 0 else rows[:size])
+    assert torch.equal(there, real[size:] if first == 0 else real[:size])
     return rows.tolist(), real.tolist(), first, mine.grad.tolist()
 
 

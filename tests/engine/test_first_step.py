@@ -70,6 +70,11 @@ def not_in_the_loss(module, batch):
     return logits.square().mean()
 
 
+def constant(module, batch):
+    with torch.no_grad():
+        return {"loss": plain(module, batch)}
+
+
 def of_three_rows_more(module, batch):
     logits = module(batch[0])
     return F.cross_entropy(torch.cat([logits, logits[:3]]), torch.cat([batch[1], batch[1][:3]]))
@@ -107,6 +112,10 @@ WAITING = {
         (focal, r"the code after F.cross_entropy.*reduction='none'\) at test_first_step.py.* is not linear in it"),
         (not_in_the_loss, r"F.cross_entropy.*does not contribute to the loss that `training_step` returns"),
         (of_three_rows_more, "11 rows"),
+        (
+            constant,
+            r"the loss that `training_step` at test_first_step.py:\d+ returned has no gradient, so it would train",
+        ),
     ],
 )
 @pytest.mark.parametrize("kind", WAITING)

@@ -41,10 +41,7 @@ class CorrectedByHand(Hand):
         self.y = loop.y.clone()
 
     def observe(self, loop, moment):
-        self.index = moment.index
-
-    def change_targets(self, y):
-        return self.y[self.index]
+        moment.y = self.y[moment.index]  # of the batch, before anybody works on the loss
 
     def after_epoch(self, loop, epoch):
         if epoch != 0:

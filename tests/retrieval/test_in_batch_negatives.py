@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_reg import (
+    ClassDropout,
     FalseNegativeMask,
     FocalContrastive,
     GatheredNegatives,
@@ -124,8 +125,11 @@ CASE = (
 class Search(Classifier):
     """A query, its document and hard negatives of it; one encoder or two, one direction or both."""
 
-    def __init__(self, negatives=0, interleaved=False, towers=False, both=False, kind="cosine", learned=False):
+    def __init__(
+        self, negatives=0, interleaved=False, towers=False, both=False, kind="cosine", learned=False, gathers=False
+    ):
         super().__init__(lr=0.1)
+        self.gathers = gathers
         self.negatives, self.interleaved, self.both, self.kind = negatives, interleaved, both, kind
         with torch.random.fork_rng():
             torch.manual_seed(1)
@@ -146,6 +150,9 @@ class Search(Classifier):
         if self.kind == "cosine":
             q, d = F.normalize(q), F.normalize(d)
         y = torch.arange(len(x)) * (1 + self.negatives if self.interleaved else 1)
+        if self.gathers and torch.distributed.is_initialized():
+            y = y + torch.distributed.get_rank() * len(d)
+            d = self.all_gather(d, sync_grads=True).flatten(0, 1)
         scores = q @ d.T * self.log_scale.exp()
         loss = F.cross_entropy(scores, y)
         if self.both:
@@ -159,6 +166,8 @@ def inputs(rows=slice(None)):
 
 
 def gatherers(options):
+    if options.get("gathers"):
+        return []
     where = ("document", "net") if options.get("towers") else ("net", None)
     given = {"similarity": options.get("kind", "cosine"), "interleaved": options.get("interleaved", False)}
     if not options.get("both"):
@@ -191,12 +200,22 @@ def trained(options, rows, size, techniques, **trainer):
     return torch.stack(module.losses), weights_of(module)
 
 
+MIXED = partial(HardNegativeMixing, "net", math.exp(-2.0))
 BESIDE = {
     "focal weights": ({"negatives": 1}, partial(FocalContrastive, 1.0)),
     "reweighting": ({"negatives": 1}, partial(LossReweighting, warmup_steps=1)),
-    "its own negatives mixed": (
-        {"negatives": 3},
-        partial(HardNegativeMixing, "net", math.exp(-2.0), negatives="grouped", list_mix=True),
+    "its own negatives mixed": ({"negatives": 3}, partial(MIXED, negatives="grouped", list_mix=True)),
+    "its own between the documents": (
+        {"negatives": 2, "interleaved": True},
+        partial(MIXED, negatives="interleaved", num_pairs=2),
+    ),
+    "those of all ranks mixed": ({"negatives": 1}, partial(MIXED, num_pairs=3, list_mix=True, pool=5)),
+    "two encoders": ({"towers": True}, partial(HardNegativeMixing, "document", math.exp(-2.0), "net", num_pairs=2)),
+    "both directions, constants": ({"both": True}, partial(MIXED, num_pairs=3, loss=0, detach=True)),
+    "the user's own gathering": ({"negatives": 1, "gathers": True}, partial(MIXED, num_pairs=3, list_mix=True, pool=5)),
+    "the user's, its own negatives": (
+        {"negatives": 2, "interleaved": True, "gathers": True},
+        partial(MIXED, negatives="interleaved", num_pairs=2),
     ),
 }
 
@@ -220,6 +239,34 @@ def test_two_ranks_train_as_one_of_the_joined_batch(two_processes):
         assert (half[0] - ranks[0][name][0][0]).abs() > 0.05, name  # without the other rank's documents
         for rank in ranks:
             assert same_weights(rank[name][1], weights, atol=1e-5), name  # float32, 3 steps, sums in another order
+
+
+def other_order_on_rank(_):
+    rank, found = torch.distributed.get_rank(), []
+    options = {"negatives": 2}
+    for first in (True, False):
+        techniques = [GatheredNegatives("net"), MIXED(negatives="grouped", num_pairs=2)]
+        techniques = techniques if first else techniques[::-1]
+        found.append(trained(options, torch.arange(24)[rank::2], 4, techniques, **TWO_RANKS))
+    with pytest.raises(MisconfigurationException, match=WRONG_ORDER):
+        trained(options, torch.arange(24)[rank::2], 4, [MIXED(), GatheredNegatives("net")], **TWO_RANKS)
+    return found
+
+
+WRONG_ORDER = (
+    "HardNegativeMixing stands before GatheredNegatives in the list of callbacks, and the documents of other ranks,"
+    " which it would work on as well, are not there yet. Let GatheredNegatives stand before HardNegativeMixing."
+)
+
+
+def test_mixing_before_documents_are_gathered_is_right_of_its_own_negatives_and_else_refused(two_processes):
+    for one, two in two_processes.run(other_order_on_rank, None):
+        torch.testing.assert_close(one[0], two[0])
+        assert same_weights(one[1], two[1], atol=1e-6)
+    alone = [MIXED(), GatheredNegatives("net")]
+    for techniques in (alone, alone[::-1]):  # on one process there is no other
+        found = trained({}, slice(None), 8, techniques)
+        assert torch.equal(found[0], trained({}, slice(None), 8, alone[:1])[0])
 
 
 class Reads(Callback):
@@ -254,7 +301,7 @@ def short_on_rank(_):
         other = Losses()
         fit(Search(negatives=1), GatheredNegatives("net"), other, loader=loader, precision=precision, **options)
         mixed.append(other.inputs[0])
-    return reads.values, seen.inputs, mixed
+    return reads.values, seen.inputs, mixed, weights_of(module)
 
 
 def test_a_rank_with_fewer_documents_pads_with_what_has_no_probability(two_processes):
@@ -262,6 +309,7 @@ def test_a_rank_with_fewer_documents_pads_with_what_has_no_probability(two_proce
     assert one[0] == two[0] == [16.0, 16.0, 8.0]
     assert [tuple(scores.shape) for scores in one[1]] == [(4, 16), (4, 16), (1, 10)]
     assert [(scores > -torch.inf).sum(1).tolist() for scores in (one[1][2], two[1][2])] == [[8], [8] * 3]
+    assert all(value.isfinite().all() for value in one[3].values())  # of what is not there no gradient
     for exact, half in (one[2], two[2]):
         assert half.dtype is torch.float32  # whatever the user's scores are
         assert (half - exact).abs().max() < 0.2  # bfloat16 cosines over 0.135
@@ -507,6 +555,18 @@ def test_what_is_masked_is_not_mixed():
         torch.testing.assert_close(one, two)
 
 
+def test_classes_left_out_and_the_mask_are_both_masked_in_either_order():
+    found = []
+    for order in ((0, 1), (1, 0), (0,), (1,)):
+        techniques, seen = (FalseNegativeMask(ids="ids"), ClassDropout(0.5)), Losses()
+        known(Known(), *(techniques[i] for i in order), seen, max_steps=1)
+        found.append(seen.inputs[0])
+    both, reverse, mask, dropout = found
+    assert torch.equal(both, reverse)
+    assert torch.equal(both, mask.masked_fill(dropout.isinf(), -torch.inf))
+    assert min(each.isinf().sum() for each in (mask, dropout)) > 0
+
+
 def test_shares_are_logged():
     masked, left = Reads("reg/false_negative_mask/masked"), Reads("reg/false_negative_mask/negatives")
     known(Known(), FalseNegativeMask(ids="ids"), masked, left, size=8)
@@ -525,7 +585,7 @@ def masked_on_rank(_):
         losses = known(module, *techniques, size=6, rows=range(rank, 24, 2), **options)
         found[name] = losses, weights_of(module)
     techniques = [FalseNegativeMask(ids="ids"), GatheredNegatives("net")]
-    with pytest.raises(MisconfigurationException, match=r"knows the 6 columns of .* and finds 6\. Let it stand direct"):
+    with pytest.raises(MisconfigurationException, match=r"stands before GatheredNegatives in .* Let GatheredNeg"):
         known(Known(), *techniques, size=6, rows=range(rank, 24, 2), **options)
     return found
 

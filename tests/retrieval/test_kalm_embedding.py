@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_reg import (
+    ClassDropout,
     FocalContrastive,
     HardNegativeMixing,
     LossReweighting,
@@ -78,8 +79,11 @@ def unit(row):
 
 
 def mixtures(q, negatives, pairs, list_mix):
-    """The mixtures of one query, from (share, first, second) of each pair and all of its negatives."""
-    found = [unit(share * negatives[one] + (1 - share) * negatives[two]) for share, one, two in pairs]
+    """The mixtures of one query, from (share, order) of each pair, whose first two are mixed, and all its negatives."""
+    found = []
+    for share, order in pairs:
+        one, two = [k for k in order if k < len(negatives)][:2]
+        found.append(unit(share * negatives[one] + (1 - share) * negatives[two]))
     if list_mix:
         weights = torch.stack([q @ n for n in negatives]).softmax(0)
         found.append(unit(sum(weight * n for weight, n in zip(weights, negatives, strict=True))))
@@ -87,16 +91,16 @@ def mixtures(q, negatives, pairs, list_mix):
 
 
 def drawn(generator, rows, pairs, pool, beta=2.0):
-    """For each row the shares, and of each pair which two of the pool."""
+    """For each row the shares, and of each pair in what order the pool is drawn from."""
     one, two = torch.randint(2**62, (2,), generator=generator).tolist()
     shares = np.random.default_rng(one).beta(beta, beta, (rows, pairs)).astype("float32")
     chances = np.random.default_rng(two).random((rows, pairs, pool))
-    order = (-chances).argsort(axis=2)[..., :2]
-    return [[(float(s), *o) for s, o in zip(*row, strict=True)] for row in zip(shares, order.tolist(), strict=True)]
+    order = (-chances).argsort(axis=2)
+    return [[(float(s), o) for s, o in zip(*row, strict=True)] for row in zip(shares, order.tolist(), strict=True)]
 
 
 class Mixed(Hand):
-    """Of four documents the three wrong ones are mixed, the nearest first."""
+    """Of four documents the three wrong ones are mixed, the nearest first; none that another technique has masked."""
 
     def change_input(self, output, moment):
         technique = self.technique
@@ -105,7 +109,11 @@ class Mixed(Hand):
         added = []
         for logits, y, q, own in zip(output, moment.y, moment.features["net.head"], pairs, strict=True):
             wrong = sorted(set(range(4)) - {int(y)}, key=lambda j, logits=logits: -logits[j].item())
-            mixed = mixtures(unit(q), [documents[j] for j in wrong], own, technique.list_mix)
+            there = [documents[j] for j in wrong if logits[j] > -torch.inf]
+            if len(there) < 2:
+                added.append(torch.full((technique.num_pairs + technique.list_mix,), -torch.inf))
+                continue
+            mixed = mixtures(unit(q), there, own, technique.list_mix)
             added.append(torch.stack([unit(q) @ h / 0.2 for h in mixed]))
         return torch.cat([output, torch.stack(added)], 1)
 
@@ -221,8 +229,8 @@ def test_mixtures_by_loops():
     shares, chances = torch.rand(5, 3, dtype=torch.float64), torch.rand(5, 3, 4)
     found = mix_hard_negatives(q, n, shares, chances, list_mix=True)
     for i in range(5):
-        order = [sorted(range(4), key=lambda k, row=row: -row[k].item())[:2] for row in chances[i]]
-        pairs = [(share, *two) for share, two in zip(shares[i], order, strict=True)]
+        order = [sorted(range(4), key=lambda k, row=row: -row[k].item()) for row in chances[i]]
+        pairs = list(zip(shares[i], order, strict=True))
         torch.testing.assert_close(found[i], torch.stack(mixtures(q[i], n[i], pairs, True)))
     torch.testing.assert_close(found.norm(dim=2), torch.ones(5, 4, dtype=torch.float64))
     torch.testing.assert_close(found[:, :3], mix_hard_negatives(q, n, shares, chances))
@@ -439,6 +447,41 @@ def test_a_last_batch_with_nothing_to_mix_is_plain():
     loader = DataLoader(TensorDataset(*make_tensors(9)), 4)
     fit(InBatch(), HardNegativeMixing("net", 0.1), seen, loader=loader, max_epochs=1)
     assert [tuple(columns.shape) for columns in seen.inputs] == [(4, 5), (4, 5), (1, 1)]
+
+
+@pytest.mark.parametrize("mixing_first", [False, True])
+def test_mixtures_and_classes_left_out_go_by_the_order_of_the_callbacks(mixing_first):
+    class Keeps(InBatch):
+        def contrast(self, logits, y):
+            self.logits = logits.detach()
+            return super().contrast(logits, y)
+
+    module, seen = Keeps(), Seen()
+    mixing, dropout = HardNegativeMixing("net", 0.1, pool=5, list_mix=True), ClassDropout(0.6)
+    techniques = [mixing, dropout] if mixing_first else [dropout, mixing]
+    fit(
+        module,
+        *techniques,
+        seen,
+        loader=DataLoader(TensorDataset(*make_tensors(8)), 8),
+        max_steps=1,
+        log_every_n_steps=1,
+    )
+    step = SimpleNamespace(batches_so_far=1, stream="")
+    width = 10 if mixing_first else 8
+    kept = torch.randperm(width, generator=dropout.generator(step))[: int(0.6 * width)].tolist()
+    start = Keeps()
+    q, d = (F.normalize(start.net(x)) for x in (make_tensors(8)[0], make_tensors(8)[0] + 0.1))
+    pairs = drawn(mixing.generator(step, same_on_ranks=True), 8, 1, 5)
+    for i, found in enumerate(seen.inputs[0].tolist()):
+        near = sorted((j for j in range(8) if j != i), key=lambda j, i=i: -(q[i] @ d[j]).item())
+        if not mixing_first:
+            near = [j for j in near if j in kept]
+        mixed = mixtures(q[i], d[near[:5]], pairs[i], list_mix=True)
+        wanted = [(q[i] @ each / 0.1).item() for each in (*d, *mixed)]
+        for j, value in enumerate(wanted):
+            there = j == i or j in kept or (j >= 8 and not mixing_first)
+            assert found[j] == (pytest.approx(value, abs=1e-4) if there else -math.inf)
 
 
 class InBatch(Classifier):

@@ -22,6 +22,7 @@ __all__ = [
     "average_",
     "broadcast_",
     "rank",
+    "rows_of_other_ranks",
     "world_size",
 ]
 
@@ -108,6 +109,29 @@ def all_gather_rows(
     padded = torch.cat([marked, marked.new_zeros(capacity - len(rows), marked.shape[1])])
     gathered: Tensor = _GatherRows.apply(padded, group)  # type: ignore[no-untyped-call]  # torch's
     return gathered[:, :-1], gathered[:, -1].detach() > 0, rank(group) * capacity
+
+
+def rows_of_other_ranks(
+    rows: Tensor, group: "ProcessGroup | None" = None, capacity: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The same of all ranks but this one.
+
+    Args:
+        rows: As above.
+        group: As above.
+        capacity: As above.
+
+    Returns:
+        The rows ``((W - 1) * capacity, D)``, 0 where a rank has none; and bool: which are there.
+
+    Raises:
+        ValueError: As above.
+
+    """
+    found, there, first = all_gather_rows(rows, group, capacity)
+    size = len(found) // world_size(group)
+    others, there = (torch.cat([each[:first], each[first + size :]]) for each in (found, there))
+    return others, there
 
 
 class _GatherRows(torch.autograd.Function):

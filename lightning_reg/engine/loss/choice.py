@@ -8,7 +8,7 @@ from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.host.owner import Owner
 from lightning_reg.engine.host.user_functions import place_of_code
 
-__all__ = ["Selection", "loss_in_checkpoint", "no_loss_seen"]
+__all__ = ["Selection", "constant_loss", "loss_in_checkpoint", "no_loss_seen"]
 
 _MIXIN_EXAMPLE = """
     class MyModel(LossMixin, {base}):    # from lightning_reg import LossMixin
@@ -162,6 +162,25 @@ def no_loss_seen(techniques: Sequence[Owner], module: Any, *, by_mixin: bool) ->
     place, installed = place_of_code(module.training_step)
     library = type(module).__name__ if installed else ""
     return Selection(techniques).nothing_seen(by_mixin=by_mixin, place=place, library=library)
+
+
+def constant_loss(techniques: Sequence[Owner], module: Any) -> MisconfigurationException:
+    """The error for a step whose loss has no gradient.
+
+    Args:
+        techniques: Those that work on it.
+        module: The user's module.
+
+    Returns:
+        The error.
+
+    """
+    names, (place, _) = ", ".join(type(t).__name__ for t in techniques), place_of_code(module.training_step)
+    return MisconfigurationException(
+        f"{names}: the loss that `training_step`{f' at {place}' if place else ''} returned has no gradient, so it would"
+        " train nothing: what it is made of ran under `torch.no_grad` or `torch.inference_mode`, as `encode` of"
+        ' sentence-transformers does. Call the model itself, as in `model(features)["sentence_embedding"]`.'
+    )
 
 
 def loss_in_checkpoint(techniques: Sequence[Owner], function: str, site: str) -> MisconfigurationException:

@@ -16,7 +16,7 @@ from lightning_reg.engine.host.errors import MisconfigurationException, in_the_n
 from lightning_reg.engine.loss.call import LossCall
 from lightning_reg.engine.loss.call_by_hand import call_by_hand
 from lightning_reg.engine.loss.call_mixed import mixed_call
-from lightning_reg.engine.loss.choice import Selection, loss_in_checkpoint, no_loss_seen
+from lightning_reg.engine.loss.choice import Selection, constant_loss, loss_in_checkpoint, no_loss_seen
 from lightning_reg.engine.loss.elements import bind, has_gradient
 from lightning_reg.engine.loss.evaluation import FunctionEvaluation
 from lightning_reg.engine.loss.result import check_contributes, check_part, loss_of, swapped, with_loss
@@ -250,9 +250,12 @@ class LossPath:
             techniques, rehearsed = ([t for t in some if needs_call(t)] for some in (techniques, rehearsed))
             if not techniques and not rehearsed:
                 return
+        everyone, joined = [*techniques, *rehearsed], None if total is None else loss_of(step.output)
+        if everyone and joined is not None and not (sightings.any_call or joined.requires_grad):
+            raise constant_loss(everyone, step.module)
         if sightings.interception.missed(step.trainer.global_step):
             step.made_loss = False  # as far as anybody can say: the mode looks at the next one
-        elif not sightings.any_call and (everyone := [*techniques, *rehearsed]):
+        elif not sightings.any_call and everyone:
             raise no_loss_seen(everyone, step.module, by_mixin=sightings.by_mixin)
         elif techniques and not sightings.said_none:
             sightings.said_none = True

@@ -85,8 +85,9 @@ class ChunkedCalls(Part):
         if self._unseen == {*self._names}:
             raise MisconfigurationException(
                 f"GradCache: {', '.join(map(repr, self._names))} was not called with gradient in the first step, so"
-                " nothing is in chunks. Name the layer or method that `training_step` calls; a network that"
-                " ran under `torch.compile` before runs as it did then: call `torch.compiler.reset()` first."
+                " nothing is in chunks. Name the layer or method that `training_step` calls; `encode` of"
+                " sentence-transformers runs without gradient: call the model itself; a network that ran under"
+                " `torch.compile` before runs as it did then: call `torch.compiler.reset()` first."
             )
 
     @override

@@ -40,7 +40,8 @@ class GradCache(Technique):
     batch does not fit. Leave it where it fits: a step costs one more forward pass, and small chunks fill a device
     badly. For a small BERT on a CPU (``benchmarks/grad_cache.py``) it took 1.5 times as long in 2 chunks, and
     twice as long in 8; it was not measured on a GPU. Where the number of layers is the trouble, not that of rows,
-    checkpoint the layers; both together work.
+    checkpoint the layers; both together work. Compile the encoder by itself (``encoder = torch.compile(encoder)``): in
+    place, or with the whole module, it has the same values and runs uncompiled in chunks.
 
     Source:
         Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", RepL4NLP 2021, arXiv

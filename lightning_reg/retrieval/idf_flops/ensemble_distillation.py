@@ -10,12 +10,11 @@ from typing_extensions import override
 from lightning_reg.engine.data.entries import find_entry
 from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.layers.named import is_frozen
 from lightning_reg.engine.networks.foreign import ForeignNetwork
 from lightning_reg.engine.networks.references import PLACES, ReferenceTechnique
 from lightning_reg.engine.run.phases import Member
 from lightning_reg.engine.technique import StepTechnique
-from lightning_reg.retrieval._embeddings import tensor_in
+from lightning_reg.retrieval._embeddings import check_trained, tensor_in
 from lightning_reg.retrieval.idf_flops.core import ensemble_scores, score_distillation_loss
 
 if TYPE_CHECKING:
@@ -172,8 +171,7 @@ class EnsembleDistillation(ReferenceTechnique, StepTechnique):
         student, positives = self._student(step, shape)
         if student.shape != shape:
             self._refuse("the student", student, f"scores {tuple(shape)} of the teachers' candidates")
-        if not (student.requires_grad or all(is_frozen(step.module, layer) for layer in self.feature_layers)):
-            self._refuse("the student", student, "scores with a gradient")
+        check_trained(step, self.feature_layers, [student], "EnsembleDistillation")
         target = ensemble_scores([scores.to(student.device) for scores in teachers], self.scale)
         return self.weight * score_distillation_loss(student, target, self.kind, self.temperature, positives)
 

@@ -12,9 +12,8 @@ from lightning_reg.engine.host import distributed
 from lightning_reg.engine.host import lightning as host
 from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
-from lightning_reg.engine.layers.named import is_frozen
 from lightning_reg.engine.technique import StepTechnique
-from lightning_reg.retrieval._embeddings import tensor_in
+from lightning_reg.retrieval._embeddings import check_trained, tensor_in
 from lightning_reg.retrieval.idf_flops.core import flops_penalty, quadratic_ramp, splade_vectors
 
 if TYPE_CHECKING:
@@ -162,8 +161,8 @@ class IDFFlops(StepTechnique):
         chosen = own if self.position is None else own[self.position : self.position + 1]
         rank = 3 if self.pooling == "splade" else 2
         fine = [f for f in chosen if isinstance(f, Tensor) and f.dim() == rank]
-        if not any(f.requires_grad for f in fine) and not is_frozen(step.module, self.layer):
-            self._refuse(own, rank)
+        if fine:
+            check_trained(step, [self.layer], fine, "IDFFlops")
         columns = {f.shape[-1] for f in fine} | ({len(self._idf)} if self._idf is not None else set())
         if not fine or len(fine) < len(chosen) or len(columns) > 1:
             self._refuse(own, rank)

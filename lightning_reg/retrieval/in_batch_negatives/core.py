@@ -42,9 +42,7 @@ def scores_of_other_ranks(
         ``(B, (W - 1) * capacity)``, in the order of the ranks; -inf where a rank has fewer.
 
     """
-    found, there, first = distributed.all_gather_rows(columns, group, capacity)
-    size = len(found) // distributed.world_size(group)
-    others, there = (torch.cat([each[:first], each[first + size :]]) for each in (found, there))
+    others, there = distributed.rows_of_other_ranks(columns, group, capacity)
     return (rows @ others.T).masked_fill(~there, -torch.inf)
 
 

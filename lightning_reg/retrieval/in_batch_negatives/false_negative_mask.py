@@ -14,6 +14,7 @@ from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.run.phases import Member, phases_of
 from lightning_reg.engine.technique import LossTechnique
+from lightning_reg.retrieval._gathered import other_ranks
 from lightning_reg.retrieval._guide import check_count, keys_of, names_of, unit_rows_of_batch
 from lightning_reg.retrieval.in_batch_negatives.core import (
     same_document_mask,
@@ -21,7 +22,6 @@ from lightning_reg.retrieval.in_batch_negatives.core import (
     text_hashes,
     token_hashes,
 )
-from lightning_reg.retrieval.in_batch_negatives.gathered_negatives import GatheredNegatives
 
 if TYPE_CHECKING:
     from lightning_reg.engine.loss.call import LossCall
@@ -173,13 +173,8 @@ class FalseNegativeMask(LossTechnique):
 
     def _gathered(self, call: "LossCall", width: int) -> int:
         """How many columns of other ranks are behind the given ones."""
-        gathering = [
-            owner for owner in call.step.active if isinstance(owner, GatheredNegatives) and owner.loss == self.loss
-        ]
-        several = host.data_parallel_group(call.step.trainer) is not None
-        first, count = width, 0
-        for owner in gathering if several else ():
-            first, count = call.step.notes.get(owner, (-1, 0))
+        others = other_ranks(call, self)
+        first, count = (width, 0) if others is None else (others.first, others.scores.shape[1])
         if (first, first + count) != (width, call.loss_input.shape[1]):
             raise MisconfigurationException(
                 f"FalseNegativeMask knows the {width} columns of {call} and those that GatheredNegatives adds, and"

@@ -14,7 +14,8 @@ from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.run.phases import Member, phases_of
 from lightning_reg.engine.technique import LossTechnique
 from lightning_reg.retrieval._embeddings import Direction, rows_and_columns
-from lightning_reg.retrieval.in_batch_negatives.core import fitted_scale, scores_of_other_ranks
+from lightning_reg.retrieval._gathered import GathersColumns, OtherRanks
+from lightning_reg.retrieval.in_batch_negatives.core import fitted_scale
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["GatheredNegatives"]
 
 
-class GatheredNegatives(LossTechnique):
+class GatheredNegatives(GathersColumns, LossTechnique):
     r"""The documents of all ranks are candidates of each rank's queries, in a contrastive loss under DDP.
 
     A query's documents and hard negatives on W ranks become columns behind those that your code has scored, with
@@ -44,7 +45,7 @@ class GatheredNegatives(LossTechnique):
     Use it where ``F.cross_entropy`` gets similarities ``(B, candidates)`` and the batch of one device has too few
     negatives; accumulation of gradients adds none. Leave it where your code gathers already. ``FocalContrastive`` sees
     the probabilities among all candidates, ``FalseNegativeMask`` masks those of other ranks too if it stands behind,
-    ``HardNegativeMixing`` takes what it mixes from the own rank.
+    and ``HardNegativeMixing`` mixes them.
 
     Source:
         van den Oord et al., "Representation Learning with Contrastive Predictive Coding", 2018, arXiv 1807.03748
@@ -153,14 +154,18 @@ class GatheredNegatives(LossTechnique):
             rows, columns = (self._wide(each) for each in given)
             factor = self._factor(call, rows, columns, {each.dtype for each in given} if looks else None)
             self._is_checked = True
-            capacity = None if group is None else self._capacity(call, len(columns), group)
-            added = None if group is None else factor * scores_of_other_ranks(rows, columns, group, capacity)
+            others = added = None
+            if group is not None:
+                capacity = self._capacity(call, len(columns), group)
+                others, there = distributed.rows_of_other_ranks(columns, group, capacity)
+                # Masked last: a learned factor has no gradient from what is not there.
+                added = (factor * (rows @ others.T)).masked_fill(~there, -torch.inf)
         if step.is_logging:
-            others = 0 if added is None else (added > -torch.inf).sum(1).amax()
-            step.log(self, "candidates", torch.tensor(float(len(columns)), device=rows.device) + others)
-        if added is None:
+            more = 0 if added is None else (added > -torch.inf).sum(1).amax()
+            step.log(self, "candidates", torch.tensor(float(len(columns)), device=rows.device) + more)
+        if others is None or added is None:
             return None
-        step.notes[self] = call.loss_input.shape[1], added.shape[1]  # where the columns of the other ranks are
+        step.notes[self] = OtherRanks(call.loss_input.shape[1], others, added)
         wide = torch.promote_types(call.loss_input.dtype, added.dtype)
         return torch.cat([call.loss_input.to(wide), added.to(wide)], dim=1)
 

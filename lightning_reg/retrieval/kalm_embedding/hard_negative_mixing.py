@@ -13,7 +13,8 @@ from lightning_reg.engine.host.arguments import check_bool, check_choice, check_
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.run.phases import Member, phases_of
 from lightning_reg.engine.technique import LossTechnique
-from lightning_reg.retrieval._embeddings import check_cosines, embeddings_of
+from lightning_reg.retrieval._embeddings import check_cosines, embeddings_over_ranks
+from lightning_reg.retrieval._gathered import OtherRanks, other_ranks
 from lightning_reg.retrieval.kalm_embedding.core import (
     draw_mixtures,
     hardest_negatives,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lightning.pytorch import LightningModule, Trainer
+    from torch.distributed import ProcessGroup
 
     from lightning_reg.engine.loss.call import LossCall
     from lightning_reg.engine.step import Step
@@ -48,10 +50,11 @@ class HardNegativeMixing(LossTechnique):
     Use it where the loss is ``F.cross_entropy`` of cosines over a temperature, ``(B, candidates)``, and queries have
     hard negatives. The embeddings are outputs of layers, before or after they are brought to length 1; in the first
     step and in logged ones they must give your logits. Leave it where documents stand twice in a batch, or negatives
-    answer the query: mixtures make more of both, unless ``FalseNegativeMask`` stands before it. Documents that your
-    code has gathered from other ranks are refused; beside ``GatheredNegatives`` those of the own rank are mixed. On
-    search over docstrings with a small encoder (``benchmarks/effects/kalm_embedding.py``) three seeds showed no effect:
-    compare.
+    answer the query: mixtures make more of both, unless ``FalseNegativeMask`` stands before it. Behind
+    ``GatheredNegatives`` the documents of other ranks are mixed, too, and so are those that your code has gathered with
+    gradient, rank after rank and as many from each (for one collective more): W ranks of batch B train as one of batch
+    W B. On search over docstrings with a small encoder (``benchmarks/effects/kalm_embedding.py``) three seeds showed no
+    effect: compare.
 
     Source:
         Zhao et al., "KaLM-Embedding-V2: Superior Training Techniques and Data Inspire A Versatile Embedding Model",
@@ -173,22 +176,26 @@ class HardNegativeMixing(LossTechnique):
     @override
     def change_input(self, call: "LossCall") -> Tensor | None:
         logits, labels = call.logits, call.labels
-        rows, columns = logits.shape
-        given = embeddings_of(call, self.layer, self.query_layer)
-        own = self._own(call, rows, columns)
+        group, others = host.data_parallel_group(call.step.trainer), self._others(call)
+        *given, mine = embeddings_over_ranks(call, self.layer, self.query_layer, group)
+        own = self._own(call, mine)
         with torch.autocast(logits.device.type, enabled=False):
             queries, documents = (F.normalize(each.float(), dim=1) for each in given)
+            similarities, counted = logits.float() * self.temperature, call.loss_input[:, : logits.shape[1]]
             if not self._is_checked or call.step.is_logging:
                 check_cosines(call, queries, documents, self.temperature, {each.dtype for each in (logits, *given)})
-                self._check(call, columns)
+                self._check(call, mine, others)
                 self._is_checked = True
-            pool = min(self.pool, (columns if own is None else columns // rows) - 1)
+            if others is not None:
+                documents = torch.cat([documents, F.normalize(others.rows.float(), dim=1)])
+                similarities = torch.cat([similarities, others.scores.float() * self.temperature], dim=1)
+                counted = torch.cat([counted, call.loss_input[:, others.columns]], dim=1)
+            pool = min(self.pool, (len(documents) if own is None else (mine.stop - mine.start) // len(logits)) - 1)
             if pool < 2:
                 return None  # the short batch at an epoch's end
-            counted = call.loss_input[:, :columns] > -torch.inf  # not masked by a technique before
-            similarities = (logits.float() * self.temperature).masked_fill(~counted, -torch.inf)
+            similarities = similarities.masked_fill(counted == -torch.inf, -torch.inf)  # by a technique before
             near, there = hardest_negatives(similarities, labels, pool, own)
-            shares, chances = self._draws(call.step, rows, pool, logits.device)
+            shares, chances = self._draws(call.step, len(logits), pool, group, logits.device)
             mixed = mix_hard_negatives(queries, documents[near], shares, chances, self.list_mix, there)
             cosines = ((mixed.detach() if self.detach else mixed) @ queries[:, :, None])[..., 0]
             enough = there.sum(1, keepdim=True) >= 2
@@ -197,32 +204,40 @@ class HardNegativeMixing(LossTechnique):
             call.step.log(self, "cosine", (cosines * enough).sum() / (enough.sum() * cosines.shape[1]).clamp(min=1))
         return torch.cat([call.loss_input, added.to(call.loss_input.dtype)], dim=1)
 
-    def _draws(self, step: "Step", rows: int, pool: int, device: torch.device) -> "Sequence[Tensor]":
-        group = host.data_parallel_group(step.trainer)
-        ranks, rank = (1, 0) if group is None else (distributed.world_size(group), distributed.rank(group))
-        generator = self.generator(step, same_on_ranks=True)
-        drawn = draw_mixtures(rows * ranks, self.num_pairs, pool, self.beta, generator)  # the ranks' rows in turns
-        return [draws[rank::ranks].to(device, non_blocking=True) for draws in drawn]
+    def _others(self, call: "LossCall") -> OtherRanks | None:
+        """Candidates of other ranks that are mixed as well; a query's own negatives are on its rank."""
+        return other_ranks(call, self) if self.negatives == "any" else None
 
-    def _own(self, call: "LossCall", rows: int, columns: int) -> Tensor | None:
+    def _own(self, call: "LossCall", mine: slice) -> Tensor | None:
         if self.negatives == "any":
             return None
-        if columns % rows or columns // rows < 3:
+        (rows, columns), count = call.logits.shape, mine.stop - mine.start
+        if count % rows or count // rows < 3:
             raise MisconfigurationException(
                 f'HardNegativeMixing(negatives="{self.negatives}") needs a document and two negatives or more of each'
-                f' query among the columns, and {call} has {columns} for {rows} queries. Write `negatives="any"` to mix'
+                f' query among the columns, and {call} has {count} for {rows} queries. Write `negatives="any"` to mix'
                 " the hardest of all columns."
             )
-        return own_negatives(rows, columns, self.negatives, call.input.device)
+        own = own_negatives(rows, count, self.negatives, call.input.device)
+        return F.pad(own, (mine.start, columns - mine.stop))
 
-    def _check(self, call: "LossCall", columns: int) -> None:
+    def _check(self, call: "LossCall", mine: slice, others: OtherRanks | None) -> None:
         """Refuses a layout that the targets contradict; a host sync."""
-        if not self._is_checked and columns < 3:
+        rows, columns = call.logits.shape
+        if not self._is_checked and columns < 3 and others is None:
             raise MisconfigurationException(f"{call} has {columns} candidates: there are no two negatives to mix.")
-        rows = len(call.labels)
-        width = columns // rows if self.negatives == "interleaved" else 1
-        if self.negatives != "any" and (call.labels != width * torch.arange(rows, device=call.labels.device)).any():
+        width = (mine.stop - mine.start) // rows if self.negatives == "interleaved" else 1
+        documents = mine.start + width * torch.arange(rows, device=call.labels.device)
+        if self.negatives != "any" and (call.labels != documents).any():
             raise MisconfigurationException(
                 f'HardNegativeMixing(negatives="{self.negatives}"): the targets of {call} are other columns than those'
                 " of the documents in this order."
             )
+
+    def _draws(
+        self, step: "Step", rows: int, pool: int, group: "ProcessGroup | None", device: torch.device
+    ) -> "Sequence[Tensor]":
+        ranks, rank = (1, 0) if group is None else (distributed.world_size(group), distributed.rank(group))
+        generator = self.generator(step, same_on_ranks=True)
+        drawn = draw_mixtures(rows * ranks, self.num_pairs, pool, self.beta, generator)  # the ranks' rows in turns
+        return [draws[rank::ranks].to(device, non_blocking=True) for draws in drawn]
