@@ -63,7 +63,9 @@ def frozen(judges: Sequence[Judge]) -> Iterator[None]:
         yield
 
 
-def check_search(name: str, judges: Sequence[Judge], counts: dict[str, int], positive: dict[str, float]) -> None:
+def check_search(
+    name: str, judges: Sequence[Judge], counts: dict[str, int], positive: dict[str, float], threshold: float = 0.5
+) -> None:
     """Refuses arguments outside their ranges.
 
     Args:
@@ -71,6 +73,7 @@ def check_search(name: str, judges: Sequence[Judge], counts: dict[str, int], pos
         judges: At least one.
         counts: Numbers that are at least 1, by name.
         positive: Numbers above 0.
+        threshold: Of a probability, in [0, 1].
 
     Raises:
         ValueError: If one is outside.
@@ -84,3 +87,5 @@ def check_search(name: str, judges: Sequence[Judge], counts: dict[str, int], pos
     for argument, value in positive.items():
         if not value > 0:
             raise ValueError(f"{name}: `{argument}` must be above 0, got {value!r}.")
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"{name}: `threshold` must be in [0, 1], got {threshold!r}.")

@@ -165,7 +165,7 @@ def failure_report(
         ValueError: If an argument is outside its range.
 
     """
-    check_search("failure_report", judges, {"sampler_steps": sampler_steps}, {})
+    check_search("failure_report", judges, {"sampler_steps": sampler_steps}, {}, threshold)
     module.eval()
     count, sampler = len(start), JudgedSampler(module, judges, null, scale, sampler_steps)
     named = [f"class {label}" for label in labels.expand(count).tolist()] if prompts is None else list(prompts)

@@ -112,12 +112,11 @@ def latent_search(
         ValueError: If an argument is outside its range.
 
     """
-    check_search("latent_search", judges, {"sampler_steps": sampler_steps, "iterations": iterations}, {"step": step})
+    counts = {"sampler_steps": sampler_steps, "iterations": iterations}
+    check_search("latent_search", judges, counts, {"step": step}, threshold)
     if not residual >= 0 or (residual == 0 and not sampler_gradient):
         least = "at least 0" if sampler_gradient else "above 0 where `sampler_gradient` is False"
         raise ValueError(f"latent_search: `residual` must be {least}, got {residual!r}.")
-    if not 0 <= threshold <= 1:
-        raise ValueError(f"latent_search: `threshold` must be in [0, 1], got {threshold!r}.")
     module.eval()
     sampler = JudgedSampler(module, judges, null, scale, sampler_steps)
     count = len(noise)
@@ -175,7 +174,7 @@ def random_failures(
         null: What stands for no condition.
         scale: Of the guidance.
         sampler_steps: At least 1.
-        threshold: Of q.
+        threshold: Of q, in [0, 1].
 
     Returns:
         bool ``(B,)``.
@@ -184,7 +183,7 @@ def random_failures(
         ValueError: If an argument is outside its range.
 
     """
-    check_search("random_failures", judges, {"sampler_steps": sampler_steps}, {})
+    check_search("random_failures", judges, {"sampler_steps": sampler_steps}, {}, threshold)
     module.eval()
     sampler = JudgedSampler(module, judges, null, scale, sampler_steps)
     with torch.no_grad(), frozen(judges):
@@ -226,7 +225,7 @@ def region_size(
         null: What stands for no condition.
         scale: Of the guidance.
         sampler_steps: At least 1.
-        threshold: Of q.
+        threshold: Of q, in [0, 1].
         seed: Of the directions.
 
     Returns:
@@ -237,7 +236,7 @@ def region_size(
 
     """
     counts = {"sampler_steps": sampler_steps, "draws": draws}
-    check_search("region_size", judges, counts, {"radii": min(radii, default=0.0)})
+    check_search("region_size", judges, counts, {"radii": min(radii, default=0.0)}, threshold)
     count, generator = len(noise), torch.Generator().manual_seed(seed)
     directions = torch.randn(draws, *noise.shape[1:], generator=generator).to(noise.device)
     many, wanted = repeated(spread(condition, count), draws), labels.expand(count).repeat_interleave(draws)
@@ -282,7 +281,7 @@ def conditions_failed(
         null: What stands for no condition.
         scale: Of the guidance.
         sampler_steps: At least 1.
-        threshold: Of q.
+        threshold: Of q, in [0, 1].
 
     Returns:
         Shares ``(B,)``.
@@ -291,7 +290,7 @@ def conditions_failed(
         ValueError: If an argument is outside its range.
 
     """
-    check_search("conditions_failed", judges, {"sampler_steps": sampler_steps}, {})
+    check_search("conditions_failed", judges, {"sampler_steps": sampler_steps}, {}, threshold)
     count = len(labels)
     many = rows_of(spread(conditions, count), torch.arange(count, device=noise.device).repeat(len(noise)))
     failed = random_failures(
