@@ -26,26 +26,25 @@ def lasso(heads: Tensor, target: Tensor, lam: float) -> Tensor:
     if not lam >= 0:
         raise ValueError(f"relevance_l1: `lam` must be a number in [0, inf), got {lam!r}.")
     gram, correlations = heads.T @ heads, heads.T @ target
-    top = float(correlations.abs().max())
-    if not torch.isfinite(gram).all() or top != top or top == float("inf"):
+    if not (torch.isfinite(gram).all() and torch.isfinite(correlations).all()):
         raise ValueError("relevance_l1: `heads` and `target` must be finite.")
-    nu = torch.zeros_like(correlations)
-    if lam >= top:
-        return nu
-    step = 1 / float(torch.linalg.eigvalsh(gram)[-1])
+    nu, top = torch.zeros_like(correlations), float(correlations.abs().max())
     present, goal = top, max(lam, _LEAST * top)
     while present > goal:  # from above, each begun with the last: few take part on the way
         present = max(present / 4, goal)
-        nu = _solved(gram, correlations, present, step, nu, top)
-    return _limit(gram, correlations, nu) if lam < goal else nu
+        nu = _solved(gram, correlations, present, nu, _TOL * top)
+    limit = _on_support(gram, correlations, nu) if lam < goal else nu
+    return limit if bool(((limit != 0) == (nu != 0)).all()) else nu
 
 
-def _solved(gram: Tensor, correlations: Tensor, lam: float, step: float, nu: Tensor, top: float) -> Tensor:
-    ahead, weight = nu, 1.0
+def _solved(gram: Tensor, correlations: Tensor, lam: float, nu: Tensor, tol: float) -> Tensor:
+    step, ahead, weight = 1 / float(torch.linalg.eigvalsh(gram)[-1]), nu, 1.0
     for count in range(_STEPS):
         if count % _BLOCK == 0:
             for candidate in (_on_support(gram, correlations - lam * nu.sign(), nu), nu):
-                if _violation(gram, correlations, lam, candidate) <= _TOL * top:
+                slopes, on = correlations - gram @ candidate, candidate != 0
+                missed = torch.where(on, (slopes - lam * candidate.sign()).abs(), slopes.abs() - lam)
+                if float(missed.max()) <= tol:
                     return candidate
         moved = ahead - step * (gram @ ahead - correlations)
         new = moved.sign() * (moved.abs() - step * lam).clamp(min=0)
@@ -57,20 +56,10 @@ def _solved(gram: Tensor, correlations: Tensor, lam: float, step: float, nu: Ten
     raise ValueError("relevance_l1: the Lasso has not converged. Raise `lam`, or scale the heads.")
 
 
-def _violation(gram: Tensor, correlations: Tensor, lam: float, nu: Tensor) -> float:
-    slopes = correlations - gram @ nu
-    return float(torch.where(nu != 0, (slopes - lam * nu.sign()).abs(), (slopes.abs() - lam).clamp(min=0)).max())
-
-
 def _on_support(gram: Tensor, wanted: Tensor, nu: Tensor) -> Tensor:
-    support = (nu != 0).nonzero().flatten()
-    exact = torch.zeros_like(nu)
-    if len(support):
-        part = gram[support[:, None], support]
-        exact[support] = torch.linalg.lstsq(part, wanted[support, None], driver="gelsd").solution[:, 0]
+    """Solves for those that take part; 0 where that turns a sign."""
+    part, exact = nu.nonzero().flatten(), torch.zeros_like(nu)
+    if len(part):
+        square, right = gram[part[:, None], part], wanted[part, None]
+        exact[part] = torch.linalg.lstsq(square, right, driver="gelsd").solution[:, 0]
     return torch.where(exact.sign() == nu.sign(), exact, 0.0)
-
-
-def _limit(gram: Tensor, correlations: Tensor, nu: Tensor) -> Tensor:
-    exact = _on_support(gram, correlations, nu)
-    return exact if bool(((exact != 0) == (nu != 0)).all()) else nu
