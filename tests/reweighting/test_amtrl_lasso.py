@@ -546,6 +546,31 @@ def test_a_budget_goes_on_where_it_was(at, prices, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
+def test_rounds_of_another_plan_are_not_paid_twice(tmp_path):
+    path = str(tmp_path / "stop.ckpt")
+    fit_multi(Multi(), SourceTasks(**MULTI, rounds=[0, 1], budget=90, floor=0.4), Stops(5, path), max_epochs=2)
+    rest = SourceTasks(**MULTI, rounds=[2, 5], budget=180, floor=0.4)
+    fit_multi(Multi(), rest, max_epochs=3, ckpt_path=path)
+    assert sum(row["samples"] for row in rest.report()) == 126  # 72 and half of 108
+
+
+def test_a_source_has_a_sample_before_the_first_round():
+    sources = SourceTasks(**MULTI, rounds=[5], budget=10, floor=0.0)
+    fit_multi(Multi(), sources, max_epochs=1)
+    assert [row["samples"] for row in sources.report()] == [1] * M
+
+
+def test_a_relevance_counts_until_the_first_round():
+    sources = SourceTasks(**MULTI, rounds=[1], relevance=[0.0, 1.0, 0.0, 0.0, 0.0, -3.0], floor=0.0)
+    recorder = IndexRecorder()
+    fit_multi(Multi(), sources, recorder, max_epochs=2)
+    first, then = (multi_tasks()[drawn].bincount(minlength=M) / len(drawn) for drawn in drawn_in(recorder, 2))
+    assert first.nonzero().flatten().tolist() == [1, 5]
+    assert float(first[5]) == pytest.approx(0.75, abs=0.1)  # 3.6 standard deviations of 240 draws
+    assert int(then.argmax()) == 2
+
+
 def test_a_known_relevance_buys_at_once():
     sources = SourceTasks(**KNOWN | {"tasks": f"{HERE}.toy_thirds"}, relevance=[3.0, -1.0, 0.0], budget=12, floor=0.25)
     recorder = IndexRecorder()

@@ -77,14 +77,13 @@ class SourceTasks(DrawTechnique, BatchTechnique):
         label_key: Entry of the batch with the labels: keys and positions, separated by dots (``"y"``, ``"1"``); numbers
             ``(B,)`` or ``(B, c)``, 0 and 1 for two classes. For rounds.
         num_classes: Classes, at least 2, if labels are classes that mean the same in all tasks. ``None``: numbers.
-        rounds: Epochs at whose start the relevance is found, ascending, at least 0. Paper: one round. Empty: no draws.
-            Neutral: empty.
-        relevance: In place of rounds, the relevance itself, M numbers, not all 0.
+        rounds: Epochs at whose start the relevance is found, at least 0. Paper: one round. Neutral: empty.
+        relevance: The relevance until the first round, M numbers; all 0: alike. ``None``: without rounds no draws.
         order: ``"l1"``: by :math:`|\hat\nu|` (the paper). ``"l2"``: by the squares of the solution of least squares
-            (the predecessor). ``"uniform"``: all alike, without rounds.
+            (the predecessor). ``"uniform"``: all alike, whatever the relevance.
         lam: :math:`\lambda`, at least 0; ``None``: by the residual.
-        floor: Share of the draws that goes to all sources alike, in [0, 1]; with a budget, the share that is bought
-            before the first round.
+        floor: Share of the draws that goes to all sources alike, in [0, 1]; with a budget, the share that is spent
+            before the first round, on at least one sample of each source.
         costs: Cost of a sample of each source, M numbers above 0. ``None``: each costs 1.
         budget: What the samples that the fit uses may cost together, at least one of each source; without costs their
             number. Each round buys for an equal part of what the floor leaves. ``None``: no limit.
@@ -98,7 +97,7 @@ class SourceTasks(DrawTechnique, BatchTechnique):
 
     Raises:
         ValueError: If an argument is outside its range, ``relevance`` or ``costs`` are not M numbers, or rounds have no
-            ``layer`` and ``label_key``.
+            ``layer`` or no ``label_key``.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -155,15 +154,11 @@ class SourceTasks(DrawTechnique, BatchTechnique):
             if getattr(self, name) is not None:
                 check_number(self, name, getattr(self, name), low=low, integer=integer)
         if self.budget is not None:
-            check_number(
-                self, "budget", self.budget, low=sum(self.costs or [1] * self.num_tasks), integer=self.costs is None
-            )
+            least = self.num_tasks if self.costs is None else sum(self.costs)
+            check_number(self, "budget", self.budget, low=least, integer=self.costs is None)
         for name in ("layer", "label_key"):
             if self.rounds and getattr(self, name) is None:
                 raise ValueError(f"SourceTasks: `{name}` must be given for rounds, got None.")
-
-    def _costs(self) -> Tensor:
-        return torch.tensor(self.costs or [1.0] * self.num_tasks, dtype=torch.float64)
 
     @property
     @override
@@ -268,12 +263,13 @@ class SourceTasks(DrawTechnique, BatchTechnique):
         """Raises the numbers of samples to what the rounds so far may cost."""
         if self.budget is None:
             return
-        left = 1 - len(self._done) / len(set(self.rounds)) if self.rounds else 0.0
-        of_each = float(self._costs().sum())
-        least = torch.tensor(max(int(self.floor * self.budget / of_each * (1 + 1e-13)), 1))
-        if self._counts is not None:
-            least = self._counts
-        total = max(self.budget * (1 - (1 - self.floor) * left), float((least * self._costs()).sum()))
+        costs, rounds = torch.tensor(self.costs or [1.0] * self.num_tasks, dtype=torch.float64), {*self.rounds}
+        left = len(rounds.difference(self._done)) / max(len(rounds), 1)
+        least = self._counts
+        if least is None:
+            of_each = int(self.floor * self.budget / float(costs.sum()) * (1 + 1e-13))
+            least = torch.full((self.num_tasks,), max(of_each, 1))
+        total = max(self.budget * (1 - (1 - self.floor) * left), float(costs @ least.double()))
         self._counts = allocate(self._probs(0.0), total, least, self._available(table), self.costs)
 
     def _first(self, table: Tensor, counts: Tensor) -> Tensor:
