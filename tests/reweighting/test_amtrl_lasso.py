@@ -213,9 +213,9 @@ def test_the_largest_lam_that_noise_explains():
     lam = residual_lam(heads, target, noise=0.3)
     residual = (heads @ relevance_l1(heads, target, lam) - target).square().sum()
     assert float(residual) == pytest.approx(0.3, rel=1e-6)
-    top = float((heads.T @ target).abs().max())
-    assert residual_lam(heads, target, noise=0.0) == pytest.approx(1e-4 * top)
-    assert residual_lam(heads, target, noise=math.inf) == pytest.approx(top)
+    few, top = heads[:, :3], float((heads[:, :3].T @ target).abs().max())
+    assert residual_lam(few, target, noise=0.0) == pytest.approx(1e-4 * top)
+    assert residual_lam(few, target, noise=math.inf) == pytest.approx(top)
     assert residual_lam(heads, torch.zeros(6), noise=1.0) == 0
 
 
@@ -239,9 +239,9 @@ def test_a_relevance_of_nothing_is_told(heads, target, lam, sentence):
 
 
 def test_the_risk_in_closed_form():
-    # sum nu_m^2 / p_m over 50 draws, against ||nu||_1^2, M ||nu||_2^2 by squares and alike, ||nu||_1^2 of the dense one
+    # sum nu_m^2 / p_m over 25 draws, against ||nu||_1^2, M ||nu||_2^2 by squares and alike, ||nu||_1^2 of the dense one
     risks = torch.zeros(4, dtype=torch.float64)
-    for seed in range(50):
+    for seed in range(25):
         heads, target = random(5, 60, seed=seed), random(5, seed=1000 + seed)
         heads, target = heads / heads.norm(dim=0), target / target.norm()
         sparse, dense = relevance_l1(heads, target), relevance_l2(heads, target)
@@ -249,8 +249,8 @@ def test_the_risk_in_closed_form():
         found = [(nu.square() / p)[p > 0].sum() for nu, p in zip([sparse, dense, dense, dense], probs, strict=True)]
         norms = [sparse.abs().sum().square(), *[60 * dense.square().sum()] * 2, dense.abs().sum().square()]
         torch.testing.assert_close(torch.stack(found), torch.stack(norms))
-        risks += torch.stack(found) / 50
-    # the averages of other draws; their standard error is up to 0.2
+        risks += torch.stack(found) / 25
+    # the averages of 50 other draws; a standard error is up to 0.3
     torch.testing.assert_close(risks, torch.tensor([1.50, 5.12, 5.12, 3.58]).double(), rtol=0.1, atol=0)
 
 
@@ -532,15 +532,14 @@ class Stops(IndexRecorder):
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
-@pytest.mark.parametrize(("at", "prices"), [(3, {"budget": 90}), (4, {"costs": COSTS, "budget": 120.5})])
-def test_a_budget_goes_on_where_it_was(at, prices, tmp_path):
+def test_a_budget_goes_on_where_it_was(tmp_path):
     def make():
-        return SourceTasks(**MULTI, **prices, rounds=[1, 2], floor=0.4)
+        return SourceTasks(**MULTI, rounds=[1, 2], costs=COSTS, budget=120.5, floor=0.4)
 
     path, whole, rest = str(tmp_path / "stop.ckpt"), make(), make()
     one, two = Multi(), Multi()
     one.net[1].p = two.net[1].p = 0.0  # a checkpoint has no global random state
-    fit_multi(one, whole, Stops(at, path), max_epochs=3)
+    fit_multi(one, whole, Stops(4, path), max_epochs=3)  # in the middle of the second epoch
     fit_multi(two, rest, max_epochs=3, ckpt_path=path)
     assert whole.report() == rest.report()
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
@@ -549,9 +548,9 @@ def test_a_budget_goes_on_where_it_was(at, prices, tmp_path):
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
 def test_rounds_of_another_plan_are_not_paid_twice(tmp_path):
     path = str(tmp_path / "stop.ckpt")
-    fit_multi(Multi(), SourceTasks(**MULTI, rounds=[0, 1], budget=90, floor=0.4), Stops(5, path), max_epochs=2)
-    rest = SourceTasks(**MULTI, rounds=[2, 5], budget=180, floor=0.4)
-    fit_multi(Multi(), rest, max_epochs=3, ckpt_path=path)
+    fit_multi(Multi(), SourceTasks(**MULTI, rounds=[0], budget=60, floor=0.4), Stops(4, path), max_epochs=1)
+    rest = SourceTasks(**MULTI, rounds=[1, 5], budget=180, floor=0.4)
+    fit_multi(Multi(), rest, max_epochs=2, ckpt_path=path)
     assert sum(row["samples"] for row in rest.report()) == 126  # 72 and half of 108
 
 
