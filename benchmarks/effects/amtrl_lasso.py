@@ -7,11 +7,12 @@ ones among them, everything is fitted anew, and so is the target's head. The err
 target's 40 coefficients, in thousandths. "Known": the relevance is that of the true heads. One seed has the same
 samples in all arms and columns.
 
-`error`: the target's head is random, of length 1. `squared length 1.56`: the same head, 1.25 long; the error grows with
-the square of that length. Earlier figures of this experiment are of a target whose length was not noted: 40.9 alike,
-and 0.54 and 0.46 of that by squares and by L1. 1.25 was chosen after looking, to have a column of their size. `40
-samples`: of the target, of length 1; noise alone gives its head an error of 5 / (40 - 6) = 147 thousandths then. `of
-the features with 40`: the part of the coefficients outside the fitted features, which is all that the draws can change.
+Columns: "error", with the target's head random and of length 1. "Squared length 1.56": the same head, 1.25 long; the
+error grows with the square of that length. Earlier figures of this experiment are of a target whose length was not
+noted: 40.9 alike, and 0.54 and 0.46 of that by squares and by L1; 1.25 was chosen after looking, to have a column of
+their size. "40 samples": of the target, of length 1; noise alone gives its head an error of 5 / (40 - 6) = 147
+thousandths then. "Of the features with 40": the part of the coefficients outside the fitted features, which is all that
+the draws can change.
 """
 
 import torch

@@ -1,12 +1,13 @@
 """The formulas of active multi-task representation learning, for any training loop."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lightning_reg.reweighting.amtrl_lasso._lasso import lasso
+from lightning_reg.reweighting.amtrl_lasso._lasso import lasso, lasso_path
 
 __all__ = [
     "allocate",
@@ -75,8 +76,8 @@ def relevance_l2(heads: Tensor, target: Tensor, *, scale: bool = False) -> Tenso
 def residual_lam(heads: Tensor, target: Tensor, noise: float, *, scale: bool = False) -> float:
     r"""The largest :math:`\lambda` whose residual :math:`\lVert W \nu - w_T \rVert_2^2` is not above the noise.
 
-    It is searched between :math:`10^{-4}` and 1 of the least value at which :math:`\nu = 0`, by bisection in 40 steps;
-    where even the least of them leaves more, it is that one.
+    It is at least :math:`10^{-4}` of the least value at which :math:`\nu = 0`, even where that leaves more, and at most
+    this value.
 
     Args:
         heads: W, ``(k, M)``.
@@ -97,12 +98,12 @@ def residual_lam(heads: Tensor, target: Tensor, noise: float, *, scale: bool = F
     """
     heads, target, _ = _scaled(heads, target, scale)
     top = float((heads.T @ target).abs().max())
-    low, high = -4.0, 0.0
-    for _ in range(40 if top else 0):
-        middle = (low + high) / 2
-        residual = heads @ lasso(heads, target, top * 10**middle) - target
-        low, high = (middle, high) if float(residual @ residual) <= noise else (low, middle)
-    return top * 10**low
+    for low, fixed, slope in lasso_path(heads, target, 1e-4 * top):
+        # of right angles: what no head on the support explains, and what lam leaves of the others
+        alone, shrunk = (float(v.square().sum()) for v in (target - heads @ fixed, heads @ slope))
+        if alone + low**2 * shrunk <= noise:
+            return min(math.sqrt((noise - alone) / shrunk), top)
+    return 1e-4 * top
 
 
 def sampling_probs(
