@@ -17,7 +17,7 @@ DEFAULTS = {
     "MultiSampleDropoutLayer": {"p": 0.5, "num_samples": 8},
     "adawac_update": {"eta": 2.0, "limit": None},
     "align_tokens": {"swap": True},
-    "allocate": {"n_min": 0, "available": None},
+    "allocate": {"n_min": 0, "available": None, "costs": None},
     "analogy_prompt": {"generate": None},
     "analytic_weights": {"generator": None},
     "ancestry": {"start": None, "names": None, "max_distance": 0.5, "min_cosine": 0.5, "warn": True, "exclude": None},

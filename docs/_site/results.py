@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 # Files that are not called `effects_<key of the unit>`, by the beginning of their names.
 _OF_UNIT = {
+    "amtrl_lasso": ("effects_amtrl_lasso_digits",),
     "elr": ("noisy_labels", "elr_stores"),
     "gtrs": ("effects_class_dropout", "effects_clamped_self_distillation"),
     "model_soups": ("soups",),

@@ -62,12 +62,16 @@ class Model(LightningModule):
     ) -> None:
         super().__init__()
         self.loss, self.lr, self.fail, self.batches = problem.loss, lr, fail, 0
-        self.checkpoint = checkpoint
+        self.checkpoint, self.samples = checkpoint, SIZE
         self.automatic_optimization = not manual
         self.gradients: list[dict[str, Tensor]] = []
         self.norms: list[Tensor] = []  # with those of what a technique trains of its own
         with seeded(0):
             self.net = problem.net()
+
+    def thirds(self) -> Tensor:
+        """One of three groups or tasks for each training sample."""
+        return torch.arange(self.samples) % 3
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -244,6 +248,7 @@ def new_run(
     The network runs under a ``checkpoint`` that is ``"reentrant"`` or not (``"saved"``), if there is one.
     """
     model = model or Model(problem, lr, manual=manual, fail=fail, checkpoint=checkpoint)
+    model.samples = size
     watch, logger = _Watch(folder, mid_epoch), _Recorder()
     if precision == "16-mixed":  # Lightning turns this into bf16 on the CPU, so its plugin is made here
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)

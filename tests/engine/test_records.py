@@ -165,9 +165,11 @@ class Own(BatchSampler):
     ],
     ids=["drop_last", "subset", "own", "limit", "own_limit", "worker"],
 )
-def test_each_sample_that_is_drawn_has_one_row_in_the_order_of_the_indices(how, limit, wanted):
+@pytest.mark.parametrize("among", [None, [9, 4, 2, 3, 77]], ids=["all", "some"])
+def test_each_sample_that_is_drawn_has_one_row_in_the_order_of_the_indices(how, limit, wanted, among):
     x, y = make_tensors()
-    technique = Records()
+    technique = Records(among=among)
+    wanted = [index for index in wanted if among is None or index in among]
     model = Classifier()
     loader = DataLoader(TensorDataset(x, y), **how)
     fit(model, technique, loader=loader, max_epochs=1, limit_train_batches=limit)
@@ -177,6 +179,20 @@ def test_each_sample_that_is_drawn_has_one_row_in_the_order_of_the_indices(how, 
     assert found.rows_of(torch.tensor(rows[::-1])).tolist() == list(range(len(rows)))[::-1]
     with pytest.raises(KeyError, match="no record of sample"):
         found.rows_of(torch.tensor([rows[0], 31 if 31 not in rows else 99]))
+
+
+def test_a_pass_over_some_samples_fetches_no_others():
+    fetched = []
+
+    class Noting(TensorDataset):
+        def __getitem__(self, index):
+            fetched.append(index)
+            return super().__getitem__(index)
+
+    technique = Records(among=[30, 2, 17])
+    fit(Classifier(), technique, loader=make_loader(Noting(*make_tensors()), batch_size=2), max_epochs=1)
+    assert technique.found[0].indices.tolist() == [2, 17, 30]
+    assert fetched[:7] == [2, 17, 2, 17, 2, 17, 30]  # the first batch twice before
 
 
 class Turning(SequentialSampler):

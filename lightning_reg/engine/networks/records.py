@@ -1,6 +1,6 @@
 """Records: what the network makes of each sample of the training or validation data, in one pass beside the fit."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -109,6 +109,7 @@ def record(
     *,
     augmented: bool = False,
     weights: Mapping[str, Tensor] | None = None,
+    among: Iterable[int] | None = None,
 ) -> Records:
     """Goes once over the training or validation data in eval mode, and keeps a row for each sample.
 
@@ -125,6 +126,7 @@ def record(
         augmented: Whether it is enough that a row stands for one draw of an augmented sample. Else the first batch is
             fetched twice and has to be the same, as has what the network makes of it.
         weights: Seen through these in place of the module's, as :meth:`Peer.see` takes them.
+        among: Indices of the samples that are asked for; the pass leaves out the others. ``None`` for all.
 
     Returns:
         The rows.
@@ -140,7 +142,7 @@ def record(
     peer.share_memory_with(module)
     recorder = _Recorder(owner, wanted, peer, weights)
     rows: dict[str, list[Tensor]] = {}
-    with steps_in_order(trainer, owner, stage, None if augmented else recorder.check_same) as steps:
+    with steps_in_order(trainer, owner, stage, None if augmented else recorder.check_same, among=among) as steps:
         for step, indices in steps:
             for name, value in {_INDICES: torch.tensor(indices), **recorder.rows(step, len(indices))}.items():
                 rows.setdefault(name, []).append(value.cpu())
@@ -158,6 +160,7 @@ def steps_in_order(
     *,
     one_by_one: bool = False,
     loader: Any = None,
+    among: Iterable[int] | None = None,
 ) -> Iterator[Iterator[tuple[Step, Sequence[int]]]]:
     """One pass over the training or validation data for a :class:`Peer`, of which the fit notices nothing.
 
@@ -172,6 +175,7 @@ def steps_in_order(
         dataset: Gives the samples in place of the loader's own, which it is behind; ``None`` for that.
         one_by_one: Whether each sample is a batch of its own.
         loader: A DataLoader with indices in place of the Trainer's, all of it; no progress is shown.
+        among: Indices of the samples that are asked for, the others being left out; ``None`` for all.
 
     Yields:
         Steps with their batches, and the indices of the samples.
@@ -183,7 +187,7 @@ def steps_in_order(
     given = None if loader is None else (loader, len(loader))
     mine, limit = given or attached_engine(trainer).loader_for(owner, stage)
     with ExitStack() as undo:
-        passes = ordered_batches(trainer, mine, limit, stage, dataset, one_by_one=one_by_one)
+        passes = ordered_batches(trainer, mine, limit, stage, dataset, one_by_one=one_by_one, among=among)
         drawn, twice, batches = undo.enter_context(passes)
         if check_same is not None and drawn:
             check_same(*_steps(trainer, stage, iter(twice()), [drawn[0]] * 2))

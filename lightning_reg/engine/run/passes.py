@@ -110,7 +110,14 @@ def _with(loader: Any, **changes: Any) -> Any:
 
 @contextmanager
 def ordered_batches(
-    trainer: "Trainer", loader: Any, limit: float, stage: "Stage", dataset: Any = None, *, one_by_one: bool = False
+    trainer: "Trainer",
+    loader: Any,
+    limit: float,
+    stage: "Stage",
+    dataset: Any = None,
+    *,
+    one_by_one: bool = False,
+    among: Iterable[int] | None = None,
 ) -> Iterator[tuple[list[list[int]], Callable[[], tuple[Any, Any]], Iterator[Any]]]:
     """A pass over the samples of one loader, each once and in the order of their indices, of which nobody notices.
 
@@ -124,13 +131,14 @@ def ordered_batches(
         stage: ``"train"`` or ``"validate"``: what the module's hooks for batches are told.
         dataset: Gives the samples in place of the loader's own, which it is behind; ``None`` for that.
         one_by_one: Whether each sample is a batch of its own.
+        among: Indices of the samples that are asked for, the others being left out; ``None`` for all.
 
     Yields:
         The indices of each batch; a function that fetches the first batch twice; the batches, on the module's device.
 
     """
     with _unnoticed(trainer, [loader]), host.stage_of_trainer(trainer, stage):
-        drawn = _index_batches(loader, limit)
+        drawn = _index_batches(loader, limit, None if among is None else set(among))
         if one_by_one:
             drawn = [[index] for indices in drawn for index in indices]
         here = loader if dataset is None else _with(loader, dataset=dataset)
@@ -146,13 +154,16 @@ def ordered_batches(
         yield drawn, twice, on_device(drawn)
 
 
-def _index_batches(loader: Any, limit: float) -> list[list[int]]:
+def _index_batches(loader: Any, limit: float, among: set[int] | None) -> list[list[int]]:
+    def asked(draw: Iterable[Any]) -> list[int]:
+        return [index for index in map(int, draw) if among is None or index in among]
+
     sampler = _fresh(loader).batch_sampler
     if type(sampler) is not BatchSampler:
-        return [[int(index) for index in draw] for draw in islice(sampler, _number(limit))]
+        return [kept for draw in islice(sampler, _number(limit)) if (kept := asked(draw)) or among is None]
     size = sampler.batch_size
     most = None if limit >= len(loader) else int(limit) * size
-    indices = sorted({int(index) for index in islice(sampler.sampler, most)})
+    indices = sorted(set(asked(islice(sampler.sampler, most))))
     return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 

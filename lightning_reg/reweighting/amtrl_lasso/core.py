@@ -1,12 +1,13 @@
 """The formulas of active multi-task representation learning, for any training loop."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lightning_reg.reweighting.amtrl_lasso._lasso import lasso
+from lightning_reg.reweighting.amtrl_lasso._lasso import lasso, lasso_path
 
 __all__ = [
     "allocate",
@@ -75,8 +76,8 @@ def relevance_l2(heads: Tensor, target: Tensor, *, scale: bool = False) -> Tenso
 def residual_lam(heads: Tensor, target: Tensor, noise: float, *, scale: bool = False) -> float:
     r"""The largest :math:`\lambda` whose residual :math:`\lVert W \nu - w_T \rVert_2^2` is not above the noise.
 
-    It is searched between :math:`10^{-4}` and 1 of the least value at which :math:`\nu = 0`, by bisection in 40 steps;
-    where even the least of them leaves more, it is that one.
+    It is at least :math:`10^{-4}` of the least value at which :math:`\nu = 0`, even where that leaves more, and at most
+    this value.
 
     Args:
         heads: W, ``(k, M)``.
@@ -97,12 +98,12 @@ def residual_lam(heads: Tensor, target: Tensor, noise: float, *, scale: bool = F
     """
     heads, target, _ = _scaled(heads, target, scale)
     top = float((heads.T @ target).abs().max())
-    low, high = -4.0, 0.0
-    for _ in range(40 if top else 0):
-        middle = (low + high) / 2
-        residual = heads @ lasso(heads, target, top * 10**middle) - target
-        low, high = (middle, high) if float(residual @ residual) <= noise else (low, middle)
-    return top * 10**low
+    for low, fixed, slope in lasso_path(heads, target, 1e-4 * top):
+        # of right angles: what no head on the support explains, and what lam leaves of the others
+        alone, shrunk = (float(v.square().sum()) for v in (target - heads @ fixed, heads @ slope))
+        if alone + low**2 * shrunk <= noise:
+            return min(math.sqrt((noise - alone) / shrunk), top)
+    return 1e-4 * top
 
 
 def sampling_probs(
@@ -139,51 +140,66 @@ def sampling_probs(
     return floor / len(nu) + (1 - floor) * each / each.sum()
 
 
-def allocate(weights: Tensor, budget: int, n_min: int | Tensor = 0, available: Tensor | None = None) -> Tensor:
-    r"""Shares a budget of samples among the sources, in whole numbers.
+def allocate(
+    weights: Tensor,
+    budget: float,
+    n_min: int | Tensor = 0,
+    available: Tensor | None = None,
+    costs: Sequence[float] | None = None,
+) -> Tensor:
+    r"""Shares a budget among the sources, in whole samples.
 
-    .. math:: n_m = \min(\max(t\, a_m,\; n_{\min}),\; N_m), \qquad \sum_m n_m = \text{budget}
+    .. math:: n_m = \min(\max(t\, a_m,\; n_{\min}),\; N_m), \qquad \sum_m c_m n_m = \text{budget}
 
-    with one t for all: what a source cannot take goes to the others in proportion, and when all that count have given
-    what they have, the rest is shared by the others alike. Fractions are rounded so that the sum is kept, the largest
-    up.
+    with one t for all, by which :math:`\sum_m \nu_m^2 / n_m` is least where :math:`a_m = |\nu_m| / \sqrt{c_m}`: what a
+    source cannot take goes to the others in proportion, and when all that count have given what they have, the rest is
+    shared by the others alike. Fractions are rounded down; what that leaves buys a further sample each, the largest
+    fraction first, and then further ones of the first that it pays for.
 
     Args:
-        weights: :math:`a_m`, such as :math:`|\nu_m|` or :func:`sampling_probs`, at least 0, ``(M,)``; all 0: alike.
-        budget: Samples in all.
+        weights: :math:`a_m`, such as :func:`sampling_probs`, at least 0, ``(M,)``; all 0: alike.
+        budget: What the samples may cost together; without costs their number.
         n_min: Least number of each, one for all or ``(M,)``; a source with fewer gives all that it has.
         available: :math:`N_m`, ``(M,)``; ``None``: no limit.
+        costs: :math:`c_m`, cost of a sample of each source, above 0; ``None``: 1.
 
     Returns:
-        :math:`n_m`, ``(M,)`` int64. Their sum is the budget, or all that is available if that is less.
+        :math:`n_m`, ``(M,)`` int64. They cost the budget, or as much of it as whole samples can, or are all that is
+        available.
 
     Raises:
-        ValueError: If the budget is below the sum of the least numbers.
+        ValueError: If the least numbers cost more than the budget.
 
     Example:
         >>> allocate(torch.tensor([6.0, 3.0, 1.0]), 20, n_min=3, available=torch.tensor([10, 100, 100]))
         tensor([10,  7,  3])
+        >>> allocate(torch.tensor([1.0, 1.0]) / torch.tensor([4.0, 1.0]).sqrt(), 60, costs=[4.0, 1.0])
+        tensor([10, 20])
 
     """
     weights = weights.double().abs().cpu()
-    most = torch.full_like(weights, float(budget)) if available is None else available.double().cpu()
+    cost = torch.ones_like(weights) if costs is None else torch.tensor(costs, dtype=torch.float64)
+    most = (budget / cost).ceil() if available is None else available.double().cpu()
     least = torch.minimum(torch.as_tensor(n_min).double().cpu().expand_as(weights), most)
-    if budget < float(least.sum()):
-        raise ValueError(f"allocate: `budget` must be at least {int(least.sum())}, the least of all, got {budget}.")
-    wanted = min(float(budget), float(most.sum()))
-    if float(torch.where(weights > 0, most, least).sum()) < wanted:
+    if budget < float(cost @ least) * (1 - 1e-12):
+        raise ValueError(f"allocate: `budget` must be at least {cost @ least:g}, the least of all, got {budget}.")
+    wanted = min(budget, float(cost @ most))
+    if float(cost @ torch.where(weights > 0, most, least)) < wanted:
         least, weights = torch.where(weights > 0, most, least), torch.ones_like(weights)
     weights, low, high = weights / weights.max(), 0.0, 1.0
-    while float((high * weights).clamp(least, most).sum()) < wanted and high < 1e300:
+    while float(cost @ (high * weights).clamp(least, most)) < wanted and high < 1e300:
         high *= 2
     for _ in range(200):
         middle = (low + high) / 2
-        enough = float((middle * weights).clamp(least, most).sum()) >= wanted
+        enough = float(cost @ (middle * weights).clamp(least, most)) >= wanted
         low, high = (low, middle) if enough else (middle, high)
     exact = (high * weights).clamp(least, most)
     whole = (exact + 1e-9).floor()
-    order = torch.where(whole < most, exact - whole, -1.0).argsort(descending=True, stable=True)
-    whole[order[: int(wanted - whole.sum())]] += 1
+    order = [m for m in (exact - whole).argsort(descending=True, stable=True).tolist() if weights[m] > 0]
+    for at_once in (1.0, torch.inf):
+        for m in order:
+            affordable = (budget * (1 + 1e-12) - float(cost @ whole)) // float(cost[m])
+            whole[m] += max(min(at_once, float(most[m] - whole[m]), affordable), 0.0)
     return whole.long()
 
 
@@ -206,12 +222,7 @@ def target_head(features: Tensor, targets: Tensor, ridge: float = 1e-3, *, bias:
         tensor([0.5000, 1.5000], dtype=torch.float64)
 
     """
-    features, targets = _centred(features, bias), _centred(targets, bias)
-    n, k = features.shape
-    regularized = features.T @ features / n + ridge * torch.eye(k, dtype=torch.float64, device=features.device)
-    wanted = (features.T @ targets / n).view(k, -1)
-    head: Tensor = (torch.linalg.pinv(regularized, hermitian=True) @ wanted).view(k, *targets.shape[1:])
-    return head
+    return _ridge(features, targets, ridge, bias)[0]
 
 
 def head_noise(features: Tensor, targets: Tensor, ridge: float = 1e-3, *, bias: bool = False) -> float:
@@ -230,16 +241,21 @@ def head_noise(features: Tensor, targets: Tensor, ridge: float = 1e-3, *, bias: 
         Infinite where those are all n: such a sample says nothing about its noise.
 
     """
-    head = target_head(features, targets, ridge, bias=bias)
-    features, targets = _centred(features, bias), _centred(targets, bias)
-    n = len(features)
-    eigenvalues = torch.linalg.svdvals(features).square() / n
-    left = n - bias - float((eigenvalues / (eigenvalues + ridge).clamp(min=1e-300)).sum())
+    return _ridge(features, targets, ridge, bias)[1]
+
+
+def _ridge(features: Tensor, targets: Tensor, ridge: float, bias: bool) -> tuple[Tensor, float]:
+    features, targets = (v - v.mean(0) if bias else v for v in (features.double(), targets.double()))
+    n, k = features.shape
+    values, vectors = torch.linalg.eigh(features.T @ features / n)
+    inverse = torch.where(values > 1e-12 * values[-1], 1 / (values + ridge), 0.0)
+    solved = vectors @ (inverse[:, None] * (vectors.T @ (features.T @ targets / n).view(k, -1)))
+    head = solved.view(k, *targets.shape[1:])
+    left = n - bias - float(values @ inverse)
     if left <= 1e-6 * n:
-        return float("inf")
+        return head, float("inf")
     variance = float((features @ head - targets).square().sum()) / left
-    inverse = torch.where(eigenvalues > 1e-12 * eigenvalues.max(), eigenvalues / (eigenvalues + ridge).square(), 0.0)
-    return variance * float(inverse.sum()) / n
+    return head, variance * float(values @ inverse.square()) / n
 
 
 def task_draws(tasks: Tensor, probs: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -262,10 +278,8 @@ def task_draws(tasks: Tensor, probs: Tensor, count: int, generator: torch.Genera
         tensor([1, 1, 1])
 
     """
-    tasks, probs = tasks.cpu(), probs.double().cpu()
-    order = tasks.argsort(stable=True)
-    order = order[(tasks[order] >= 0) & (tasks[order] < len(probs))]
-    sizes = tasks[order].bincount(minlength=len(probs))
+    probs = probs.double().cpu()
+    order, sizes = _by_task(tasks.cpu(), torch.arange(len(tasks)), len(probs))
     empty = ((sizes == 0) & (probs > 0)).nonzero().flatten().tolist()
     if empty:
         raise ValueError(f"task {empty[0]} has no sample to draw")
@@ -293,15 +307,17 @@ def first_of_tasks(tasks: Tensor, counts: Tensor, generator: torch.Generator) ->
         tensor([ True, False,  True, False])
 
     """
-    tasks, counts = tasks.cpu(), counts.cpu()
-    order = torch.randperm(len(tasks), generator=generator)
-    order = order[(tasks[order] >= 0) & (tasks[order] < len(counts))]
-    order = order[tasks[order].argsort(stable=True)]
-    sizes = tasks[order].bincount(minlength=len(counts))
-    place = torch.arange(len(order)) - (sizes.cumsum(0) - sizes)[tasks[order]]
+    order, sizes = _by_task(tasks.cpu(), torch.randperm(len(tasks), generator=generator), len(counts))
+    place = torch.arange(len(order)) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
     chosen = torch.zeros(len(tasks), dtype=torch.bool)
-    chosen[order[place < counts[tasks[order]]]] = True
+    chosen[order[place < counts.cpu().repeat_interleave(sizes)]] = True
     return chosen
+
+
+def _by_task(tasks: Tensor, order: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Positions of the samples of the tasks 0 to ``count`` - 1, task by task in the given order, and their numbers."""
+    order = order[(tasks[order] >= 0) & (tasks[order] < count)]
+    return order[tasks[order].argsort(stable=True)], tasks[order].bincount(minlength=count)
 
 
 def _scaled(heads: Tensor, target: Tensor, scale: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -313,8 +329,3 @@ def _scaled(heads: Tensor, target: Tensor, scale: bool) -> tuple[Tensor, Tensor,
     lengths = heads.norm(dim=0) if scale else torch.ones_like(heads[0])
     lengths = torch.where(lengths > 0, lengths, 1.0)
     return heads / lengths, target, lengths
-
-
-def _centred(values: Tensor, bias: bool) -> Tensor:
-    values = values.double()
-    return values - values.mean(0) if bias else values
