@@ -2,11 +2,11 @@
 
 Speeches of Tiny Shakespeare with at least 25 words (2,266; 800 are kept for the test). The first two thirds of a speech
 are the document; the query is 8 words drawn from the whole speech. Vocabulary: the 3,000 most frequent words. A
-document is encoded by one layer: with x its words (0 or 1), e the mean of their embeddings of 128 numbers, and f linear,
-log(1 + relu(x + f(e))). Queries are never encoded: a bag of words, with a weight of 1 or of the IDF from the trained
-documents. Cross-entropy over the documents of the batch, Adam 1e-3, batch 64, 250 steps, no ramp. MRR (in per cent)
-among the documents of the test, active entries of a document, and of the 50 most frequent words the share (in per
-cent) that is active in a document. The last row is not trained: the words that query and document share, with IDF.
+document is encoded by one layer: with x its words (0 or 1), e the mean of their embeddings of 128 numbers, and f
+linear, log(1 + relu(x + f(e))). Queries are never encoded: a bag of words, with a weight of 1 or of the IDF from the
+trained documents. Cross-entropy over the documents of the batch, Adam 1e-3, batch 64, 250 steps, no ramp. MRR (in per
+cent) among the documents of the test, active entries of a document, and of the 50 most frequent words the share (in
+per cent) that is active in a document. The last row is not trained: the words that query and document share, with IDF.
 """
 
 import re

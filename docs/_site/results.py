@@ -10,6 +10,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 # Files that are not called `effects_<key of the unit>`, by the beginning of their names.
 _OF_UNIT = {
     "elr": ("noisy_labels", "elr_stores"),
+    "idf_flops": ("effects_idf_flops_speeches",),
     "gtrs": ("effects_class_dropout", "effects_clamped_self_distillation"),
     "model_soups": ("soups",),
     "loss_reweighting": ("reweighting",),

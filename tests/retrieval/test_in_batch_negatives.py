@@ -510,6 +510,31 @@ def test_shares_are_logged():
     assert left.values == pytest.approx([54 / 8] * 3)
 
 
+@pytest.mark.parametrize("technique", [partial(FalseNegativeMask, ids="ids"), FocalContrastive])
+def test_fewer_candidates_in_a_short_last_batch_are_told_once(technique, recwarn):
+    told = f"{technique().__class__.__name__}: a batch of 4 rows gives each query 4 candidates, where others gave 10:"
+    loader = DataLoader(Rows(), 10)
+    fit(Known(), technique(), loader=loader, max_epochs=2)
+    assert [told in str(found.message) for found in recwarn].count(True) == 1
+    recwarn.clear()
+    fit(Known(), technique(), loader=DataLoader(Rows(), 10, drop_last=True), max_epochs=2)
+    fit(Known(), technique(), loader=DataLoader(Rows(range(4)), 10), max_epochs=2)
+    assert not [found for found in recwarn if "candidates" in str(found.message)]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_guide_is_compared_in_float32_in_mixed_precision_too(precision):
+    """Another document is nearer by a thousandth, which bfloat16 does not show."""
+    cosines = torch.tensor([[0.5, 0.501], [0.501, 0.5]])
+    guide = torch.cat([cosines, (1 - cosines.square().sum(1, keepdim=True)).sqrt()], 1)
+    x = make_tensors(2)[0]
+    rows = [{"x": x[n], "ids": n, "query": torch.eye(3)[n], "document": guide[n]} for n in range(2)]
+    masked = Reads("reg/false_negative_mask/masked")
+    technique = FalseNegativeMask(guide_queries="query", guide_documents="document")
+    fit(Known(), technique, masked, loader=DataLoader(rows, 2), precision=precision, max_epochs=1)
+    assert masked.values == [1.0]
+
+
 def masked_on_rank(_):
     rank = torch.distributed.get_rank()
     options = {"use_distributed_sampler": False, **TWO_RANKS}

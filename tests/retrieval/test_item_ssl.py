@@ -134,6 +134,14 @@ def test_the_loss_by_hand_and_of_orthogonal_views():
     assert item_ssl_loss(rows, rows, 0.1).item() == pytest.approx(math.log(1 + 5 * math.exp(-10)), abs=1e-6)
 
 
+def test_its_cosines_are_float32_in_half_precision():
+    z, other = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = item_ssl_loss(z, other, 0.05)
+    assert found.dtype is torch.float32
+    torch.testing.assert_close(found, item_ssl_loss(z.float(), other.float(), 0.05), atol=1e-6, rtol=1e-6)
+
+
 def test_views_share_no_feature_and_copies_stay_together():
     table, information = catalogue(), mutual_information(catalogue())
     for seed in range(8):

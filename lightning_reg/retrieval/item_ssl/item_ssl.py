@@ -46,7 +46,7 @@ class ItemSSL(StepTechnique):
 
     Use it for encoders of several categorical features with a long tail of items that have little feedback. Leave it
     where an item is a single id, or has fewer than about four features. On a made catalogue
-    (``benchmarks/effects/item_ssl.py``) masking helped, and masking at random no less than by correlation: compare.
+    (``benchmarks/effects/item_ssl.py``) masking helped, at random more than by correlation: compare.
 
     Source:
         Yao et al., "Self-supervised Learning for Large-scale Item Recommendations", CIKM 2021, arXiv 2007.12865.
@@ -65,7 +65,8 @@ class ItemSSL(StepTechnique):
             (``"item_tower"``), called with them; or where a function can be imported from (``"my_project.encode"``),
             called with the module and them.
         items: What returns the catalogue, whole numbers ``(N, columns)``: a method of the module or the datamodule, or
-            where a function without arguments can be imported from.
+            where a function without arguments can be imported from. Each item once: one that stands twice, as in a list
+            of interactions, is a negative of itself.
         missing: The category that stands for a masked one: one for all columns, or one for each.
         weight: :math:`\alpha`, at least 0. Neutral: 0; sensible: 0.1 to 3.
         temperature: :math:`\tau`, above 0; sensible: 0.05 to 0.5.
