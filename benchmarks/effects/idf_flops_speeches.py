@@ -4,9 +4,10 @@ Speeches of Tiny Shakespeare with at least 25 words (2,266; 800 are kept for the
 are the document; the query is 8 words drawn from the whole speech. Vocabulary: the 3,000 most frequent words. A
 document is encoded by one layer: with x its words (0 or 1), e the mean of their embeddings of 128 numbers, and f
 linear, log(1 + relu(x + f(e))). Queries are never encoded: a bag of words, with a weight of 1 or of the IDF from the
-trained documents. Cross-entropy over the documents of the batch, Adam 1e-3, batch 64, 250 steps, no ramp. MRR (in per
-cent) among the documents of the test, active entries of a document, and of the 50 most frequent words the share (in
-per cent) that is active in a document. The last row is not trained: the words that query and document share, with IDF.
+trained documents. Cross-entropy over the documents of the batch, Adam 1e-3, batch 64, 250 steps, no ramp. For each
+weight: MRR (in per cent) among the documents of the test, active entries of a document, and of the 50 most frequent
+words the share (in per cent) that is active in a document. The last row is not trained: the words that query and
+document share, with IDF.
 """
 
 import re
@@ -26,7 +27,6 @@ from lightning_reg.functional import idf_from_corpus
 
 VOCABULARY, TESTED, STEPS, FREQUENT = 3000, 800, 250, 50
 WEIGHTS = (0.05, 0.5, 2.0)
-ARMS = {f"{kind}, weight {weight:g}": (kind, weight) for weight in WEIGHTS for kind in ("plain FLOPS", "IDF-FLOPS")}
 
 
 @cache
@@ -77,29 +77,32 @@ class Search(LightningModule):
 
 
 @torch.no_grad()
-def scored(queries, documents):
+def scored(queries, documents, weight):
     metric = RetrievalMetrics()
     metric.update(queries @ documents.T, torch.eye(len(queries), dtype=torch.bool))
     active = documents > 0
-    frequent = 100 * active[:, :FREQUENT].float().mean()
-    return {"MRR": 100 * metric.compute()["mrr"], "active_entries": active.sum(1).float().mean(), "frequent": frequent}
+    found = {"MRR": 100 * metric.compute()["mrr"], "entries": active.sum(1).float().mean()}
+    found["frequent"] = 100 * active[:, :FREQUENT].float().mean()
+    return {f"{name}, {weight:g}": value for name, value in found.items()}
 
 
 def run(seeds):
-    arms, plain = [Arm(name) for name in ARMS], Arm("shared words with IDF, not trained")
+    arms, plain = [Arm("plain FLOPS"), Arm("IDF-FLOPS")], Arm("shared words with IDF, not trained")
     for seed in seeds:
         queries, documents, idf = data(seed)
         trained = TensorDataset(queries[TESTED:], documents[TESTED:])
-        for arm in arms:
-            kind, weight = ARMS[arm.name]
-            factors = QueryIDF(idf if kind == "IDF-FLOPS" else torch.ones(VOCABULARY)).idf
-            seed_everything(seed, verbose=False)
-            module = Search(factors)
-            loader = DataLoader(trained, batch_size=None, sampler=BatchSampler(RandomSampler(trained), 64, True))
-            fit(module, [IDFFlops("documents", weight=weight, ramp_steps=1)], loader, max_steps=STEPS, max_epochs=-1)
-            with torch.no_grad():
-                encoded = module.documents(documents[:TESTED])
-            arm.add(**scored(queries[:TESTED] * factors, encoded))
-            print(f"seed {seed}, {arm.name}", file=sys.stderr, flush=True)
-        plain.add(**scored(queries[:TESTED] * idf, documents[:TESTED]))
+        for weight in WEIGHTS:
+            for arm in arms:
+                factors = QueryIDF(idf if arm.name == "IDF-FLOPS" else torch.ones(VOCABULARY)).idf
+                seed_everything(seed, verbose=False)
+                module = Search(factors)
+                batches = BatchSampler(RandomSampler(trained), 64, drop_last=True)
+                loader = DataLoader(trained, batch_size=None, sampler=batches)
+                flops = IDFFlops("documents", weight=weight, ramp_steps=1)
+                fit(module, [flops], loader, max_steps=STEPS, max_epochs=-1)
+                with torch.no_grad():
+                    encoded = module.documents(documents[:TESTED])
+                arm.add(**scored(queries[:TESTED] * factors, encoded, weight))
+                print(f"seed {seed}, {arm.name}, weight {weight:g}", file=sys.stderr, flush=True)
+            plain.add(**scored(queries[:TESTED] * idf, documents[:TESTED], weight))
     return [*arms, plain]
