@@ -260,6 +260,8 @@ def test_ranks_are_those_of_torchmetrics_without_ties():
     assert ndcg.mean().item() == pytest.approx(theirs.item(), abs=1e-6)
     tied = ranking_scores(torch.zeros(1, 4), torch.tensor([[True, False, False, False]]))[0]
     assert tied.item() == 0.25
+    broken = ranking_scores(torch.tensor([[torch.nan, 2.0, -torch.inf]]), torch.tensor([[True, False, False]]))
+    assert [value.item() for value in broken] == pytest.approx([1 / 3, 0.5])
 
 
 # sentence-transformers 6.2.0, InformationRetrievalEvaluator(mrr_at_k=[3, 10, 40], ndcg_at_k=[3, 10],
