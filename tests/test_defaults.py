@@ -154,7 +154,7 @@ DEFAULTS = {
     "iou_counts": {"ignore_index": 255},
     "irm_penalty": {"form": "domainbed"},
     "is_failure": {"threshold": 0.5},
-    "item_ssl_loss": {"temperature": 0.1, "group": None, "capacity": None},
+    "item_ssl_loss": {"temperature": 0.1, "ids": None, "group": None, "capacity": None},
     "joint_reference": {"per_tensor_mean": False},
     "keep_probability": {"eps": 1e-8},
     "kmeans_centres": {"seed": 0, "rounds": 25, "most": 50000},

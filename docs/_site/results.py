@@ -11,6 +11,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 _OF_UNIT = {
     "amtrl_lasso": ("effects_amtrl_lasso_digits",),
     "elr": ("noisy_labels", "elr_stores"),
+    "idf_flops": ("effects_idf_flops_speeches",),
     "gtrs": ("effects_class_dropout", "effects_clamped_self_distillation"),
     "model_soups": ("soups",),
     "loss_reweighting": ("reweighting",),

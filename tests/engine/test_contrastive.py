@@ -73,7 +73,9 @@ def on_rank(first):
     z, labels = rows()
     z = F.normalize(z @ theta)[mine]
     group = dist.group.WORLD
-    values = supervised_contrastive(z, labels[mine], 0.2, group), info_nce(z, z.flip(1), 0.2, group)
+    labels, keys = labels[mine], z.flip(1)
+    values = [supervised_contrastive(z, labels, 0.2, group), info_nce(z, keys, 0.2, group)]
+    values.append(info_nce(z, keys, 0.2, group, labels=labels))
     sum(values).backward()
     return *(value.item() for value in values), theta.grad
 
@@ -83,10 +85,14 @@ def test_the_mean_over_ranks_is_the_loss_of_all_rows_and_so_are_the_gradients(tw
     theta = torch.eye(3, dtype=torch.float64).add(0.3).requires_grad_()
     z, labels = rows()
     z = F.normalize(z @ theta)
-    whole = by_loops(z, labels.tolist(), 0.2), F.cross_entropy(z @ z.flip(1).T / 0.2, torch.arange(7))
+    scores, own = z @ z.flip(1).T / 0.2, torch.arange(7)
+    same = (labels[:, None] == labels) & (own[:, None] != own)
+    assert same.any()
+    whole = [by_loops(z, labels.tolist(), 0.2), F.cross_entropy(scores, own)]
+    whole.append(F.cross_entropy(scores.masked_fill(same, -torch.inf), own))
     sum(whole).backward()
     one, two = two_processes.run(on_rank, first)
-    for part in (0, 1):
+    for part in (0, 1, 2):
         # float64, sums in another order
         assert (one[part] + two[part]) / 2 == pytest.approx(whole[part].item(), rel=1e-12)
-    torch.testing.assert_close((one[2] + two[2]) / 2, theta.grad, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close((one[3] + two[3]) / 2, theta.grad, rtol=1e-9, atol=1e-12)

@@ -68,7 +68,7 @@ class EnsembleByHand(Hand):
 
 
 def _by_hand(batches):
-    gains, ranks = [], []
+    gains, ranks, cut = [], [], []
     for batch in batches:
         for scores, relevant in zip(batch["scores"].double().tolist(), batch["relevant"].tolist(), strict=True):
             order = sorted(range(len(scores)), key=lambda n: (-scores[n], relevant[n]))
@@ -77,7 +77,9 @@ def _by_hand(batches):
                 best = sum(1 / math.log2(rank + 2) for rank in range(min(3, sum(hits))))
                 gains.append(sum(hit / math.log2(rank + 2) for rank, hit in enumerate(hits[:3])) / best)
                 ranks.append(1 / (hits.index(True) + 1))
-    return {"ndcg@3": torch.tensor(sum(gains) / len(gains)), "mrr": torch.tensor(sum(ranks) / len(ranks))}
+                cut.append(ranks[-1] if True in hits[:3] else 0.0)
+    found = {"ndcg@3": gains, "mrr": ranks, "mrr@3": cut}
+    return {name: torch.tensor(sum(values) / len(values)) for name, values in found.items()}
 
 
 def _queries(seed):
@@ -221,6 +223,7 @@ def test_teachers_are_averaged_in_units_of_their_own():
     moved = ensemble_scores([5 * dense - 3, sparse], 30.0)
     torch.testing.assert_close(scores, moved, atol=1e-3, rtol=0.0)
     assert ensemble_scores([torch.tensor([[7.0]])]).item() == 0.0
+    assert ensemble_scores([torch.tensor([[0.0, 1e-6]])], 1.0)[0].tolist() == pytest.approx([0.0, 0.5])
 
 
 def test_both_distillations_by_hand():
@@ -257,15 +260,18 @@ def test_ranks_are_those_of_torchmetrics_without_ties():
     assert ndcg.mean().item() == pytest.approx(theirs.item(), abs=1e-6)
     tied = ranking_scores(torch.zeros(1, 4), torch.tensor([[True, False, False, False]]))[0]
     assert tied.item() == 0.25
+    broken = ranking_scores(torch.tensor([[torch.nan, 2.0, -torch.inf]]), torch.tensor([[True, False, False]]))
+    assert [value.item() for value in broken] == pytest.approx([1 / 3, 0.5])
 
 
-# sentence-transformers 6.2.0, InformationRetrievalEvaluator(mrr_at_k=[40], ndcg_at_k=[3, 10], corpus_chunk_size=16) by
-# util.cos_sim and util.dot_score, of the rows below: 11 of the 12 queries have 1 to 14 relevant documents of 40.
+# sentence-transformers 6.2.0, InformationRetrievalEvaluator(mrr_at_k=[3, 10, 40], ndcg_at_k=[3, 10],
+# corpus_chunk_size=16) by util.cos_sim and util.dot_score, of the rows below: 11 of the 12 queries have 1 to 14
+# relevant documents of 40.
 @pytest.mark.parametrize(
     ("cosine", "figures"),
     [
-        (True, {"ndcg@3": 0.13915647945247667, "ndcg@10": 0.18232091402327077, "mrr": 0.3012423182877728}),
-        (False, {"ndcg@3": 0.133570793274796, "ndcg@10": 0.18136437823001755, "mrr": 0.28860028860028863}),
+        (True, (0.13915647945247667, 0.18232091402327077, 0.2424242424242424, 0.27525252525252525, 0.3012423182877728)),
+        (False, (0.133570793274796, 0.18136437823001755, 0.22727272727272727, 0.262987012987013, 0.28860028860028863)),
     ],
 )
 def test_rankings_are_valued_as_sentence_transformers_does(cosine, figures):
@@ -282,7 +288,8 @@ def test_rankings_are_valued_as_sentence_transformers_does(cosine, figures):
         for chunk in (slice(0, 5), slice(5, 12)):
             metric.update(scores[chunk], relevant[chunk])
         found |= {name: value.item() for name, value in metric.compute().items()}
-    assert found == pytest.approx(figures, abs=1e-6)
+    names = ("ndcg@3", "ndcg@10", "mrr@3", "mrr@10", "mrr")
+    assert found == pytest.approx(dict(zip(names, figures, strict=True)), abs=1e-6)
 
 
 def test_queries_are_bags_of_words():
@@ -317,9 +324,9 @@ def _documents(rows=slice(None)):
     return TensorDataset(torch.randn(16, 6, generator=torch.Generator().manual_seed(3))[rows])
 
 
-def _train(rows, size, **options):
+def _train(rows, size, group_size=1, **options):
     module = Sparse()
-    flops = IDFFlops("net", [0.5 + n for n in range(10)], weight=1.0, ramp_steps=2)
+    flops = IDFFlops("net", [0.5 + n for n in range(10)], weight=1.0, ramp_steps=2, group_size=group_size)
     trainer = make_trainer(callbacks=[flops], use_distributed_sampler=False, max_epochs=1, **options)
     trainer.fit(module, DataLoader(_documents(rows), size))
     logged = {name: trainer.callback_metrics[f"reg/idf_flops/{name}"].item() for name in ("flops", "nnz", "empty")}
@@ -328,20 +335,56 @@ def _train(rows, size, **options):
 
 def _train_on_rank(_):
     rank = torch.distributed.get_rank()
-    # Steps of 5 and 3 documents.
-    rows, size = ([*range(5), *range(8, 13)], 5) if rank == 0 else ([*range(5, 8), *range(13, 16)], 3)
-    return _train(rows, size, **TWO_RANKS)
+    found = []
+    for cut, group_size in ((5, 1), (6, 2)):  # of 8 documents in a step
+        mine = range(cut) if rank == 0 else range(cut, 8)
+        found.append(_train([*mine, *(8 + n for n in mine)], len(mine), group_size, **TWO_RANKS))
+    return found
 
 
 def test_two_ranks_with_unequal_batches_are_one_of_the_joined_batch(two_processes):
-    logged, expected = _train(list(range(16)), 8)
-    for found, weights in two_processes.run(_train_on_rank, None):
-        assert found == pytest.approx(logged, rel=1e-5)
-        for one, two in zip(weights, expected, strict=True):
-            torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)  # float32, sums in another order
+    alone = [_train(list(range(16)), 8, group_size) for group_size in (1, 2)]
+    assert alone[1][0]["flops"] < 0.9 * alone[0][0]["flops"]  # the sum of two has pulled twice as strongly
+    for rank in two_processes.run(_train_on_rank, None):
+        for (found, weights), (logged, expected) in zip(rank, alone, strict=True):
+            assert found == pytest.approx(logged, rel=1e-5)
+            for one, two in zip(weights, expected, strict=True):
+                torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)  # float32, sums in another order
 
 
 # -- the techniques ---------------------------------------------------------------------------------------------------
+
+
+class Scaled(nn.Sequential):
+    """Puts out what it was made of times a factor."""
+
+    def __init__(self, layers, factors):
+        super().__init__(*layers)
+        self.factors = factors
+
+    def forward(self, x):
+        return super().forward(x) * self.factors
+
+
+@pytest.mark.parametrize("group_size", [1, 2])
+def test_idf_in_the_query_and_idf_divided_out_of_the_layer_train_the_same(group_size):
+    """Powers of two, by which products are exact: the same to the last bit."""
+    idf, ends = torch.tensor([2.0**n for n in range(-4, 6)]), []
+
+    class Ranking(Sparse):
+        def training_step(self, batch, batch_idx):
+            query, document = torch.zeros(8, 10), self.net(batch[0])
+            query[torch.arange(8), torch.arange(8)] = 1.0
+            return F.cross_entropy((query * (1.0 if explicit else idf)) @ document.T, torch.arange(8))
+
+    for explicit in (False, True):
+        module = Ranking()
+        module.net = Scaled(module.net, idf) if explicit else module.net
+        flops = IDFFlops("net", idf.tolist() if explicit else None, 0.3, 2, group_size)
+        trainer = make_trainer(callbacks=[flops], max_epochs=2)
+        trainer.fit(module, DataLoader(_documents(), 8))
+        ends.append([*module.parameters(), trainer.callback_metrics["reg/idf_flops/flops"]])
+    assert all(torch.equal(one, two) for one, two in zip(*ends, strict=True))
 
 
 def test_the_ramp_follows_optimizer_steps():

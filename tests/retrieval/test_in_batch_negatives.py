@@ -1,6 +1,7 @@
 """GatheredNegatives and FalseNegativeMask: which columns of a contrastive batch are negatives."""
 
 import math
+import warnings
 from functools import partial
 
 import pytest
@@ -573,6 +574,33 @@ def test_shares_are_logged():
     # Of 8 in turn about 7 documents one pair is the same: 2 of 56.
     assert masked.values == pytest.approx([2 / 56] * 3)
     assert left.values == pytest.approx([54 / 8] * 3)
+
+
+@pytest.mark.parametrize("technique", [partial(FalseNegativeMask, ids="ids"), FocalContrastive])
+def test_fewer_candidates_in_a_short_last_batch_are_told_once(technique):
+    found = []
+    for rows, drop_last in ((24, False), (24, True), (4, False)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit(Known(), technique(), loader=DataLoader(Rows(range(rows)), 10, drop_last=drop_last), max_epochs=2)
+        found.append([str(each.message) for each in caught if "candidates" in str(each.message)])
+    name = type(technique()).__name__
+    told = f"{name}: a batch of 4 rows gives each query 4 candidates, where others gave 10: its loss"
+    assert [len(messages) for messages in found] == [1, 0, 0]
+    assert found[0][0].startswith(told)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_guide_is_compared_in_float32_in_mixed_precision_too(precision):
+    """Another document is nearer by a thousandth, which bfloat16 does not show."""
+    cosines = torch.tensor([[0.5, 0.501], [0.501, 0.5]])
+    guide = torch.cat([cosines, (1 - cosines.square().sum(1, keepdim=True)).sqrt()], 1)
+    x = make_tensors(2)[0]
+    rows = [{"x": x[n], "ids": n, "query": torch.eye(3)[n], "document": guide[n]} for n in range(2)]
+    masked = Reads("reg/false_negative_mask/masked")
+    technique = FalseNegativeMask(guide_queries="query", guide_documents="document")
+    fit(Known(), technique, masked, loader=DataLoader(rows, 2), precision=precision, max_epochs=1)
+    assert masked.values == [1.0]
 
 
 def masked_on_rank(_):

@@ -67,8 +67,11 @@ class FoundAgain(Hand):
             )
             for view in views
         )
-        parts = [(z[i] @ other[i] / 0.5) - (z[i] @ other.T / 0.5).exp().sum().log() for i in range(6)]
-        return -0.7 * sum(parts) / 6
+        total = 0.0
+        for i in range(6):
+            told_apart = [j for j in range(6) if j == i or rows[j] != rows[i]]
+            total += z[i] @ other[i] / 0.5 - (z[i] @ other[told_apart].T / 0.5).exp().sum().log()
+        return -0.7 * total / 6
 
 
 SMALL = {
@@ -132,6 +135,23 @@ def test_the_loss_by_hand_and_of_orthogonal_views():
     torch.testing.assert_close(item_ssl_loss(z[order], other[order], 0.2), wanted)
     rows = 3 * torch.eye(6)
     assert item_ssl_loss(rows, rows, 0.1).item() == pytest.approx(math.log(1 + 5 * math.exp(-10)), abs=1e-6)
+
+
+def test_equal_items_are_no_negatives_of_one_another():
+    z, other = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0)).double()
+    a, b = F.normalize(z), F.normalize(other)
+    kept = [[0, 1, 3], [1, 0, 2, 3, 4], [2, 1, 3], [3, 0, 1, 2, 4], [4, 1, 3]]  # 0, 2 and 4 are one item
+    wanted = sum(torch.logsumexp(a[i] @ b[of].T / 0.2, 0) - a[i] @ b[i] / 0.2 for i, of in enumerate(kept)) / 5
+    torch.testing.assert_close(item_ssl_loss(z, other, 0.2, ids=torch.tensor([7, 1, 7, 2, 7])), wanted)
+    torch.testing.assert_close(item_ssl_loss(z, other, 0.2, ids=torch.arange(5)), item_ssl_loss(z, other, 0.2))
+
+
+def test_its_cosines_are_float32_in_half_precision():
+    z, other = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = item_ssl_loss(z, other, 0.05)
+    assert found.dtype is torch.float32
+    torch.testing.assert_close(found, item_ssl_loss(z.float(), other.float(), 0.05), atol=1e-6, rtol=1e-6)
 
 
 def test_views_share_no_feature_and_copies_stay_together():

@@ -585,6 +585,13 @@ def test_padding_changes_no_mean():
     padded = torch.cat([hidden, 1e4 * torch.ones(2, 2, 4)], dim=1)
     pooled = mean_pooled(padded, F.pad(mask, (0, 2)))
     torch.testing.assert_close(pooled, torch.stack([hidden[0, :2].mean(0), torch.zeros(4)]))
+    empty = hidden.clone()
+    empty[1] = torch.nan  # what a softmax over nothing leaves of a text of padding alone
+    empty.requires_grad_()
+    pooled = mean_pooled(empty, mask.float())
+    assert pooled[1].tolist() == [0.0] * 4
+    (gradient,) = torch.autograd.grad(pooled.sum(), empty)
+    torch.testing.assert_close(gradient, (mask / 2.0)[..., None].expand(2, 3, 4))
     half = mean_pooled(300 * torch.ones(1, 4096, 1, dtype=torch.bfloat16), torch.ones(1, 4096))
     assert half.dtype is torch.bfloat16
     assert half.item() == 300.0

@@ -68,6 +68,7 @@ def info_nce(
     temperature: float,
     group: "ProcessGroup | None" = None,
     capacity: int | None = None,
+    labels: Tensor | None = None,
 ) -> Tensor:
     """Each query is to find its own key among the keys of all ranks.
 
@@ -78,15 +79,21 @@ def info_nce(
         group: Ranks whose rows take part too. The mean over the ranks is the loss of all rows, and so is the mean of
             the gradients.
         capacity: Most rows that a rank can have, see ``all_gather_rows``.
+        labels: Whole numbers ``(n,)``, on all ranks or none: other keys with a query's number are left out.
 
     Returns:
         The mean over the queries.
 
     """
-    all_keys = rows_of_ranks(keys, group, capacity)
+    if labels is None:
+        all_keys, same = rows_of_ranks(keys, group, capacity), None
+    else:
+        all_keys, key_labels = rows_with_labels(keys, labels, group, capacity)
+        same = labels[:, None] == key_labels
     others = all_keys.others(len(queries))
     own = ~others if all_keys.there is None else ~others & all_keys.there
-    losses = contrastive_losses(queries @ all_keys.rows.T / temperature, own, others)
+    wrong = others if same is None else others & ~same
+    losses = contrastive_losses(queries @ all_keys.rows.T / temperature, own, wrong)
     return losses.sum() * all_keys.ranks / all_keys.total
 
 

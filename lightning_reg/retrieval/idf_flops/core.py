@@ -223,7 +223,8 @@ def ranking_scores(scores: Tensor, relevant: Tensor, k: int = 10) -> tuple[Tenso
 
     .. math:: \text{NDCG} = \sum_{r \le k} \frac{y_r}{\log_2(r + 1)} \Big/ \sum_{r \le \min(k, n)} \frac1{\log_2(r + 1)}
 
-    Of equal scores the irrelevant documents count as found first, so a model that scores all alike gains nothing.
+    Of equal scores the irrelevant documents count as found first, so a model that scores all alike gains nothing; a
+    score that is no number is the lowest.
 
     Args:
         scores: ``(Q, N)``.
@@ -239,6 +240,7 @@ def ranking_scores(scores: Tensor, relevant: Tensor, k: int = 10) -> tuple[Tenso
         (0.5, 0.6309)
 
     """
+    scores = scores.masked_fill(scores.isnan(), -torch.inf)  # which would be sorted before all numbers
     worst = relevant.byte().argsort(dim=1, stable=True)
     order = worst.gather(1, scores.gather(1, worst).argsort(dim=1, descending=True, stable=True))
     hits = relevant.gather(1, order).float()

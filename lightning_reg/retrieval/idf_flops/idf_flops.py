@@ -37,8 +37,9 @@ class IDFFlops(StepTechnique):
     warning says so: an empty document gets no gradient from behind its relu.
 
     Use it for retrieval by an inverted index. Leave it where the vectors are dense by design, or where no document
-    frequencies are to be had for the serving corpus. On docstrings of the standard library queries with IDF found more
-    with fewer active entries (``benchmarks/effects/idf_flops.py``).
+    frequencies are to be had for the serving corpus. On docstrings of the standard library and on lines of a play
+    queries with IDF found more with fewer active entries (``benchmarks/effects/idf_flops.py``,
+    ``idf_flops_speeches.py``).
 
     Source:
         Geng, Wang, Ru, Yang, "Towards Competitive Search Relevance For Inference-Free Learned Sparse Retrievers", 2024,

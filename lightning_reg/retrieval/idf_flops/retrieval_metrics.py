@@ -16,9 +16,9 @@ __all__ = ["RetrievalMetrics"]
 class RetrievalMetrics(Metric):
     """NDCG at k and MRR over queries, of which each has scores for all documents.
 
-    ``compute`` gives ``ndcg@k`` and ``mrr``. Queries come in chunks, of which three sums are kept, so no table of all
-    pairs is held, and each rank may have its own share of the queries. A query without a relevant document does not
-    count.
+    ``compute`` gives ``ndcg@k``, ``mrr`` and ``mrr@k``, which counts no document below rank k. Queries come in chunks,
+    of which four sums are kept, so no table of all pairs is held, and each rank may have its own share of the queries.
+    A query without a relevant document does not count.
 
     Source:
         Järvelin and Kekäläinen, "Cumulated Gain-based Evaluation of IR Techniques", TOIS 2002,
@@ -26,12 +26,11 @@ class RetrievalMetrics(Metric):
 
     Differs:
         From torchmetrics' ``RetrievalNormalizedDCG`` and ``RetrievalMRR``, which keep all pairs: of equal scores the
-        irrelevant documents count as found first. From sentence-transformers' ``InformationRetrievalEvaluator``, whose
-        NDCG at k is the same: ``mrr`` counts the first relevant document however low it stands, and MRR@10 there counts
-        none below rank 10. With ``mrr_at_k`` the number of documents they are equal.
+        irrelevant documents count as found first. ``ndcg@k`` and ``mrr@k`` are those of sentence-transformers'
+        ``InformationRetrievalEvaluator``; ``mrr`` counts the first relevant document however low it stands.
 
     Args:
-        k: Ranks that count for NDCG, at least 1.
+        k: Ranks that count for NDCG and MRR at k, at least 1.
         **kwargs: torchmetrics' own.
 
     Raises:
@@ -41,7 +40,7 @@ class RetrievalMetrics(Metric):
         >>> metric = RetrievalMetrics(k=1)
         >>> metric.update(torch.tensor([[2.0, 1.0], [2.0, 1.0]]), torch.tensor([[True, False], [False, True]]))
         >>> metric.compute()
-        {'ndcg@1': tensor(0.5000), 'mrr': tensor(0.7500)}
+        {'ndcg@1': tensor(0.5000), 'mrr': tensor(0.7500), 'mrr@1': tensor(0.5000)}
 
     """
 
@@ -54,17 +53,19 @@ class RetrievalMetrics(Metric):
         super().__init__(**kwargs)
         check_number(self, "k", k, low=1, integer=True)
         self.k = k
-        self.add_state("sums", torch.zeros(3, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("sums", torch.zeros(4, dtype=torch.float64), dist_reduce_fx="sum")
 
     @override
     def update(self, scores: Tensor, relevant: Tensor) -> None:
         """Takes a chunk of queries: their scores ``(Q, N)``, and which documents are relevant, bool ``(Q, N)``."""
         rank, ndcg = ranking_scores(scores.detach().float(), relevant, self.k)
         counts = relevant.any(1)
-        self.sums += torch.stack([ndcg * counts, rank * counts, counts.float()]).double().sum(1).to(self.sums)
+        cut = rank * (rank.reciprocal().round() <= self.k)
+        found = torch.stack([ndcg * counts, rank * counts, cut * counts, counts.float()])
+        self.sums += found.double().sum(1).to(self.sums)
 
     @override
     def compute(self) -> dict[str, Tensor]:
-        """``ndcg@k`` and ``mrr``, ``()`` each; NaN without a query."""
-        ndcg, rank, count = self.sums
-        return {f"ndcg@{self.k}": (ndcg / count).float(), "mrr": (rank / count).float()}
+        """``ndcg@k``, ``mrr`` and ``mrr@k``, ``()`` each; NaN without a query."""
+        ndcg, rank, cut = (self.sums[:3] / self.sums[3]).float()
+        return {f"ndcg@{self.k}": ndcg, "mrr": rank, f"mrr@{self.k}": cut}

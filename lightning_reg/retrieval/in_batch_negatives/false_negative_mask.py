@@ -14,6 +14,7 @@ from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.run.phases import Member, phases_of
 from lightning_reg.engine.technique import LossTechnique
+from lightning_reg.retrieval._candidates import CandidateCount
 from lightning_reg.retrieval._gathered import other_ranks
 from lightning_reg.retrieval._guide import check_count, keys_of, names_of, unit_rows_of_batch
 from lightning_reg.retrieval.in_batch_negatives.core import (
@@ -24,6 +25,8 @@ from lightning_reg.retrieval.in_batch_negatives.core import (
 )
 
 if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
     from lightning_reg.engine.loss.call import LossCall
 
 __all__ = ["FalseNegativeMask"]
@@ -49,7 +52,7 @@ class FalseNegativeMask(LossTechnique):
     ``HardNegativeMixing``, which then mixes no masked one; ``FocalContrastive`` sees the probabilities without them.
 
     Logged are ``masked``, the share of candidates beside the own document that is masked, and ``negatives``, how many
-    are left for a query: a short last batch has fewer, so give the loader ``drop_last=True``.
+    are left for a query. A short last batch has fewer, which is told once: give the loader ``drop_last=True``.
 
     Source:
         Solatorio, "GISTEmbed: Guided In-sample Selection of Training Negatives for Text Embedding Fine-tuning", 2024,
@@ -113,6 +116,7 @@ class FalseNegativeMask(LossTechnique):
         self.ids, self.texts, self.pad_token_id = ids, texts, pad_token_id
         self.guide_queries, self.guide_documents = guide_queries, guide_documents
         self.margin, self.margin_strategy = margin, margin_strategy
+        self._count = CandidateCount()
 
     @override
     def describe(self) -> str:
@@ -138,9 +142,14 @@ class FalseNegativeMask(LossTechnique):
         return None
 
     @override
+    def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        self._count = CandidateCount()
+
+    @override
     def change_input(self, call: "LossCall") -> Tensor | None:
         scores, width = call.loss_input, call.logits.shape[-1]
         self._check(call)
+        self._count.look(call, "FalseNegativeMask")
         gathered = self._gathered(call, width)
         labels = call.labels
         known = torch.zeros(len(scores), width + gathered, dtype=torch.bool, device=scores.device)

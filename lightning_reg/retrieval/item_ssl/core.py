@@ -24,6 +24,7 @@ def item_ssl_loss(
     others: Tensor,
     temperature: float = 0.1,
     *,
+    ids: Tensor | None = None,
     group: "ProcessGroup | None" = None,
     capacity: int | None = None,
 ) -> Tensor:
@@ -34,8 +35,10 @@ def item_ssl_loss(
 
     Args:
         views: z, embeddings of the first views ``(N, D)``.
-        others: z', those of the second views of the same items, all different, ``(N, D)``.
+        others: z', those of the second views of the same items, ``(N, D)``.
         temperature: :math:`\tau`, above 0.
+        ids: Whole numbers ``(N,)``: items with the same are not to be told apart, and the sum over j leaves them out.
+            ``None``: all are different.
         group: Ranks whose second views take part; the mean over the ranks is the loss of all items.
         capacity: Most items that a rank can have.
 
@@ -49,7 +52,8 @@ def item_ssl_loss(
 
     """
     wide = torch.promote_types(views.dtype, torch.float32)
-    return info_nce(unit_rows(views.to(wide)), unit_rows(others.to(wide)), temperature, group, capacity)
+    with torch.autocast(views.device.type, enabled=False):  # exp(1 / 0.07) is beyond float16
+        return info_nce(unit_rows(views.to(wide)), unit_rows(others.to(wide)), temperature, group, capacity, ids)
 
 
 def mutual_information(features: Tensor, fields: Tensor | None = None) -> Tensor:

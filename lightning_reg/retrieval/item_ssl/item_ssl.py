@@ -46,7 +46,7 @@ class ItemSSL(StepTechnique):
 
     Use it for encoders of several categorical features with a long tail of items that have little feedback. Leave it
     where an item is a single id, or has fewer than about four features. On a made catalogue
-    (``benchmarks/effects/item_ssl.py``) masking helped, and masking at random no less than by correlation: compare.
+    (``benchmarks/effects/item_ssl.py``) masking helped, at random more than by correlation: compare.
 
     Source:
         Yao et al., "Self-supervised Learning for Large-scale Item Recommendations", CIKM 2021, arXiv 2007.12865.
@@ -54,8 +54,9 @@ class ItemSSL(StepTechnique):
     Differs:
         The authors' code was not found. They take about half of the features, ceil(k / 2) beside the seed by one
         reading; the default here is k // 2 - 1 beside it, with which both views have as many for even k. The masking is
-        the same for all items of a step, as in the paper. Buffers of the encoder (statistics of batch norm) do not see
-        the masked items.
+        the same for all items of a step, as in the paper. Items with the same features, which no encoder of them tells
+        apart, are not each other's negatives; the paper sums over all. Buffers of the encoder (statistics of batch
+        norm) do not see the masked items.
 
     Memory: the catalogue on the module's device; two passes of the encoder with N / ranks items, and N^2 / ranks
     cosines. Under DDP one collective forward and one backward.
@@ -65,7 +66,8 @@ class ItemSSL(StepTechnique):
             (``"item_tower"``), called with them; or where a function can be imported from (``"my_project.encode"``),
             called with the module and them.
         items: What returns the catalogue, whole numbers ``(N, columns)``: a method of the module or the datamodule, or
-            where a function without arguments can be imported from.
+            where a function without arguments can be imported from. Rows that are equal in all columns are no negatives
+            of one another.
         missing: The category that stands for a masked one: one for all columns, or one for each.
         weight: :math:`\alpha`, at least 0. Neutral: 0; sensible: 0.1 to 3.
         temperature: :math:`\tau`, above 0; sensible: 0.05 to 0.5.
@@ -131,6 +133,7 @@ class ItemSSL(StepTechnique):
         self.correlated, self.rate = correlated, rate
         self.fields, self.unranked = fields, unranked
         self._catalogue = self._information = torch.empty(0)
+        self._ids: Tensor | None = None
         self._has_trained = False
         self._fields = self._ranked = self._missing = torch.empty(0, dtype=torch.long)
 
@@ -163,7 +166,8 @@ class ItemSSL(StepTechnique):
     def step_term(self, step: "Step") -> Tensor | None:
         self._catalogue, self._missing = (kept.to(step.module.device) for kept in (self._catalogue, self._missing))
         rows = side_rows(self.generator(step, same_on_ranks=True), len(self._catalogue), self.size)
-        first, second = self._views(step, self._catalogue[rows.to(self._catalogue.device, non_blocking=True)])
+        rows = rows.to(self._catalogue.device, non_blocking=True)
+        first, second = self._views(step, self._catalogue[rows])
         # One pass for both views: layers that draw or normalise treat them as one batch.
         embedded = call_named(self, step, self.encode, "encode", torch.cat([first, second]))
         has_gradient = embedded.requires_grad or self._has_trained  # later it may be frozen for a time
@@ -176,7 +180,8 @@ class ItemSSL(StepTechnique):
         group = host.data_parallel_group(step.trainer)
         capacity = -(-self.size // distributed.world_size())
         views, others = embedded.chunk(2)
-        loss = item_ssl_loss(views, others, self.temperature, group=group, capacity=capacity)
+        ids = None if self._ids is None else self._ids.to(rows.device)[rows]
+        loss = item_ssl_loss(views, others, self.temperature, ids=ids, group=group, capacity=capacity)
         if step.is_logging:
             step.log(self, "contrast", loss)
         return self.weight * loss
@@ -196,6 +201,8 @@ class ItemSSL(StepTechnique):
                 " are masked and at least one must be left. Give fewer, or a catalogue with more fields."
             )
         self._catalogue, self._fields, self._has_trained = items, fields, False
+        numbers = torch.unique(items, dim=0, return_inverse=True)[1]
+        self._ids = numbers if int(numbers.max()) + 1 < len(items) else None  # no item stands twice
         self._missing = torch.as_tensor(self.missing, dtype=items.dtype)
         self._ranked = torch.tensor([field for field in range(count) if field not in (self.unranked or ())])
         if self.masking == "correlated":

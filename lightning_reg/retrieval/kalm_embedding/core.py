@@ -183,9 +183,10 @@ def mean_pooled(hidden: Tensor, mask: Tensor) -> Tensor:
         tensor([[2.]])
 
     """
-    there = mask.to(torch.promote_types(hidden.dtype, torch.float32))[..., None]
-    mean = (hidden * there).sum(1) / there.sum(1).clamp(min=1)
-    return mean.to(hidden.dtype)
+    there = mask.bool()[..., None]
+    wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    total = wide.masked_fill(~there, 0.0).sum(1)  # not times 0: attention may leave NaN where it sees nothing
+    return (total / there.sum(1).clamp(min=1)).to(hidden.dtype)
 
 
 def matryoshka_loss(

@@ -9,9 +9,12 @@ from lightning_reg.engine.host.arguments import check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.run.phases import Member, phases_of
 from lightning_reg.engine.technique import LossTechnique
+from lightning_reg.retrieval._candidates import CandidateCount
 from lightning_reg.retrieval.kalm_embedding.core import focal_weights
 
 if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
     from lightning_reg.engine.loss.call import LossCall
     from lightning_reg.engine.step import Step
 
@@ -28,7 +31,8 @@ class FocalContrastive(LossTechnique):
 
     with the probability :math:`P_i` of the query's own document among all candidates of its row: those of the batch,
     hard negatives, mixtures of them, and whatever else your code puts there. The weights have no gradient, and are not
-    brought to mean 1: the loss becomes smaller as queries are solved.
+    brought to mean 1: the loss becomes smaller as queries are solved. A short last batch, whose queries have fewer
+    candidates, is told once: give the loader ``drop_last=True``.
 
     Use it where the loss is ``F.cross_entropy`` of similarities ``(B, candidates)`` and many pairs are solved early.
     Leave it where pairs are mislabelled: those are the hard ones. On search over docstrings with a small encoder
@@ -62,6 +66,7 @@ class FocalContrastive(LossTechnique):
         super().__init__(loss=loss, name=name)
         check_number(self, "gamma", gamma, low=0)
         self.gamma = gamma
+        self._count = CandidateCount()
 
     @override
     def describe(self) -> str:
@@ -85,6 +90,10 @@ class FocalContrastive(LossTechnique):
         return self.gamma > 0
 
     @override
+    def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        self._count = CandidateCount()
+
+    @override
     def sample_weights(self, call: "LossCall") -> Tensor | None:
         given = [] if call.arguments.get("weight") is None else ["weight"]
         given += ["label_smoothing"] if call.arguments.get("label_smoothing") else []
@@ -95,6 +104,7 @@ class FocalContrastive(LossTechnique):
                 f" (B, candidates), and {call} {what}. Name the contrastive call by `loss=...`, or leave the argument"
                 " out."
             )
+        self._count.look(call, "FocalContrastive")
         weights = focal_weights(call.losses, self.gamma)
         if call.step.is_logging:
             call.step.log(self, "weight", weights.mean())
