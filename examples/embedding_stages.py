@@ -19,8 +19,8 @@ a notebook too: ``examples/notebooks/embedding_stages.ipynb``. It needs bm25s an
 #    `ContrastiveDistillation` from a larger encoder.
 #
 # The student is a real `SentenceTransformer`, small and with random weights. Its module is the same in all stages, and
-# its `training_step` knows nothing of them. For each stage there is a run of as many steps without its techniques: what
-# a stage gains could be due to more training alone.
+# its `training_step` knows nothing of them. Beside stages 2 and 3 there are runs of as many steps without what is new in
+# them: a gain could be due to more training alone.
 
 # %%
 import ast
@@ -272,7 +272,9 @@ def with_last_weights(encoder: SentenceTransformer, soup: SoupAverager) -> Sente
     return raw
 
 
-hard = loader(8 if SHORT else 32, hard_negatives(pretrained))
+batch_size = 8 if SHORT else 32
+add_encoder("2: no hard negatives", train(pretrained, 1e-3, loader(batch_size)))
+hard = loader(batch_size, hard_negatives(pretrained))
 add_encoder("2: hard negatives alone", train(pretrained, 1e-3, hard))
 mixing = HardNegativeMixing("encoder", TEMPERATURE, num_pairs=4, list_mix=True, negatives="grouped")
 soup = soup_of_second_half()
