@@ -19,8 +19,8 @@ a notebook too: ``examples/notebooks/embedding_stages.ipynb``. It needs bm25s an
 #    `ContrastiveDistillation` from a larger encoder.
 #
 # The student is a real `SentenceTransformer`, small and with random weights. Its module is the same in all stages, and
-# its `training_step` knows nothing of them. Beside stages 2 and 3 there are runs of as many steps without what is new in
-# them: a gain could be due to more training alone.
+# its `training_step` knows nothing of them. Beside stages 2 and 3 there are runs of as many steps without what is new
+# there: a gain could be due to more training alone.
 
 # %%
 import ast
