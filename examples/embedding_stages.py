@@ -327,8 +327,12 @@ for name, style in (("BM25", ":"), ("teacher", "--")):
 axes.invert_yaxis()
 axes.set(xlabel="NDCG@10, %", xlim=(0, None))
 axes.spines[["top", "right"]].set_visible(False)
-axes.legend(loc="lower center", fontsize=8)
+axes.legend(loc="upper center", fontsize=8)
 plt.show()
 
 # %% [markdown]
-# RESULT
+# One seed, and another may well change a figure by a point. Most is due to the first stage, and none of the encoders
+# comes near BM25: 2,244 docstrings are few to learn a language from. To train on within the batch cost two points; with
+# hard negatives it cost one, and mask, mixtures and focal weights added nothing to that. A soup is about as good as the
+# weights that it is the mean of. Distillation gained three points over as many steps without a teacher, which has seen
+# far more text than these pairs.
