@@ -327,7 +327,7 @@ for name, style in (("BM25", ":"), ("teacher", "--")):
 axes.invert_yaxis()
 axes.set(xlabel="NDCG@10, %", xlim=(0, None))
 axes.spines[["top", "right"]].set_visible(False)
-axes.legend(loc="upper center", fontsize=8)
+figure.legend(loc="outside upper right", ncols=2, fontsize=8)
 plt.show()
 
 # %% [markdown]
