@@ -19,6 +19,7 @@ OURS = {
     "continual_learning",
     "diffusion_classifier",
     "editing",
+    "embedding_stages",
     "failures",
     "few_shot",
     "find_wrong_labels",
@@ -165,6 +166,18 @@ def is_search(space, folder, printed):
     assert rows["sparse"]["nnz"] > rows["sparse, IDFFlops"]["nnz"]
     assert (folder / "search.png").read_bytes().startswith(b"\x89PNG")
     assert "BM25" in printed
+
+
+def is_embedding_stages(space, folder, printed):
+    rows, before, after = space["results"], space["student"], space["final"]
+    assert len(rows) == 11
+    assert all(0 < row["mrr"] <= 100 for row in rows.values())
+    assert rows["2: mask, mixing, focal weights"] != rows["3, first version: soup of it"]
+    raw = space["with_last_weights"](after, space["soup"])
+    states = [next(one.parameters()) for one in (before, raw, after)]
+    assert not states[0].equal(states[1])
+    assert not states[1].equal(states[2])
+    assert "to the last bit" in printed
 
 
 def is_stacking(space, folder, printed):
