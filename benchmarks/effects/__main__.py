@@ -9,6 +9,7 @@ and ``run(seeds)`` returns the arms, the one to compare with first. The table go
 """
 
 import argparse
+import ast
 import importlib
 import inspect
 import os
@@ -87,7 +88,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.list or args.key is None:
         for key in experiments():
-            print(f"{key:24} {(inspect.getdoc(importlib.import_module(key)) or '').partition(chr(10))[0]}")
+            text = ast.get_docstring(ast.parse((HERE / f"{key}.py").read_text())) or ""  # some need packages of extras
+            print(f"{key:24} {text.partition(chr(10))[0]}")
         return
     set_data(args.data)
     module = importlib.import_module(args.key)

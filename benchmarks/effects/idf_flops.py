@@ -60,12 +60,18 @@ def bags(texts, numbers):
 
 
 @cache
-def data(seed):
+def vocabulary(seed):
+    """The order of the pairs, those of the test first, and the numbers of the words."""
     queries, documents = docstrings()
     order = torch.randperm(len(queries), generator=torch.Generator().manual_seed(seed)).tolist()
-    trained = order[TESTED:]
-    counts = Counter(word for n in trained for word in [*documents[n], *queries[n]])
-    numbers = {word: number for number, (word, _) in enumerate(counts.most_common(VOCABULARY))}
+    counts = Counter(word for n in order[TESTED:] for word in [*documents[n], *queries[n]])
+    return order, {word: number for number, (word, _) in enumerate(counts.most_common(VOCABULARY))}
+
+
+@cache
+def data(seed):
+    queries, documents = docstrings()
+    order, numbers = vocabulary(seed)
     q, d = bags([queries[n] for n in order], numbers), bags([documents[n] for n in order], numbers)
     return q, d, idf_from_corpus((row.nonzero()[:, 0].tolist() for row in d[TESTED:]), VOCABULARY)
 
