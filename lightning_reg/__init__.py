@@ -113,12 +113,12 @@ if TYPE_CHECKING:
     from lightning_reg.metric_learning.tcm_loss.opis import OPIS as OPIS
     from lightning_reg.metric_learning.tcm_loss.tcm_loss import TCM as TCM
     from lightning_reg.noisy_labels.adele.adele import ADELE as ADELE
-    from lightning_reg.noisy_labels.adele.label_store import LabelStore as LabelStore
-    from lightning_reg.noisy_labels.adele.report import MaskErrors as MaskErrors
     from lightning_reg.noisy_labels.co_teaching.co_teaching import CoTeaching as CoTeaching
     from lightning_reg.noisy_labels.elr.elr import ELRCallback as ELRCallback
     from lightning_reg.noisy_labels.elr_plus.elr_plus import ELRPlusCallback as ELRPlusCallback
     from lightning_reg.noisy_labels.label_errors import LabelErrors as LabelErrors
+    from lightning_reg.noisy_labels.label_errors import MaskErrors as MaskErrors
+    from lightning_reg.noisy_labels.label_store import LabelStore as LabelStore
     from lightning_reg.noisy_labels.multi_scale_consistency.multi_scale_consistency import (
         MultiScaleConsistency as MultiScaleConsistency,
     )
@@ -257,12 +257,12 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "OPIS": "lightning_reg.metric_learning.tcm_loss.opis",
         "TCM": "lightning_reg.metric_learning.tcm_loss.tcm_loss",
         "ADELE": "lightning_reg.noisy_labels.adele.adele",
-        "LabelStore": "lightning_reg.noisy_labels.adele.label_store",
-        "MaskErrors": "lightning_reg.noisy_labels.adele.report",
         "CoTeaching": "lightning_reg.noisy_labels.co_teaching.co_teaching",
         "ELRCallback": "lightning_reg.noisy_labels.elr.elr",
         "ELRPlusCallback": "lightning_reg.noisy_labels.elr_plus.elr_plus",
         "LabelErrors": "lightning_reg.noisy_labels.label_errors",
+        "MaskErrors": "lightning_reg.noisy_labels.label_errors",
+        "LabelStore": "lightning_reg.noisy_labels.label_store",
         "MultiScaleConsistency": "lightning_reg.noisy_labels.multi_scale_consistency.multi_scale_consistency",
         "NestedDropout": "lightning_reg.noisy_labels.nested_dropout.nested_dropout",
         "LPN": "lightning_reg.proximal.learned_proximal.lpn",

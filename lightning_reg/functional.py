@@ -118,6 +118,7 @@ if TYPE_CHECKING:
     from lightning_reg.diffusion.sage.word_search import append_token as append_token
     from lightning_reg.diffusion.sage.word_search import prompt_search as prompt_search
     from lightning_reg.diffusion.sage.word_search import token_search as token_search
+    from lightning_reg.dropout.gtrs.core import best_candidates as best_candidates
     from lightning_reg.dropout.gtrs.core import candidate_subset as candidate_subset
     from lightning_reg.dropout.gtrs.core import clamped_soft_labels as clamped_soft_labels
     from lightning_reg.dropout.gtrs.core import masked_classes as masked_classes
@@ -464,6 +465,7 @@ __getattr__, __dir__, __all__ = lazy_attributes(
         "append_token": "lightning_reg.diffusion.sage.word_search",
         "prompt_search": "lightning_reg.diffusion.sage.word_search",
         "token_search": "lightning_reg.diffusion.sage.word_search",
+        "best_candidates": "lightning_reg.dropout.gtrs.core",
         "candidate_subset": "lightning_reg.dropout.gtrs.core",
         "clamped_soft_labels": "lightning_reg.dropout.gtrs.core",
         "masked_classes": "lightning_reg.dropout.gtrs.core",
