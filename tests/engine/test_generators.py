@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lightning_reg.engine.host.generators import own_generators, replayed_randomness
+from lightning_reg.engine.host.generators import own_generators, own_randomness, replayed_randomness
 
 
 def drawn():
@@ -40,3 +40,16 @@ def test_generators_of_an_object():
     assert own_generators(layer) == []
     layer.draws, layer.chance = torch.Generator(), np.random.default_rng(0)
     assert own_generators(layer) == [layer.draws, layer.chance]
+
+
+def test_a_seed_of_its_own_is_left_to_no_device():
+    """A GPU that is used for the first time afterwards has the user's seed."""
+    torch.manual_seed(3)
+    users = list(torch.cuda._lazy_seed_tracker.get_calls())
+    before = torch.get_rng_state()
+    with own_randomness(7):
+        one = torch.rand(()), drawn()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.cuda._lazy_seed_tracker.get_calls() == users
+    with own_randomness(7):
+        assert (torch.rand(()), drawn()) == one

@@ -576,7 +576,15 @@ def test_shares_are_logged():
     assert left.values == pytest.approx([54 / 8] * 3)
 
 
-@pytest.mark.parametrize("technique", [partial(FalseNegativeMask, ids="ids"), FocalContrastive])
+@pytest.mark.parametrize(
+    "technique",
+    [
+        partial(FalseNegativeMask, ids="ids"),
+        FocalContrastive,
+        partial(GatheredNegatives, "net"),
+        partial(HardNegativeMixing, "net", 0.2),
+    ],
+)
 def test_fewer_candidates_in_a_short_last_batch_are_told_once(technique):
     found = []
     for rows, drop_last in ((24, False), (24, True), (4, False)):

@@ -10,7 +10,6 @@ from typing_extensions import override
 
 from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.names import plain_name
-from lightning_reg.engine.networks.named_weights import weights_of
 from lightning_reg.engine.networks.peer import update_average_
 from lightning_reg.engine.networks.references import Reference, ReferenceTechnique
 from lightning_reg.engine.technique import GradientTechnique
@@ -115,11 +114,10 @@ class _Average(dict[str, Tensor]):
 
     @torch.no_grad()
     def follow(self, module: nn.Module, decay: float) -> None:
-        trained = {plain_name(name): p.detach().float() for name, p in module.named_parameters()}
-        update_average_([self[name] for name in trained], list(trained.values()), decay)
-        for name, value in weights_of(module).items():
-            if name not in trained:
-                self[name].copy_(value)
+        named = [(plain_name(name), p.float()) for name, p in module.named_parameters()]
+        update_average_([self[name] for name, _ in named], [p for _, p in named], decay)
+        for name, buffer in module.named_buffers():
+            self[plain_name(name)].copy_(buffer)
         self.count += 1
 
 

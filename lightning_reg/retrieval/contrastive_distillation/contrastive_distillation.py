@@ -10,6 +10,7 @@ from typing_extensions import override
 from lightning_reg.engine.host.arguments import check_number
 from lightning_reg.engine.run.phases import Member
 from lightning_reg.engine.technique import LossTechnique
+from lightning_reg.retrieval._candidates import tell_short_batch
 from lightning_reg.retrieval._embeddings import embeddings_of
 from lightning_reg.retrieval._guide import names_of, unit_rows_of_batch
 from lightning_reg.retrieval.contrastive_distillation.core import ranking_distillation_losses
@@ -123,6 +124,7 @@ class ContrastiveDistillation(LossTechnique):
 
     @override
     def loss_term(self, call: "LossCall") -> Tensor:
+        tell_short_batch(call, "ContrastiveDistillation")
         student = embeddings_of(call, self.layer, self.query_layer)
         teacher = unit_rows_of_batch(call, "ContrastiveDistillation", self.teacher_queries, self.teacher_documents)
         with torch.autocast(call.input.device.type, enabled=False):

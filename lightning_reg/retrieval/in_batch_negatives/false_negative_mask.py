@@ -14,7 +14,7 @@ from lightning_reg.engine.host.arguments import check_choice, check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.run.phases import Member, phases_of
 from lightning_reg.engine.technique import LossTechnique
-from lightning_reg.retrieval._candidates import CandidateCount
+from lightning_reg.retrieval._candidates import tell_short_batch
 from lightning_reg.retrieval._gathered import other_ranks
 from lightning_reg.retrieval._guide import check_count, keys_of, names_of, unit_rows_of_batch
 from lightning_reg.retrieval.in_batch_negatives.core import (
@@ -25,8 +25,6 @@ from lightning_reg.retrieval.in_batch_negatives.core import (
 )
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
-
     from lightning_reg.engine.loss.call import LossCall
 
 __all__ = ["FalseNegativeMask"]
@@ -47,7 +45,8 @@ class FalseNegativeMask(LossTechnique):
 
     Use it where ``F.cross_entropy`` gets scores ``(B, candidates)`` and documents are shared by queries, or negatives
     were mined. Leave it where each document answers one query. On search over docstrings where one query in six met its
-    own document twice in a batch (``benchmarks/effects/in_batch_negatives.py``) three seeds showed no effect: compare.
+    own document twice in a batch (``benchmarks/effects/in_batch_negatives.py``) three seeds showed no effect, and a
+    guide where each document has one query cost 0.9 points of NDCG@10 (``benchmarks/effects/search.py``): compare.
     In the order of the callbacks it stands behind ``GatheredNegatives``, whose columns are masked as well, and before
     ``HardNegativeMixing``, which then mixes no masked one; ``FocalContrastive`` sees the probabilities without them.
 
@@ -116,7 +115,6 @@ class FalseNegativeMask(LossTechnique):
         self.ids, self.texts, self.pad_token_id = ids, texts, pad_token_id
         self.guide_queries, self.guide_documents = guide_queries, guide_documents
         self.margin, self.margin_strategy = margin, margin_strategy
-        self._count = CandidateCount()
 
     @override
     def describe(self) -> str:
@@ -142,14 +140,10 @@ class FalseNegativeMask(LossTechnique):
         return None
 
     @override
-    def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        self._count = CandidateCount()
-
-    @override
     def change_input(self, call: "LossCall") -> Tensor | None:
         scores, width = call.loss_input, call.logits.shape[-1]
         self._check(call)
-        self._count.look(call, "FalseNegativeMask")
+        tell_short_batch(call, "FalseNegativeMask")
         gathered = self._gathered(call, width)
         labels = call.labels
         known = torch.zeros(len(scores), width + gathered, dtype=torch.bool, device=scores.device)

@@ -13,6 +13,7 @@ from lightning_reg.engine.host.arguments import check_bool, check_choice, check_
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.run.phases import Member, phases_of
 from lightning_reg.engine.technique import LossTechnique
+from lightning_reg.retrieval._candidates import tell_short_batch
 from lightning_reg.retrieval._embeddings import Direction, rows_and_columns
 from lightning_reg.retrieval._gathered import GathersColumns, OtherRanks
 from lightning_reg.retrieval.in_batch_negatives.core import fitted_scale
@@ -145,6 +146,7 @@ class GatheredNegatives(GathersColumns, LossTechnique):
 
     @override
     def change_input(self, call: "LossCall") -> Tensor | None:
+        tell_short_batch(call, "GatheredNegatives")
         step, group = call.step, host.data_parallel_group(call.step.trainer)
         looks = step.is_logging or not self._is_checked
         if group is None and not looks:

@@ -9,12 +9,10 @@ from lightning_reg.engine.host.arguments import check_number
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.run.phases import Member, phases_of
 from lightning_reg.engine.technique import LossTechnique
-from lightning_reg.retrieval._candidates import CandidateCount
+from lightning_reg.retrieval._candidates import tell_short_batch
 from lightning_reg.retrieval.kalm_embedding.core import focal_weights
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
-
     from lightning_reg.engine.loss.call import LossCall
     from lightning_reg.engine.step import Step
 
@@ -36,7 +34,8 @@ class FocalContrastive(LossTechnique):
 
     Use it where the loss is ``F.cross_entropy`` of similarities ``(B, candidates)`` and many pairs are solved early.
     Leave it where pairs are mislabelled: those are the hard ones. On search over docstrings with a small encoder
-    (``benchmarks/effects/kalm_embedding.py``) it cost a point of MRR at gamma 0.5: compare.
+    (``benchmarks/effects/kalm_embedding.py``) it cost a point of MRR at gamma 0.5, and with a real one 0.2 of NDCG@10
+    (``benchmarks/effects/search.py``): compare.
 
     Source:
         Zhao et al., "KaLM-Embedding-V2: Superior Training Techniques and Data Inspire A Versatile Embedding Model",
@@ -66,7 +65,6 @@ class FocalContrastive(LossTechnique):
         super().__init__(loss=loss, name=name)
         check_number(self, "gamma", gamma, low=0)
         self.gamma = gamma
-        self._count = CandidateCount()
 
     @override
     def describe(self) -> str:
@@ -90,10 +88,6 @@ class FocalContrastive(LossTechnique):
         return self.gamma > 0
 
     @override
-    def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        self._count = CandidateCount()
-
-    @override
     def sample_weights(self, call: "LossCall") -> Tensor | None:
         given = [] if call.arguments.get("weight") is None else ["weight"]
         given += ["label_smoothing"] if call.arguments.get("label_smoothing") else []
@@ -104,7 +98,7 @@ class FocalContrastive(LossTechnique):
                 f" (B, candidates), and {call} {what}. Name the contrastive call by `loss=...`, or leave the argument"
                 " out."
             )
-        self._count.look(call, "FocalContrastive")
+        tell_short_batch(call, "FocalContrastive")
         weights = focal_weights(call.losses, self.gamma)
         if call.step.is_logging:
             call.step.log(self, "weight", weights.mean())

@@ -13,6 +13,7 @@ from lightning_reg.engine.host.arguments import check_bool, check_choice, check_
 from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.engine.run.phases import Member, phases_of
 from lightning_reg.engine.technique import LossTechnique
+from lightning_reg.retrieval._candidates import tell_short_batch
 from lightning_reg.retrieval._embeddings import check_cosines, embeddings_over_ranks
 from lightning_reg.retrieval._gathered import OtherRanks, other_ranks
 from lightning_reg.retrieval.kalm_embedding.core import (
@@ -175,6 +176,7 @@ class HardNegativeMixing(LossTechnique):
 
     @override
     def change_input(self, call: "LossCall") -> Tensor | None:
+        tell_short_batch(call, "HardNegativeMixing")
         logits, labels = call.logits, call.labels
         group, others = host.data_parallel_group(call.step.trainer), self._others(call)
         *given, mine = embeddings_over_ranks(call, self.layer, self.query_layer, group)
