@@ -198,7 +198,7 @@ class Loop:
 
     def __init__(self, problem: Problem, hands: Sequence[Hand], random: Sequence[Tensor] = ()) -> None:
         self.problem, self.hands, self.random = problem, hands, random
-        self.parts = problem.parts or {"": Part(problem.loss, slice(None), lambda y: y)}
+        self.parts = problem.parts or {"": Part(problem.loss, slice(None), lambda y: y, problem.each)}
         self.views = {kind: View(self, part) for kind, part in self.parts.items()}
         with seeded(0):
             self.net = problem.net().eval()
@@ -406,6 +406,8 @@ def _losses(hands: Sequence[Hand], part: Part, output: Tensor, moment: Moment) -
 
 
 def _each(part: Part, output: Tensor, y: Tensor) -> Tensor:
+    if part.each is not None:
+        return part.each(output, y)
     return torch.stack([part.loss(o[None], t[None]) for o, t in zip(output, y, strict=True)])
 
 

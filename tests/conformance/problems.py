@@ -30,12 +30,14 @@ class Part:
         loss: The function of ``torch.nn.functional``.
         outputs: Columns of the network's output that it gets.
         targets: Its targets, from ``y``.
+        each: Losses of the rows ``(B,)``, where a row's is not ``loss`` of that row alone.
 
     """
 
     loss: Callable[[Tensor, Tensor], Tensor]
     outputs: slice
     targets: Callable[[Tensor], Tensor]
+    each: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Problem:
         loss: Value from the network's output and ``y``.
         serves: Names of the problems whose techniques train on this one too, besides its own.
         parts: If ``loss`` is the sum of several, these by the name of the problem that each one is.
+        each: Losses of the rows, where a row's is not ``loss`` of that row alone: it compares rows.
 
     """
 
@@ -57,6 +60,7 @@ class Problem:
     loss: Callable[[Tensor, Tensor], Tensor]
     serves: Sequence[str] = ()
     parts: Mapping[str, Part] = field(default_factory=dict)
+    each: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 def _layers(first: nn.Module, body: nn.Module, head: nn.Module) -> nn.Module:
@@ -175,8 +179,8 @@ class Loader(DataLoader):
         self.sampler.start = state["position"]
 
 
-class _Joined(DistributedSampler):
-    """For one process: of each batch the rows of rank 0, then those of rank 1."""
+class _RankAfterRank(DistributedSampler):
+    """For one process that accumulates: the k-th batch of rank 0, then that of rank 1."""
 
     @override
     def __iter__(self) -> Iterator[int]:
@@ -204,7 +208,7 @@ def make_loader(problem: Problem, batch: int, size: int, ranks: tuple[int, int] 
         dataset = TensorDataset(*problem.data(size), torch.arange(size))
     if ranks is None:
         return Loader(dataset, batch, sampler=Resumable(size))
-    sampler = _Joined if ranks[1] == 1 else DistributedSampler
+    sampler = _RankAfterRank if ranks[1] == 1 and batch == BATCH else DistributedSampler
     return DataLoader(dataset, batch, sampler=sampler(dataset, ranks[1], ranks[0], seed=0))
 
 

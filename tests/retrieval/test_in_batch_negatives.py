@@ -44,15 +44,11 @@ def unlabelled(size):
     return torch.randn(size, 8).roll(6, 0), torch.zeros(size, dtype=torch.long)
 
 
-def own_document(scores, y):
-    return F.cross_entropy(scores, torch.arange(len(scores)))
+def own_document(scores, y, reduction="mean"):
+    return F.cross_entropy(scores, torch.arange(len(scores)), reduction=reduction)
 
 
-class OwnDocument(Hand):
-    """Nothing but what the loss is, row by row: there is no other rank."""
-
-    def losses(self, output, moment):
-        return F.cross_entropy(output, torch.arange(len(output)), reduction="none")
+IN_BATCH = Problem(in_batch, unlabelled, own_document, each=partial(own_document, reduction="none"))
 
 
 class Guided(Hand):
@@ -76,9 +72,9 @@ CASE = (
     Case(
         make=partial(GATHERED, temperature=1.0),
         neutral=partial(GATHERED, temperature=1.0),
-        by_hand=OwnDocument,
+        by_hand=Hand,
         says=(f"{WHERE} over 1, 1 ranks", f"{WHERE} over 1, 1 ranks", f"{WHERE}, 1 ranks"),
-        data=Problem(in_batch, unlabelled, own_document),
+        data=IN_BATCH,
         variants=[GATHERED],
         invalid=[
             ({"temperature": 0.0}, "temperature"),
@@ -97,7 +93,7 @@ CASE = (
             "ids 1",
             "guide 0 and 0, relative margin 0.5",
         ),
-        data=Problem(in_batch, unlabelled, own_document),
+        data=IN_BATCH,
         variants=[
             partial(FalseNegativeMask, ids="1"),
             partial(

@@ -1,6 +1,6 @@
 """What the network predicts for whole training images, at several scales: in a step, and in a pass beside the fit."""
 
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -53,6 +53,10 @@ class PredictsMasks(BatchTechnique, LossTechnique, ABC):
         check_number(self, "multiple_of", multiple_of, low=1, integer=True)
         self.scales, self.flip, self.temperature, self.multiple_of = list(scales), flip, temperature, multiple_of
         self.layer, (self.input_key, self.target_key) = layer, keys
+
+    @abstractmethod
+    @override
+    def describe(self) -> str: ...
 
     @property
     @override
