@@ -445,7 +445,8 @@ class Seen(_Toy, LossTechnique):
 def test_a_last_batch_with_nothing_to_mix_is_plain():
     seen = Seen()
     loader = DataLoader(TensorDataset(*make_tensors(9)), 4)
-    fit(InBatch(), HardNegativeMixing("net", 0.1), seen, loader=loader, max_epochs=1)
+    with pytest.warns(UserWarning, match="a batch of 1 rows gives each query 1 candidates, where others gave 4"):
+        fit(InBatch(), HardNegativeMixing("net", 0.1), seen, loader=loader, max_epochs=1)
     assert [tuple(columns.shape) for columns in seen.inputs] == [(4, 5), (4, 5), (1, 1)]
 
 
