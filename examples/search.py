@@ -303,7 +303,9 @@ console.print(results.table())
 
 # %% [markdown]
 # One run each: differences of a point are within what another seed makes of it, and of a technique alone
-# `benchmarks/effects` has three seeds with intervals. BM25, which is not trained at all, is hard to beat here.
+# `benchmarks/effects` has three seeds with intervals. BM25, which is not trained at all, is hard to beat here. A real
+# encoder beats it, MiniLM: `benchmarks/effects/search.py` tunes that with our techniques and with losses of
+# sentence-transformers (`hardness_mode`, GISTEmbedLoss, orthogonal regularization).
 #
 # ## Quality against size
 #
