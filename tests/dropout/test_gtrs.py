@@ -174,8 +174,8 @@ CASE = (
             partial(CandidateDropout, {"0": 1, "1": 1}, keep=0.25, normalise=["1"], seed=3),
         ],
         invalid=[
-            ({"keys": {}}, "keys"),
-            ({"keys": {"0": 0.5}}, "keys"),
+            ({"candidate_axes": {}}, "candidate_axes"),
+            ({"candidate_axes": {"0": 0.5}}, "candidate_axes"),
             ({"keep": 0.0}, "keep"),
             ({"keep": 1.1}, "keep"),
             ({"always_keep": [-1]}, "always_keep"),
@@ -185,7 +185,7 @@ CASE = (
             ({"argument": -1}, "argument"),
             ({"axis": 64}, "axis"),
             ({"num_candidates": 0}, "num_candidates"),
-            ({"keys": {}, "layer": "net", "positive_key": "1"}, "num_candidates"),
+            ({"candidate_axes": {}, "layer": "net", "positive_key": "1"}, "num_candidates"),
         ],
     ),
     Case(
@@ -501,16 +501,25 @@ def test_evaluation_sees_all_and_keep_1_is_nothing():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"keys": {"candidates": 0, "x": 1}}, "'candidates' has 8 along 0, 'x' has 6 along 1"),
-        ({"keys": {"candidates": 2}}, "with the candidates along axis 2, found a tensor (8, 6)"),
-        ({"keys": {"rows": 0}}, "CandidateDropout: keys='rows' names nothing in the batch"),
-        ({"keys": {"candidates": 0}, "positive_key": "x"}, "whole numbers in a tensor, found torch.float32"),
-        ({"keys": {"candidates": 0}, "positive_key": "right", "keep": 0.2}, "2 candidates are to be kept always, and"),
-        ({"keys": {"candidates": 0}, "always_keep": [8]}, "always_keep=[8]): there are 8 candidates"),
-        ({"keys": {"x": 1}, "layer": "embed"}, "layer 'embed' is given 8 candidates, and 6 were found before"),
-        ({"keys": {}, "layer": "embed", "argument": "rows"}, "is given no argument 'rows', but 1 by position and []"),
-        ({"keys": {}, "layer": "embed", "argument": 1}, "is given no argument 1"),
-        ({"keys": {}, "layer": "embed", "axis": 2}, "argument 0 of layer 'embed' must be a tensor"),
+        ({"candidate_axes": {"candidates": 0, "x": 1}}, "'candidates' has 8 along 0, 'x' has 6 along 1"),
+        ({"candidate_axes": {"candidates": 2}}, "with the candidates along axis 2, found a tensor (8, 6)"),
+        ({"candidate_axes": {"rows": 0}}, "CandidateDropout: candidate_axes='rows' names nothing in the batch"),
+        ({"candidate_axes": {"candidates": 0}, "positive_key": "x"}, "whole numbers in a tensor, found torch.float32"),
+        (
+            {"candidate_axes": {"candidates": 0}, "positive_key": "right", "keep": 0.2},
+            "2 candidates are to be kept always, and",
+        ),
+        ({"candidate_axes": {"candidates": 0}, "always_keep": [8]}, "always_keep=[8]): there are 8 candidates"),
+        (
+            {"candidate_axes": {"x": 1}, "layer": "embed"},
+            "layer 'embed' is given 8 candidates, and 6 were found before",
+        ),
+        (
+            {"candidate_axes": {}, "layer": "embed", "argument": "rows"},
+            "is given no argument 'rows', but 1 by position and []",
+        ),
+        ({"candidate_axes": {}, "layer": "embed", "argument": 1}, "is given no argument 1"),
+        ({"candidate_axes": {}, "layer": "embed", "axis": 2}, "argument 0 of layer 'embed' must be a tensor"),
     ],
 )
 def test_candidates_that_do_not_fit_are_refused_by_name(options, said):

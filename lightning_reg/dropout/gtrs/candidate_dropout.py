@@ -65,8 +65,9 @@ class CandidateDropout(BatchTechnique, LayerTechnique):
         ``always_keep`` and ``normalise`` are ours.
 
     Args:
-        keys: Entries of the batch that have a value for each candidate, and the axis the candidates lie along:
-            ``{"candidates": 0, "scores": 1}``. Keys and positions, separated by dots. May be empty with ``layer``.
+        candidate_axes: Entries of the batch that have a value for each candidate, and the axis that candidates lie
+            along: ``{"candidates": 0, "scores": 1}``. Keys and positions, separated by dots. May be empty with
+            ``layer``.
         keep: Share :math:`\kappa` of the candidates that a step sees, in (0, 1]. Paper: 0.5; sensible: 0.25 to 0.9.
             Neutral: 1.
         positive_key: Entry of the batch with positions of candidates, such as each sample's right one, ``(B,)``: they
@@ -74,11 +75,11 @@ class CandidateDropout(BatchTechnique, LayerTechnique):
             candidates as it has positions must be kept. Right ones that all stand first need ``always_keep=[0]`` alone,
             and stay first.
         always_keep: Positions of further candidates that are always kept, such as ``[0]``.
-        normalise: Those of ``keys`` that are distributions over the candidates.
+        normalise: Those of ``candidate_axes`` that are distributions over the candidates.
         layer: Layer that is given the model's own candidates, as in ``named_modules()``; ``None``: there are none.
         argument: Which of its arguments, a position or a name.
         axis: The candidate axis of that argument.
-        num_candidates: L; needed with ``positive_key`` if ``keys`` is empty.
+        num_candidates: L; needed with ``positive_key`` if ``candidate_axes`` is empty.
         same_on_ranks: Whether all ranks see one subset, for losses over several ranks; the authors' code draws one for
             each.
         name: Tells several instances in one Trainer apart.
@@ -98,7 +99,7 @@ class CandidateDropout(BatchTechnique, LayerTechnique):
 
     def __init__(
         self,
-        keys: Mapping[str, int],
+        candidate_axes: Mapping[str, int],
         keep: float = 0.5,
         positive_key: str | None = None,
         always_keep: Sequence[int] = (),
@@ -112,32 +113,35 @@ class CandidateDropout(BatchTechnique, LayerTechnique):
         seed: int = 0,
     ) -> None:
         super().__init__(name=name, seed=seed)
-        given: object = keys
+        given: object = candidate_axes
         if not isinstance(given, Mapping) or not (given or layer):
             raise ValueError(
-                "CandidateDropout: `keys` must map entries of the batch to their candidate axis, as in"
-                f' {{"candidates": 0}}, or `layer` name a layer, got {keys!r}.'
+                "CandidateDropout: `candidate_axes` must map entries of the batch to their candidate axis, as in"
+                f' {{"candidates": 0}}, or `layer` name a layer, got {candidate_axes!r}.'
             )
-        for value in keys.values():
-            check_number(self, "keys", value, low=-64, high=63, integer=True)
+        for value in candidate_axes.values():
+            check_number(self, "candidate_axes", value, low=-64, high=63, integer=True)
         check_number(self, "keep", keep, low=0, low_open=True, high=1)
         check_list(self, "always_keep", always_keep)
         check_list(self, "normalise", normalise)
         for value in always_keep:
             check_number(self, "always_keep", value, low=0, integer=True)
-        if unknown := [key for key in normalise if key not in keys]:
-            raise ValueError(f"CandidateDropout: `normalise` must name entries of `keys`, got {unknown[0]!r}.")
+        if unknown := [key for key in normalise if key not in candidate_axes]:
+            raise ValueError(
+                f"CandidateDropout: `normalise` must name entries of `candidate_axes`, got {unknown[0]!r}."
+            )
         if not isinstance(argument, str):
             check_number(self, "argument", argument, low=0, integer=True)
         check_number(self, "axis", axis, low=-64, high=63, integer=True)
         if num_candidates is not None:
             check_number(self, "num_candidates", num_candidates, low=1, integer=True)
-        elif positive_key is not None and not keys:
+        elif positive_key is not None and not candidate_axes:
             raise ValueError(
-                "CandidateDropout: `num_candidates` must be given with `positive_key` where `keys` is empty, got None."
+                "CandidateDropout: `num_candidates` must be given with `positive_key` where `candidate_axes` is empty,"
+                " got None."
             )
         check_bool(self, "same_on_ranks", same_on_ranks)
-        self.keys, self.keep, self.positive_key = dict(keys), keep, positive_key
+        self.candidate_axes, self.keep, self.positive_key = dict(candidate_axes), keep, positive_key
         self.always_keep, self.normalise = list(always_keep), list(normalise)
         self.layer, self.argument, self.axis, self.num_candidates = layer, argument, axis, num_candidates
         self.same_on_ranks = same_on_ranks
@@ -152,7 +156,7 @@ class CandidateDropout(BatchTechnique, LayerTechnique):
     def describe(self) -> str:
         if self.keep == 1:
             return "keep=1: inactive"
-        parts = [f"{key} along {axis}" for key, axis in self.keys.items()]
+        parts = [f"{key} along {axis}" for key, axis in self.candidate_axes.items()]
         parts += [] if self.layer is None else [f"argument {self.argument} of {self.layer} along {self.axis}"]
         always = [] if self.positive_key is None else [self.positive_key]
         always += [f"{len(self.always_keep)} more"] if self.always_keep else []
@@ -167,17 +171,17 @@ class CandidateDropout(BatchTechnique, LayerTechnique):
 
     @override
     def transform_batch(self, batch: Any, step: "Step") -> Any:
-        entries = {key: find_entry(batch, key, "CandidateDropout: keys") for key in self.keys}
-        sizes = {key: self._size(entries[key], axis, f"entry {key!r}") for key, axis in self.keys.items()}
+        entries = {key: find_entry(batch, key, "CandidateDropout: candidate_axes") for key in self.candidate_axes}
+        sizes = {key: self._size(entries[key], axis, f"entry {key!r}") for key, axis in self.candidate_axes.items()}
         if len(set(sizes.values())) > 1:
-            found = ", ".join(f"{key!r} has {size} along {self.keys[key]}" for key, size in sizes.items())
+            found = ", ".join(f"{key!r} has {size} along {self.candidate_axes[key]}" for key, size in sizes.items())
             raise MisconfigurationException(f"CandidateDropout: entries differ in their number of candidates: {found}.")
         size = next(iter(sizes.values()), self.num_candidates)
         if size is None:
             return batch
         positive = self._positive(batch)
         indices = self._draw(step, size, positive)
-        for key, value in take(entries, self.keys, indices, self.normalise).items():
+        for key, value in take(entries, self.candidate_axes, indices, self.normalise).items():
             batch = replace_entry(batch, key, value)
         if positive is not None and self.positive_key is not None:
             batch = replace_entry(batch, self.positive_key, positions_in_subset(positive, indices, size))
