@@ -189,6 +189,22 @@ class Step:
         size = len(drawn[0].list) if drawn else _agreed_size(self.batch)
         return () if size is None else (size,)
 
+    def may_have(self, rows: int) -> bool:
+        """Whether a batch of so many samples is possible: its size is a guess, and a tensor of it has as many rows.
+
+        Queries and their documents, more of these, are such a batch.
+
+        Args:
+            rows: The number.
+
+        Returns:
+            Whether it is possible.
+
+        """
+        if self.several or any(indices is not None for _, indices in self._followed.values()):
+            return False
+        return any(leaf.shape[:1] == (rows,) for leaf in tensors_of(self.batch))
+
     @property
     def has_samples_second(self) -> bool:
         """Whether all tensors of the batch seem to come with time first; ``False`` if its indices say its size.

@@ -26,6 +26,9 @@ class Step:
         self.batch = batch
         self.indices = torch.tensor(indices)
 
+    def may_have(self, rows: int) -> bool:
+        return False
+
     def samples(self, technique: object, device: torch.device, given: Tensor | None = None) -> Samples:
         return Samples((self.indices if given is None else given).to(device), True, 4, 10)
 

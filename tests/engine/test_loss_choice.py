@@ -396,3 +396,32 @@ def test_a_smaller_last_batch_has_its_own_size():
     dataset = torch.utils.data.TensorDataset(*make_tensors(19))
     fit(Classifier(), recorder, loader=make_loader(dataset), max_epochs=1)
     assert [len(losses) for losses in recorder.losses] == [8, 8, 3]
+
+
+class Ranks(Classifier):
+    """Queries are to find their documents among several times as many; most tensors of the batch are of these."""
+
+    def training_step(self, batch, batch_idx):
+        scores = self.net(batch["queries"]) @ self.net(batch["documents"]).T
+        return F.cross_entropy(scores, torch.arange(len(scores)))
+
+
+def retrieval(queries, documents):
+    x = make_tensors(documents)[0]
+    batch = {"queries": x[:queries], "documents": x, "masks": x > 0, "ids": torch.arange(documents)}
+    return torch.utils.data.DataLoader([batch], batch_size=None)
+
+
+def test_a_loss_of_fewer_rows_than_most_tensors_have_is_one_of_samples_if_a_tensor_has_as_many():
+    recorder = LossRecorder()
+    fit(Ranks(), recorder, loader=retrieval(4, 10), max_epochs=1)
+    assert [len(losses) for losses in recorder.losses] == [4]
+
+
+def test_it_is_refused_if_no_tensor_has_as_many():
+    class Fewer(Ranks):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch | {"queries": batch["queries"][:3]}, batch_idx)
+
+    with pytest.raises(MisconfigurationException, match="has 3 rows, which is no multiple of the batch size 10"):
+        fit(Fewer(), LossRecorder(), loader=retrieval(4, 10), max_epochs=1)

@@ -244,6 +244,8 @@ class LossCall:
         if self.function is None or not sizes or rows in sizes:
             return rows
         fitting = [size for size in sizes if rows % size == 0]
+        if not fitting and self.step.may_have(rows):
+            return rows
         if len(fitting) != 1:
             which = "could be samples of several loaders, of" if fitting else "is no multiple of the batch size"
             raise MisconfigurationException(
