@@ -123,10 +123,18 @@ class Search(Classifier):
     """A query, its document and hard negatives of it; one encoder or two, one direction or both."""
 
     def __init__(
-        self, negatives=0, interleaved=False, towers=False, both=False, kind="cosine", learned=False, gathers=False
+        self,
+        negatives=0,
+        interleaved=False,
+        towers=False,
+        both=False,
+        kind="cosine",
+        learned=False,
+        gathers=False,
+        stacked=False,
     ):
         super().__init__(lr=0.1)
-        self.gathers = gathers
+        self.gathers, self.stacked = gathers, stacked
         self.negatives, self.interleaved, self.both, self.kind = negatives, interleaved, both, kind
         with torch.random.fork_rng():
             torch.manual_seed(1)
@@ -142,6 +150,7 @@ class Search(Classifier):
         (x,) = batch
         texts = self.texts(x)
         ordered = texts.flatten(0, 1) if self.interleaved else torch.cat([texts[:, 0], texts[:, 1:].flatten(0, 1)])
+        ordered = texts.transpose(0, 1).flatten(0, 1) if self.stacked else ordered
         q = self.net(x)
         d = self.net(ordered) if self.document is None else self.document(ordered)
         if self.kind == "cosine":
@@ -202,6 +211,10 @@ BESIDE = {
     "focal weights": ({"negatives": 1}, partial(FocalContrastive, 1.0)),
     "reweighting": ({"negatives": 1}, partial(LossReweighting, warmup_steps=1)),
     "its own negatives mixed": ({"negatives": 3}, partial(MIXED, negatives="grouped", list_mix=True)),
+    "its own one after the other": (
+        {"negatives": 3, "stacked": True},
+        partial(MIXED, negatives="stacked", list_mix=True),
+    ),
     "its own between the documents": (
         {"negatives": 2, "interleaved": True},
         partial(MIXED, negatives="interleaved", num_pairs=2),
