@@ -331,9 +331,9 @@ figure.legend(loc="outside upper right", ncols=2, fontsize=8)
 plt.show()
 
 # %% [markdown]
-# One seed, and another may well change a figure by a point. Most is due to the first stage, and none of the encoders
-# comes near BM25: 2,244 docstrings are few to learn a language from. To train on within the batch cost two points; with
-# hard negatives it cost one, and mask, mixtures and focal weights added nothing to that. A soup is about as good as the
-# weights that it is the mean of. Distillation gained three points over as many steps without a teacher, which has seen
-# far more text than these pairs; with 48 tokens, 128 numbers and lower rates in stages 2 and 3 it lost one (42.6 to
-# 41.7), so compare.
+# One seed; two others, of the split as well, agreed on what follows to about a point. Most is due to the first stage,
+# and none of the encoders comes near BM25: 2,244 docstrings are few to learn a language from. To train on within the
+# batch cost two points; hard negatives are 1.2 above that (2.6 and 3.1 with the other seeds), and mask, mixtures and
+# focal weights added nothing (-0.4, -1.3 and 0.0). A soup is about as good as the weights that it is the mean of.
+# Distillation is 2.9, 2.8 and 3.1 above as many steps without a teacher, which has seen far more text than these pairs;
+# with 48 tokens, 128 numbers and lower rates in stages 2 and 3 it lost one (42.6 to 41.7, one seed), so compare.
