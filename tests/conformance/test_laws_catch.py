@@ -83,6 +83,7 @@ def test_one_that_acts_in_evaluation_alone_is_sound(law):
     [
         ("as_by_hand", outside(3.0), "the validation by hand and that of the fit differ"),
         ("as_by_hand", outside(1.0, Hand), "trains as one without the technique"),
+        ("as_by_hand", replace(outside(), trains_as_plain=True), "`trains_as_plain`, but the loop by hand makes"),
         ("neutral_is_nothing", outside(1.0), r"`make\(\)` changes nothing"),
         ("neutral_is_nothing", replace(outside(), neutral=Outside), "what the module logs, plain and neutral"),
     ],

@@ -101,14 +101,14 @@ CASE = (
         small,
         (X, CONDITION, LABELS),
         {"judges": [judge], "sampler_steps": 3},
-        [({"sampler_steps": 0}, "sampler_steps")],
+        [({"sampler_steps": 0}, "sampler_steps"), ({"threshold": -0.1}, "threshold")],
     ),
     ProcedureCase(
         region_size,
         small,
         (X, CONDITION, LABELS),
         {"judges": [judge], "sampler_steps": 2, "draws": 3},
-        [({"draws": 0}, "draws"), ({"radii": [0.0]}, "radii")],
+        [({"draws": 0}, "draws"), ({"radii": [0.0]}, "radii"), ({"threshold": 1.1}, "threshold")],
     ),
     ProcedureCase(
         conditions_failed,
@@ -116,7 +116,7 @@ CASE = (
         (X,),
         {"conditions": torch.cat([CONDITION, -CONDITION]), "labels": LABELS.repeat(2), "judges": [judge]}
         | {"sampler_steps": 2},
-        [({"sampler_steps": 0}, "sampler_steps"), ({"judges": []}, "judges")],
+        [({"sampler_steps": 0}, "sampler_steps"), ({"judges": []}, "judges"), ({"threshold": 2.0}, "threshold")],
     ),
     ProcedureCase(
         failure_report,
@@ -128,6 +128,7 @@ CASE = (
             ({"prompts": ["one"]}, "prompts"),
             ({"prompts_after": ["one"]}, "prompts_after"),
             ({"sampler_steps": 0}, "sampler_steps"),
+            ({"threshold": -1.0}, "threshold"),
         ],
     ),
 )

@@ -53,3 +53,17 @@ def test_a_seed_of_its_own_is_left_to_no_device():
     assert torch.cuda._lazy_seed_tracker.get_calls() == users
     with own_randomness(7):
         assert (torch.rand(()), drawn()) == one
+
+
+def test_the_state_of_mps_is_put_back(monkeypatch):
+    """No Apple GPU is here: a generator stands in for it."""
+    generator = torch.Generator().manual_seed(5)
+    before = generator.get_state()
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "get_rng_state", generator.get_state)
+    monkeypatch.setattr(torch.mps, "set_rng_state", generator.set_state)
+    monkeypatch.setattr(torch.mps, "manual_seed", generator.manual_seed)
+    with own_randomness(7):
+        assert generator.initial_seed() == 7
+        torch.rand((), generator=generator)
+    assert torch.equal(generator.get_state(), before)

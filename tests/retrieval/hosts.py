@@ -1,6 +1,7 @@
 """Modules that the tests of several units on search attach to."""
 
 from collections import OrderedDict
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_reg.functional import mean_pooled
+from tests.conformance.problems import Problem
 
 
 class InBatch(nn.Module):
@@ -25,6 +27,20 @@ def in_batch(scores="scores"):
     """A network whose last layer has that name."""
     layers = {"first": nn.Linear(8, 16), "act": nn.Tanh(), "body": nn.Linear(16, 16), "act_body": nn.Tanh()}
     return nn.Sequential(OrderedDict(**layers, head=nn.Linear(16, 4), **{scores: InBatch()}))
+
+
+def unlabelled(size):
+    return torch.randn(size, 8).roll(6, 0), torch.zeros(size, dtype=torch.long)
+
+
+def own_document(scores, y, reduction="mean"):
+    return F.cross_entropy(scores, torch.arange(len(scores)), reduction=reduction)
+
+
+def in_batch_problem(scores="scores"):
+    """Rows are to find themselves among all of their batch."""
+    each = partial(own_document, reduction="none")
+    return Problem(partial(in_batch, scores), unlabelled, own_document, each=each)
 
 
 def bert_text():

@@ -13,26 +13,14 @@ from lightning_reg.engine.host.errors import MisconfigurationException
 from lightning_reg.functional import ranking_distillation_losses
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
-from tests.conformance.problems import Problem
-from tests.retrieval.hosts import in_batch
+from tests.retrieval.hosts import in_batch_problem
 from tests.toys import QUIET, Classifier, fit, make_tensors, same_weights
 
 pytestmark = QUIET
 
 
-def unlabelled(size):
-    return torch.randn(size, 8), torch.zeros(size, dtype=torch.long)
-
-
-def own_document(cosines, y):
-    return F.cross_entropy(cosines, torch.arange(len(cosines)))
-
-
 class Taught(Hand):
     """The inputs themselves are the teacher's embeddings of queries and documents."""
-
-    def losses(self, output, moment):
-        return torch.stack([-s.softmax(0)[i].log() for i, s in enumerate(output)])
 
     def term(self, loop, moment):
         found = []
@@ -54,7 +42,7 @@ CASE = Case(
         "weight=0: inactive",
         "net.head and net.cosines.documents from 0 and 0, temperature=0.5, weight=0.3",
     ),
-    data=Problem(partial(in_batch, "cosines"), unlabelled, own_document),
+    data=in_batch_problem("cosines"),
     variants=[partial(TAUGHT, weight=0.3)],
     invalid=[({"temperature": 0.0}, "temperature"), ({"weight": -0.1}, "weight")],
     compares_rows=True,

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_reg import (
     ClassDropout,
+    ContrastiveDistillation,
     FalseNegativeMask,
     FocalContrastive,
     GatheredNegatives,
@@ -33,22 +34,13 @@ from lightning_reg.functional import (
 )
 from tests.conformance.by_hand import Hand
 from tests.conformance.case import Case
-from tests.conformance.problems import Problem
-from tests.retrieval.hosts import bert_text, in_batch
+from tests.retrieval.hosts import bert_text, in_batch_problem
 from tests.toys import QUIET, TWO_RANKS, Classifier, ShiftTargets, _Toy, fit, make_tensors, same_weights, weights_of
 
 pytestmark = QUIET
 
 
-def unlabelled(size):
-    return torch.randn(size, 8).roll(6, 0), torch.zeros(size, dtype=torch.long)
-
-
-def own_document(scores, y, reduction="mean"):
-    return F.cross_entropy(scores, torch.arange(len(scores)), reduction=reduction)
-
-
-IN_BATCH = Problem(in_batch, unlabelled, own_document, each=partial(own_document, reduction="none"))
+IN_BATCH = in_batch_problem()
 
 
 class Guided(Hand):
@@ -592,6 +584,7 @@ def test_shares_are_logged():
         FocalContrastive,
         partial(GatheredNegatives, "net"),
         partial(HardNegativeMixing, "net", 0.2),
+        partial(ContrastiveDistillation, "net", "x", "x"),
     ],
 )
 def test_fewer_candidates_in_a_short_last_batch_are_told_once(technique):
@@ -605,6 +598,14 @@ def test_fewer_candidates_in_a_short_last_batch_are_told_once(technique):
     told = f"{name}: a batch of 4 rows gives each query 4 candidates, where others gave 10: its loss"
     assert [len(messages) for messages in found] == [1, 0, 0]
     assert found[0][0].startswith(told)
+
+
+def test_several_techniques_on_one_loss_tell_it_once():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        techniques = FalseNegativeMask(ids="ids"), FocalContrastive()
+        fit(Known(), *techniques, loader=DataLoader(Rows(range(24)), 10), max_epochs=1)
+    assert len([each for each in caught if "candidates" in str(each.message)]) == 1
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
