@@ -86,10 +86,10 @@ class Documents(nn.Module):
 
 
 class Search(LightningModule):
-    def __init__(self, idf):
+    def __init__(self, idf, encoder=Documents, rate=2e-3):
         super().__init__()
-        self.idf = idf
-        self.documents = Documents()
+        self.idf, self.rate = idf, rate
+        self.documents = encoder()
 
     def training_step(self, batch, batch_idx):
         queries, documents = batch
@@ -97,7 +97,7 @@ class Search(LightningModule):
         return F.cross_entropy(scores, torch.arange(len(scores)))
 
     def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters(), 2e-3)
+        return torch.optim.Adam(self.parameters(), self.rate)
 
 
 @torch.no_grad()

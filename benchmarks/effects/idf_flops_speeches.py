@@ -16,9 +16,9 @@ from collections import Counter
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from _shared import Arm, data_folder, fit
-from lightning.pytorch import LightningModule, seed_everything
+from idf_flops import Search
+from lightning.pytorch import seed_everything
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
@@ -61,21 +61,6 @@ class Documents(nn.Module):
         return (words + self.expand(mean)).relu().log1p()
 
 
-class Search(LightningModule):
-    def __init__(self, idf):
-        super().__init__()
-        self.idf = idf
-        self.documents = Documents()
-
-    def training_step(self, batch, batch_idx):
-        queries, documents = batch
-        scores = (queries * self.idf) @ self.documents(documents).T
-        return F.cross_entropy(scores, torch.arange(len(scores)))
-
-    def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters(), 1e-3)
-
-
 @torch.no_grad()
 def scored(queries, documents, weight):
     metric = RetrievalMetrics()
@@ -95,7 +80,7 @@ def run(seeds):
             for arm in arms:
                 factors = QueryIDF(idf if arm.name == "IDF-FLOPS" else torch.ones(VOCABULARY)).idf
                 seed_everything(seed, verbose=False)
-                module = Search(factors)
+                module = Search(factors, Documents, 1e-3)
                 batches = BatchSampler(RandomSampler(trained), 64, drop_last=True)
                 loader = DataLoader(trained, batch_size=None, sampler=batches)
                 flops = IDFFlops("documents", weight=weight, ramp_steps=1)
